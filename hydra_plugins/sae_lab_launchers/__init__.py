@@ -1,0 +1,1 @@
+"""SAE Lab's Hydra launchers. Hydra finds plug-ins in the namespace `hydra_plugins` and nowhere else."""
