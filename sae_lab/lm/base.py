@@ -1,0 +1,195 @@
+"""The contract of a frozen language model: token rows in; activations at named sites out, and others in their place."""
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sae_lab.errors import UserError
+
+SiteHook = Callable[[Tensor], Tensor | None]
+
+
+class _AllSitesReached(Exception):
+    """Raised inside a forward pass once every site is captured: the rest of the model need not run."""
+
+
+class LanguageModel(ABC):
+    """A frozen language model, read and written at named sites. A back end says how to hook a site and how to run.
+
+    Shapes: n rows, t tokens a row, s sites, d activation width, v vocabulary.
+
+    Attributes:
+        name: what the user called the model.
+        sites: site names, in the order of axis s.
+        d: width of an activation, read from the model; the same at all sites.
+        tokenizer: the model's Hugging Face tokenizer.
+        bos_id: id that opens a row and parts documents.
+        context: longest row the model was made for, in tokens; None where it does not say.
+        model: what runs, an `nn.Module` in eval mode whose parameters want no gradient.
+
+    Raises:
+        UserError: an unknown, unreachable or repeated site, sites of different widths, no BOS, no such device.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sites: Sequence[str] | str,
+        model: nn.Module,
+        config: Any,
+        tokenizer: Any,
+        device: str = "auto",
+        bos_id: int | None = None,
+    ):
+        self.name, self.tokenizer = name, tokenizer
+        self.sites = (sites,) if isinstance(sites, str) else tuple(str(site) for site in sites)
+        text_config = config.get_text_config()
+        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.bos_id = find_bos_id(name, tokenizer, bos_id, text_config.vocab_size)
+        self.model: Any = model.eval().requires_grad_(False)
+        check_sites(name, self.sites, self.known_sites(), self._offer())
+        self.to(device)
+        self.d = self._width()
+
+    @abstractmethod
+    def known_sites(self) -> list[str]:
+        """Every name that may be a site."""
+
+    @abstractmethod
+    def blocks(self) -> list[str]:
+        """The residual-stream sites, one a layer: what an error message offers first."""
+
+    @abstractmethod
+    def hooked(self, hooks: dict[str, SiteHook]) -> AbstractContextManager[None]:
+        """While open, a site's hook sees its activation in each forward pass, and may return another in its place."""
+
+    @abstractmethod
+    def forward(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t v"]:
+        """Logits of a whole forward pass, hooks included; tokens are on the model's device."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: str | torch.device) -> "LanguageModel":
+        """Move the model; "auto" is CUDA where there is one, else the CPU."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self._move(torch.device(device))
+        except (AssertionError, RuntimeError) as e:  # torch's two ways to say that there is no such device
+            reason = str(e).splitlines()[0]
+            raise UserError(f"lm.device={device} cannot hold the model ({reason}): use lm.device=auto or cpu.") from e
+        return self
+
+    def _move(self, device: torch.device) -> None:
+        self.model.to(device)
+
+    @torch.no_grad()
+    def activations(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t s d"]:
+        """Activations at the sites, in the model's dtype and on its device. Nothing after the last site runs.
+
+        They carry no gradient, but are ordinary tensors (not inference tensors): autograd may save them.
+        """
+        seen = self._capture(tokens)
+        return torch.stack([seen[site] for site in self.sites], dim=2)
+
+    def logits(
+        self, tokens: Int[Tensor, "n t"], replace: Float[Tensor, "n t s d"] | None = None
+    ) -> Float[Tensor, "n t v"]:
+        """Logits in the model's dtype; with `replace`, site i holds `replace[:, :, i]` instead of its own activation.
+
+        Differentiable in `replace`.
+        """
+        tokens = self._checked(tokens)
+        if replace is None:
+            return self.forward(tokens)
+        assert replace.shape == (*tokens.shape, len(self.sites), self.d), (replace.shape, tokens.shape)
+
+        def put(i: int) -> SiteHook:
+            return lambda x: replace[:, :, i].reshape(x.shape).to(x)
+
+        with self.hooked({site: put(i) for i, site in enumerate(self.sites)}):
+            return self.forward(tokens)
+
+    def _capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t d"]]:
+        tokens, seen = self._checked(tokens), {}
+
+        def take(site: str) -> SiteHook:
+            def hook(x: Tensor) -> None:
+                seen[site] = vectors(site, x, tokens)
+                if len(seen) == len(self.sites):
+                    raise _AllSitesReached
+
+            return hook
+
+        try:
+            with self.hooked({site: take(site) for site in self.sites}):
+                self.forward(tokens)
+        except _AllSitesReached:
+            return seen
+        missing = [site for site in self.sites if site not in seen]
+        raise UserError(f"lm.sites: {self.name} never computes {missing} in a forward pass: {self._offer()}")
+
+    def _checked(self, tokens: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
+        if self.context is not None and tokens.shape[1] > self.context:
+            raise UserError(
+                f"seq_len={tokens.shape[1]} is longer than the context of {self.name}: "
+                f"give seq_len={self.context} or less."
+            )
+        return tokens.to(self.device)
+
+    def _offer(self) -> str:
+        blocks = self.blocks()
+        return f"choose among {blocks[0]} ... {blocks[-1]}." if blocks else f"choose among {self.known_sites()[:8]}."
+
+    @torch.no_grad()
+    def _width(self) -> int:
+        seen = self._capture(torch.full((1, 2), self.bos_id))
+        widths = {site: seen[site].shape[-1] for site in self.sites}
+        if len(set(widths.values())) > 1:
+            raise UserError(f"lm.sites have different widths {widths}: one SAE reads sites of one width.")
+        return widths[self.sites[0]]
+
+
+def check_sites(name: str, sites: Sequence[str], known: Sequence[str], offer: str) -> None:
+    """UserError unless the sites are known, at least one and none twice; `offer` is the end of its sentence."""
+    if not sites or len(set(sites)) < len(sites):
+        raise UserError(f"lm.sites={list(sites)} must name at least one site, and none twice: {offer}")
+    for site in sites:
+        if site not in known:
+            close = difflib.get_close_matches(site, known, n=3)
+            hint = f"did you mean {' or '.join(close)}? Otherwise " if close else ""
+            raise UserError(f"lm.sites: {name} has no site {site!r}: {hint}{offer}")
+
+
+def vectors(site: str, x: Any, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t d"]:
+    """What a site holds, as one vector a token (attention heads are joined); UserError if it is anything else."""
+    if not isinstance(x, Tensor) or x.ndim < 3 or x.shape[:2] != tokens.shape:
+        kind = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(f"lm.sites: {site} does not hold one vector a token ({kind}): choose another site.")
+    return x.flatten(2)
+
+
+def find_bos_id(name: str, tokenizer: Any, bos_id: int | None, vocab_size: int) -> int:
+    """The given id, else the tokenizer's BOS, else its EOS (0 is an id like any other).
+
+    Raises:
+        UserError: the tokenizer has neither, or the id lies outside the vocabulary.
+    """
+    for candidate in (bos_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            if not 0 <= candidate < vocab_size:
+                raise UserError(
+                    f"lm.bos_id={candidate} is not among the {vocab_size} token ids of {name}: give one that is."
+                )
+            return int(candidate)
+    raise UserError(
+        f"the tokenizer of {name} has neither a BOS nor an EOS token: give the id to use with lm.bos_id=..."
+    )
