@@ -1,0 +1,107 @@
+"""Shuffling: consecutive rows in, batches of mixed rows out; nothing lost, nothing twice, its place can be saved."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Chunk(NamedTuple):
+    """Some consecutive rows, and the source's state from which the same rows come again."""
+
+    state: dict[str, Any]
+    rows: Float[Tensor, "n s d"]
+
+
+class Source(Protocol):
+    """Rows in order, in chunks; deterministic, and able to start at any chunk that it has given before."""
+
+    def __iter__(self) -> Iterator[Chunk]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class ShuffledBlocks:
+    """Batches from blocks of `block_rows` consecutive rows, each block refilled and shuffled whole.
+
+    Block number n is permuted by a generator seeded with (seed, n), so the batches are a function of (source, seed).
+    The state is the place where the block begins (the state of the chunk that holds its first row, and how many rows
+    of that chunk came before), the block's number, and how many of its batches have been given. Where the source
+    ends, the last batch may be smaller.
+    """
+
+    def __init__(self, source: Source, block_rows: int, batch_size: int, seed: int):
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.block_rows = max(1, block_rows // batch_size) * batch_size
+        self._begin: tuple[dict[str, Any], int] = (source.state_dict(), 0)
+        self._number = self._given = 0
+        self._reopen()
+
+    def _reopen(self) -> None:
+        self._chunks: Iterator[Chunk] | None = None
+        self._chunk: Chunk | None = None  # the chunk being read, and how many of its rows have been read
+        self._used = 0
+        self._block: Tensor | None = None
+        self._batches: tuple[Tensor, ...] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        chunk, skip = self._begin
+        return {"chunk": chunk, "skip": skip, "block": self._number, "given": self._given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._begin = (state["chunk"], state["skip"])
+        self._number, self._given = state["block"], state["given"]
+        self._reopen()
+
+    def __iter__(self) -> "ShuffledBlocks":
+        return self
+
+    def __next__(self) -> Float[Tensor, "b s d"]:
+        if self._block is None:
+            self._refill()
+        assert self._block is not None
+        batch = self._block[self._batches[self._given].to(self._block.device)]
+        self._given += 1
+        if self._given == len(self._batches):
+            self._begin, self._number, self._given = self._place(), self._number + 1, 0
+            self._block = None
+        return batch
+
+    def _refill(self) -> None:
+        """Gather one block from the source and permute it. Raises StopIteration where nothing is left."""
+        parts: list[Tensor] = []
+        missing = self.block_rows
+        while missing and self._open_chunk() is not None:
+            assert self._chunk is not None
+            if not parts:
+                self._begin = self._place()
+            parts.append(self._chunk.rows[self._used : self._used + missing])
+            self._used += len(parts[-1])
+            missing -= len(parts[-1])
+        if not parts:
+            raise StopIteration
+        self._block = torch.cat(parts)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._number)
+        self._batches = torch.randperm(len(self._block), generator=generator).split(self.batch_size)
+
+    def _open_chunk(self) -> Chunk | None:
+        """The chunk that holds the next row; None at the end of the source, whose last chunk stays open."""
+        if self._chunks is None:
+            state, skip = self._begin
+            self.source.load_state_dict(state)
+            self._chunks = iter(self.source)
+            self._chunk, self._used = next(self._chunks, None), skip
+        while self._chunk is not None and self._used >= len(self._chunk.rows):
+            following = next(self._chunks, None)
+            if following is None:
+                return None
+            self._chunk, self._used = following, 0
+        return self._chunk
+
+    def _place(self) -> tuple[dict[str, Any], int]:
+        assert self._chunk is not None
+        return self._chunk.state, self._used

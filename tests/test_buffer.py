@@ -1,0 +1,94 @@
+"""Shuffled blocks: every row once, the same after any resume."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from sae_lab.buffer import Chunk, ShuffledBlocks
+
+
+class Counter:
+    """A source whose rows are their own numbers, in chunks of uneven sizes (some empty)."""
+
+    SIZES = (7, 0, 12, 3, 10)
+
+    def __init__(self, n_chunks: int):
+        self.n_chunks, self.chunk, self.reads = n_chunks, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"chunk": self.chunk}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.chunk = state["chunk"]
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while self.chunk < self.n_chunks:
+            first = sum(self.SIZES[i % 5] for i in range(self.chunk))
+            rows = torch.arange(first, first + self.SIZES[self.chunk % 5]).float().view(-1, 1, 1)
+            state = {"chunk": self.chunk}
+            self.chunk += 1
+            self.reads += 1
+            yield Chunk(state, rows)
+
+
+def numbers(batches) -> list[list[int]]:
+    return [batch.flatten().int().tolist() for batch in batches]
+
+
+@pytest.mark.parametrize(("block_rows", "batch_size"), [(20, 4), (64, 8), (4, 4), (3, 5), (1000, 6)])
+def test_every_row_comes_once(block_rows, batch_size):
+    batches = numbers(ShuffledBlocks(Counter(11), block_rows, batch_size, seed=0))
+    n = sum(Counter.SIZES) * 2 + Counter.SIZES[0]
+    assert sorted(i for batch in batches for i in batch) == list(range(n))
+    assert all(len(batch) == batch_size for batch in batches[: n // batch_size])
+
+
+def test_rows_stay_in_their_block_and_are_mixed_in_it():
+    batches = numbers(ShuffledBlocks(Counter(10), 32, 8, seed=0))
+    first_block = [i for batch in batches[:4] for i in batch]
+    assert sorted(first_block) == list(range(32))
+    assert first_block != sorted(first_block)
+
+
+def test_the_seed_decides_the_order():
+    orders = [numbers(ShuffledBlocks(Counter(10), 32, 8, seed=seed)) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize(("block_rows", "batch_size"), [(20, 4), (7, 7), (64, 8), (12, 5)])
+def test_a_resumed_stream_continues_exactly(block_rows, batch_size):
+    whole = numbers(ShuffledBlocks(Counter(13), block_rows, batch_size, seed=3))
+    for given in range(len(whole) + 1):
+        stream = ShuffledBlocks(Counter(13), block_rows, batch_size, seed=3)
+        for _ in range(given):
+            next(stream)
+        resumed = ShuffledBlocks(Counter(13), block_rows, batch_size, seed=3)
+        resumed.load_state_dict(stream.state_dict())
+        assert numbers(resumed) == whole[given:]
+
+
+def test_resuming_reads_only_from_its_own_block_on():
+    stream = ShuffledBlocks(Counter(1000), 64, 8, seed=0)
+    for _ in range(8 * 20 + 3):
+        next(stream)
+    source = Counter(1000)
+    resumed = ShuffledBlocks(source, 64, 8, seed=0)
+    resumed.load_state_dict(stream.state_dict())
+    assert numbers([next(resumed)]) == numbers([next(stream)])
+    assert source.reads <= 64 // 6 + 2
+
+
+def test_a_used_stream_can_go_back_to_its_beginning():
+    stream = ShuffledBlocks(Counter(10), 16, 8, seed=0)
+    beginning = stream.state_dict()
+    whole = numbers(stream)
+    stream.load_state_dict(beginning)
+    assert numbers(stream) == whole
+
+
+def test_state_is_plain():
+    stream = ShuffledBlocks(Counter(10), 16, 8, seed=0)
+    next(stream)
+    assert stream.state_dict() == {"chunk": {"chunk": 0}, "skip": 0, "block": 0, "given": 1}

@@ -1,0 +1,147 @@
+"""The stream from text to batches: which positions reach the SAE, how much, and in what order after a resume."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from sae_lab.data import ActivationData, take_rows
+from sae_lab.errors import UserError
+from sae_lab.text import Documents
+
+
+class Numbers(Documents):
+    """Documents of single-digit words, of uneven lengths; the held-out split holds other numbers."""
+
+    def __init__(self, split: str, n_documents: int = 12):
+        self.split, self.n_documents = split, n_documents
+
+    def stream(self, epoch: int, start: int = 0):
+        for i in range(start, self.n_documents):
+            yield " ".join(str(1000 * (self.split == "held_out") + 100 + 10 * i + j) for j in range(1 + i % 7))
+
+
+class WordIds:
+    """A tokenizer whose id of a word is the number it spells."""
+
+    def __call__(self, text: str, **_):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+class Echo:
+    """A language model whose activation at a token is the token's id (twice: d = 2), so rows can be told apart."""
+
+    name, sites, d, bos_id, context, tokenizer = "echo", ("a", "b"), 2, 0, 200, WordIds()
+
+    def activations(self, tokens):
+        return tokens[:, :, None, None].expand(-1, -1, 2, 2).float()
+
+
+SETTINGS = {
+    "seq_len": 6,
+    "batch_size": 4,
+    "n_tokens": 40,
+    "block_tokens": 16,
+    "lm_batch_rows": 2,
+    "exclude_bos": False,
+    "exclude_first": 0,
+    "repeat": True,
+    "n_eval_tokens": 18,
+    "n_val_tokens": 12,
+    "seed": 0,
+}
+
+
+def data(**changes) -> ActivationData:
+    documents = partial(Numbers, n_documents=changes.pop("n_documents", 12))
+    return ActivationData(Echo(), documents, **(SETTINGS | changes))
+
+
+def ids(batches) -> list[int]:
+    return [int(i) for batch in batches for i in batch[:, 0, 0]]
+
+
+def rows_of(d: ActivationData) -> torch.Tensor:
+    return take_rows(d.text("train", repeat=False), 1000)
+
+
+def test_one_pass_gives_every_position_once():
+    d = data(repeat=False, n_tokens=10_000)
+    assert sorted(ids(d.train_dataloader())) == sorted(rows_of(d).flatten().tolist())
+
+
+def test_batches_have_rows_sources_width():
+    batches = list(data(repeat=False).train_dataloader())
+    assert all(batch.shape == (4, 2, 2) for batch in batches[:-1])
+
+
+def test_bos_never_reaches_the_sae_when_excluded():
+    d = data(exclude_bos=True, repeat=False, n_tokens=10_000)
+    tokens = rows_of(d)
+    assert (tokens[:, 1:] == 0).any()  # there are BOS inside rows, too
+    assert sorted(ids(d.train_dataloader())) == sorted(tokens[tokens != 0].tolist())
+
+
+def test_first_positions_can_be_left_out():
+    d = data(exclude_first=2, repeat=False, n_tokens=10_000)
+    assert sorted(ids(d.train_dataloader())) == sorted(rows_of(d)[:, 2:].flatten().tolist())
+
+
+def test_the_run_has_the_steps_of_its_budget():
+    d = data(n_tokens=43)
+    assert d.n_steps == len(d.train_dataloader()) == 10
+
+
+def test_held_out_rows_come_from_other_documents():
+    d = data()
+    held_out = d.held_out_rows(18)
+    assert held_out.shape == (3, 6)
+    assert ((held_out >= 1100) | (held_out == 0)).all()
+    assert (rows_of(d) < 1100).all()
+    assert torch.equal(held_out, d.held_out_rows(18))
+
+
+def test_validation_batches_hold_the_held_out_rows():
+    d = data()
+    assert sorted(ids(d.val_dataloader())) == sorted(d.held_out_rows(12).flatten().tolist())
+
+
+def test_calibration_repeats_the_first_training_batches_and_moves_nothing():
+    d = data()
+    first = [next(d.stream) for _ in range(3)]
+    state = d.state_dict()
+    again = list(d.calibration_batches(3))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert d.state_dict() == state
+    assert len(list(d.calibration_batches(100))) == d.n_steps
+
+
+def test_a_resumed_stream_continues_exactly_across_passes():
+    stream = data(n_documents=3).stream
+    whole = [next(stream) for _ in range(30)]  # several passes over three short documents
+    for n in range(30):
+        before = data(n_documents=3)
+        for _ in range(n):
+            next(before.stream)
+        after = data(n_documents=3)
+        after.load_state_dict(before.state_dict())
+        assert torch.equal(next(after.stream), whole[n])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"n_tokens": 3}, "less than one batch"),
+        ({"seq_len": 201}, "longer than the context of echo: give 200 or less"),
+        ({"exclude_first": 6}, "leaves nothing of a row"),
+        ({"exclude_first": 5, "exclude_bos": True}, "leaves nothing of a row"),
+    ],
+)
+def test_settings_that_leave_nothing_are_refused(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        data(**changes)
+
+
+def test_too_little_held_out_text_is_named():
+    with pytest.raises(UserError, match="shorter than one row"):
+        data(n_documents=2, seq_len=100).held_out_rows(100)

@@ -1,0 +1,393 @@
+"""Documents and the rows packed from them: what is in a row, where a stream continues, what a user is told."""
+
+import csv
+import itertools
+import json
+import logging
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from sae_lab.errors import UserError
+from sae_lab.text import (
+    HELD_OUT,
+    TRAIN,
+    FileDocuments,
+    HubDocuments,
+    IndexedDocuments,
+    StdlibDocuments,
+    TextRows,
+    held_out,
+)
+
+BOS = 0
+STDLIB = sysconfig.get_paths()["stdlib"]
+
+
+class Words:
+    """A tokenizer whose ids are whitespace-separated words, numbered from 1 as they appear."""
+
+    def __init__(self):
+        self.ids: dict[str, int] = {}
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [self.ids.setdefault(word, len(self.ids) + 1) for word in text.split()]}
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        words = {BOS: "BOS"} | {i: word for word, i in self.ids.items()}
+        return [" ".join(words[i] for i in row) for row in rows]
+
+
+class ListDocuments(IndexedDocuments):
+    """Documents of a list; in its order at every pass, unless shuffled."""
+
+    def __init__(self, texts: list[str], shuffled: bool = False):
+        super().__init__(seed=0)
+        self.texts, self.shuffled = texts, shuffled
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, i: int) -> str:
+        return self.texts[i]
+
+    def stream(self, epoch: int, start: int = 0):
+        return super().stream(epoch, start) if self.shuffled else iter(self.texts[start:])
+
+
+def rows_of(texts: list[str], seq_len: int, **options) -> TextRows:
+    return TextRows(ListDocuments(texts), Words(), seq_len, BOS, **options)
+
+
+def some_texts(n: int) -> list[str]:
+    """Documents of 0 to 8 words, no word twice."""
+    return [" ".join(f"w{i}.{j}" for j in range(i * 5 % 9)) for i in range(n)]
+
+
+def decoded(rows: TextRows) -> list[str]:
+    return rows.tokenizer.decode(list(rows))
+
+
+def read(documents: IndexedDocuments) -> list[str]:
+    return [documents[i] for i in range(len(documents))]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+# ---- rows
+
+
+def test_the_example_of_the_docstring():
+    rows = rows_of(["a b c d e", "f g h"], 4, repeat=False)
+    assert decoded(rows) == ["BOS a b c", "BOS d e BOS", "BOS f g h"]
+
+
+def test_a_document_that_ends_with_its_row():
+    rows = rows_of(["a b c", "d e f g"], 4, repeat=False)
+    assert decoded(rows) == ["BOS a b c", "BOS d e f"]
+
+
+def test_documents_without_tokens_are_passed_over():
+    assert decoded(rows_of(["", "a", " ", "", "b c", "", "d", ""], 6, repeat=False)) == ["BOS a BOS b c BOS"]
+
+
+@pytest.mark.parametrize("seq_len", [2, 3, 7, 50])
+def test_nothing_is_lost_and_bos_comes_first_and_never_twice(seq_len):
+    texts = some_texts(40)
+    rows = rows_of(texts, seq_len, repeat=False)
+    packed = list(rows)
+    assert all(len(row) == seq_len and row[0] == BOS for row in packed)
+    assert all(BOS not in (row[i], row[i + 1]) or row[i] != row[i + 1] for row in packed for i in range(seq_len - 1))
+    words = " ".join(texts).split()
+    kept = [word for row in rows.tokenizer.decode(packed) for word in row.split() if word != "BOS"]
+    assert kept == words[: len(kept)]
+    assert len(words) - len(kept) < seq_len  # the last, unfilled row
+
+
+def test_a_stream_that_ends_stays_ended():
+    rows = rows_of(["a b c d"], 3, repeat=False)
+    assert len(list(rows)) == 2
+    assert next(rows, None) is None
+
+
+def test_a_new_pass_has_a_new_order_and_is_announced(caplog):
+    texts = [f"w{i}" for i in range(30)]
+    rows = TextRows(ListDocuments(texts, shuffled=True), Words(), 2, BOS)
+    with caplog.at_level(logging.WARNING, logger="sae_lab.text"):
+        first = rows.tokenizer.decode(list(itertools.islice(rows, 30)))
+        assert not caplog.records
+        second = rows.tokenizer.decode(list(itertools.islice(rows, 30)))
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert [r.getMessage() for r in caplog.records] == [
+        "The text ended after 30 documents: it starts over in a new order (pass 2)."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("texts", "seq_len"), [(some_texts(12), 4), (some_texts(12), 9), (["a b c"], 8), (["a", ""], 2)]
+)
+@pytest.mark.parametrize("repeat", [True, False])
+def test_a_state_continues_at_every_row(texts, seq_len, repeat):
+    """The stream crosses three passes; a new stream given any of its states continues with the same rows."""
+    tokenizer, n = Words(), 3 * (sum(len(t.split()) + 1 for t in texts) // (seq_len - 1)) + 4
+
+    def stream() -> TextRows:
+        return TextRows(ListDocuments(texts, shuffled=True), tokenizer, seq_len, BOS, repeat)
+
+    rows = stream()
+    states, packed = [rows.state_dict()], []
+    for row in itertools.islice(rows, n):
+        packed.append(row)
+        states.append(rows.state_dict())
+    assert len(packed) == n or not repeat
+    for i, state in enumerate(states):
+        resumed = stream()
+        resumed.load_state_dict(json.loads(json.dumps(state)))
+        assert resumed.state_dict() == state
+        assert list(itertools.islice(resumed, len(packed) - i)) == packed[i:]
+        assert resumed.state_dict() == states[-1]
+
+
+def test_a_stream_can_be_wound_back():
+    rows = rows_of(some_texts(12), 4)
+    list(itertools.islice(rows, 3))
+    state = rows.state_dict()
+    ahead = list(itertools.islice(rows, 5))
+    rows.load_state_dict(state)
+    assert list(itertools.islice(rows, 5)) == ahead
+
+
+@pytest.mark.parametrize("texts", [[], ["", " "]])
+@pytest.mark.parametrize("repeat", [True, False])
+def test_no_text_at_all(texts, repeat):
+    with pytest.raises(UserError, match="no text"):
+        next(rows_of(texts, 4, repeat=repeat))
+
+
+def test_rows_need_room():
+    with pytest.raises(UserError, match="seq_len=1"):
+        rows_of(["a"], 1)
+
+
+# ---- the standard library
+
+
+def test_stdlib_splits():
+    train, kept = StdlibDocuments(TRAIN), StdlibDocuments(HELD_OUT)
+    assert not set(train.paths) & set(kept.paths)
+    share = len(kept) / (len(train) + len(kept))
+    assert 0.07 < share < 0.13
+    assert not StdlibDocuments.LEFT_OUT & {part for path in train.paths for part in path.relative_to(STDLIB).parts}
+    assert "def " in train[0] + train[1] + train[2]
+
+
+def test_held_out_is_by_checksum():
+    """Written out, so that no later change moves modules from one split to the other unseen."""
+    names = ["abc.py", "ast.py", "io.py", "json/decoder.py", "os.py", "re/__init__.py", "ssl.py", "typing.py"]
+    assert [name for name in names if held_out(name, 10)] == ["ssl.py"]
+
+
+def test_the_order_depends_on_seed_and_pass():
+    orders = [
+        tuple(StdlibDocuments(TRAIN, seed=seed).stream(epoch)) for seed, epoch in [(0, 0), (0, 1), (1, 0), (0, 0)]
+    ]
+    assert orders[0] == orders[3]
+    assert len(set(orders)) == 3
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+
+
+# ---- files
+
+
+def write(folder: Path, kind: str, texts: list[str], column: str = "text") -> str:
+    """The texts as files of one kind; returns the glob that finds them."""
+    import pandas as pd
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind in ("txt", "md"):
+        for i, text in enumerate(texts):
+            (folder / f"{i:03}.{kind}").write_text(text)
+    elif kind == "jsonl":
+        lines = [json.dumps({"id": i, column: text}) for i, text in enumerate(texts)]
+        (folder / "rows.jsonl").write_text("\n".join(lines))
+    elif kind == "csv":
+        with (folder / "rows.csv").open("w", newline="") as f:
+            csv.writer(f).writerows([["id", column], *enumerate(texts)])
+    elif kind == "parquet":
+        pd.DataFrame({"id": range(len(texts)), column: texts}).to_parquet(folder / "rows.parquet")
+    return str(folder / f"*.{kind}")
+
+
+TEXTS = [f"document {i}\nof two lines\n\nand a paragraph" for i in range(23)]
+
+
+@pytest.mark.parametrize("kind", ["txt", "md", "jsonl", "csv", "parquet"])
+def test_files_of_every_kind(kind, tmp_path):
+    paths = write(tmp_path, kind, TEXTS)
+    assert read(FileDocuments(paths, TRAIN)) == [t for i, t in enumerate(TEXTS) if i % 10 != 9]
+    assert read(FileDocuments([paths], HELD_OUT)) == [TEXTS[9], TEXTS[19]]
+
+
+def test_few_documents_keep_the_last_one_out(tmp_path):
+    paths = write(tmp_path, "jsonl", TEXTS[:3])
+    assert read(FileDocuments(paths, TRAIN)) == TEXTS[:2]
+    assert read(FileDocuments(paths, HELD_OUT)) == TEXTS[2:3]
+
+
+def test_of_a_single_document_the_last_tenth_is_kept_out(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(100))
+    paths = write(tmp_path, "txt", [text])
+    train, kept = read(FileDocuments(paths, TRAIN)), read(FileDocuments(paths, HELD_OUT))
+    assert (len(train), len(kept)) == (1, 1)
+    assert train[0] + kept[0] == text
+    assert len(kept[0]) == pytest.approx(len(text) / 10, abs=1)
+
+
+@pytest.mark.parametrize("column", ["content", "completion", "anything"])
+def test_the_text_column_is_found_or_named(column, tmp_path):
+    paths = write(tmp_path, "jsonl", TEXTS, column)
+    if column == "anything":
+        with pytest.raises(UserError, match=r"no text column among \['id', 'anything'\]: name it with data.column"):
+            FileDocuments(paths)
+    named = column if column == "anything" else None
+    assert FileDocuments(paths, column=named)[0] == TEXTS[0]
+
+
+def test_an_only_column_is_the_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"x": "a"}\n{"x": null}\n{"x": "c"}')
+    assert read(FileDocuments(str(tmp_path / "rows.jsonl"))) == ["a", ""]
+
+
+def test_names_and_bytes_that_are_not_plain(tmp_path):
+    """Brackets are a pattern to `datasets`, and Latin-1 is no UTF-8."""
+    folder = tmp_path / "set [1]"
+    folder.mkdir()
+    (folder / "a*b.txt").write_bytes(b"caf\xe9")
+    (folder / "b.TXT").write_text("second")
+    paths = [str(tmp_path / "*" / "*.txt"), str(tmp_path / "*" / "*.TXT")]
+    assert read(FileDocuments(paths, TRAIN)) + read(FileDocuments(paths, HELD_OUT)) == ["caf\ufffd", "second"]
+
+
+def test_changed_files_are_read_again(tmp_path):
+    paths = write(tmp_path, "txt", TEXTS[:2])
+    assert FileDocuments(paths)[0] == TEXTS[0]
+    time.sleep(0.01)
+    (tmp_path / "000.txt").write_text("changed")
+    assert FileDocuments(paths)[0] == "changed"
+
+
+MISTAKES = [
+    ({"paths": "*.nothing"}, "no file matches"),
+    ({"paths": ""}, "no file matches"),
+    ({"paths": "*"}, r"kinds \['.docx', '.jsonl', '.parquet', '.txt'\]"),
+    ({"paths": "*.docx"}, r"kinds \['.docx'\]"),
+    ({"paths": "*.jsonl", "column": "txet"}, r"data.column=txet .*\['id', 'text'\]"),
+    ({"paths": "*.parquet"}, "cannot be read as parquet: .*magic bytes"),
+    ({"paths": "*.jsonl", "held_out_every": 1}, "data.held_out_every=1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES)
+def test_mistakes_in_files(options, message, tmp_path):
+    write(tmp_path, "jsonl", TEXTS)
+    write(tmp_path, "txt", TEXTS[:2])
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    (tmp_path / "file.docx").write_text("x")
+    with pytest.raises(UserError, match=message) as e:
+        FileDocuments(**options | {"paths": str(tmp_path / options["paths"])})
+    assert "\n" not in str(e.value)
+
+
+# ---- data sets in the hub's format
+
+
+@pytest.fixture(params=["parquet", "jsonl"])
+def hub_folder(request, tmp_path) -> str:
+    """A data set of 40 documents in four files."""
+    for i in range(4):
+        glob = Path(write(tmp_path / "part", request.param, [f"document {10 * i + j}" for j in range(10)]))
+        (tmp_path / "set").mkdir(exist_ok=True)
+        next(glob.parent.glob(glob.name)).rename(tmp_path / "set" / f"train-{i}.{request.param}")
+    return str(tmp_path / "set")
+
+
+def number(document: str) -> int:
+    return int(document.split()[1])
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_hub_splits_are_disjoint_and_cover(hub_folder, epoch):
+    options = {"held_out_documents": 13, "window": 7}
+    train = [number(d) for d in HubDocuments(hub_folder, split=TRAIN, **options).stream(epoch)]
+    kept = [number(d) for d in HubDocuments(hub_folder, split=HELD_OUT, **options).stream(epoch)]
+    assert sorted(kept) == list(range(13))
+    assert sorted(train) == list(range(13, 40))
+    assert (train == sorted(train)) == (epoch == 0)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_hub_streams_continue_at_every_document(hub_folder, epoch):
+    options = {"held_out_documents": 5, "window": 7}
+    whole = list(HubDocuments(hub_folder, **options).stream(epoch))
+    documents = HubDocuments(hub_folder, **options)
+    assert all(list(documents.stream(epoch, n)) == whole[n:] for n in range(len(whole) + 1))
+
+
+def test_hub_passes_differ_by_seed_and_pass(hub_folder):
+    orders = [
+        tuple(HubDocuments(hub_folder, seed=seed, held_out_documents=5).stream(epoch))
+        for seed, epoch in [(0, 1), (0, 2), (1, 1), (0, 1)]
+    ]
+    assert orders[0] == orders[3]
+    assert len(set(orders)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"column": "txet"}, r"data.column=txet .*\['id', 'text'\]"),
+        ({"hub_split": "trian"}, "trian"),
+        ({"name": "no-such-subset"}, "no-such-subset"),
+    ],
+)
+def test_mistakes_in_hub_data_sets(hub_folder, options, message):
+    with pytest.raises(UserError, match=message) as e:
+        HubDocuments(hub_folder, **options)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("path", ["acme/no-such-data-set", "/no/such/folder"])
+def test_no_such_data_set_or_no_network(path, monkeypatch, capfd):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # refuses connections
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=f"'{path}' cannot be loaded .* data=stdlib") as e:
+        HubDocuments(path)
+    assert time.perf_counter() - start < 10  # `datasets` by itself retries for 23 seconds
+    assert "\n" not in str(e.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_reading_is_quiet_and_restores_the_settings(tmp_path, capfd):
+    import datasets
+
+    before = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    read(FileDocuments(write(tmp_path, "jsonl", TEXTS)))
+    assert capfd.readouterr() == ("", "")
+    assert (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()) == before
+
+
+def test_held_out_text_does_not_depend_on_the_seed():
+    """Runs of different seeds are judged on the same text; their training text comes in different orders."""
+    first = {
+        (split, seed): next(StdlibDocuments(split, seed).stream(0)) for split in (TRAIN, HELD_OUT) for seed in (0, 1)
+    }
+    assert first[HELD_OUT, 0] == first[HELD_OUT, 1]
+    assert first[TRAIN, 0] != first[TRAIN, 1]
