@@ -1,0 +1,27 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sae_lab.matmul import linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("n", "f"), [(33, 17), (1, 1), (0, 5), (5, 0)])
+def test_linear_is_torchs_whatever_the_strides(n, f, bias, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(shape, generator=generator, dtype=dtype) for shape in ((n, 9), (9, f)))
+    inputs = [x.requires_grad_(), W.requires_grad_(), torch.randn(f, dtype=dtype).requires_grad_() if bias else None]
+    leaves = [t for t in inputs if t is not None]
+    weights = torch.randn(n, f, generator=generator, dtype=dtype)
+    results = []
+    for function in (linear, F.linear):
+        y = function(inputs[0], inputs[1].T, inputs[2])
+        results.append([y, *torch.autograd.grad((y * weights).sum(), leaves)])
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_it_is_bf16():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.ones(2, 3), torch.ones(4, 3)).dtype == torch.bfloat16
