@@ -1,0 +1,32 @@
+"""Sparse autoencoders: the contract in base.py, the shared maths in linear.py, one file per family.
+
+Every module of this folder is imported here, so that a saved SAE of any of them can be loaded by its class name.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from sae_lab.saes.base import BaseSAE, SAEOutput
+from sae_lab.saes.batch_topk import BatchTopKSAE
+from sae_lab.saes.gated import GatedSAE
+from sae_lab.saes.jumprelu import JumpReLUSAE
+from sae_lab.saes.linear import LinearSAE
+from sae_lab.saes.matryoshka import MatryoshkaSAE, MatryoshkaTopKSAE
+from sae_lab.saes.topk import TopKSAE
+from sae_lab.saes.vanilla import VanillaSAE
+
+__all__ = [
+    "BaseSAE",
+    "BatchTopKSAE",
+    "GatedSAE",
+    "JumpReLUSAE",
+    "LinearSAE",
+    "MatryoshkaSAE",
+    "MatryoshkaTopKSAE",
+    "SAEOutput",
+    "TopKSAE",
+    "VanillaSAE",
+]
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,67 @@
+"""BatchTopK: k latents a row on average, chosen over the whole batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.saes.linear import SparseLinearSAE, checked_k
+from sae_lab.selection import Pieces, above, top_of_batch
+from sae_lab.sparse import Code, SparseCode, smallest_positive
+
+
+class BatchTopKSAE(SparseLinearSAE):
+    """train: the k·b largest entries of relu(h) over the whole batch stay;   eval: z = relu(h) · 1[h > threshold]
+
+    threshold = E_batches[min{z_ij | z_ij > 0}]. While training it is a bias-corrected running mean (rate 0.01);
+    `calibrate` replaces it, after training, by the plain mean over batches of training size: the write-up's estimate.
+
+    Bussmann, Leask, Nanda 2024, arXiv 2412.06410.
+
+    Args:
+        k: the mean number of active latents a row; need not be whole: floor(k·b) entries stay.
+
+    Raises:
+        UserError: k is not between 1 and the size of the dictionary.
+    """
+
+    batch_rule = True
+    threshold: Tensor
+    threshold_updates: Tensor
+
+    RATE = 0.01
+
+    def __init__(self, k: float, auxk_coefficient: float = 1 / 32, **linear: Any):
+        super().__init__(auxk_coefficient=auxk_coefficient, **linear)
+        self.k = checked_k(k, self.n_latents)
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.long))
+
+    def select(self, h: Pieces) -> SparseCode:
+        return top_of_batch(h, self.k) if self.training else above(h, self.threshold)
+
+    @torch.no_grad()
+    def observe(self, code: Code) -> None:
+        super().observe(code)
+        # At this rate the estimate is the exponential mean divided by 1 - (1 - RATE)^n: no bias towards its start.
+        self._count(code, lambda n: self.RATE / (1 - (1 - self.RATE) ** n))
+
+    @torch.no_grad()
+    def calibrate(self, x: Float[Tensor, "b s d"], i: int) -> None:
+        if i == 0:
+            self.threshold.zero_()
+            self.threshold_updates.zero_()
+        was_training = self.training
+        self.train()
+        self._count(self.code(self.normalizer(self.rows(x))[0]), lambda n: 1 / n)
+        self.train(was_training)
+
+    def _count(self, code: Code, rate: Callable[[Tensor], Tensor]) -> None:
+        """Move the threshold towards this batch's smallest active value; a batch without one tells nothing."""
+        smallest = smallest_positive(code).to(self.threshold)
+        known = smallest.isfinite()
+        self.threshold_updates += known
+        weight = rate(self.threshold_updates.clamp_min(1).to(self.threshold)) * known
+        self.threshold.lerp_(smallest.nan_to_num(posinf=0.0), weight)

@@ -1,0 +1,27 @@
+"""TopK: exactly k latents a row."""
+
+from typing import Any
+
+from sae_lab.errors import UserError
+from sae_lab.saes.linear import SparseLinearSAE, checked_k
+from sae_lab.selection import Pieces, top_k
+from sae_lab.sparse import SparseCode
+
+
+class TopKSAE(SparseLinearSAE):
+    """z = TopK_k(relu(h)): on each row the k largest positive pre-activations stay, the others are zero.
+
+    Gao et al. 2024, arXiv 2406.04093.
+
+    Raises:
+        UserError: k is not a whole number between 1 and the size of the dictionary.
+    """
+
+    def __init__(self, k: int, auxk_coefficient: float = 1 / 32, **linear: Any):
+        super().__init__(auxk_coefficient=auxk_coefficient, **linear)
+        if k != int(k):
+            raise UserError(f"k={k} must be a whole number here: only a batch-wise rule can have k={k} on average.")
+        self.k = int(checked_k(k, self.n_latents))
+
+    def select(self, h: Pieces) -> SparseCode:
+        return top_k(h, self.k)

@@ -1,0 +1,161 @@
+"""The contract of saes/base.py, for every conf/sae/*.yaml and for one and three sources."""
+
+import pytest
+import torch
+from conftest import build, planted
+
+from sae_lab.checkpoint import load_sae, save_sae
+from sae_lab.errors import UserError
+from sae_lab.saes.base import BaseSAE
+from sae_lab.sparse import fired, l0_per_row
+
+
+@pytest.fixture(params=[1, 3], ids=["1source", "3sources"])
+def n_sources(request) -> int:
+    return request.param
+
+
+@pytest.fixture
+def sae(sae_name, n_sources) -> BaseSAE:
+    return build(sae_name, n_sources=n_sources)
+
+
+@pytest.fixture
+def x(n_sources) -> torch.Tensor:
+    return planted(64, n_sources=n_sources)[0] + 0.1
+
+
+def snapshot(sae: BaseSAE) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in sae.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def step(sae: BaseSAE, x: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
+    """One training step as the module does it."""
+    loss = torch.stack(list(sae.losses(sae(x)).values())).sum()
+    optimizer.zero_grad()
+    loss.backward()
+    sae.before_step()
+    optimizer.step()
+    sae.after_step()
+    return loss.item()
+
+
+def test_forward_has_the_shapes_of_the_contract(sae, x, n_sources):
+    out = sae(x)
+    assert out.x_hat.shape == out.target.shape == (64, n_sources, 16)
+    assert l0_per_row(out.code).shape == (64,)
+    assert sae.reconstruct(x).shape == x.shape
+    assert sae.decode(sae.encode(x)).shape == x.shape
+
+
+def test_losses_are_named_finite_scalars_that_reach_the_weights(sae, x):
+    losses = sae.losses(sae(x))
+    assert "reconstruction" in losses
+    assert all(term.ndim == 0 and term.isfinite() for term in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    assert sae.W_enc.grad.norm() > 0
+    assert sae.W_dec.grad.norm() > 0
+
+
+def test_eval_codes_do_not_depend_on_the_rest_of_the_batch(sae, x):
+    for _ in range(3):
+        sae(x)
+    sae.eval()
+    whole, part = sae.encode(x), sae.encode(x[:5])
+    assert fired(whole).any()
+    torch.testing.assert_close(whole[:5], part, rtol=1e-5, atol=1e-6)
+    assert torch.equal(whole[:5] != 0, part != 0)
+
+
+def test_evaluation_changes_no_state_under_either_rule(sae, x):
+    sae(x)
+    before = snapshot(sae)
+    for training in (False, True):
+        sae.train(training)
+        sae.encode(x)
+        sae.reconstruct(x)
+    sae.eval()
+    sae(x)
+    assert same(before, snapshot(sae))
+
+
+def test_training_forward_changes_only_buffers(sae, x):
+    before = snapshot(sae)
+    sae(x)
+    parameters = {name for name, _ in sae.named_parameters()}
+    after = snapshot(sae)
+    assert all(torch.equal(before[name], after[name]) for name in parameters)
+
+
+def test_folder_round_trip_is_exact(sae, x, tmp_path):
+    sae(x)
+    loaded = load_sae(save_sae(sae, tmp_path / "sae"))
+    assert type(loaded) is type(sae)
+    assert loaded.config == sae.config
+    assert not loaded.training
+    assert same(snapshot(sae), snapshot(loaded))
+    assert torch.equal(loaded.reconstruct(x), sae.eval().reconstruct(x))
+
+
+def test_weights_come_from_the_seed_alone(sae, sae_name, n_sources):
+    torch.manual_seed(99)
+    assert same(snapshot(sae), snapshot(build(sae_name, n_sources=n_sources)))
+    other = build(sae_name, "seed=1", n_sources=n_sources)
+    assert not torch.equal(sae.W_enc, other.W_enc)
+
+
+def test_decoder_rows_keep_unit_norm_and_their_gradient_is_orthogonal(sae, x):
+    adam = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    for _ in range(3):
+        step(sae, x, adam)
+    torch.testing.assert_close(sae.W_dec.flatten(1).norm(dim=1), torch.ones(64), rtol=0, atol=1e-6)
+    torch.stack(list(sae.losses(sae(x)).values())).sum().backward()
+    sae.before_step()
+    along = (sae.W_dec.grad * sae.W_dec).flatten(1).sum(1)
+    assert sae.W_dec.grad.norm() > 0
+    torch.testing.assert_close(along, torch.zeros(64), rtol=0, atol=1e-7)
+
+
+def test_training_lowers_the_loss(sae, x):
+    adam = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    losses = [step(sae, x, adam) for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_latent_dies_exactly_after_dead_after_batches(sae, x):
+    sae.dead_after = 3
+    silent = torch.arange(8)
+    with torch.no_grad():
+        sae.W_enc[silent] = 0.0
+        if sae.b_enc is not None:
+            sae.b_enc[silent] = -1.0
+    for n in range(1, 5):
+        sae(x)
+        assert sae.dead()[silent].all() == (n >= 3)
+
+
+def test_activations_of_another_shape_are_refused(sae):
+    with pytest.raises(UserError, match="takes activations of shape"):
+        sae.encode(torch.zeros(4, sae.n_sources, 15))
+
+
+def test_rows_without_a_source_axis_mean_the_same(sae_name):
+    sae, x = build(sae_name), planted(20)[0]
+    sae(x)
+    sae.eval()
+    assert torch.equal(sae.encode(x[:, 0]), sae.encode(x))
+    assert torch.equal(sae.reconstruct(x[:, 0]), sae.reconstruct(x)[:, 0])
+
+
+def test_planted_dictionary_is_recovered(sae_name):
+    """Each planted direction has a latent whose decoder row points its way: mean max cosine >= 0.95."""
+    sae = build(sae_name, "k=3", "sae.normalize=none", n_latents=48)
+    adam = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    for i in range(1500):
+        step(sae, 0.1 * planted(256, seed=i)[0], adam)  # small rows: an L1 penalty then weighs as on unit-std input
+    cosines = planted(1)[1].flatten(1) @ sae.W_dec.detach().flatten(1).T
+    assert cosines.max(dim=1).values.mean() >= 0.95

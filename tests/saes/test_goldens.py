@@ -1,0 +1,148 @@
+"""SPEC §14's golden values and §3's formulas, for the SAEs and losses that exist."""
+
+import pytest
+import torch
+from conftest import build
+
+from sae_lab import losses
+from sae_lab.errors import UserError
+from sae_lab.saes import BatchTopKSAE, TopKSAE
+from sae_lab.saes.normalize import PerToken
+from sae_lab.sparse import l0_per_row, smallest_positive
+
+A = torch.tensor([[3, 0.5, 0, 2], [0.2, 0.1, 0.9, 0], [0, 4, 0.3, 0.7]])
+
+
+@pytest.mark.parametrize(
+    ("k", "kept", "l0", "smallest"),
+    [
+        (1, [[3, 0, 0, 2], [0, 0, 0, 0], [0, 4, 0, 0]], [2, 0, 1], 2.0),
+        (2, [[3, 0.5, 0, 2], [0, 0, 0.9, 0], [0, 4, 0, 0.7]], [3, 1, 2], 0.5),
+    ],
+)
+def test_golden_a_batch_topk(k, kept, l0, smallest):
+    code = BatchTopKSAE(k=k, d_in=2, n_latents=4).activate(A)
+    torch.testing.assert_close(code.to_dense(), torch.tensor(kept).float())
+    assert l0_per_row(code).tolist() == l0
+    assert smallest_positive(code) == pytest.approx(smallest)
+
+
+def test_topk_keeps_exactly_the_k_largest_of_each_row():
+    code = TopKSAE(k=2, d_in=2, n_latents=4).activate(A).to_dense()
+    torch.testing.assert_close(code, torch.tensor([[3, 0, 0, 2], [0.2, 0, 0.9, 0], [0, 4, 0, 0.7]]))
+
+
+def test_negative_pre_activations_never_enter_a_code():
+    """P-20: fewer than k positive values leave fewer than k active latents."""
+    h = torch.tensor([[-1.0, -2, 3, -4]])
+    assert TopKSAE(k=2, d_in=2, n_latents=4).activate(h).to_dense().tolist() == [[0, 0, 3, 0]]
+    assert BatchTopKSAE(k=2, d_in=2, n_latents=4).activate(h).to_dense().tolist() == [[0, 0, 3, 0]]
+
+
+def test_batch_topk_takes_fractional_k():
+    h = torch.rand(10, 16)
+    assert l0_per_row(BatchTopKSAE(k=1.5, d_in=2, n_latents=16).activate(h)).sum() == 15
+
+
+@pytest.mark.parametrize("k", [0, 65])
+@pytest.mark.parametrize("name", ["topk", "batch_topk"])
+def test_k_beyond_the_dictionary_is_refused(name, k):
+    with pytest.raises(Exception, match="must lie between 1 and the dictionary's 64 latents") as caught:
+        build(name, f"k={k}")
+    assert any(isinstance(e, UserError) for e in (caught.value, caught.value.__cause__))
+
+
+def test_golden_d_per_token_normalisation():
+    x = torch.randn(50, 1, 768, generator=torch.Generator().manual_seed(0)) * 7 + 3
+    normalizer = PerToken()
+    y, context = normalizer(x)
+    torch.testing.assert_close(y.square().mean(-1), torch.full((50, 1), 0.998691 + 7e-6), rtol=0, atol=1e-5)
+    torch.testing.assert_close(y.norm(dim=-1), torch.full((50, 1), 27.6948), rtol=0, atol=1e-3)
+    torch.testing.assert_close(normalizer.undo(y, context), x)
+
+
+def test_threshold_estimate_is_bias_corrected_from_the_first_batch():
+    """P-04, P-05: one batch gives its own minimum; a constant minimum gives that constant at every step."""
+    sae = BatchTopKSAE(k=1, d_in=2, n_latents=4)
+    for n in range(1, 30):
+        sae.observe(A * 2)
+        assert sae.threshold_updates == n
+        assert sae.threshold.item() == pytest.approx(0.2, abs=1e-6)
+
+
+def test_threshold_is_the_exponential_mean_divided_by_its_weight():
+    minima = [1.0, 2.0, 4.0, 3.0]
+    sae, mean = BatchTopKSAE(k=1, d_in=2, n_latents=2), 0.0
+    for n, m in enumerate(minima, start=1):
+        sae.observe(torch.tensor([[m, m + 1]]))
+        mean = 0.99 * mean + 0.01 * m
+        assert sae.threshold.item() == pytest.approx(mean / (1 - 0.99**n), rel=1e-5)
+
+
+def test_batches_without_active_latents_do_not_count():
+    sae = BatchTopKSAE(k=1, d_in=2, n_latents=4)
+    for code in (torch.zeros(3, 4), A * 2, torch.zeros(3, 4), A * 2):
+        sae.observe(code)
+    assert sae.threshold.item() == pytest.approx(0.2, abs=1e-6)
+    for i, x in enumerate([torch.zeros(3, 1, 2), torch.tensor([[[1.0, -1.0]], [[-1.0, 1.0]]])]):
+        sae.calibrate(x, i)
+    assert sae.threshold_updates == 1
+    assert sae.threshold == smallest_positive(sae.train().encode(x))
+
+
+def test_defaults_of_signature_and_yaml_agree(sae_name):
+    """An SAE built in a notebook is the SAE that the command line builds."""
+    from_conf = build(sae_name)
+    given = {name: getattr(from_conf, name) for name in ("d_in", "n_latents")}
+    given |= {"k": from_conf.config["k"]} if "k" in from_conf.config else {}
+    assert type(from_conf)(**given).config == from_conf.config
+
+
+def test_calibration_is_the_mean_of_the_batches_minima():
+    sae = build("batch_topk").eval()
+    batches = [torch.randn(32, 1, 16, generator=torch.Generator().manual_seed(i)) for i in range(20)]
+    sae.train()
+    expected = torch.stack([smallest_positive(sae.encode(x)) for x in batches]).mean()
+    sae.eval()
+    for _ in range(2):  # starting over at i = 0 forgets what was there
+        for i, x in enumerate(batches):
+            sae.calibrate(x, i)
+        torch.testing.assert_close(sae.threshold, expected.detach())
+    assert not sae.training
+
+
+class TestAuxiliaryLoss:
+    def sae_and_output(self):
+        sae = build("topk", "sae.normalize=none")
+        sae.batches_since_fired[:20] = 100
+        x = torch.randn(32, 1, 16, generator=torch.Generator().manual_seed(0))
+        out = sae(x)
+        sae.batches_since_fired[:20] = 100
+        sae.batches_since_fired[20:] = 0
+        return sae, out
+
+    def test_gradient_reaches_dead_rows_only(self):
+        """SPEC §21.4 (6): nothing to live latents, b_dec or the main reconstruction; something to dead encoders."""
+        sae, out = self.sae_and_output()
+        sae.auxk(out).backward()
+        assert sae.b_dec.grad is None or not sae.b_dec.grad.any()
+        assert not sae.W_enc.grad[20:].any()
+        assert not sae.W_dec.grad[20:].any()
+        assert sae.W_enc.grad[:20].norm() > 0
+        assert sae.W_dec.grad[:20].norm() > 0
+
+    def test_value_is_the_formula(self):
+        sae, out = self.sae_and_output()
+        e = (out.target - out.x_hat).detach()[:, 0]
+        h = (out.target[:, 0] - sae.b_dec[0]) @ sae.W_enc[:20, 0].T
+        code = torch.zeros(32, 20)
+        for row in range(32):
+            for i in h[row].relu().topk(7).indices:
+                code[row, i] = h[row, i].relu()
+        expected = (e - code @ sae.W_dec[:20, 0]).square().mean()
+        torch.testing.assert_close(losses.auxk(e.unsqueeze(1), h, sae.W_dec[:20], k_aux=7), expected)
+
+    def test_is_zero_without_dead_latents(self):
+        sae, out = self.sae_and_output()
+        sae.batches_since_fired.zero_()
+        assert sae.auxk(out) == 0

@@ -1,0 +1,125 @@
+"""JumpReLU: the kernel's gradients against their formulas (SPEC §8, §14 F, §21.4 (8), P-31 to P-35)."""
+
+import pytest
+import torch
+from conftest import build, planted
+
+from sae_lab.errors import UserError
+from sae_lab.saes.jumprelu import JumpReLUSAE, jump_relu, mean_l0, window
+
+X = planted(256, seed=1)[0]
+
+
+def sae_with(penalty: str, bandwidth: float = 0.3) -> JumpReLUSAE:
+    sae = build("jumprelu", f"sae.penalty={penalty}", f"sae.bandwidth={bandwidth}", "sae.normalize=none")
+    with torch.no_grad():
+        sae.thresholds.uniform_(0.05, 0.4, generator=torch.Generator().manual_seed(0))
+    return sae
+
+
+def test_golden_f_the_window_looks_at_pre_activations():
+    """P-32: judged by z, 0.95 (just below theta, so z = 0) would fall out of the window."""
+    h, theta = torch.tensor([[0.95], [1.04], [1.2], [0.5]]), torch.ones(1, requires_grad=True)
+    assert window(h, theta, 0.2)[:, 0].tolist() == [True, True, False, False]
+    for i, expected in enumerate([-5.0, -5.0, 0.0, 0.0]):
+        (gradient,) = torch.autograd.grad(mean_l0(h[i : i + 1], theta, 0.2), theta)
+        assert gradient.item() == pytest.approx(expected)
+    assert jump_relu(h, theta, 0.2)[:, 0].tolist() == pytest.approx([0, 1.04, 1.2, 0])
+
+
+def test_gradients_of_the_code_are_the_kernels():
+    """P-31: theta is the parameter, so no factor theta comes from a logarithm; the one here is the formula's."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(200, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    theta = torch.rand(8, dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.randn(200, 8, dtype=torch.float64, generator=generator)
+    (jump_relu(h, theta, 0.3) * weight).sum().backward()
+    near = ((h - theta) / 0.3).abs() < 0.5
+    torch.testing.assert_close(h.grad, weight * (h > theta))
+    torch.testing.assert_close(theta.grad, -(theta / 0.3) * (weight * near).sum(0))
+
+
+@pytest.mark.parametrize("penalty", ["l0", "target_l0", "tanh"])
+def test_value_and_gradient_of_each_penalty(penalty):
+    sae = sae_with(penalty)
+    out = sae(X)
+    term = sae.losses(out)["sparsity"]
+    h = (X[:, 0] @ sae.W_enc[:, 0].T).detach()  # both biases are zero
+    theta, c = sae.thresholds.detach(), sae.COEFFICIENTS[penalty]
+    z, near = h * (h > theta), ((h - theta) / 0.3).abs() < 0.5
+    l0, slope = (h > theta).sum() / 256, -near.sum(0) / (0.3 * 256)
+    value, gradient = {
+        "l0": (l0, slope),
+        "target_l0": ((l0 / 4 - 1) ** 2, 2 * (l0 / 4 - 1) / 4 * slope),
+        "tanh": ((4 * z).tanh().sum(1).mean(), -(theta / 0.3) * (near * 4 * (1 - (4 * z).tanh() ** 2)).sum(0) / 256),
+    }[penalty]
+    torch.testing.assert_close(term, c * value)
+    term.backward()
+    torch.testing.assert_close(sae.thresholds.grad, c * gradient)
+    if penalty == "tanh":
+        assert sae.W_enc.grad.norm() > 0
+    else:
+        assert sae.W_enc.grad is None
+
+
+def test_the_kernels_gradient_is_that_of_the_expectation():
+    """d/dtheta of the mean over many rows, by a central difference over one bandwidth, for a smooth function of z."""
+    h = torch.randn(1_000_000, 1, generator=torch.Generator().manual_seed(0))
+    theta = torch.tensor([0.7], requires_grad=True)
+    estimates = {
+        "l0": lambda t: mean_l0(h, t, 0.1),
+        "code": lambda t: jump_relu(h, t, 0.1).mean(),
+    }
+    for name, mean in estimates.items():
+        (gradient,) = torch.autograd.grad(mean(theta), theta)
+        with torch.no_grad():
+            difference = (mean(theta + 0.05) - mean(theta - 0.05)) / 0.1
+        torch.testing.assert_close(gradient, difference.expand(1), rtol=0.02, atol=0, msg=name)
+
+
+def test_thresholds_move_at_the_learning_rate_and_stay_non_negative():
+    """P-33, P-34: theta starts small, and Adam moves it by lr a step, not by theta · lr."""
+    sae = build("jumprelu", "sae.theta=0.001")
+    assert sae.thresholds.dtype == torch.float32
+    assert torch.equal(sae.thresholds, torch.full((64,), 0.001))
+    adam = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    for _ in range(20):
+        adam.zero_grad()
+        torch.stack(list(sae.losses(sae(X)).values())).sum().backward()
+        adam.step()
+        sae.after_step()
+    assert sae.thresholds.max() > 0.1
+    sae.thresholds.data.fill_(-0.5)
+    sae.after_step()
+    assert sae.thresholds.min() == 0
+
+
+def test_target_l0_is_reached():
+    """P-35: the penalty is on L0, and its dial is k."""
+    sae = build("jumprelu", "sae.normalize=none")
+    adam = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    for i in range(300):
+        adam.zero_grad()
+        torch.stack(list(sae.losses(sae(planted(256, seed=i)[0])).values())).sum().backward()
+        adam.step()
+        sae.after_step()
+    assert (sae(X).code != 0).sum(1).float().mean() == pytest.approx(4, rel=0.15)
+
+
+def test_thresholds_get_a_float32_gradient_from_bfloat16_pre_activations():
+    h, theta = torch.randn(64, 8).bfloat16().requires_grad_(), torch.full((8,), 0.1, requires_grad=True)
+    z = jump_relu(h, theta, 0.3)
+    (z.float().sum() + mean_l0(h, theta, 0.3)).backward()
+    assert z.dtype == h.grad.dtype == torch.bfloat16
+    assert theta.grad.dtype == torch.float32
+    assert theta.grad.norm() > 0
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match="choose one of target_l0, l0, tanh"):
+        JumpReLUSAE(d_in=2, n_latents=4, penalty="l1")
+    with pytest.raises(UserError, match="needs a k to aim at"):
+        JumpReLUSAE(d_in=2, n_latents=4)
+    with pytest.raises(UserError, match="must lie between 1 and"):
+        JumpReLUSAE(d_in=2, n_latents=4, k=5)
+    assert JumpReLUSAE(d_in=2, n_latents=4, penalty="l0").k is None
