@@ -1,0 +1,23 @@
+"""SAE Lab: train, evaluate and sweep sparse autoencoders on language models.
+
+from sae_lab import load_sae
+sae = load_sae("outputs/demo")
+code = sae.encode(activations)          # (b, d) or (b, s, d) -> (b, f)
+x_hat = sae.reconstruct(activations)    # in the units of the activations
+"""
+
+from sae_lab.checkpoint import load_sae, save_sae
+from sae_lab.saes import BaseSAE, BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, SAEOutput, TopKSAE, VanillaSAE
+
+__all__ = [
+    "BaseSAE",
+    "BatchTopKSAE",
+    "GatedSAE",
+    "JumpReLUSAE",
+    "MatryoshkaSAE",
+    "SAEOutput",
+    "TopKSAE",
+    "VanillaSAE",
+    "load_sae",
+    "save_sae",
+]

@@ -1,0 +1,95 @@
+"""SAE folders (config.json + sae.safetensors) and Lightning checkpoints that appear whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from sae_lab.errors import UserError
+from sae_lab.saes.base import BaseSAE
+
+CONFIG, WEIGHTS = "config.json", "sae.safetensors"
+
+
+def save_sae(sae: BaseSAE, folder: str | Path, provenance: dict[str, Any] | None = None) -> Path:
+    """Write an SAE folder: config.json (class, arguments, provenance) and sae.safetensors (parameters and buffers)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"class": type(sae).__name__, "config": sae.config, "provenance": provenance or {}}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
+    write_atomically(folder / WEIGHTS, save(tensors))
+    write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    return folder
+
+
+def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> BaseSAE:
+    """The SAE that a run saved, in eval mode: `load_sae("run/sae")`, or the run folder itself.
+
+    Raises:
+        UserError: no SAE folder, an unreadable file, an unknown class, or tensors that do not fit the config.
+    """
+    folder = Path(folder)
+    folder = folder / "sae" if (folder / "sae" / CONFIG).is_file() else folder
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} holds no {CONFIG}: give an SAE folder, such as <run folder>/sae.")
+    try:
+        description = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+        sae = BaseSAE.from_config(description["class"], description["config"])
+        sae.load_state_dict(tensors)
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        raise UserError(f"the SAE in {folder} cannot be read ({type(e).__name__}: {e}): save or copy it again.") from e
+    except RuntimeError as e:  # load_state_dict: missing, unexpected or misshapen tensors
+        raise UserError(f"the tensors of {folder / WEIGHTS} do not fit its {CONFIG}: {' '.join(str(e).split())}") from e
+    return sae.eval().to(device)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path` that takes its place, flushed to the disk, when the block ends without an exception.
+
+    A reader or a crash sees the old file or the new one, never half of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    with atomic_file(path) as f:
+        f.write(content)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own goes through a temporary file in /tmp, whose move to another disk is a copy, not a rename."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        with atomic_file(Path(path)) as f:
+            torch.save(checkpoint, f)
+
+
+def check_readable(checkpoint: Path, remedy: str) -> int:
+    """The step a checkpoint was saved at.
+
+    Raises:
+        UserError: it cannot be read; the sentence ends with `remedy`.
+    """
+    try:
+        return torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)["global_step"]
+    except Exception as e:  # torch.load raises RuntimeError, UnpicklingError, EOFError, KeyError, ... on a broken file
+        reason = " ".join(str(e).split())[:160]
+        raise UserError(f"the checkpoint {checkpoint} cannot be read ({type(e).__name__}: {reason}): {remedy}") from e

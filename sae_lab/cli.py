@@ -1,0 +1,145 @@
+"""What every entry point shares: where conf/ lies, and how a mistake becomes one sentence instead of a traceback."""
+
+import difflib
+import functools
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from sae_lab.errors import Interrupted, UserError
+
+# Job folders are named by their overrides, which may hold paths: a name must stay one folder, of a length disks take.
+OmegaConf.register_new_resolver("folder_name", lambda text: text.replace("/", "_")[:200], replace=True)
+
+PACKAGE = Path(__file__).resolve().parent
+# An installed wheel carries conf/ inside the package; a checkout keeps it at the top.
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+
+
+def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """`hydra.main` over conf/, with mistakes told in one sentence on stderr and exit code 1.
+
+    HYDRA_FULL_ERROR=1 shows the traceback instead.
+    """
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        failures: list[Exception] = []
+
+        def job(cfg: DictConfig) -> Any:
+            """The task; outside a multirun its exception is kept from Hydra, which would print a line of its own."""
+            try:
+                return task(cfg)
+            except Exception as e:
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    raise
+                failures.append(e)
+
+        hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)
+
+        def run() -> None:
+            hydra_main()
+            if failures:
+                raise failures[0]
+
+        @functools.wraps(task)
+        def main() -> None:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                run()
+                return
+            signal.signal(signal.SIGTERM, _terminated)
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the sentence is ours to write
+            try:
+                run()
+            except Interrupted as e:
+                _leave(str(e), e.exit_code)
+            except KeyboardInterrupt:
+                _leave("Interrupted.", 130)
+            except Exception as e:
+                sentence = explain(e, config_name, sys.argv[1:])
+                if sentence is None:
+                    raise
+                _leave(f"{Path(config_name).name}: {sentence}", 1)
+
+        return main
+
+    return decorate
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    """SIGTERM outside training (which saves a checkpoint first, see interrupt.py)."""
+    raise Interrupted("Stopped by SIGTERM: the same command into the same folder continues.", signum)
+
+
+def _leave(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def explain(error: BaseException, config_name: str, overrides: list[str]) -> str | None:
+    """One sentence for a user's mistake; None for anything else (a bug keeps its traceback)."""
+    chain = list(_causes(error))
+    for e in chain:
+        if isinstance(e, UserError):
+            return str(e)
+    for e in chain:
+        if isinstance(e, MissingMandatoryValue):
+            key = e.full_key or _one_line(e)
+            return f"{key} has no value: give {key}=..."
+        if isinstance(e, InterpolationKeyError):
+            return _one_line(e)
+        unknown = re.search(r"Could not override '([^']+)'", str(e))
+        if unknown:
+            return _unknown_key(unknown[1], config_name, overrides)
+    if isinstance(error, InstantiationException):
+        return _unknown_argument(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _one_line(error)
+    return None
+
+
+def _unknown_argument(error: InstantiationException) -> str | None:
+    """A key that the `_target_` does not take (added with +, or missing); any other failure inside it is a bug."""
+    message = _one_line(error)
+    wrong = re.search(r"TypeError\((.*(unexpected keyword argument|missing \d+ required).*?)\)", message)
+    return f"{wrong[1].strip(chr(34))}: correct that key." if wrong else None
+
+
+def _causes(error: BaseException | None):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).partition("Config search path:")[0].split())
+
+
+def _unknown_key(key: str, config_name: str, overrides: list[str]) -> str:
+    """Names the keys that stand where the unknown one was looked for."""
+    parent, _, leaf = key.rpartition(".")
+    kept = [o for o in overrides if not o.startswith(("-", f"{key}=")) and "," not in o and "=" in o]
+    known: list[str] = []
+    try:
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            config = hydra.compose(config_name, overrides=kept)
+        node = OmegaConf.select(config, parent) if parent else config
+        known = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, DictConfig) else []
+    except (HydraException, OmegaConfBaseException):
+        known = []  # another override is wrong too: the sentence below still names this one
+    close = difflib.get_close_matches(leaf, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    listing = f"It has {', '.join(known)}." if known else f"`--cfg job` prints every key; +{key}=... adds one."
+    return f"{parent or 'the config'} has no key {leaf}: {hint}{listing}"

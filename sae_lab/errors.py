@@ -1,0 +1,16 @@
+"""What ends a run on purpose: a user's mistake, told in one sentence that names the fix, and a signal."""
+
+
+class UserError(Exception):
+    """A mistake in the input (a key, a path, a site, a file); entry points print its one sentence and no traceback."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; a checkpoint was saved first. The exit code is the shell's for that signal.
+
+    Like KeyboardInterrupt no Exception: a sweep must not take it for the failure of one job and start the next.
+    """
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.exit_code = 128 + signum

@@ -1,0 +1,181 @@
+"""A run -> its metrics, tables and figures: `python -m sae_lab.evaluate run_dir=outputs/...`."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from hydra.utils import get_class, instantiate
+from jaxtyping import Bool
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from sae_lab import plots
+from sae_lab.checkpoint import load_sae, write_atomically
+from sae_lab.cli import entry_point
+from sae_lab.data import ActivationData
+from sae_lab.downstream import Replace, constant, spliced_logits, zero
+from sae_lab.errors import UserError
+from sae_lab.memory import keep_freed_memory
+from sae_lab.metrics import (
+    DownstreamMetrics,
+    ReconstructionMetrics,
+    cross_entropy,
+    kl_divergence,
+    l0_histogram,
+    next_token_log_probs,
+)
+from sae_lab.saes.base import BaseSAE
+from sae_lab.screen import print_files, print_metrics, track
+from sae_lab.sparse import Code, l0_per_row
+
+
+class Evaluation(NamedTuple):
+    """Metrics by name, and the tables that the figures are drawn from."""
+
+    metrics: dict[str, Any]
+    tables: dict[str, pd.DataFrame]
+
+
+class Subject:
+    """One SAE under one rule, and the totals gathered for it."""
+
+    def __init__(self, sae: BaseSAE, training_rule: bool, batch_size: int):
+        self.sae, self.training_rule, self.batch_size = sae, training_rule, batch_size
+        self.device = next(sae.parameters()).device
+        self.reconstruction = ReconstructionMetrics(sae.n_latents).to(self.device)
+        self.downstream = DownstreamMetrics()
+        self.l0: list[Tensor] = []
+
+    def autoencode(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Code]]:
+        """(x, x_hat, code) under this rule, in equal parts of about a training batch; the SAE's mode stays."""
+        before = self.sae.training
+        self.sae.train(self.training_rule)
+        try:
+            for batch in x.to(self.device).tensor_split(max(1, round(len(x) / self.batch_size))):
+                yield batch, *self.sae.autoencode(batch)
+        finally:
+            self.sae.train(before)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return torch.cat([x_hat for _, x_hat, _ in self.autoencode(x)])
+
+    def metrics(self) -> dict[str, float]:
+        return self.reconstruction.compute() | self.downstream.compute()
+
+
+def evaluate(sae: BaseSAE, data: ActivationData) -> Evaluation:
+    """The metrics of `metrics.py` on held-out text, under the deployed rule and, as `train_mode`, the training rule."""
+    return evaluate_all({"": sae}, data)[""]
+
+
+@torch.no_grad()
+def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str, Evaluation]:
+    """`evaluate` for several SAEs of the same sites, which share every pass over the language model.
+
+    The training rule sees batches of about the training size: whole text rows, from all over the held-out text.
+    No SAE's state or mode changes.
+    """
+    rows_at_once = max(data.lm_batch_rows, math.ceil(data.batch_size / data.seq_len))
+    batches = data.held_out_rows(data.n_eval_tokens).split(rows_at_once)
+    deployed = {name: Subject(sae, False, data.batch_size) for name, sae in saes.items()}
+    trained = {name: Subject(sae, True, data.batch_size) for name, sae in saes.items() if sae.batch_rule}
+    subjects = [*deployed.values(), *trained.values()]
+    bos = reconstruct_all(subjects, data, batches)
+    splice_all(subjects, data, batches)
+    evaluations = {}
+    for name, subject in deployed.items():
+        metrics = subject.metrics()
+        train_mode = trained[name].metrics() if name in trained else dict(metrics)
+        evaluations[name] = Evaluation(metrics | {"train_mode": train_mode}, tables(subject, bos))
+    return evaluations
+
+
+def reconstruct_all(subjects: list[Subject], data: ActivationData, batches: tuple[Tensor, ...]) -> Bool[Tensor, " n"]:
+    """First walk: reconstruction metrics and L0s. Returns which of the n tokens are BOS."""
+    bos = []
+    for tokens in track(batches, "evaluating reconstruction"):
+        keep = data.keep(tokens)
+        x = data.lm.activations(tokens)
+        x = x[keep.to(x.device)]
+        for subject in subjects:
+            for batch, x_hat, code in subject.autoencode(x):
+                subject.reconstruction.update(batch, x_hat, code)
+                subject.l0.append(l0_per_row(code).cpu())
+        bos.append(tokens[keep] == data.lm.bos_id)
+    return torch.cat(bos)
+
+
+def splice_all(subjects: list[Subject], data: ActivationData, batches: tuple[Tensor, ...]) -> None:
+    """Second walk: cross-entropies with the activations clean, zeroed, set to their mean and, per subject, spliced."""
+    lm, mean = data.lm, constant(subjects[0].reconstruction.mean_activation())
+    for tokens in track(batches, "evaluating cross-entropy"):
+        activations, keep, targets = lm.activations(tokens), data.keep(tokens), tokens.to(lm.device)
+
+        def log_probs(replace: Replace, tokens=tokens, activations=activations, keep=keep) -> Tensor:
+            return next_token_log_probs(spliced_logits(lm, tokens, activations, keep, replace))
+
+        clean = next_token_log_probs(lm.logits(tokens))
+        shared = {
+            "ce_clean": cross_entropy(clean, targets),
+            "ce_zero": cross_entropy(log_probs(zero), targets),
+            "ce_mean": cross_entropy(log_probs(mean), targets),
+        }
+        for subject in subjects:
+            spliced = log_probs(subject.reconstruct)
+            own = {"ce_spliced": cross_entropy(spliced, targets), "kl": kl_divergence(clean, spliced)}
+            subject.downstream.to(lm.device).update(**shared, **own)
+
+
+def tables(subject: Subject, bos: Bool[Tensor, " n"]) -> dict[str, pd.DataFrame]:
+    """Tokens by L0 (BOS apart), and the share of tokens on which each latent fires."""
+    density = (subject.reconstruction.fires / subject.reconstruction.n_rows).cpu().numpy()
+    return {
+        "l0_per_token": pd.DataFrame(l0_histogram(torch.cat(subject.l0), bos)),
+        "latent_density": pd.DataFrame({"latent": range(len(density)), "density": density}),
+    }
+
+
+def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[Path]:
+    """metrics.json last, since it marks a run as complete; before it the tables and figures of `figures/`."""
+    figures = run_dir / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    for name, table in evaluation.tables.items():
+        table.to_csv(figures / f"{name}.csv", index=False)
+    written = [
+        plots.l0_per_token(evaluation.tables["l0_per_token"], figures / "l0_per_token.png", k=sae.config.get("k")),
+        plots.latent_density(evaluation.tables["latent_density"], figures / "latent_density.png"),
+    ]
+    log_file = run_dir / "metrics.csv"
+    if log_file.is_file():
+        written.append(plots.training_curves(pd.read_csv(log_file), figures / "training.png"))
+    sizes = {"n_latents": sae.n_latents, "d_in": sae.d_in, "n_sources": sae.n_sources}
+    write_atomically(run_dir / "metrics.json", (json.dumps(evaluation.metrics | sizes, indent=2) + "\n").encode())
+    return [run_dir / "metrics.json", *written]
+
+
+@entry_point("evaluate")
+def main(cfg: DictConfig) -> None:
+    """Repeat the evaluation of a run on its own data; `n_eval_tokens` and `device` may differ."""
+    run_dir = Path(cfg.run_dir)
+    config_file = run_dir / ".hydra" / "config.yaml"
+    if not config_file.is_file():
+        raise UserError(f"{run_dir} is not a run folder (no .hydra/config.yaml): give run_dir=<folder of a run>.")
+    run = OmegaConf.load(config_file)
+    assert isinstance(run, DictConfig)
+    run.data.n_eval_tokens = cfg.n_eval_tokens or run.data.n_eval_tokens
+    run.lm.device = cfg.device
+    keep_freed_memory()
+    get_class(run.sae._target_)  # registers an SAE that lies outside this package
+    data = instantiate(run.data, lm=instantiate(run.lm))
+    sae = load_sae(run_dir, data.lm.device)
+    evaluation = evaluate(sae, data)
+    print_metrics(evaluation.metrics, run_dir)
+    print_files(write_results(evaluation, sae, run_dir))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Where training figures go: metrics.csv, one row a logging step, and W&B."""
+
+import csv
+import uuid
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class CSVLog(Logger):
+    """Appends to `save_dir/metrics.csv`; a resumed run drops the rows that it will log again, and keeps the others.
+
+    (Lightning's own CSVLogger deletes the file of the run it continues.)
+    """
+
+    def __init__(self, save_dir: str):
+        super().__init__()
+        self.path = Path(save_dir) / "metrics.csv"
+        self._rows: list[dict[str, Any]] | None = None
+        self._columns: list[str] = []
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The config is in .hydra/ already."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"step": step} | {name: float(value) for name, value in metrics.items() if name != "epoch"}
+        first = self._rows is None
+        if self._rows is None:
+            self._rows = self._earlier(step or 0)
+        self._rows.append(row)
+        columns = ["step", *sorted({name for r in self._rows for name in r} - {"step"})]
+        if first or columns != self._columns:
+            self._columns = columns
+            self._write(self._rows, "w")
+        else:
+            self._write([row], "a")
+
+    def _earlier(self, step: int) -> list[dict[str, Any]]:
+        """The rows of the file, if there is one, from before this step."""
+        if not self.path.is_file():
+            return []
+        with self.path.open(newline="") as f:
+            rows = [{name: value for name, value in r.items() if value} for r in csv.DictReader(f)]
+        return [r for r in rows if float(r["step"]) < step]
+
+    def _write(self, rows: list[dict[str, Any]], how: str) -> None:
+        with self.path.open(how, newline="") as f:
+            writer = csv.DictWriter(f, self._columns)
+            if how == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def wandb_log(save_dir: str, **options: Any) -> WandbLogger:
+    """A WandbLogger whose run id is kept in `save_dir/wandb/run_id`: a resumed run goes on in the same W&B run."""
+    id_file = Path(save_dir) / "wandb" / "run_id"
+    if not id_file.is_file():
+        id_file.parent.mkdir(parents=True, exist_ok=True)
+        id_file.write_text(uuid.uuid4().hex[:8])
+    return WandbLogger(save_dir=save_dir, id=id_file.read_text(), resume="allow", **options)

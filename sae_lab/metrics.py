@@ -1,0 +1,148 @@
+"""What is reported of a trained SAE: every name defined once, accumulated as totals over the held-out tokens.
+
+Reconstruction, for activations x and reconstructions x_hat in raw units, over n rows, s sources and d dimensions
+(every source counts; sums run over rows, sources and dimensions):
+
+    nmse               mean of ((x - x_hat) / (std_d x + 1e-5))², std_d unbiased, per row and source: the squared error
+                       on the unit-std input, as the BatchTopK write-up plots it
+    fvu                sum (x - x_hat)² / sum (x - mean x)², mean x per source and dimension over the whole data set
+    cosine_similarity  mean over rows and sources of cos(x, x_hat)
+    l0                 mean over rows of the number of active (non-zero) latents
+    l0_std             its standard deviation over rows (population)
+    dead_fraction      share of latents active on no evaluation token
+    n_eval_tokens      n
+
+Downstream, next-token cross-entropy (nats) of the language model, mean over all predictions within rows; x is
+replaced at the positions that the SAE is judged on (`data.exclude_*` positions keep their activation):
+
+    ce_clean           nothing replaced
+    ce_spliced         x replaced by x_hat
+    ce_zero, ce_mean   x replaced by 0, by the data set's mean activation
+    ce_degradation     ce_spliced - ce_clean: positive is worse
+    loss_recovered     (ce_zero - ce_spliced) / (ce_zero - ce_clean): 1 is perfect, 0 as bad as zero-ablation
+    kl                 mean KL(clean || spliced) of the next-token distributions, nats
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torchmetrics import Metric
+
+from sae_lab.sparse import Code, fire_counts, l0_per_row
+
+
+def batch_fvu(x: Float[Tensor, "b s d"], x_hat: Float[Tensor, "b s d"]) -> Tensor:
+    """fvu of one batch, by itself: for training curves."""
+    return (x - x_hat).float().square().sum() / (x - x.mean(dim=0)).float().square().sum()
+
+
+class ReconstructionMetrics(Metric):
+    """The reconstruction metrics of this file's docstring, as float64 totals; distributed processes add theirs up."""
+
+    full_state_update = False
+
+    squared_error: Tensor
+    squared_norm: Tensor
+    sum_x: Tensor
+    normalised_error: Tensor
+    cosine: Tensor
+    l0_sum: Tensor
+    l0_squared: Tensor
+    fires: Tensor
+    n_rows: Tensor
+
+    def __init__(self, n_latents: int):
+        super().__init__()
+        for name in ("squared_error", "squared_norm", "normalised_error", "cosine", "l0_sum", "l0_squared", "n_rows"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sum_x", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("fires", torch.zeros(n_latents, dtype=torch.long), dist_reduce_fx="sum")
+        self.values_per_row = 0
+
+    def update(self, x: Float[Tensor, "*row d"], x_hat: Float[Tensor, "*row d"], code: Code) -> None:
+        x = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
+        x, x_hat = x.float(), x_hat.reshape(x.shape).float()
+        self.values_per_row, self.n_sources = x[0].numel(), x.shape[1]
+        error = x - x_hat
+        self.squared_error += error.double().square().sum()
+        self.squared_norm += x.double().square().sum()
+        self.sum_x = self.sum_x + x.double().sum(dim=0)
+        scale = x.std(dim=-1, keepdim=True) + 1e-5
+        self.normalised_error += (error / scale).double().square().sum()
+        self.cosine += F.cosine_similarity(x, x_hat, dim=-1).double().sum()
+        l0 = l0_per_row(code).double()
+        self.l0_sum += l0.sum()
+        self.l0_squared += l0.square().sum()
+        self.fires += fire_counts(code)
+        self.n_rows += len(x)
+
+    def mean_activation(self) -> Float[Tensor, "s d"]:
+        return (self.sum_x / self.n_rows).float()
+
+    def compute(self) -> dict[str, float]:
+        n = self.n_rows
+        variance = self.squared_norm - self.sum_x.square().sum() / n
+        l0 = self.l0_sum / n
+        values = {
+            "nmse": self.normalised_error / (n * self.values_per_row),
+            "fvu": self.squared_error / variance,
+            "l0": l0,
+            "l0_std": (self.l0_squared / n - l0.square()).clamp_min(0).sqrt(),
+            "cosine_similarity": self.cosine / (n * self.n_sources),
+            "dead_fraction": (self.fires == 0).double().mean(),
+            "n_eval_tokens": n,
+        }
+        return {name: value.item() for name, value in values.items()} | {"n_eval_tokens": int(n)}
+
+
+def next_token_log_probs(logits: Float[Tensor, "n t v"]) -> Float[Tensor, "n t-1 v"]:
+    """log p of every token after the first, in float32; the last position predicts nothing that is known."""
+    return logits[:, :-1].float().log_softmax(dim=-1)
+
+
+def cross_entropy(log_probs: Float[Tensor, "n t-1 v"], tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t-1"]:
+    """-log p of what came next, nats."""
+    return -log_probs.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
+
+
+def kl_divergence(clean: Float[Tensor, "n t-1 v"], spliced: Float[Tensor, "n t-1 v"]) -> Float[Tensor, "n t-1"]:
+    """KL(clean || spliced) of each prediction, nats; a row at a time, for the vocabulary may be large."""
+    rows = zip(clean, spliced, strict=True)
+    return torch.stack([F.kl_div(q, p, reduction="none", log_target=True).sum(-1) for p, q in rows])
+
+
+class DownstreamMetrics(Metric):
+    """The downstream metrics of this file's docstring, as float64 totals."""
+
+    full_state_update = False
+
+    n_predictions: Tensor
+
+    TOTALS = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl")
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in (*self.TOTALS, "n_predictions"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, **predictions: Float[Tensor, "n t-1"]) -> None:
+        """One value per prediction, for each name of TOTALS."""
+        for name in self.TOTALS:
+            setattr(self, name, getattr(self, name) + predictions[name].double().sum())
+        self.n_predictions += predictions["ce_clean"].numel()
+
+    def compute(self) -> dict[str, float]:
+        values = {name: (getattr(self, name) / self.n_predictions).item() for name in self.TOTALS}
+        damage, reach = values["ce_spliced"] - values["ce_clean"], values["ce_zero"] - values["ce_clean"]
+        recovered = (values["ce_zero"] - values["ce_spliced"]) / reach if reach else float("nan")
+        return values | {"ce_degradation": damage, "loss_recovered": recovered}
+
+
+def l0_histogram(counts: Int[Tensor, " n"], bos: Bool[Tensor, " n"]) -> list[dict[str, Any]]:
+    """Rows (l0, bos, other): how many tokens have that many active latents, BOS tokens told apart."""
+    size = int(counts.max()) + 1
+    at_bos, elsewhere = (torch.bincount(counts[mask], minlength=size).tolist() for mask in (bos, ~bos))
+    return [{"l0": i, "bos": at_bos[i], "other": elsewhere[i]} for i in range(size)]

@@ -1,0 +1,96 @@
+"""A run folder: whose config it holds, how far the run has come, and what to do about it."""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from sae_lab.checkpoint import check_readable, write_atomically
+from sae_lab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What may change when a run is continued: where and how it runs, not what it computes.
+FREE = (
+    "resume",
+    "run_dir",
+    "logger",
+    "lm.device",
+    "trainer.accelerator",
+    "trainer.checkpoint_every",
+    "trainer.log_every",
+    "trainer.validate_every",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder; `checkpoint` is where to continue from (None: start), `complete` means: metrics.json is there."""
+
+    folder: Path
+    checkpoint: Path | None
+    complete: bool
+
+    def begin(self, files: dict[str, str]) -> None:
+        """Make the folder this run's: clear what an earlier run left if this one starts, and write `.hydra/`."""
+        if self.checkpoint is None:
+            clear(self.folder)
+        for name, text in files.items():
+            write_atomically(self.folder / ".hydra" / name, text.encode())
+
+
+def examine(folder: Path, config: Any, resume: str) -> Run:
+    """What `folder` holds, seen by a run of this (resolved) config; nothing is written.
+
+    Raises:
+        UserError: it holds a run of another config, its checkpoint cannot be read, or `resume` is no known word.
+    """
+    if resume not in ("auto", "never"):
+        raise UserError(f"resume={resume} is not known: choose auto (continue where the folder stands) or never.")
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    complete = (folder / "metrics.json").is_file()
+    if resume == "never" or not (checkpoint.is_file() or complete):  # nothing was learnt yet: any config may start
+        return Run(folder, None, False)
+    if not complete:
+        step = check_readable(checkpoint, "delete it to start again, or type resume=never.")
+        log.info("continuing from step %d of %s", step, checkpoint)
+    config_file = folder / ".hydra" / "config.yaml"
+    if not config_file.is_file():
+        raise UserError(f"{folder} has lost its .hydra/config.yaml: put it back, or type resume=never to start again.")
+    refuse_other_config(folder, OmegaConf.to_container(OmegaConf.load(config_file)), config)
+    return Run(folder, checkpoint, complete)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left, and nothing else."""
+    for name in ("checkpoints", "sae", "figures", "tensorboard", "wandb", ".hydra"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("metrics.json", "metrics.csv"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def refuse_other_config(folder: Path, there: Any, here: Any) -> None:
+    """Raise a UserError that names the keys which differ, leaving out those that may."""
+    theirs, ours = flat(there), flat(here)
+    by_depth = sorted(theirs | ours, key=lambda k: (k.count("."), k))
+    keys = [k for k in by_depth if not any(k == f or k.startswith(f"{f}.") for f in FREE)]
+    differing = [k for k in keys if theirs.get(k) != ours.get(k)]
+    if differing:
+        shown = ", ".join(f"{k} is {theirs.get(k)} there and {ours.get(k)} here" for k in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise UserError(
+            f"{folder} holds a run of another config ({shown}{more}): "
+            "choose another hydra.run.dir, or type resume=never to start again in it."
+        )
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} for {"a": {"b": value}}."""
+    if not isinstance(config, dict) or not config:
+        return {prefix: config}
+    return {
+        k: v for key, node in config.items() for k, v in flat(node, f"{prefix}.{key}" if prefix else str(key)).items()
+    }

@@ -1,0 +1,102 @@
+"""What a run shows on the terminal: a progress bar while it trains, bars for long loops, a table at the end."""
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track as rich_track
+from rich.table import Table
+
+T = TypeVar("T")
+console = Console()
+
+
+def track(items: Sequence[T], description: str) -> Iterable[T]:
+    """A bar over a loop, where somebody watches."""
+    return rich_track(items, description, console=console, transient=True) if console.is_terminal else items
+
+
+class TrainingProgress(L.Callback):
+    """Steps, loss, l0, dead share, tokens/s and ETA: a live bar on a terminal, a line every `seconds` elsewhere."""
+
+    def __init__(self, seconds: float = 15.0):
+        self.seconds = seconds
+        self._bar: Progress | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start, self._first_step, self._said = time.perf_counter(), trainer.global_step, time.perf_counter()
+        self._tokens = 0
+        if console.is_terminal:
+            columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")]
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
+            self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, state="")
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        self._tokens += len(batch)
+        now = time.perf_counter()
+        rate = self._tokens / (now - self._start)
+        if (i + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log("tokens_per_second", rate)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=trainer.global_step, state=state(trainer, rate))
+        elif now - self._said > self.seconds:
+            self._said = now
+            left = (trainer.max_steps - trainer.global_step) * (now - self._start)
+            left /= max(1, trainer.global_step - self._first_step)
+            print(
+                f"step {trainer.global_step}/{trainer.max_steps}  {state(trainer, rate)}  {left:.0f} s left", flush=True
+            )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def state(trainer: L.Trainer, rate: float) -> str:
+    """The last logged figures, in a line."""
+    logged = trainer.logged_metrics
+    shown = {"loss": "{:.4f}", "l0": "{:.1f}", "dead_share": "{:.1%}"}
+    parts = [
+        f"{name.replace('_share', '')} {form.format(float(logged[name]))}"
+        for name, form in shown.items()
+        if name in logged
+    ]
+    return "  ".join([*parts, f"{rate:,.0f} tokens/s"])
+
+
+def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
+    """The evaluation as a table: the deployed rule and the training rule side by side."""
+    table = Table(title=str(run_dir), title_justify="left")
+    for column in ("metric", "deployed", "train mode"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            continue
+        other = metrics["train_mode"].get(name)
+        table.add_row(name, figure(value), "" if other is None else figure(other))
+    console.print(table)
+
+
+def figure(value: float) -> str:
+    """Four significant digits; whole numbers with thousands separators."""
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.4g}"
+
+
+def print_files(paths: Sequence[Path]) -> None:
+    """What was written, one path a line."""
+    for path in paths:
+        print(path)

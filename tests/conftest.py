@@ -1,0 +1,54 @@
+"""What tests share: SAEs built from conf/sae/*.yaml as `train` builds them, and data with a planted dictionary."""
+
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+
+from sae_lab.cli import CONF
+from sae_lab.saes.base import BaseSAE
+
+torch.set_num_threads(1)
+
+SAE_NAMES = sorted(p.stem for p in (CONF / "sae").glob("*.yaml") if not p.stem.startswith("_"))
+
+
+def compose(*overrides: str, config_name: str = "train"):
+    """conf/ composed with overrides, as the command line does it."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose(config_name, overrides=list(overrides))
+
+
+def build(name: str, *overrides: str, d_in: int = 16, n_latents: int = 64, n_sources: int = 1) -> BaseSAE:
+    """The SAE of conf/sae/<name>.yaml at small sizes."""
+    cfg = compose(f"sae={name}", "k=4", *overrides)
+    return instantiate(cfg.sae, d_in=d_in, n_latents=n_latents, n_sources=n_sources)
+
+
+def planted(n: int, d_in: int = 16, n_features: int = 24, active: int = 3, n_sources: int = 1, seed: int = 0):
+    """Rows that are sparse non-negative sums of known unit directions: (x (n, s, d), directions (features, s, d)).
+
+    The directions are always the same; the seed is of the rows.
+    """
+    directions = torch.randn(n_features, n_sources * d_in, generator=torch.Generator().manual_seed(12345))
+    directions /= directions.norm(dim=-1, keepdim=True)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(n, n_features, generator=generator).topk(active, dim=-1).indices
+    strengths = torch.zeros(n, n_features).scatter(-1, chosen, 1 + torch.rand(n, active, generator=generator))
+    return (strengths @ directions).view(n, n_sources, d_in), directions.view(n_features, n_sources, d_in)
+
+
+@pytest.fixture(params=SAE_NAMES)
+def sae_name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tiny_lm_folder() -> Path:
+    import sae_lab.lm
+
+    return Path(sae_lab.lm.__file__).parent / "tiny"

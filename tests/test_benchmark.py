@@ -1,0 +1,67 @@
+"""The benchmark runs at a tiny size and writes what it says; how fast anything is, is not tested."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import compose
+
+from sae_lab import benchmark
+from sae_lab.sparse import SparseCode
+
+TINY = ["d_in=16", "n_latents=64", "k=4", "batch_size=32", "repeats=2", "device=cpu"]
+
+
+def run(folder, *overrides: str) -> dict:
+    command = [sys.executable, "-m", "sae_lab.benchmark", *TINY, *overrides, f"hydra.run.dir={folder}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "x floor" in done.stdout
+    return json.loads((folder / "benchmark.json").read_text())
+
+
+def test_the_command_writes_its_figures(tmp_path):
+    figures = run(tmp_path, "sae=topk", "dead_share=0.25", "precision=bf16-mixed")
+    times = ["floor_ms", "torch_floor_ms", "dense_ms", "step_ms", "lightning_step_ms"]
+    assert all(figures[name] > 0 for name in (*times, "peak_memory_mb"))
+    assert figures["tokens_per_second"] == pytest.approx(1e3 * 32 / figures["step_ms"])
+    assert figures["config"]["sae"]["_target_"] == "sae_lab.saes.topk.TopKSAE"
+    assert figures["device"]
+    assert {p.name for p in tmp_path.iterdir()} <= {"benchmark.json", ".hydra", "benchmark.log"}
+
+
+def test_the_dense_reference_can_be_left_out(tmp_path):
+    assert run(tmp_path, "dense=false", "n_sources=2")["dense_ms"] is None
+
+
+def configured(*overrides: str):
+    return compose(*TINY, *overrides, config_name="benchmark")
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "vanilla"])
+def test_the_dense_reference_computes_what_we_do(name):
+    cfg = configured(f"sae={name}", "dead_share=0.25")
+    sae, x = benchmark.build_sae(cfg, "cpu"), benchmark.superposed_rows(32, 1, 16)
+    ours, dense = sae(x), benchmark.dense_forward(sae, x)
+    torch.testing.assert_close(dense.x_hat, ours.x_hat)
+    assert sae.dead().sum() == (16 if "k" in sae.config else 0)
+    code = ours.code.to_dense() if isinstance(ours.code, SparseCode) else ours.code
+    torch.testing.assert_close(dense.code, code)
+
+
+def test_a_step_of_the_reference_is_a_step_of_ours():
+    cfg = configured("sae=batch_topk", "dead_share=0.25")
+    x = benchmark.superposed_rows(32, 1, 16)
+    trained = []
+    for forward in ({}, {"forward": benchmark.dense_forward}):
+        sae = benchmark.build_sae(cfg, "cpu")
+        before = sae.W_enc.clone()
+        step = benchmark.training_step(sae, cfg, x, **forward)
+        for _ in range(3):
+            step()
+        assert not torch.equal(sae.W_enc, before)
+        trained.append(sae.state_dict())
+    for name, ours in trained[0].items():
+        torch.testing.assert_close(ours, trained[1][name])

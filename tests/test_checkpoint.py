@@ -1,0 +1,66 @@
+"""SAE folders that cannot be trusted are refused, each with one sentence; files appear whole or not at all."""
+
+import json
+
+import pytest
+import torch
+from conftest import build
+from safetensors.torch import load_file, save_file
+
+from sae_lab.checkpoint import AtomicCheckpointIO, load_sae, save_sae, write_atomically
+from sae_lab.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_sae(build("batch_topk"), tmp_path / "run" / "sae")
+
+
+def edit(folder, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def retensor(folder, change) -> None:
+    tensors = load_file(folder / "sae.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "sae.safetensors")
+
+
+def test_a_run_folder_loads_its_sae(folder):
+    assert torch.equal(load_sae(folder).W_enc, load_sae(folder.parent).W_enc)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "sentence"),
+    [
+        (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "sae.safetensors").write_bytes(b"1234"), "cannot be read"),
+        (lambda f: edit(f, lambda c: c.update({"class": "os.system"})), "there is no SAE class 'os.system'"),
+        (lambda f: edit(f, lambda c: c["config"].update(gamma=3)), "cannot be built from this config"),
+        (lambda f: edit(f, lambda c: c["config"].update(n_latents=65)), "do not fit"),
+        (lambda f: retensor(f, lambda t: t.update(scale=torch.ones(1))), "do not fit"),
+        (lambda f: retensor(f, lambda t: t.pop("threshold")), "do not fit"),
+    ],
+)
+def test_a_damaged_folder_is_refused(folder, break_it, sentence):
+    break_it(folder)
+    with pytest.raises(UserError, match=sentence):
+        load_sae(folder)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_checkpoints_load_without_running_code(tmp_path):
+    AtomicCheckpointIO().save_checkpoint({"global_step": 3, "w": torch.ones(2)}, tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3

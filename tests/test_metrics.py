@@ -1,0 +1,95 @@
+"""metrics.py against numpy-like definitions and SPEC §14's golden values."""
+
+import math
+
+import pytest
+import torch
+
+from sae_lab.metrics import (
+    DownstreamMetrics,
+    ReconstructionMetrics,
+    batch_fvu,
+    cross_entropy,
+    kl_divergence,
+    l0_histogram,
+    next_token_log_probs,
+)
+
+
+def rows(n: int, s: int = 1, d: int = 16, seed: int = 0) -> torch.Tensor:
+    return 5 + torch.randn(n, s, d, generator=torch.Generator().manual_seed(seed))
+
+
+def totals(x: torch.Tensor, x_hat: torch.Tensor, code: torch.Tensor, batch: int) -> dict[str, float]:
+    metrics = ReconstructionMetrics(code.shape[1])
+    for part in zip(x.split(batch), x_hat.split(batch), code.split(batch), strict=True):
+        metrics.update(*part)
+    return metrics.compute()
+
+
+def test_golden_c_explained_variance_on_shifted_data():
+    """SPEC §14 C: with noise of half the spread, fvu is 0.25 however far the data lie from the origin (SL#659)."""
+    x = rows(5000)
+    x_hat = x + 0.5 * torch.randn(5000, 1, 16, generator=torch.Generator().manual_seed(1))
+    assert 1 - totals(x, x_hat, torch.ones(5000, 4), 512)["fvu"] == pytest.approx(0.7484, abs=0.005)
+
+
+@pytest.mark.parametrize("s", [1, 3])
+def test_totals_do_not_depend_on_how_the_rows_are_batched(s):
+    x, x_hat = rows(100, s), rows(100, s, seed=1)
+    code = (torch.rand(100, 8, generator=torch.Generator().manual_seed(2)) < 0.3).float()
+    whole, parts = totals(x, x_hat, code, 100), totals(x, x_hat, code, 7)
+    assert whole.keys() == parts.keys()
+    assert all(whole[name] == pytest.approx(parts[name], rel=1e-12) for name in whole)
+
+
+def test_every_reconstruction_metric_is_its_definition():
+    x, x_hat = rows(60, s=2), rows(60, s=2, seed=1)
+    code = torch.zeros(60, 5)
+    code[:30, 0], code[:10, 1], code[0, 2] = 1.5, 0.1, -2.0
+    values = totals(x, x_hat, code, 16)
+    e = x - x_hat
+    l0 = torch.tensor([3.0, *[2.0] * 9, *[1.0] * 20, *[0.0] * 30])
+    expected = {
+        "fvu": e.square().sum() / (x - x.mean(0)).square().sum(),
+        "nmse": (e / (x.std(-1, keepdim=True) + 1e-5)).square().mean(),
+        "cosine_similarity": ((x * x_hat).sum(-1) / (x.norm(dim=-1) * x_hat.norm(dim=-1))).mean(),
+        "l0": l0.mean(),
+        "l0_std": l0.std(correction=0),
+        "dead_fraction": 2 / 5,
+        "n_eval_tokens": 60,
+    }
+    assert values.keys() == expected.keys()
+    assert all(values[name] == pytest.approx(float(expected[name]), rel=1e-5) for name in expected)
+    assert batch_fvu(x, x_hat).item() == pytest.approx(values["fvu"], rel=1e-5)
+
+
+def test_perfect_and_mean_reconstructions_mark_the_scale():
+    x, code = rows(50), torch.ones(50, 2)
+    assert totals(x, x, code, 50)["fvu"] == 0
+    assert totals(x, x.mean(0).expand_as(x), code, 50)["fvu"] == pytest.approx(1, rel=1e-5)
+
+
+def test_downstream_metrics_on_known_distributions():
+    """Two tokens of a vocabulary of two: cross-entropies and KL by hand."""
+    tokens = torch.tensor([[0, 1], [0, 1]])
+
+    def log_probs(p: float) -> torch.Tensor:
+        logits = torch.tensor([math.log(1 - p), math.log(p)]).expand(2, 2, 2)
+        return next_token_log_probs(logits)
+
+    metrics = DownstreamMetrics()
+    cases = {"clean": log_probs(0.8), "spliced": log_probs(0.5), "zero": log_probs(0.1), "mean": log_probs(0.2)}
+    kl = kl_divergence(cases["clean"], cases["spliced"])
+    metrics.update(kl=kl, **{f"ce_{case}": cross_entropy(p, tokens) for case, p in cases.items()})
+    ce = {"clean": -math.log(0.8), "spliced": -math.log(0.5), "zero": -math.log(0.1), "mean": -math.log(0.2)}
+    expected = {f"ce_{case}": value for case, value in ce.items()}
+    expected["ce_degradation"] = ce["spliced"] - ce["clean"]
+    expected["loss_recovered"] = (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"])
+    expected["kl"] = 0.8 * math.log(0.8 / 0.5) + 0.2 * math.log(0.2 / 0.5)
+    assert metrics.compute() == pytest.approx(expected, rel=1e-6)
+
+
+def test_l0_histogram_tells_bos_apart():
+    table = l0_histogram(torch.tensor([2, 0, 2, 3]), torch.tensor([True, False, False, False]))
+    assert [(row["bos"], row["other"]) for row in table] == [(0, 1), (0, 0), (1, 1), (0, 1)]

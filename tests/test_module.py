@@ -1,0 +1,92 @@
+"""The training step: what happens in which order, and that members of a group train as if they were alone."""
+
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from conftest import build, planted
+from torch.utils.data import DataLoader
+
+from sae_lab.module import SAEModule
+from sae_lab.saes.base import BaseSAE
+from sae_lab.schedule import warmup_decay
+
+N_STEPS = 12
+BATCHES = [planted(32, seed=i)[0] for i in range(N_STEPS)]
+
+
+def fit(saes: dict[str, BaseSAE], max_grad_norm: float | None = None, fused: bool = True, **trainer) -> SAEModule:
+    module = SAEModule(
+        saes,
+        partial(torch.optim.Adam, lr=1e-2, fused=fused),
+        partial(warmup_decay, n_steps=N_STEPS, warmup=0.25, decay=0.5),
+        max_grad_norm,
+    )
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    L.Trainer(accelerator="cpu", max_epochs=1, log_every_n_steps=1, **quiet, **trainer).fit(
+        module, DataLoader(BATCHES, batch_size=None)
+    )
+    return module
+
+
+def test_a_member_of_a_group_equals_the_same_sae_alone():
+    def make() -> dict[str, BaseSAE]:
+        small = {"n_latents": 32}
+        return {"a": build("topk"), "b": build("batch_topk", "seed=3", **small), "c": build("vanilla", n_latents=80)}
+
+    group = fit(make(), max_grad_norm=0.05)
+    for name, sae in make().items():
+        alone = fit({name: sae}, max_grad_norm=0.05)
+        mine, theirs = group.saes[name].state_dict(), alone.saes[name].state_dict()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+        assert not torch.equal(mine["W_enc"], make()[name].state_dict()["W_enc"])
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+def test_the_step_is_project_clip_adam_renormalise(sae_name, max_grad_norm):
+    """Against a loop written out by hand (the order of SPEC §3.2), with the same schedule."""
+    trained = fit({"sae": build(sae_name)}, max_grad_norm).saes["sae"]
+    sae = build(sae_name)
+    adam = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True)
+    for i, x in enumerate(BATCHES):
+        adam.param_groups[0]["lr"] = 1e-2 * min(1, (i + 1) / 3, (N_STEPS - i) / 6)
+        torch.stack(list(sae.losses(sae(x)).values())).sum().backward()
+        g, w = sae.W_dec.grad, sae.W_dec.data
+        g -= (g * w).sum((1, 2), keepdim=True) * w / w.square().sum((1, 2), keepdim=True)
+        if max_grad_norm is not None:
+            norm = torch.cat([p.grad.flatten() for p in sae.parameters() if p.grad is not None]).norm()
+            for p in sae.parameters():
+                if p.grad is not None:
+                    p.grad *= min(1.0, max_grad_norm / norm)
+        adam.step()
+        adam.zero_grad()
+        w /= w.flatten(1).norm(dim=1)[:, None, None]
+    for name, value in sae.named_parameters():
+        torch.testing.assert_close(trained.get_parameter(name), value, rtol=1e-4, atol=1e-5)
+
+
+def test_constraints_hold_with_gradient_accumulation():
+    sae = fit({"sae": build("topk")}, accumulate_grad_batches=3).saes["sae"]
+    torch.testing.assert_close(sae.W_dec.flatten(1).norm(dim=1), torch.ones(64), rtol=0, atol=1e-6)
+
+
+def test_a_checkpoint_holds_the_saes_and_nothing_else():
+    module = fit({"sae": build("batch_topk")})
+    assert {name.split(".")[0] for name in module.state_dict()} == {"saes", "tokens"}
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"), [(0, 0.05), (9, 0.5), (19, 1.0), (79, 1.0), (80, 1.0), (90, 0.5), (99, 0.05)]
+)
+def test_warmup_and_decay(step, factor):
+    assert warmup_decay(step, n_steps=100, warmup=0.2, decay=0.2) == pytest.approx(factor)
+
+
+def test_a_constant_schedule_is_one():
+    assert {warmup_decay(i, 10, 0.0, 0.0) for i in range(11)} == {1.0}

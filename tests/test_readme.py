@@ -1,0 +1,80 @@
+"""What the README says is true: its SAE works as printed, its Python runs, its links lead somewhere; it is short."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def in_folder(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def own_sae() -> tuple[str, str]:
+    """The README's SAE, verbatim: its .py and its .yaml."""
+    return next(b for b in blocks("python") if "class RelativeSAE" in b), blocks("yaml")[0]
+
+
+def test_the_readmes_sae_passes_every_contract_test_with_no_other_edit(own_sae, tmp_path):
+    for name in ("sae_lab", "conf", "tests"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+    for path, text in zip(("sae_lab/saes/relative.py", "conf/sae/relative.yaml"), own_sae, strict=True):
+        (tmp_path / path).write_text(text)
+    done = in_folder(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "tests/saes", "-k", "relative")
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20
+
+
+def test_the_readmes_sae_works_from_folders_of_its_users(own_sae, tmp_path):
+    code, settings = own_sae
+    for path, text in {
+        "my_saes/relative.py": code,
+        "my_conf/sae/relative.yaml": settings.replace("sae_lab.saes", "my_saes"),
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(text)
+    quick = ["experiment=quick_test", "n_tokens=20_000", "data.n_eval_tokens=4096", "hydra.run.dir=own"]
+    trained = in_folder(tmp_path, "-m", "sae_lab.train", "--config-dir", "my_conf", "sae=relative", *quick)
+    assert trained.returncode == 0, trained.stderr
+    metrics = (tmp_path / "own" / "metrics.json").read_text()
+    evaluated = in_folder(tmp_path, "-m", "sae_lab.evaluate", "run_dir=own")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert (tmp_path / "own" / "metrics.json").read_text() == metrics
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    from sae_lab import BatchTopKSAE, save_sae
+
+    save_sae(BatchTopKSAE(k=16, d_in=128, n_latents=1024), tmp_path / "outputs" / "demo" / "sae")
+    monkeypatch.chdir(tmp_path)
+    code = next(b for b in blocks("python") if "load_sae" in b)
+    names: dict = {}
+    exec(code, names)
+    assert names["code"].shape == (8, 1024)
+    assert names["x_hat"].shape == (8, 128)
+    assert names["normalised"].shape == (8, 1, 128)
+    assert names["loss"].item() > 0
+
+
+def test_the_readmes_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (REPOSITORY / link).is_file()] == []
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200

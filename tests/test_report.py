@@ -1,0 +1,327 @@
+"""A sweep's folders become a table with the right rows, columns and numbers, and the figures that the sweep has."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from sae_lab import plots, report
+from sae_lab.errors import UserError
+
+D_IN = 64
+CLASSES = {"topk": "TopKSAE", "batch_topk": "BatchTopKSAE"}
+
+
+def write_job(folder: Path, *overrides: str, done: bool = True, config: dict | None = None, **metrics: float) -> Path:
+    """A run folder such as `train` leaves it; nmse = 1 / (k * expansion) + 0.01 * seed unless it is given."""
+    dials = {"sae": "batch_topk", "k": 16, "expansion": 8, "seed": 0}
+    given = dict(o.split("=", 1) for o in overrides if "=" in o)
+    dials |= {key: given[key] if key == "sae" else int(given[key]) for key in dials if key in given}
+    k, expansion, seed = (int(dials[key]) for key in ("k", "expansion", "seed"))
+    sae = {"_target_": f"sae_lab.saes.{dials['sae']}.{CLASSES[str(dials['sae'])]}", "k": k}
+    whole = {"k": k, "expansion": expansion, "n_latents": None, "seed": seed, "sae": sae, "optimizer": {"lr": 0.001}}
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(whole | (config or {})))
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+    if done:
+        nmse = 1 / (k * expansion) + 0.01 * seed
+        numbers = {"nmse": nmse, "ce_degradation": 2 * nmse, "loss_recovered": 1 - nmse, "l0": float(k)}
+        numbers |= {"n_latents": expansion * D_IN, "d_in": D_IN} | metrics
+        (folder / "metrics.json").write_text(json.dumps(numbers | {"train_mode": {"nmse": nmse / 2, "l0": k + 0.5}}))
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path) -> Path:
+    """Two SAEs, k = 8 and 16, 256 and 512 latents, two seeds; job 10 is not complete, job 11 is of another size."""
+    jobs = [(sae, k, expansion) for sae in CLASSES for k in (8, 16) for expansion in (4, 8)]
+    for i, (sae, k, expansion) in enumerate(jobs):
+        write_job(tmp_path / f"{i}", f"sae={sae}", f"k={k}", f"expansion={expansion}", "seed=0")
+    write_job(tmp_path / "9", "sae=topk", "k=8", "expansion=4", "seed=1")
+    write_job(tmp_path / "10", "sae=topk", "k=8", "expansion=8", "seed=1", done=False)
+    write_job(tmp_path / "11", "k=8", "expansion=16", "optimizer.lr=1e-4", config={"optimizer": {"lr": 1e-4}})
+    return tmp_path
+
+
+def test_collect_has_a_row_a_job_in_counting_order(sweep):
+    table = report.collect(sweep)
+    assert table["job"].tolist() == ["0", "1", "2", "3", "4", "5", "6", "7", "9", "10", "11"]
+    assert table["status"].tolist() == ["complete"] * 9 + ["incomplete", "complete"]
+
+
+def test_collect_columns_are_overrides_resolved_dials_status_metrics(sweep):
+    table = report.collect(sweep)
+    settings = ["sae", "k", "expansion", "seed", "optimizer.lr", "n_latents"]
+    metrics = ["nmse", "ce_degradation", "loss_recovered", "l0", "d_in", "train_mode/nmse", "train_mode/l0"]
+    assert list(table) == ["job", *settings, "status", *metrics]
+    assert report.settings(table) == settings
+
+
+def test_collect_values(sweep):
+    table = report.collect(sweep).set_index("job")
+    row = table.loc["9"]
+    assert row[["sae", "k", "expansion", "n_latents", "seed"]].tolist() == ["topk", 8, 4, 256, 1]
+    assert row["nmse"] == pytest.approx(1 / 32 + 0.01)
+    assert row["train_mode/nmse"] == pytest.approx((1 / 32 + 0.01) / 2)
+    assert table["optimizer.lr"].tolist() == [0.001] * 10 + [0.0001]  # from the config where it was not overridden
+    assert table.loc["11", "sae"] == "BatchTopKSAE"  # nor was the SAE: its class
+
+
+def test_collect_keeps_whole_numbers_whole_beside_a_blank(sweep):
+    table = report.collect(sweep)
+    assert pd.isna(table.set_index("job").loc["10", "n_latents"])
+    assert str(table["n_latents"].dtype) == "Int64"
+    table.to_csv(sweep / "t.csv", index=False)
+    assert ",512,complete," in (sweep / "t.csv").read_text()
+
+
+def test_collect_of_one_run_folder(tmp_path):
+    run = write_job(tmp_path / "outputs" / "12-00-00", "k=8")
+    table = report.collect(run)
+    assert table[["job", "k", "n_latents", "status"]].to_numpy().tolist() == [["12-00-00", 8, 512, "complete"]]
+
+
+def test_collect_finds_jobs_in_nested_folders_and_none_inside_a_job(tmp_path):
+    write_job(tmp_path / "first" / "k=8,sae=topk", "k=8", "sae=topk")
+    write_job(tmp_path / "first" / "k=8,sae=topk" / "copy", "k=8")
+    write_job(tmp_path / "second" / "0", "k=16")
+    assert report.collect(tmp_path)["job"].tolist() == ["first/k=8,sae=topk", "second/0"]
+
+
+def test_a_folder_that_holds_no_run_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere is not a folder: give sweep_dir="):
+        report.collect(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"holds no run .*: give sweep_dir="):
+        report.collect(tmp_path)
+
+
+def test_a_metrics_file_that_is_cut_off_is_named(tmp_path):
+    run = write_job(tmp_path / "0", "k=8")
+    (run / "metrics.json").write_text('{"nmse": 0.1')
+    with pytest.raises(UserError, match=r"0/metrics\.json is not JSON"):
+        report.collect(tmp_path)
+
+
+def test_parse_overrides_by_hydras_grammar():
+    overrides = [
+        "k=8",
+        "+optimizer.eps=1e-8",
+        "++name='a b'",
+        "sae@sae.inner=topk",
+        "data.paths=[a,b]",
+        "~logger",
+        "x=null",
+    ]
+    assert report.parse_overrides(overrides) == {
+        "k": 8,
+        "optimizer.eps": 1e-8,
+        "name": "a b",
+        "sae@sae.inner": "topk",
+        "data.paths": ["a", "b"],
+        "~logger": True,
+        "x": None,
+    }
+
+
+def test_settings_of_every_kind_reach_the_table(tmp_path):
+    config = {"data": {"paths": ["a", "b"]}, "optimizer": {"lr": "${base_lr}"}, "base_lr": 0.5}
+    overrides = ("data.paths=[a,b]", "optimizer.lr=${base_lr}", "sae@sae.inner=topk", "~logger", "n_latents=512")
+    write_job(tmp_path / "0", *overrides, config=config)
+    write_job(tmp_path / "1", "k=8", config={"data": {"paths": ["c"]}})
+    table = report.collect(tmp_path)
+    assert table["data.paths"].tolist() == ["[a,b]", "[c]"]
+    assert table["optimizer.lr"].tolist() == [0.5, 0.001]
+    assert table["sae@sae.inner"].tolist()[0] == "topk"
+    assert table["~logger"].tolist()[0] is True
+    assert table["n_latents"].tolist() == [512, 512]
+
+
+def test_expansion_follows_n_latents_where_that_was_given(tmp_path):
+    write_job(tmp_path / "0", "n_latents=1024", n_latents=1024)
+    write_job(tmp_path / "1", "n_latents=96", n_latents=96)
+    assert report.collect(tmp_path)["expansion"].tolist() == [16, 1.5]
+
+
+def test_expansion_that_was_given_is_kept(tmp_path):
+    write_job(tmp_path / "0", "expansion=8", n_latents=512, d_in=32)
+    assert report.collect(tmp_path)["expansion"].tolist() == [8]
+
+
+def test_a_choice_that_was_not_overridden_is_named_by_hydra_yaml(tmp_path):
+    run = write_job(tmp_path / "0", "k=8")
+    choices = {"hydra": {"runtime": {"choices": {"sae": "batch_topk", "experiment": None}}, "x": "${hydra:nowhere}"}}
+    (run / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(choices))
+    assert report.collect(tmp_path)["sae"].tolist() == ["batch_topk"]
+
+
+def test_an_sae_without_k_has_no_k(tmp_path):
+    vanilla = {"_target_": "sae_lab.saes.vanilla.VanillaSAE", "l1_coefficient": 0.002}
+    routed = {"_target_": "sae_lab.saes.route.RoutedSAE", "inner": {"_target_": "sae_lab.saes.topk.TopKSAE", "k": 8}}
+    write_job(tmp_path / "0", "k=8", config={"sae": vanilla})
+    write_job(tmp_path / "1", "k=8", config={"sae": routed})
+    write_job(tmp_path / "2", "k=8")
+    assert report.collect(tmp_path)["k"].isna().tolist() == [True, False, False]
+
+
+def test_a_line_is_an_architecture_and_whatever_else_varies_among_twins(tmp_path):
+    for i, (k, lr, seed) in enumerate([(8, 0.001, 0), (8, 0.001, 1), (8, 0.01, 0), (16, 0.01, 0)]):
+        write_job(tmp_path / f"{i}", f"k={k}", f"optimizer.lr={lr}", f"seed={seed}", config={"optimizer": {"lr": lr}})
+    table = report.collect(tmp_path)
+    low, high = "BatchTopK, lr=0.001", "BatchTopK, lr=0.01"
+    assert report.lines(table).tolist() == [low, low, high, high]
+    # Without the two jobs that differ in the learning rate alone, it is no part of the name.
+    assert report.lines(table.iloc[[0, 1, 3]]).tolist() == ["BatchTopK"] * 3
+
+
+def test_seeds_are_averaged_and_incomplete_jobs_are_not(sweep):
+    table = report.collect(sweep)
+    done = table[table["status"] == "complete"]
+    points = plots.mean_over_seeds(done.assign(line=report.lines(done)), "n_latents", ["nmse"], "line")
+    first = points[points["line"] == "TopK"].iloc[0]
+    assert (first["n_latents"], first["n"]) == (256, 3)  # k = 8 with seeds 0 and 1, and k = 16
+    of_k_8 = plots.mean_over_seeds(done[done["k"] == 8].assign(line=report.lines(done)), "n_latents", ["nmse"], "line")
+    row = of_k_8[of_k_8["line"] == "TopK"].iloc[0]
+    assert row["nmse"] == pytest.approx(1 / 32 + 0.005)
+    assert row["nmse_std"] == pytest.approx(0.01 / 2**0.5)
+
+
+def test_draw_has_a_figure_for_every_slice_of_the_sweep(sweep):
+    figures = report.draw(report.collect(sweep), sweep)
+    names = [
+        "nmse_ce_vs_n_latents_k8",
+        "nmse_ce_vs_n_latents_k16",
+        "nmse_ce_vs_k_n256",
+        "nmse_ce_vs_k_n512",
+        "frontier",
+    ]
+    assert [f.relative_to(sweep).as_posix() for f in figures] == [f"figures/{name}.png" for name in names]
+    assert all(f.is_file() for f in figures)
+
+
+def test_draw_counts_complete_jobs_only(tmp_path):
+    for i, k in enumerate((8, 16)):
+        write_job(tmp_path / f"{i}", f"k={k}", done=k == 8)
+    assert report.draw(report.collect(tmp_path), tmp_path) == []
+    write_job(tmp_path / "2", "k=16", "expansion=16")
+    write_job(tmp_path / "3", "k=32", done=False, config={"n_latents": 512})
+    assert [f.name for f in report.draw(report.collect(tmp_path), tmp_path)] == ["nmse_ce_by_job.png"]
+
+
+def test_draw_falls_back_to_a_point_a_job(tmp_path):
+    write_job(tmp_path / "0", "k=8", "expansion=4")
+    write_job(tmp_path / "1", "k=16", "expansion=8")
+    assert [f.name for f in report.draw(report.collect(tmp_path), tmp_path)] == ["nmse_ce_by_job.png"]
+
+
+def test_draw_without_cross_entropies(tmp_path):
+    nothing = {"ce_degradation": float("nan"), "loss_recovered": float("nan")}
+    for i, k in enumerate((8, 16, 32)):
+        write_job(tmp_path / f"{i}", f"k={k}", **nothing)
+    assert [f.name for f in report.draw(report.collect(tmp_path), tmp_path)] == [
+        "nmse_ce_vs_k_n512.png",
+        "frontier.png",
+    ]
+
+
+def test_draw_of_a_sweep_with_an_sae_that_has_no_k(tmp_path):
+    for i, k in enumerate((8, 16)):
+        write_job(tmp_path / f"{i}", f"k={k}")
+    vanilla = {"_target_": "sae_lab.saes.vanilla.VanillaSAE", "l1_coefficient": 0.002}
+    write_job(tmp_path / "2", config={"sae": vanilla}, l0=200.0)
+    assert [f.name for f in report.draw(report.collect(tmp_path), tmp_path)] == [
+        "nmse_ce_vs_k_n512.png",
+        "frontier.png",
+    ]
+
+
+def test_draw_of_one_run_takes_its_own_tables(tmp_path):
+    run = write_job(tmp_path / "run", "k=8")
+    (run / "metrics.csv").write_text("step,tokens,fvu\n1,100,0.5\n2,200,0.4\n")
+    (run / "figures").mkdir()
+    (run / "figures" / "latent_density.csv").write_text("latent,density\n0,0.1\n1,0.0\n")
+    (run / "figures" / "l0_per_token.csv").write_text("l0,bos,other\n0,1,0\n8,0,9\n")
+    (run / "figures" / "l0_per_token.png").write_bytes(b"the run's own")
+    figures = report.draw(report.collect(run), run)
+    assert [f.name for f in figures] == ["l0_per_token.png", "latent_density.png", "training.png"]
+    assert figures[0].read_bytes() == b"the run's own"
+
+
+def test_headline_is_sorted_rounded_and_without_what_does_not_vary(sweep):
+    table = report.collect(sweep)
+    cells = report.headline(table.drop(index=table.index[table["job"] == "11"]))
+    assert list(cells) == ["sae", "k", "n_latents", "seed", "nmse", "l0", "ce_degradation", "loss_recovered", "job"]
+    assert cells["job"].tolist() == ["4", "5", "6", "7", "0", "9", "1", "2", "3"]
+    assert cells.iloc[5].tolist() == ["topk", "8", "256", "1", "0.0413", "8.0", "0.0825", "0.9587", "9"]
+
+
+def test_headline_leaves_out_folders_that_repeat_the_settings(tmp_path):
+    write_job(tmp_path / "k=8,sae=topk", "k=8", "sae=topk")
+    write_job(tmp_path / "k=16,sae=topk", "k=16", "sae=topk")
+    assert "job" not in report.headline(report.collect(tmp_path))
+    assert "job" in report.headline(report.collect(tmp_path / "k=8,sae=topk").assign(job="0"))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.12345, "0.1235"), (0.00001234, "1.2e-05"), (0.0, "0.0000"), (-0.5, "-0.5000"), (None, "–")]
+)
+def test_rounded(value, text):
+    assert report._rounded(value, ".4f") == text
+
+
+def test_markdown_embeds_the_figures_and_names_incomplete_jobs(sweep):
+    write_job(sweep / "12", "k=8", "expansion=16", "name='a|b'", config={"name": "a|b"})
+    text = report.markdown(report.collect(sweep), sweep, [sweep / "figures" / "frontier.png"])
+    lines = text.splitlines()
+    assert lines[0] == f"# {sweep.name}"
+    assert "12 jobs, 1 incomplete (no metrics.json) and left out: 10." in lines
+    assert "![frontier](figures/frontier.png)" in lines
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 2 + 11
+    assert "a\\|b" in text
+
+
+def test_markdown_says_what_all_jobs_share(tmp_path):
+    for i, k in enumerate((8, 16)):
+        write_job(tmp_path / f"{i}", f"k={k}", "n_tokens=1000000", config={"n_tokens": 1000000})
+    text = report.markdown(report.collect(tmp_path), tmp_path, [])
+    assert "The same for every job: `n_tokens=1000000`, `seed=0`." in text
+    assert "2 jobs, complete." in text
+
+
+def test_show_never_cuts_a_number(sweep, capsys):
+    report.show(report.collect(sweep), [sweep / "report.csv"])
+    said = capsys.readouterr().out
+    assert "0.0413" in said
+    assert "…" not in said
+    assert f"{sweep}/report.csv" in said.replace("\n", "")
+
+
+def run_report(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "sae_lab.report", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_writes_the_report_and_nothing_else(sweep, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("cwd")
+    done = run_report(f"sweep_dir={sweep}", cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert list(elsewhere.iterdir()) == []
+    written = {p.name for p in sweep.iterdir() if not p.name.isdigit()}
+    assert written == {"report.csv", "report.md", "figures"}
+    assert len(pd.read_csv(sweep / "report.csv")) == 11
+    assert "report.md" in done.stdout
+    # A second report reads the same jobs, and is the same.
+    before = (sweep / "report.md").read_bytes()
+    assert run_report(f"sweep_dir={sweep}", cwd=elsewhere).returncode == 0
+    assert (sweep / "report.md").read_bytes() == before
+
+
+def test_the_command_tells_a_missing_folder_in_one_sentence(tmp_path):
+    done = run_report("sweep_dir=nowhere", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("report: nowhere is not a folder")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,85 @@
+"""What a run folder is taken for."""
+
+import pytest
+import torch
+from conftest import compose
+from omegaconf import OmegaConf
+
+from sae_lab.errors import UserError
+from sae_lab.runs import Run, examine, flat
+from sae_lab.train import hydra_files
+
+
+def open_run(folder, *overrides) -> Run:
+    """Examine and begin, as `train` does."""
+    cfg = compose(f"run_dir={folder}", *overrides)
+    run = examine(folder, OmegaConf.to_container(cfg, resolve=True), cfg.resume)
+    if not run.complete:
+        run.begin(hydra_files(cfg))
+    return run
+
+
+def leave_checkpoint(folder) -> None:
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save({"global_step": 7}, folder / "checkpoints" / "last.ckpt")
+
+
+def test_a_new_folder_starts(tmp_path):
+    run = open_run(tmp_path)
+    assert (run.checkpoint, run.complete) == (None, False)
+    assert (tmp_path / ".hydra" / "config.yaml").is_file()
+
+
+def test_a_checkpoint_is_continued(tmp_path):
+    open_run(tmp_path)
+    leave_checkpoint(tmp_path)
+    assert open_run(tmp_path).checkpoint == tmp_path / "checkpoints" / "last.ckpt"
+
+
+def test_metrics_mean_complete(tmp_path):
+    open_run(tmp_path)
+    (tmp_path / "metrics.json").write_text("{}")
+    assert open_run(tmp_path).complete
+
+
+def test_where_it_runs_may_change_but_not_what_it_computes(tmp_path):
+    open_run(tmp_path)
+    leave_checkpoint(tmp_path)
+    open_run(tmp_path, "trainer=cpu", "logger=tensorboard", "trainer.checkpoint_every=3", "lm.device=cpu")
+    with pytest.raises(UserError, match=r"\(seed is 0 there and 1 here"):
+        open_run(tmp_path, "seed=1")
+
+
+def test_a_folder_in_which_nothing_was_learnt_takes_another_config(tmp_path):
+    open_run(tmp_path, "k=100_000")
+    assert open_run(tmp_path, "k=8").checkpoint is None
+
+
+def test_examining_writes_and_clears_nothing(tmp_path):
+    open_run(tmp_path)
+    leave_checkpoint(tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    examine(tmp_path, {"another": "config"}, "never")
+    with pytest.raises(UserError):
+        examine(tmp_path, {"another": "config"}, "auto")
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_a_checkpoint_without_its_config_is_refused(tmp_path):
+    leave_checkpoint(tmp_path)
+    with pytest.raises(UserError, match=r"lost its \.hydra/config\.yaml"):
+        open_run(tmp_path)
+
+
+def test_never_clears_what_the_earlier_run_left_and_nothing_else(tmp_path):
+    open_run(tmp_path)
+    leave_checkpoint(tmp_path)
+    for name in ("metrics.json", "metrics.csv", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    run = open_run(tmp_path, "k=3", "resume=never")
+    assert (run.checkpoint, run.complete) == (None, False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".hydra", "notes.txt"]
+
+
+def test_flat():
+    assert flat({"a": {"b": 1, "c": {}}, "d": [1, 2]}) == {"a.b": 1, "a.c": {}, "d": [1, 2]}

@@ -1,0 +1,276 @@
+"""The main job, run as a user runs it: train, stop, continue, evaluate, and every mistake's one sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SAE_NAMES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sae_lab import load_sae
+from sae_lab.text import HELD_OUT, StdlibDocuments
+
+SMALL = [
+    "n_tokens=120_000",
+    "expansion=4",
+    "seq_len=64",
+    "data.block_tokens=20_000",
+    "data.n_eval_tokens=8192",
+    "data.n_val_tokens=2048",
+    "calibration_batches=5",
+    "trainer.validate_every=40",
+    "trainer.checkpoint_every=30",
+    "trainer.log_every=10",
+]
+N_STEPS = 120_000 // 1024
+
+
+def command(*overrides: str, module: str = "train") -> list[str]:
+    return [sys.executable, "-m", f"sae_lab.{module}", *overrides]
+
+
+def run(*overrides: str, module: str = "train", **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*overrides, module=module), capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """One uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(*SMALL, f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_leaves_every_file(run_dir):
+    files = ["metrics.json", "metrics.csv", "sae/config.json", "sae/sae.safetensors", "checkpoints/last.ckpt"]
+    files += [".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/hydra.yaml", "train.log"]
+    files += [f"figures/{name}.png" for name in ("l0_per_token", "latent_density", "training")]
+    assert [f for f in files if not (run_dir / f).is_file()] == []
+    log = pd.read_csv(run_dir / "metrics.csv")
+    assert log["tokens"].dropna().tolist() == [1024.0 * i for i in range(10, N_STEPS + 1, 10)]
+    assert {"loss", "loss/reconstruction", "loss/auxk", "fvu", "l0", "dead_share", "val/fvu", "val/l0"} <= set(log)
+    assert log["fvu"].dropna().iloc[-1] < log["fvu"].dropna().iloc[0]
+
+
+def test_metrics_agree_with_plain_pytorch(run_dir, tiny_lm_folder):
+    """Every metric again, from the SAE folder, the LM and the text, in plain PyTorch."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm_folder)
+    lm = AutoModelForCausalLM.from_pretrained(tiny_lm_folder, dtype=torch.float32).eval()
+    documents, stream = StdlibDocuments(HELD_OUT), []
+    while len(stream) < 20_000:
+        for text in documents.stream(0):
+            stream += [0, *tokenizer(text)["input_ids"]]
+    rows, at = [], 0
+    while len(rows) < 8192 // 64:
+        at += stream[at] == 0  # a document boundary at the start of a row is the row's own BOS
+        rows.append([0, *stream[at : at + 63]])
+        at += 63
+    tokens = torch.tensor(rows)
+    sae = load_sae(run_dir / "sae")
+
+    def log_probs(edit) -> torch.Tensor:
+        handle = lm.transformer.h[2].register_forward_hook(lambda m, i, out: edit(out))
+        try:
+            return lm(tokens).logits[:, :-1].log_softmax(-1).flatten(0, 1)
+        finally:
+            handle.remove()
+
+    def cross_entropy(edit) -> float:
+        return F.nll_loss(log_probs(edit), tokens[:, 1:].flatten()).item()
+
+    with torch.no_grad():
+        x = lm(tokens, output_hidden_states=True).hidden_states[3].flatten(0, 1)
+        h = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
+        z = torch.relu((h - sae.b_dec[0]) @ sae.W_enc[:, 0].T)
+        z = torch.where(z > sae.threshold, z, 0.0)
+        x_hat = (z @ sae.W_dec[:, 0] + sae.b_dec[0]) * (x.std(-1, keepdim=True) + 1e-5) + x.mean(-1, keepdim=True)
+        clean = log_probs(lambda out: out)
+        mine = {
+            "fvu": ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item(),
+            "nmse": ((x - x_hat) / (x.std(-1, keepdim=True) + 1e-5)).square().mean().item(),
+            "l0": (z > 0).sum(-1).float().mean().item(),
+            "l0_std": (z > 0).sum(-1).float().std(correction=0).item(),
+            "cosine_similarity": F.cosine_similarity(x, x_hat).mean().item(),
+            "dead_fraction": (z.max(0).values == 0).float().mean().item(),
+            "ce_clean": cross_entropy(lambda out: out),
+            "ce_spliced": cross_entropy(lambda out: x_hat.view_as(out)),
+            "ce_zero": cross_entropy(torch.zeros_like),
+            "kl": (clean.exp() * (clean - log_probs(lambda out: x_hat.view_as(out)))).sum(-1).mean().item(),
+            "ce_mean": cross_entropy(lambda out: x.mean(0).expand_as(out)),
+        }
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["n_eval_tokens"] == len(x)
+    for name, value in mine.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
+    assert metrics["ce_degradation"] == pytest.approx(mine["ce_spliced"] - mine["ce_clean"], abs=1e-3)
+    recovered = (mine["ce_zero"] - mine["ce_spliced"]) / (mine["ce_zero"] - mine["ce_clean"])
+    assert metrics["loss_recovered"] == pytest.approx(recovered, abs=1e-3)
+
+
+def test_train_mode_metrics_are_those_of_the_batch_rule(run_dir):
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["train_mode"]["l0"] == pytest.approx(16, abs=1e-6)
+    assert metrics["l0"] != metrics["train_mode"]["l0"]
+    assert metrics["ce_clean"] == metrics["train_mode"]["ce_clean"]
+
+
+def test_text_that_ends_ends_the_run(tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 3000)
+    text = ["data=text_files", f"data.paths={tmp_path}/text.txt", "data.repeat=false", f"hydra.run.dir={tmp_path}/run"]
+    for _ in range(2):
+        done = run(*SMALL, *text, "data.exclude_bos=true", "lm.sites=[transformer.h.1,transformer.h.3]", "sae=topk")
+        assert done.returncode == 0, done.stderr
+    assert "complete" in done.stderr
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert 0 < state["global_step"] < N_STEPS
+    sae = load_sae(tmp_path / "run")
+    assert (sae.n_sources, sae.d_in, sae.n_latents) == (2, 128, 512)
+
+
+def test_a_sweep_makes_a_folder_a_job_and_a_report(tmp_path):
+    done = run("-m", *SMALL, "sae=topk,batch_topk", "k=4,8", "n_tokens=20_480", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    jobs = sorted(p.parent.name for p in tmp_path.glob("*/metrics.json"))
+    assert len(jobs) == 4
+    assert all(
+        f"k={k}" in " ".join(jobs) and f"sae={sae}" in " ".join(jobs) for k in (4, 8) for sae in ("topk", "batch_topk")
+    )
+    assert run(f"sweep_dir={tmp_path}", module="report").returncode == 0
+    report = pd.read_csv(tmp_path / "report.csv")
+    assert sorted(zip(report["sae"], report["k"], strict=True)) == [
+        (s, k) for s in ("batch_topk", "topk") for k in (4, 8)
+    ]
+    assert (tmp_path / "figures" / "nmse_ce_vs_k_n512.png").is_file()
+
+
+def test_a_signal_ends_a_sweep_and_not_one_job_of_it(tmp_path):
+    process = subprocess.Popen(command("-m", *SMALL, "k=4,8", f"hydra.sweep.dir={tmp_path}"), stderr=subprocess.PIPE)
+    while not list(tmp_path.glob("*/checkpoints/last.ckpt")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert len(list(tmp_path.glob("*/train.log"))) == 1
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_continues_to_the_same_bits(run_dir, tmp_path, stop):
+    folder = tmp_path / "stopped"
+    overrides = [*SMALL, f"hydra.run.dir={folder}"]
+    process = subprocess.Popen(command(*overrides), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (folder / "checkpoints" / "last.ckpt").is_file():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(stop)
+    _, said = process.communicate()
+    assert process.returncode == 128 + stop
+    assert f"Stopped by {stop.name} at step" in said.splitlines()[-1]
+    assert not (folder / "metrics.json").exists()
+    step = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < step < N_STEPS
+
+    again = run(*overrides)
+    assert again.returncode == 0, again.stderr
+    assert f"continuing from step {step}" in again.stderr
+    assert (folder / "metrics.json").read_bytes() == (run_dir / "metrics.json").read_bytes()
+    assert (folder / "sae" / "sae.safetensors").read_bytes() == (run_dir / "sae" / "sae.safetensors").read_bytes()
+    whole, resumed = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (run_dir, folder))
+    assert whole["global_step"] == resumed["global_step"] == N_STEPS
+    assert whole["ActivationData"] == resumed["ActivationData"]
+    assert equal(whole["optimizer_states"], resumed["optimizer_states"])
+    logs = [pd.read_csv(f / "metrics.csv").drop(columns="tokens_per_second") for f in (run_dir, folder)]
+    pd.testing.assert_frame_equal(*logs)
+
+
+def equal(a, b) -> bool:
+    """Nested containers and tensors, to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def test_a_complete_run_says_so_and_changes_nothing(run_dir):
+    before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file() and p.name != "train.log"}
+    again = run(*SMALL, f"hydra.run.dir={run_dir}")
+    assert again.returncode == 0
+    assert "is complete" in again.stderr
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_folder_of_another_config_is_refused_and_kept(run_dir):
+    before = (run_dir / ".hydra" / "config.yaml").read_bytes()
+    refused = run(*SMALL, "k=8", "optimizer.lr=3e-4", f"hydra.run.dir={run_dir}")
+    assert_one_sentence(refused, "k is 16 there and 8 here")
+    assert "optimizer.lr is 0.001 there and 0.0003 here" in refused.stderr
+    assert (run_dir / ".hydra" / "config.yaml").read_bytes() == before
+
+
+def test_an_unreadable_checkpoint_is_named(run_dir, tmp_path):
+    folder = tmp_path / "broken"
+    (folder / "checkpoints").mkdir(parents=True)
+    whole = (run_dir / "checkpoints" / "last.ckpt").read_bytes()
+    (folder / "checkpoints" / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    assert_one_sentence(run(*SMALL, f"hydra.run.dir={folder}"), "cannot be read", "resume=never")
+
+
+def test_evaluate_repeats_the_metrics(run_dir):
+    before = json.loads((run_dir / "metrics.json").read_text())
+    (run_dir / "figures" / "l0_per_token.png").unlink()
+    done = run(f"run_dir={run_dir}", module="evaluate")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run_dir / "metrics.json").read_text()) == before
+    assert (run_dir / "figures" / "l0_per_token.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["sae.kk=3"], ["sae has no key kk", "did you mean k?"]),
+        (["batch_sise=3"], ["did you mean batch_size?"]),
+        (["sae=topkk"], ["Could not find 'sae/topkk'", " ".join(SAE_NAMES)]),
+        (["experiment=nope"], ["Could not find 'experiment/nope'", "quick_test"]),
+        (["k=2000"], ["k=2000 must lie between 1 and the dictionary's 1024 latents", "raise expansion"]),
+        (["lm.sites=[transformer.h.9]"], ["tiny has no site 'transformer.h.9'", "transformer.h.5"]),
+        (["lm=gpt2"], ["gpt2 is neither a local folder nor in the Hugging Face cache", "lm=tiny"]),
+        (["data=text_files", "data.paths=[/nowhere/*.txt]"], ["no file matches", "data.paths="]),
+        (["data=text_files"], ["data.paths has no value: give data.paths=..."]),
+        (["n_tokens=10"], ["less than one batch", "raise n_tokens"]),
+        (["batch_size=0"], ["batch_size=0 must be a number of at least 1"]),
+        (["trainer.precision=foo"], ["the trainer cannot be built", "foo"]),
+        (["+sae.gamma=3"], ["unexpected keyword argument 'gamma'"]),
+        (["k=abc"], ["k=abc must be a number"]),
+        (["optimizer.lr=fast"], ["optimizer.lr=fast must be a number"]),
+        (["max_grad_norm=-1"], ["max_grad_norm=-1 must be a number of at least 0"]),
+        (["resume=maybe"], ["resume=maybe is not known", "never"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_mistake_gets_one_sentence(overrides, sentence, tmp_path):
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    assert_one_sentence(run(*overrides, f"hydra.run.dir={tmp_path}", env=offline), *sentence)
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert [part for part in parts if part not in done.stderr] == [], done.stderr
+
+
+def test_help_names_choices_dials_and_examples():
+    said = run("--help").stdout
+    assert all(word in said for word in ("n_tokens", "hydra.run.dir", "sae=topk"))
