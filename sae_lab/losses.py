@@ -3,8 +3,6 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.matmul import linear
-from sae_lab.selection import kth_largest, sortable
 from sae_lab.sparse import Code, SparseCode
 
 
@@ -18,21 +16,3 @@ def l1(code: Code) -> Tensor:
     if isinstance(code, SparseCode):
         return code.values.float().abs().sum() / code.shape[0]
     return code.float().abs().sum(dim=-1).mean()
-
-
-def auxk(
-    residual: Float[Tensor, "b s d"],
-    dead_preactivation: Float[Tensor, "b n_dead"],
-    dead_W_dec: Float[Tensor, "n_dead s d"],
-    k_aux: int,
-) -> Tensor:
-    """mean (e - sum_{top k_aux dead i} relu(h_i) W_dec_i)^2: dead latents learn the residual e (Gao et al. 2024, §A.2).
-
-    The residual carries no gradient (otherwise live latents are pulled towards the dead ones), and the sum has no
-    bias: e already lacks b_dec. Latents that tie for the last place all take part.
-    """
-    h = dead_preactivation
-    if h.shape[-1] > k_aux:
-        order = sortable(h.detach())
-        h = h.masked_fill(order < kth_largest(order, k_aux).unsqueeze(-1), 0)
-    return mse(residual.detach(), linear(h.relu(), dead_W_dec.flatten(1).T).view_as(residual))

@@ -22,8 +22,9 @@ from sae_lab.threads import one_thread
 Pieces: TypeAlias = Iterable[Float[Tensor, "_ f"]]
 """h as pieces of consecutive rows, at least one; may be walked more than once. `[h]` is the simplest."""
 
-PIECE = 2**24
-"""Entries of h that exist at a time, unless 512 rows are more: fewer rows would slow the product down."""
+PIECE = {"cpu": 2**20, "cuda": 2**27}
+"""Entries of h that exist at a time, unless 512 rows are more: fewer rows would slow the product down. On a CPU they
+stay in its cache: a step at f 12288, b 4096 took 300 ms, with 2**24 entries 336 ms."""
 SAMPLE_ROWS = 64
 
 
@@ -38,7 +39,7 @@ class Preactivations:
         self.bias = None if b_enc is None else b_enc.to(dtype)
 
     def __iter__(self) -> Iterator[Float[Tensor, "_ f"]]:
-        n_pieces = math.ceil(len(self.x) / max(512, PIECE // len(self.W)))
+        n_pieces = math.ceil(len(self.x) / max(512, PIECE[self.x.device.type] // len(self.W)))
         for x in self.x.tensor_split(max(1, n_pieces)):
             yield linear(x, self.W, self.bias)
 

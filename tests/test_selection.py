@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_lab import selection
 from sae_lab.selection import Preactivations, above, top_k, top_of_batch
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -88,7 +89,7 @@ def test_preactivations_are_the_product_in_pieces(monkeypatch):
     x, W = torch.randn(1300, 24, generator=generator), torch.randn(64, 24, generator=generator)
     bias = torch.randn(64, generator=generator)
     whole = torch.cat(list(Preactivations(x, W, bias)))
-    monkeypatch.setattr("sae_lab.selection.PIECE", 1)
+    monkeypatch.setitem(selection.PIECE, "cpu", 1)
     pieces = list(Preactivations(x, W, bias))
     assert [len(piece) for piece in pieces] == [434, 433, 433]
     torch.testing.assert_close(whole, x @ W.T + bias)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sae_lab import losses, sparse
+from sae_lab.auxk import auxk
 from sae_lab.errors import UserError
 from sae_lab.matmul import linear
 from sae_lab.saes.base import BaseSAE, SAEOutput
@@ -23,7 +24,7 @@ class LinearSAE(BaseSAE):
     x is the normalised input. Sums over inputs run over sources and dimensions together, so with s > 1 this is a
     crosscoder. Each row of W_dec has unit norm over (s, d); the part of its gradient that would change the norm is
     removed. A latent that has not fired in `dead_after` training batches is dead: the auxiliary loss gives the dead
-    the residual to explain (see `losses.auxk`).
+    the residual to explain (see auxk.py).
 
     Args:
         d_in: d, the width of an activation.
@@ -123,11 +124,10 @@ class LinearSAE(BaseSAE):
         dead = self.dead().nonzero().squeeze(-1)
         if len(dead) == 0:
             return out.x_hat.new_zeros(())
-        bias = None if self.b_enc is None else self.b_enc[dead]
-        x = (out.target - self.b_dec).detach().flatten(1)
-        h = linear(x, self.W_enc.index_select(0, dead).flatten(1), bias)
-        k_aux = self.k_aux or self.n_sources * self.d_in // 2
-        return losses.auxk(out.target - out.x_hat, h, self.W_dec.index_select(0, dead), k_aux)
+        x, residual = ((out.target - y).detach().flatten(1) for y in (self.b_dec, out.x_hat))
+        W_enc, W_dec = (W.flatten(1).index_select(0, dead) for W in (self.W_enc, self.W_dec))
+        b_enc = None if self.b_enc is None else self.b_enc[dead]
+        return auxk(x, residual, W_enc, b_enc, W_dec, self.k_aux or x.shape[1] // 2)
 
     def encode(self, x: Tensor) -> Float[Tensor, "b f"]:
         """Raw activations -> code, always as a dense matrix: for users, who index it, plot it and edit it.

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import build
 
-from sae_lab import losses
+from sae_lab import selection
+from sae_lab.auxk import auxk
 from sae_lab.errors import UserError
 from sae_lab.saes import BatchTopKSAE, TopKSAE
 from sae_lab.saes.normalize import PerToken
@@ -140,7 +142,28 @@ class TestAuxiliaryLoss:
             for i in h[row].relu().topk(7).indices:
                 code[row, i] = h[row, i].relu()
         expected = (e - code @ sae.W_dec[:20, 0]).square().mean()
-        torch.testing.assert_close(losses.auxk(e.unsqueeze(1), h, sae.W_dec[:20], k_aux=7), expected)
+        x = out.target[:, 0] - sae.b_dec[0]
+        torch.testing.assert_close(auxk(x, e, sae.W_enc[:20, 0], None, sae.W_dec[:20, 0], k_aux=7), expected)
+
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_gradient_is_autograds(self, bias, monkeypatch):
+        """Over several pieces of rows, in float64, against the formula by plain autograd."""
+        monkeypatch.setitem(selection.PIECE, "cpu", 0)
+        generator = torch.Generator().manual_seed(0)
+        x, e = (torch.randn(1100, 6, dtype=torch.float64, generator=generator) for _ in range(2))
+        weights = [torch.randn(9, 6, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2)]
+        b_enc = torch.randn(9, dtype=torch.float64, generator=generator, requires_grad=True) if bias else None
+        arguments = [w for w in (*weights, b_enc) if w is not None]
+        loss = 3 * auxk(x, e, weights[0], b_enc, weights[1], k_aux=4)
+        h = F.linear(x, weights[0], b_enc)
+        top = h.topk(4)
+        code = torch.zeros_like(h).scatter(1, top.indices, top.values.relu())
+        expected = 3 * (e - code @ weights[1]).square().mean()
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+        for mine, theirs in zip(
+            torch.autograd.grad(loss, arguments), torch.autograd.grad(expected, arguments), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
 
     def test_is_zero_without_dead_latents(self):
         sae, out = self.sae_and_output()
