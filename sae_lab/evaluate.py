@@ -157,21 +157,32 @@ def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[P
     return [run_dir / "metrics.json", *written]
 
 
-@entry_point("evaluate")
-def main(cfg: DictConfig) -> None:
-    """Repeat the evaluation of a run on its own data; `n_eval_tokens` and `device` may differ."""
-    run_dir = Path(cfg.run_dir)
+def open_run(
+    run_dir: Path, device: str, n_eval_tokens: int | None = None
+) -> tuple[BaseSAE, ActivationData, DictConfig]:
+    """The SAE that a run left, on the language model's device; its data, built again; its config.
+
+    Raises:
+        UserError: no run folder, or no SAE in it.
+    """
     config_file = run_dir / ".hydra" / "config.yaml"
     if not config_file.is_file():
         raise UserError(f"{run_dir} is not a run folder (no .hydra/config.yaml): give run_dir=<folder of a run>.")
     run = OmegaConf.load(config_file)
     assert isinstance(run, DictConfig)
-    run.data.n_eval_tokens = cfg.n_eval_tokens or run.data.n_eval_tokens
-    run.lm.device = cfg.device
-    keep_freed_memory()
+    run.data.n_eval_tokens = n_eval_tokens or run.data.n_eval_tokens
+    run.lm.device = device
     get_class(run.sae._target_)  # registers an SAE that lies outside this package
     data = instantiate(run.data, lm=instantiate(run.lm))
-    sae = load_sae(run_dir, data.lm.device)
+    return load_sae(run_dir, data.lm.device), data
+
+
+@entry_point("evaluate")
+def main(cfg: DictConfig) -> None:
+    """Repeat the evaluation of a run on its own data; `n_eval_tokens` and `device` may differ."""
+    run_dir = Path(cfg.run_dir)
+    keep_freed_memory()
+    sae, data = open_run(run_dir, cfg.device, cfg.n_eval_tokens)
     evaluation = evaluate(sae, data)
     print_metrics(evaluation.metrics, run_dir)
     print_files(write_results(evaluation, sae, run_dir))

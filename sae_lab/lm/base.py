@@ -73,6 +73,10 @@ class LanguageModel(ABC):
     def forward(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t v"]:
         """Logits of a whole forward pass, hooks included; tokens are on the model's device."""
 
+    @abstractmethod
+    def unembedding(self) -> Float[Tensor, "v d"] | None:
+        """The matrix that makes logits of the last residual stream; None where the model has none."""
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device

@@ -64,6 +64,9 @@ class TransformerLensLM(LanguageModel):
     def forward(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t v"]:
         return self.model(tokens, use_cache=False)
 
+    def unembedding(self) -> Float[Tensor, "v d"]:
+        return self.model.W_U.T
+
     def _move(self, device: torch.device) -> None:
         self.model.to(device, print_details=False)
 

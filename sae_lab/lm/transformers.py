@@ -66,6 +66,10 @@ class TransformersLM(LanguageModel):
     def forward(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t v"]:
         return self.model(tokens, use_cache=False).logits
 
+    def unembedding(self) -> Float[Tensor, "v d"] | None:
+        head = self.model.get_output_embeddings()
+        return None if head is None else head.weight
+
 
 def on_first_output(hook: SiteHook):
     """A torch forward hook that shows `hook` the output, or its first element, and puts back what it returns."""

@@ -42,6 +42,8 @@ class BaseSAE(nn.Module, ABC):
     n_sources: int
     d_in: int
     n_latents: int
+    W_dec: Float[Tensor, "f s d"]
+    """The dictionary: row i is what latent i writes."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

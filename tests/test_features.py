@@ -1,0 +1,96 @@
+"""Feature pages: what is gathered, what is said of it, and the page that carries it."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SAE_NAMES, build
+from test_data import SETTINGS, Echo, Numbers
+
+from sae_lab.data import ActivationData
+from sae_lab.errors import UserError
+from sae_lab.features import Activations, apart, choose, describe, directions, excerpt, gather, write_page
+
+
+@pytest.mark.parametrize("name", SAE_NAMES)
+def test_gather_finds_every_activation(name):
+    data = ActivationData(Echo(), Numbers, **SETTINGS)
+    sae = build(name, d_in=2, n_latents=16, n_sources=2).eval()
+    latents = torch.tensor([3, 4, 11])
+    found = gather(sae, data, latents, n_tokens=30)
+    assert found.tokens.shape == (5, 6)
+    keep = data.keep(found.tokens).flatten()
+    assert found.n_positions == int(keep.sum())
+    x = Echo().activations(found.tokens).flatten(0, 1)
+    expected = torch.where(keep.unsqueeze(1), sae.encode(x).detach(), 0)[:, latents]
+    mine = torch.zeros_like(expected).index_put((found.positions, found.latents), found.values)
+    torch.testing.assert_close(mine, expected)
+
+
+def activations(entries: list[tuple[int, int, float]]) -> Activations:
+    """Entries (latent, position, value) over 4 rows of 25 tokens, whose ids are their positions."""
+    latents, positions, values = zip(*entries, strict=True)
+    tokens = torch.arange(100).view(4, 25)
+    return Activations(tokens, 96, torch.tensor(latents), torch.tensor(positions), torch.tensor(values))
+
+
+def test_describe():
+    found = describe(
+        activations([(0, 30, 2.0), (2, 5, 1.0), (0, 3, 4.0), (0, 31, 1.0)]), 3, n_top=1, n_random=5, context=2
+    )
+    assert [row["density"] for row in found] == [3 / 96, 0.0, 1 / 96]
+    assert [row["max"] for row in found] == [4.0, 0.0, 1.0]
+    assert found[0]["top"] == [{"tokens": [1, 2, 3, 4, 5], "activations": [0, 0, 4.0, 0, 0], "centre": 2}]
+    assert [e["activations"] for e in found[0]["random"]] == [[0, 0, 2.0, 1.0, 0]]  # 31 stands in the window of 30
+    assert found[1]["top"] == found[1]["random"] == []
+    assert sum(found[0]["histogram"]["counts"]) == 3
+    assert found[0]["histogram"]["counts"][-1] == 1
+
+
+def test_an_excerpt_stays_in_its_row():
+    tokens = torch.arange(20).view(2, 10)
+    assert excerpt(tokens, 11, 3, {11: 1.0})["tokens"] == [10, 11, 12, 13, 14]
+    assert excerpt(tokens, 9, 3, {})["tokens"] == [6, 7, 8, 9]
+
+
+def test_apart_keeps_the_first_of_a_window():
+    assert apart(torch.tensor([12, 40, 14, 10, 3]), context=2).tolist() == [12, 40, 3]
+
+
+def test_directions_name_what_a_decoder_row_writes():
+    sae = build("topk", d_in=8, n_latents=12)
+    unembedding = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae.W_dec[5, 0] = unembedding[7] / unembedding[7].norm()
+        sae.W_dec[9, 0] = sae.W_dec[5, 0]
+        sae.W_dec[2, 0] = -unembedding[7] / unembedding[7].norm()
+    lm = SimpleNamespace(unembedding=lambda: unembedding)
+    first, second = directions(sae, lm, torch.tensor([5, 2]), n_logits=3, n_neighbours=2)
+    logits = sae.W_dec[5, 0].detach() @ unembedding.T
+    assert first["promoted"][0]["token"] == int(logits.argmax())
+    assert first["promoted"][0]["logit"] == pytest.approx(float(logits.max() - logits.mean()), abs=1e-3)
+    assert [p["token"] for p in second["suppressed"]] == [p["token"] for p in first["promoted"]]
+    assert first["neighbours"][0] == {"latent": 9, "cosine": 1.0}
+    narrow = SimpleNamespace(unembedding=lambda: unembedding[:, :4])
+    assert "promoted" not in directions(sae, narrow, torch.tensor([5]), 3, 2)[0]
+
+
+def test_choose():
+    sae = build("topk", n_latents=64)
+    assert choose(sae, None, 1024).tolist() == list(range(64))
+    assert len(set(choose(sae, None, 10).tolist())) == 10
+    assert choose(sae, [9, 3, 3], 10).tolist() == [3, 9]
+    for wrong in ([64], [-1], []):
+        with pytest.raises(UserError, match="between 0 and 63"):
+            choose(sae, wrong, 10)
+
+
+def test_the_page_carries_the_json(tmp_path):
+    description = {"run": "a", "tokens": {1: "</script><b>"}, "latents": [{"latent": 0}]}
+    page, table = write_page(description, tmp_path)
+    text = page.read_text()
+    assert "<b>" not in text
+    carried = re.search(r"^const data = (.*);$", text, re.MULTILINE)[1]
+    assert json.loads(carried) == json.loads(table.read_text()) == json.loads(json.dumps(description))
