@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> BaseSAE:
     folder = Path(folder)
     folder = folder / "sae" if (folder / "sae" / CONFIG).is_file() else folder
     if not (folder / CONFIG).is_file():
+        if (folder / ".hydra").is_dir():
+            raise UserError(f"the run in {folder} has not saved its SAE yet: run the same command again to finish it.")
         raise UserError(f"{folder} holds no {CONFIG}: give an SAE folder, such as <run folder>/sae.")
     try:
         description = json.loads((folder / CONFIG).read_text())
@@ -83,13 +86,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def check_readable(checkpoint: Path, remedy: str) -> int:
-    """The step a checkpoint was saved at.
+    """The step a checkpoint was saved at; every byte of it is read, as torch does not look at a file's checksums.
 
     Raises:
-        UserError: it cannot be read; the sentence ends with `remedy`.
+        UserError: it cannot be read, or is no checkpoint of ours; the sentence ends with `remedy`.
     """
     try:
-        return torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)["global_step"]
-    except Exception as e:  # torch.load raises RuntimeError, UnpicklingError, EOFError, KeyError, ... on a broken file
+        with zipfile.ZipFile(checkpoint) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"its part {damaged} is damaged")
+        content = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
+        missing = {"state_dict", "pytorch-lightning_version"} - content.keys()
+        if missing:
+            raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
+        return content["global_step"]
+    except Exception as e:  # zipfile and torch raise BadZipFile, RuntimeError, UnpicklingError, EOFError, KeyError, ...
         reason = " ".join(str(e).split())[:160]
         raise UserError(f"the checkpoint {checkpoint} cannot be read ({type(e).__name__}: {reason}): {remedy}") from e

@@ -13,6 +13,9 @@ from sae_lab.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# What a run leaves in its folder, and a run that starts again removes.
+OURS = ("checkpoints", "sae", "figures", "tensorboard", "wandb", "metrics.json", "metrics.csv")
+
 # What may change when a run is continued: where and how it runs, not what it computes.
 FREE = (
     "resume",
@@ -52,24 +55,28 @@ def examine(folder: Path, config: Any, resume: str) -> Run:
         raise UserError(f"resume={resume} is not known: choose auto (continue where the folder stands) or never.")
     checkpoint = folder / "checkpoints" / "last.ckpt"
     complete = (folder / "metrics.json").is_file()
-    if resume == "never" or not (checkpoint.is_file() or complete):  # nothing was learnt yet: any config may start
-        return Run(folder, None, False)
-    if not complete:
-        step = check_readable(checkpoint, "delete it to start again, or type resume=never.")
-        log.info("continuing from step %d of %s", step, checkpoint)
     config_file = folder / ".hydra" / "config.yaml"
+    if resume == "never" or not (checkpoint.is_file() or complete):  # nothing was learnt yet: any config may start
+        foreign = [name for name in OURS if (folder / name).exists()]
+        if foreign and not config_file.is_file():
+            raise UserError(f"{folder} is no run's, but holds {', '.join(foreign)}: choose another hydra.run.dir.")
+        return Run(folder, None, False)
+    step = 0 if complete else check_readable(checkpoint, "delete it to start again, or type resume=never.")
     if not config_file.is_file():
         raise UserError(f"{folder} has lost its .hydra/config.yaml: put it back, or type resume=never to start again.")
     refuse_other_config(folder, OmegaConf.to_container(OmegaConf.load(config_file)), config)
+    if not complete:
+        log.info("continuing from step %d of %s", step, checkpoint)
     return Run(folder, checkpoint, complete)
 
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
-    for name in ("checkpoints", "sae", "figures", "tensorboard", "wandb", ".hydra"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.json", "metrics.csv"):
-        (folder / name).unlink(missing_ok=True)
+    for name in (*OURS, ".hydra"):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 def refuse_other_config(folder: Path, there: Any, here: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -60,14 +61,14 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 def check_dials(cfg: DictConfig) -> None:
-    """Refuse a dial that is no number or too small for its meaning; `null` passes where the config has it."""
-    least = {"k": 0, "expansion": 0, "n_latents": 1, "n_tokens": 1, "batch_size": 1, "seq_len": 2, "seed": 0}
-    least |= {"max_grad_norm": 0, "calibration_batches": 1, "optimizer.lr": 0}
-    least |= {f"trainer.{name}": 1 for name in ("checkpoint_every", "validate_every", "log_every")}
-    for key, smallest in least.items():
+    """Refuse a dial that is no number, no whole one where only that makes sense, or too small; `null` passes."""
+    whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seq_len": 2, "seed": 0, "calibration_batches": 1}
+    whole |= {f"trainer.{name}": 1 for name in ("checkpoint_every", "validate_every", "log_every")}
+    for key, least in (whole | {"k": 0, "expansion": 0, "max_grad_norm": 0, "optimizer.lr": 0}).items():
         value = OmegaConf.select(cfg, key)
-        if value is not None and (isinstance(value, bool | str) or value < smallest):
-            raise UserError(f"{key}={value} must be a number of at least {smallest}.")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not (number and value >= least and (key not in whole or value == int(value))):
+            raise UserError(f"{key}={value} must be a {'whole ' if key in whole else ''}number of at least {least}.")
 
 
 def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:

@@ -7,7 +7,7 @@ import torch
 from conftest import build
 from safetensors.torch import load_file, save_file
 
-from sae_lab.checkpoint import AtomicCheckpointIO, load_sae, save_sae, write_atomically
+from sae_lab.checkpoint import AtomicCheckpointIO, check_readable, load_sae, save_sae, write_atomically
 from sae_lab.errors import UserError
 
 
@@ -64,3 +64,34 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_checkpoints_load_without_running_code(tmp_path):
     AtomicCheckpointIO().save_checkpoint({"global_step": 3, "w": torch.ones(2)}, tmp_path / "last.ckpt")
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def flip(path, at: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda p: flip(p, 0.5), "is damaged"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-50]), "cannot be read"),
+        (lambda p: p.write_bytes(b""), "cannot be read"),
+        (lambda p: torch.save({"global_step": 3}, p), "lacks pytorch-lightning_version and state_dict"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(tmp_path, damage, reason):
+    path = tmp_path / "last.ckpt"
+    content = {"global_step": 3, "state_dict": {"w": torch.ones(5000)}, "pytorch-lightning_version": "2.6.6"}
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    assert check_readable(path, "delete it.") == 3
+    damage(path)
+    with pytest.raises(UserError, match=f"{reason}.*delete it"):
+        check_readable(path, "delete it.")
+
+
+def test_an_unfinished_run_is_told_from_no_run(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    with pytest.raises(UserError, match="has not saved its SAE yet: run the same command again"):
+        load_sae(tmp_path)

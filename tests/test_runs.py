@@ -21,7 +21,8 @@ def open_run(folder, *overrides) -> Run:
 
 def leave_checkpoint(folder) -> None:
     (folder / "checkpoints").mkdir(parents=True)
-    torch.save({"global_step": 7}, folder / "checkpoints" / "last.ckpt")
+    content = {"global_step": 7, "state_dict": {}, "pytorch-lightning_version": "2.6.6"}
+    torch.save(content, folder / "checkpoints" / "last.ckpt")
 
 
 def test_a_new_folder_starts(tmp_path):
@@ -79,6 +80,26 @@ def test_never_clears_what_the_earlier_run_left_and_nothing_else(tmp_path):
     run = open_run(tmp_path, "k=3", "resume=never")
     assert (run.checkpoint, run.complete) == (None, False)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hydra", "notes.txt"]
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_somebody_elses_folder_is_not_cleared(tmp_path, resume):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "paper.png").write_text("")
+    with pytest.raises(UserError, match="is no run's, but holds figures: choose another"):
+        open_run(tmp_path, f"resume={resume}")
+    assert (tmp_path / "figures" / "paper.png").is_file()
+
+
+def test_a_refused_folder_is_not_said_to_be_continued(tmp_path, caplog):
+    open_run(tmp_path)
+    leave_checkpoint(tmp_path)
+    caplog.set_level("INFO")
+    with pytest.raises(UserError):
+        open_run(tmp_path, "seed=1")
+    assert caplog.text == ""
+    open_run(tmp_path)
+    assert "continuing from step 7" in caplog.text
 
 
 def test_flat():
