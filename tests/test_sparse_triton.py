@@ -113,7 +113,24 @@ def test_the_tuners_choice_changes_no_bit(dtype, monkeypatch):
         assert torch.equal(dots, results[0][1])
 
 
-def test_all_batches_of_a_run_are_one_size_to_the_tuner():
+def test_the_tuner_chooses_once_for_all_batches_of_a_run(monkeypatch):
+    """By a clock of our own, which runs each configuration once."""
+    kernels = {sparse_triton._sums: sparse_triton.SUMS, sparse_triton._dots: sparse_triton.DOTS}
+    for kernel, configs in kernels.items():
+        monkeypatch.setattr(kernel, "configs", configs)
+        monkeypatch.setattr(kernel, "cache", {})
+        monkeypatch.setitem(kernel.__dict__, "do_bench", lambda call, quantiles: call() or [1.0] * len(quantiles))
+    for lengths in ([4, 5, 6], [7, 0, 6], [5, 5, 2]):
+        offsets, indices, weights, left, rows = operands(lengths, 5, torch.float32, whole=True)
+        sums, dots = exact(offsets, indices, weights, left, rows)
+        assert torch.equal(sparse_triton.weighted_sums(offsets, indices, weights, rows), sums.float())
+        assert torch.equal(sparse_triton.dot_products(offsets, indices, left, rows), dots.float())
+    assert all(len(kernel.cache) == 1 for kernel in kernels)
+    sparse_triton.weighted_sums(offsets, indices, weights, rows[:, :3])
+    assert len(sparse_triton._sums.cache) == 2
+
+
+def test_what_the_tuner_knows_a_size_by_is_the_same_for_all_batches():
     def size(n_entries: int, n: int) -> int:
         return sparse_triton.entries_per_segment(torch.empty(n_entries), n)
 
