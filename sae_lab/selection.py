@@ -83,7 +83,8 @@ class Entries(NamedTuple):
 
     @one_thread()
     def keep(self, mask: Bool[Tensor, " n"]) -> "Entries":
-        return self._replace(positions=self.positions[mask], values=self.values[mask])
+        kept = places(mask)  # once for both: on a GPU the host waits for it
+        return self._replace(positions=self.positions.index_select(0, kept), values=self.values.index_select(0, kept))
 
     @one_thread()
     def code(self) -> SparseCode:
@@ -132,10 +133,8 @@ def largest(values: Float[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:
     if k == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     kth = kth_largest(values, k)
-    mask = values > kth
-    ties = (values == kth).nonzero().squeeze(-1)
-    mask[ties[: k - int(mask.sum())]] = True
-    return mask
+    larger, tied = values > kth, values == kth
+    return larger | tied & (tied.cumsum(dim=0) <= k - larger.sum())
 
 
 @one_thread()
@@ -173,8 +172,15 @@ def find_above(h: Tensor, bound: Tensor) -> tuple[Int[Tensor, " found"], Tensor]
     if h.device.type == "cpu":
         found = np.flatnonzero(h.numpy() > bound.numpy())
         return torch.from_numpy(found), torch.from_numpy(h.numpy().reshape(-1)[found])
-    place = (h > bound).flatten().nonzero().squeeze(-1)
+    place = places(h > bound)
     return place, h.flatten()[place]
+
+
+def places(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " true"]:
+    """Where the flattened mask is true, ascending."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero().squeeze(-1)
 
 
 def kth_largest(h: Tensor, k: int) -> Tensor:

@@ -9,13 +9,15 @@ each active entry e lies on a row r and a latent c, and takes part in
     db_dec   = sum_r dx_hat_r - sum_c db_enc_c W_enc_c   dx_r      = sum_{e on r} dz_e W_enc_c
 
 so everything is one of two sums: weighted sums of rows, over the entries of a row or of a latent, and dot products,
-one an entry. Nothing is added concurrently: two runs are equal to the bit.
+one an entry: on a CPU by torch's sparse kernels, on a GPU by Triton's (sparse_triton.py), or by torch's where Triton
+is missing. Nothing is added concurrently: two runs are equal to the bit.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
 
@@ -28,6 +30,8 @@ from torch.autograd.function import once_differentiable
 from sae_lab.threads import one_thread
 
 warnings.filterwarnings("ignore", message="Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
+
+HAS_TRITON = find_spec("triton") is not None
 
 
 class ByLatent(NamedTuple):
@@ -68,8 +72,13 @@ class Pattern:
     def by_latent(self) -> ByLatent:
         with one_thread():
             order = stable_argsort(self.latents)
-            offsets = F.pad(torch.bincount(self.latents, minlength=self.n_latents).cumsum(0), (1, 0))
+            offsets = F.pad(self.fire_counts().cumsum(0), (1, 0))
             return ByLatent(order, self.rows[order], offsets)
+
+    def fire_counts(self) -> Int[Tensor, " f"]:
+        """How many entries each latent has."""
+        counts = self.latents.new_zeros(self.n_latents)
+        return counts.scatter_add_(0, self.latents, torch.ones_like(self.latents))  # bincount makes a GPU's host wait
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +118,7 @@ def l0_per_row(code: Code) -> Int[Tensor, " b"]:
 
 def fire_counts(code: Code) -> Int[Tensor, " f"]:
     """On how many rows each latent is active."""
-    if isinstance(code, SparseCode):
-        return torch.bincount(code.latents, minlength=code.n_latents)
-    return (code != 0).sum(dim=0)
+    return code.pattern.fire_counts() if isinstance(code, SparseCode) else (code != 0).sum(dim=0)
 
 
 def fired(code: Code) -> Bool[Tensor, " f"]:
@@ -223,6 +230,10 @@ def weighted_sums(
     rows: Float[Tensor, "m d"],
 ) -> Float[Tensor, "n d"]:
     """out_i = sum_{j from offsets_i to offsets_{i+1}} weights_j rows[indices_j]: a sparse matrix times a dense one."""
+    if rows.is_cuda and HAS_TRITON:
+        from sae_lab import sparse_triton  # Triton takes a second to import
+
+        return sparse_triton.weighted_sums(offsets, indices, weights, rows)
     return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
@@ -230,6 +241,10 @@ def dot_products(
     offsets: Int[Tensor, " n+1"], indices: Int[Tensor, " nnz"], left: Float[Tensor, "n d"], right: Float[Tensor, "m d"]
 ) -> Float[Tensor, " nnz"]:
     """out_j = left_i · right[indices_j] for j from offsets_i to offsets_{i+1}: a sampled product of two dense ones."""
+    if left.is_cuda and HAS_TRITON:
+        from sae_lab import sparse_triton
+
+        return sparse_triton.dot_products(offsets, indices, left, right)
     size = (len(left), len(right))
     sampled = torch.sparse_csr_tensor(offsets, indices, left.new_zeros(len(indices)), size, check_invariants=False)
     return torch.sparse.sampled_addmm(sampled, left, right.T).values()
@@ -238,7 +253,7 @@ def dot_products(
 def stable_argsort(keys: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """The order that makes the keys ascend, equal ones staying as they stand."""
     if keys.device.type != "cpu":
-        return keys.argsort(stable=True)
+        return keys.int().argsort(stable=True)  # a radix sort: half the passes over half the bytes
     # numpy sorts plain numbers with AVX-512, 100 x faster than torch sorts: make each key one with its place.
     bits = len(keys).bit_length()
     tagged = (keys << bits) | torch.arange(len(keys))

@@ -1,10 +1,15 @@
 """What tests share: SAEs built from conf/sae/*.yaml as `train` builds them, and data with a planted dictionary."""
 
+import os
 from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # for test_sparse_triton.py; read once, when Lightning imports triton
 
 import hydra
 import pytest
-import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 

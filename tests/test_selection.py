@@ -51,6 +51,22 @@ def test_selection_is_its_definition_however_h_is_cut(case, dtype):
             assert torch.equal(above(pieces, threshold).to_dense(), h * (h.float() > threshold))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["normal", "ties", "mostly negative", "all negative"])
+def test_a_gpu_selects_what_a_cpu_does(case, dtype):
+    for seed in range(10):
+        h = random_h(case, seed, dtype)
+        k = 1 + seed * h.shape[1] // 30
+        for rule, bound in ((top_k, k), (top_of_batch, k - 0.37), (above, torch.tensor(0.7351))):
+            cpu = rule([h], bound)
+            cuda = rule([h.cuda()], bound.cuda() if isinstance(bound, torch.Tensor) else bound)
+            assert torch.equal(cuda.latents.cpu(), cpu.latents)
+            assert torch.equal(cuda.row_offsets.cpu(), cpu.row_offsets)
+            assert torch.equal(cuda.values.cpu(), cpu.values)
+
+
 def test_a_row_of_many_equal_entries_keeps_the_first():
     h = torch.ones(3, 100)
     h[1, 60] = 2

@@ -152,7 +152,8 @@ class LinearSAE(BaseSAE):
     def before_step(self) -> None:
         """Remove from each latent's decoder gradient the part parallel to the latent: g - (g·u) u, u = W_dec_i."""
         if self.W_dec.grad is not None:
-            size = max(1, 2**21 // self.W_dec[0].numel())  # what a CPU's cache keeps from one operation to the next
+            # On a CPU as much as its cache keeps from one operation to the next; a GPU wants few operations.
+            size = max(1, (2**26 if self.W_dec.is_cuda else 2**21) // self.W_dec[0].numel())
             for g, u in zip(self.W_dec.grad.flatten(1).split(size), self.W_dec.flatten(1).split(size), strict=True):
                 # Rows are divided by their norm after every step, so |u| is 1 to rounding; |u|² makes it exact.
                 parallel = (g * u).sum(-1, keepdim=True) / u.norm(dim=-1, keepdim=True).square()
