@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from sae_lab.errors import UserError
 from sae_lab.saes.base import SAEOutput
-from sae_lab.saes.linear import PenalizedLinearSAE, checked_k
+from sae_lab.saes.linear import PenalizedLinearSAE, checked_k, checked_word
 
 
 class JumpReLUSAE(PenalizedLinearSAE):
@@ -53,8 +53,7 @@ class JumpReLUSAE(PenalizedLinearSAE):
         **penalized: Any,
     ):
         super().__init__(auxk_coefficient=auxk_coefficient, **penalized)
-        if penalty not in self.COEFFICIENTS:
-            raise UserError(f"sae.penalty={penalty} is not known: choose one of {', '.join(self.COEFFICIENTS)}.")
+        checked_word("penalty", penalty, *self.COEFFICIENTS)
         if penalty == "target_l0":
             if k is None:
                 raise UserError("penalty=target_l0 needs a k to aim at: give one, or another penalty.")

@@ -34,7 +34,12 @@ class LinearSAE(BaseSAE):
         encoder_bias: whether h has b_enc.
         auxk_coefficient: weight of the auxiliary loss; 0 leaves it out.
         k_aux: how many dead latents may explain one row's residual; None is s·d / 2, after Gao et al. 2024, §A.2.
+        auxk_selection: whether those are the top k_aux of each `row` or, as the write-up of BatchTopK suggests, the
+            top k_aux · b of the `batch`.
         dead_after: batches without firing after which a latent is dead.
+
+    Raises:
+        UserError: an unknown word.
     """
 
     batches_since_fired: Tensor
@@ -49,12 +54,14 @@ class LinearSAE(BaseSAE):
         encoder_bias: bool = False,
         auxk_coefficient: float = 0.0,
         k_aux: int | None = None,
+        auxk_selection: str = "row",
         dead_after: int = 5,
     ):
         super().__init__()
         self.d_in, self.n_latents, self.n_sources, self.seed = d_in, n_latents, n_sources, seed
         self.normalize, self.encoder_bias = normalize, encoder_bias
         self.auxk_coefficient, self.k_aux, self.dead_after = auxk_coefficient, k_aux, dead_after
+        self.auxk_selection = checked_word("auxk_selection", auxk_selection, "row", "batch")
         self.normalizer = normalizer(normalize)
         self.W_enc = nn.Parameter(torch.empty(n_latents, n_sources, d_in))
         self.W_dec = nn.Parameter(torch.empty(n_latents, n_sources, d_in))
@@ -127,7 +134,8 @@ class LinearSAE(BaseSAE):
         x = (out.target - self.b_dec).detach().flatten(1)
         h = linear(x, self.W_enc.index_select(0, dead).flatten(1), bias)
         k_aux = self.k_aux or self.n_sources * self.d_in // 2
-        return losses.auxk(out.target - out.x_hat, h, self.W_dec.index_select(0, dead), k_aux)
+        W_dec, over_batch = self.W_dec.index_select(0, dead), self.auxk_selection == "batch"
+        return losses.auxk(out.target - out.x_hat, h, W_dec, k_aux, over_batch)
 
     def encode(self, x: Tensor) -> Float[Tensor, "b f"]:
         """Raw activations -> code, always as a dense matrix: for users, who index it, plot it and edit it.
@@ -215,6 +223,17 @@ class PenalizedLinearSAE(LinearSAE):
     def warmed(self, penalty: Tensor) -> Tensor:
         """The penalty as much as this batch, the `steps`-th, may feel of it."""
         return penalty * (self.steps / self.sparsity_warmup).clamp_max(1) if self.sparsity_warmup else penalty
+
+
+def checked_word(name: str, word: str, *known: str) -> str:
+    """`word`, the value of the setting `name`, if it is one of those known.
+
+    Raises:
+        UserError: it is not.
+    """
+    if word not in known:
+        raise UserError(f"sae.{name}={word} is not known: choose one of {', '.join(known)}.")
+    return word
 
 
 def checked_k(k: float, n_latents: int) -> float:
