@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.saes.linear import SparseLinearSAE, checked_k
+from sae_lab.saes.linear import SparseLinearSAE
 from sae_lab.selection import Pieces, above, top_of_batch
 from sae_lab.sparse import Code, SparseCode, smallest_positive
 
@@ -33,14 +33,13 @@ class BatchTopKSAE(SparseLinearSAE):
 
     RATE = 0.01
 
-    def __init__(self, k: float, auxk_coefficient: float = 1 / 32, **linear: Any):
-        super().__init__(auxk_coefficient=auxk_coefficient, **linear)
-        self.k = checked_k(k, self.n_latents)
+    def __init__(self, k: float, **sparse: Any):
+        super().__init__(k=k, **sparse)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
         self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.long))
 
     def select(self, h: Pieces) -> SparseCode:
-        return top_of_batch(h, self.k) if self.training else above(h, self.threshold)
+        return top_of_batch(h, self.current_k) if self.training else above(h, self.threshold)
 
     @torch.no_grad()
     def observe(self, code: Code) -> None:

@@ -43,6 +43,8 @@ class LinearSAE(BaseSAE):
     """
 
     batches_since_fired: Tensor
+    steps: Tensor
+    """Training batches seen."""
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class LinearSAE(BaseSAE):
         self.b_dec = nn.Parameter(torch.zeros(n_sources, d_in))
         self.b_enc = nn.Parameter(torch.zeros(n_latents)) if encoder_bias else None
         self.register_buffer("batches_since_fired", torch.zeros(n_latents, dtype=torch.long))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.initialize()
 
     @torch.no_grad()
@@ -111,6 +114,7 @@ class LinearSAE(BaseSAE):
     def observe(self, code: Code) -> None:
         """Update the state that training keeps, from the code of one training batch."""
         self.batches_since_fired.add_(1).masked_fill_(fired(code), 0)
+        self.steps += 1
 
     def dead(self) -> Bool[Tensor, " f"]:
         return self.batches_since_fired >= self.dead_after
@@ -180,7 +184,36 @@ class SparseLinearSAE(LinearSAE):
     """A LinearSAE whose codes are sparse while it trains: h exists in pieces only, and a subclass says what is kept.
 
     After the encoder's product everything, gradients included, is done by active entry (see sparse.py).
+
+    Args:
+        k: the number of active latents a row, or its mean where the rule is one over the batch.
+        k_warmup: training batches over which k falls linearly from k_start; 0 trains with k at once. Latents that are
+            wanted at first, when many are, have a direction to go in when few are.
+        k_start: the first batch's k; None is s·d, or f if that is less.
+
+    Raises:
+        UserError: k or k_start is not between 1 and the size of the dictionary.
     """
+
+    def __init__(
+        self,
+        k: float,
+        k_warmup: int = 0,
+        k_start: float | None = None,
+        auxk_coefficient: float = 1 / 32,
+        **linear: Any,
+    ):
+        super().__init__(auxk_coefficient=auxk_coefficient, **linear)
+        self.k, self.k_warmup, self.k_start = checked_k(k, self.n_latents), k_warmup, k_start
+        self._k_start = min(self.n_sources * self.d_in, self.n_latents) if k_start is None else k_start
+        checked_k(self._k_start, self.n_latents, "k_start")
+
+    @property
+    def current_k(self) -> float:
+        """k as this batch, the `steps`-th, may use it; in `eval()` the k that training ends with."""
+        if not (self.training and self.k_warmup):
+            return self.k
+        return self.k + (self._k_start - self.k) * max(0.0, 1 - int(self.steps) / self.k_warmup)
 
     @abstractmethod
     def select(self, h: Pieces) -> SparseCode:
@@ -207,18 +240,9 @@ class PenalizedLinearSAE(LinearSAE):
             starts with that. Dead latents come from a penalty that acts before there is a reconstruction.
     """
 
-    steps: Tensor
-    """Training batches seen."""
-
     def __init__(self, sparsity_warmup: int = 0, encoder_bias: bool = True, **linear: Any):
         super().__init__(encoder_bias=encoder_bias, **linear)
         self.sparsity_warmup = sparsity_warmup
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-
-    @torch.no_grad()
-    def observe(self, code: Code) -> None:
-        super().observe(code)
-        self.steps += 1
 
     def warmed(self, penalty: Tensor) -> Tensor:
         """The penalty as much as this batch, the `steps`-th, may feel of it."""
@@ -236,7 +260,7 @@ def checked_word(name: str, word: str, *known: str) -> str:
     return word
 
 
-def checked_k(k: float, n_latents: int) -> float:
+def checked_k(k: float, n_latents: int, name: str = "k") -> float:
     """k, if a dictionary of n_latents can have that many active latents.
 
     Raises:
@@ -244,6 +268,6 @@ def checked_k(k: float, n_latents: int) -> float:
     """
     if not 1 <= k <= n_latents:
         raise UserError(
-            f"k={k} must lie between 1 and the dictionary's {n_latents} latents: lower k or raise expansion."
+            f"{name}={k} must lie between 1 and the dictionary's {n_latents} latents: lower {name} or raise expansion."
         )
     return k
