@@ -36,7 +36,7 @@ class BaseSAE(nn.Module, ABC):
     """
 
     registry: ClassVar[dict[str, type["BaseSAE"]]] = {}
-    batch_rule: ClassVar[bool] = False
+    batch_rule: bool = False
     """Whether the training rule for one row depends on the other rows of its batch."""
 
     n_sources: int
