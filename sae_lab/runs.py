@@ -68,8 +68,8 @@ def clear(folder: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
     for name in ("checkpoints", "sae", "figures", "tensorboard", "wandb", ".hydra"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.json", "metrics.csv"):
-        (folder / name).unlink(missing_ok=True)
+    for file in (*folder.glob("metrics*.json"), folder / "metrics.csv"):
+        file.unlink(missing_ok=True)
 
 
 def refuse_other_config(folder: Path, there: Any, here: Any) -> None:

@@ -3,7 +3,6 @@
 import json
 import logging
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ from sae_lab.checkpoint import AtomicCheckpointIO, save_sae
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
 from sae_lab.errors import UserError
-from sae_lab.evaluate import evaluate, write_results
+from sae_lab.evaluate import calibrate, evaluate, write_results
 from sae_lab.interrupt import StopOnSignal
 from sae_lab.memory import keep_freed_memory
 from sae_lab.module import SAEModule
@@ -131,13 +130,6 @@ def fit(trainer: L.Trainer, module: SAEModule, data: ActivationData, run: Run) -
     if trainer.global_step < data.n_steps:
         log.warning("the text ended at step %d of %d (data.repeat=false)", trainer.global_step, data.n_steps)
     trainer.save_checkpoint(run.folder / "checkpoints" / "last.ckpt")
-
-
-def calibrate(saes: Sequence[BaseSAE], data: ActivationData, n_batches: int) -> None:
-    """Let every SAE estimate what its inference needs (BatchTopK's threshold), on the first training batches."""
-    for i, x in enumerate(data.calibration_batches(n_batches)):
-        for sae in saes:
-            sae.calibrate(x.to(next(sae.parameters()).device), i)
 
 
 def hydra_files(cfg: DictConfig) -> dict[str, str]:

@@ -236,6 +236,20 @@ def test_evaluate_repeats_the_metrics(run_dir):
     assert (run_dir / "figures" / "l0_per_token.png").is_file()
 
 
+def test_evaluate_under_another_activation_writes_a_file_of_its_own(run_dir):
+    before = (run_dir / "metrics.json").read_bytes()
+    for activation in ("topk", "threshold"):
+        done = run(f"run_dir={run_dir}", f"activation={activation}", module="evaluate")
+        assert done.returncode == 0, done.stderr
+    assert (run_dir / "metrics.json").read_bytes() == before
+    own = json.loads(before)
+    del own["train_mode"]
+    topk, thresholded = (json.loads((run_dir / f"metrics_{name}.json").read_text()) for name in ("topk", "threshold"))
+    assert (topk["l0"], topk["l0_std"]) == (16, 0)
+    assert topk["fvu"] > own["fvu"]  # what BatchTopK trained
+    assert thresholded == own | {"activation": "threshold"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [

@@ -82,6 +82,14 @@ class LinearSAE(BaseSAE):
         self.W_dec.copy_(self.W_enc)
         self.normalize_decoder()
 
+    def start_from(self, other: BaseSAE) -> None:
+        theirs = other.config.get("normalize")
+        if theirs != self.normalize:
+            raise UserError(
+                f"the parameters of an SAE with normalize={theirs} want sae.normalize={theirs} here as well."
+            )
+        super().start_from(other)
+
     @abstractmethod
     def activate(self, h: Float[Tensor, "b f"]) -> Code:
         """Pre-activations -> code: what tells the architectures apart."""
