@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lab.checkpoint import AtomicCheckpointIO, save_sae
+from sae_lab.checkpoint import AtomicCheckpointIO, load_sae, save_sae
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
 from sae_lab.errors import UserError
@@ -42,6 +42,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     keep_freed_memory()
     data: ActivationData = instantiate(cfg.data, lm=instantiate(cfg.lm))
     sae = build_sae(cfg, data)
+    if cfg.init_from is not None and run.checkpoint is None:
+        sae.start_from(load_sae(cfg.init_from))
     schedule = partial(instantiate(cfg.schedule), n_steps=data.n_steps)
     module = SAEModule({"sae": sae}, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
     trainer: L.Trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps)

@@ -2,7 +2,8 @@
 
 import math
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,13 +13,24 @@ from sae_lab import losses, sparse
 from sae_lab.errors import UserError
 from sae_lab.matmul import linear
 from sae_lab.saes.base import BaseSAE, SAEOutput
+from sae_lab.saes.mlp import MLP
 from sae_lab.saes.normalize import Context, normalizer
 from sae_lab.selection import Pieces, Preactivations
 from sae_lab.sparse import Code, SparseCode, encoded, fired
 
 
+class Encoder(NamedTuple):
+    """h = (inputs - origin) Wᵀ [+ b_enc], with inputs and W flattened from their second axis on."""
+
+    inputs: Float[Tensor, "b s n"]
+    origin: Float[Tensor, "s n"]
+    W: Float[Tensor, "f s n"]
+
+
 class LinearSAE(BaseSAE):
-    """h = (x - b_dec) W_encᵀ [+ b_enc],   z = activate(h),   x_hat = z W_dec + b_dec,   loss = mean (x - x_hat)² + aux
+    """h = (x - b_dec) W_encᵀ [+ b_enc] [+ MLP],   z = activate(h),   x_hat = z W_dec + b_dec
+
+    loss = mean (x - x_hat)² + aux
 
     x is the normalised input. Sums over inputs run over sources and dimensions together, so with s > 1 this is a
     crosscoder. Each row of W_dec has unit norm over (s, d); the part of its gradient that would change the norm is
@@ -32,6 +44,11 @@ class LinearSAE(BaseSAE):
         seed: of the initial weights, drawn by a generator of this SAE's own.
         normalize: `per_token` or `none` (see saes/normalize.py).
         encoder_bias: whether h has b_enc.
+        hidden: the widths of the hidden layers of an MLP that adds to h (see saes/mlp.py); empty for none.
+        tied: whether W_enc and W_dec are one parameter: both have unit rows, and their gradients add up. A saved SAE
+            holds the two of them, equal, so that a reader need not know.
+        frozen_decoder: whether W_dec and b_dec stand still, with whatever norms they have: training learns an encoder
+            for a given dictionary (`start_from` gives it).
         auxk_coefficient: weight of the auxiliary loss; 0 leaves it out.
         k_aux: how many dead latents may explain one row's residual; None is s·d / 2, after Gao et al. 2024, §A.2.
         auxk_selection: whether those are the top k_aux of each `row` or, as the write-up of BatchTopK suggests, the
@@ -39,7 +56,7 @@ class LinearSAE(BaseSAE):
         dead_after: batches without firing after which a latent is dead.
 
     Raises:
-        UserError: an unknown word.
+        UserError: an unknown word, a hidden layer without units, or a decoder both tied and frozen.
     """
 
     batches_since_fired: Tensor
@@ -54,6 +71,9 @@ class LinearSAE(BaseSAE):
         seed: int = 0,
         normalize: str = "per_token",
         encoder_bias: bool = False,
+        hidden: Sequence[int] = (),
+        tied: bool = False,
+        frozen_decoder: bool = False,
         auxk_coefficient: float = 0.0,
         k_aux: int | None = None,
         auxk_selection: str = "row",
@@ -61,14 +81,20 @@ class LinearSAE(BaseSAE):
     ):
         super().__init__()
         self.d_in, self.n_latents, self.n_sources, self.seed = d_in, n_latents, n_sources, seed
-        self.normalize, self.encoder_bias = normalize, encoder_bias
+        self.normalize, self.encoder_bias, self.hidden = normalize, encoder_bias, [int(width) for width in hidden]
+        self.tied, self.frozen_decoder = tied, frozen_decoder
+        if tied and frozen_decoder:
+            raise UserError("tied=true with frozen_decoder=true leaves nothing to train: choose one of them.")
         self.auxk_coefficient, self.k_aux, self.dead_after = auxk_coefficient, k_aux, dead_after
         self.auxk_selection = checked_word("auxk_selection", auxk_selection, "row", "batch")
         self.normalizer = normalizer(normalize)
         self.W_enc = nn.Parameter(torch.empty(n_latents, n_sources, d_in))
-        self.W_dec = nn.Parameter(torch.empty(n_latents, n_sources, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(n_sources, d_in))
+        self.W_dec = (
+            self.W_enc if tied else nn.Parameter(torch.empty_like(self.W_enc), requires_grad=not frozen_decoder)
+        )
+        self.b_dec = nn.Parameter(torch.zeros(n_sources, d_in), requires_grad=not frozen_decoder)
         self.b_enc = nn.Parameter(torch.zeros(n_latents)) if encoder_bias else None
+        self.mlp = MLP(n_sources * d_in, self.hidden, n_latents) if self.hidden else None
         self.register_buffer("batches_since_fired", torch.zeros(n_latents, dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.initialize()
@@ -81,6 +107,8 @@ class LinearSAE(BaseSAE):
         self.W_enc.uniform_(-bound, bound, generator=generator)
         self.W_dec.copy_(self.W_enc)
         self.normalize_decoder()
+        if self.mlp is not None:
+            self.mlp.initialize(generator)
 
     def start_from(self, other: BaseSAE) -> None:
         theirs = other.config.get("normalize")
@@ -88,15 +116,29 @@ class LinearSAE(BaseSAE):
             raise UserError(
                 f"the parameters of an SAE with normalize={theirs} want sae.normalize={theirs} here as well."
             )
+        if self.tied and not other.config.get("tied"):
+            raise UserError(
+                "an SAE with tied=true cannot start from one whose W_enc and W_dec differ: give tied=false."
+            )
         super().start_from(other)
 
     @abstractmethod
     def activate(self, h: Float[Tensor, "b f"]) -> Code:
         """Pre-activations -> code: what tells the architectures apart."""
 
+    def encoder(self, x: Float[Tensor, "b s d"]) -> Encoder:
+        """What h is the product of; an MLP's last layer joins the linear encoder in that one product."""
+        if self.mlp is None:
+            return Encoder(x, self.b_dec, self.W_enc)
+        centred = (x - self.b_dec).flatten(1)
+        inputs = torch.cat([centred, self.mlp(centred)], dim=1).unsqueeze(1)
+        W = torch.cat([self.W_enc.flatten(1), self.mlp.W_out], dim=1).unsqueeze(1)
+        return Encoder(inputs, torch.zeros_like(inputs[0]), W)
+
     def preactivation(self, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b f"]:
         """h, from normalised rows."""
-        return linear((x - self.b_dec).flatten(1), self.W_enc.flatten(1), self.b_enc)
+        inputs, origin, W = self.encoder(x)
+        return linear((inputs - origin).flatten(1), W.flatten(1), self.b_enc)
 
     def code(self, x: Float[Tensor, "b s d"]) -> Code:
         """Normalised rows -> code, in the form that training and evaluation work with."""
@@ -138,13 +180,13 @@ class LinearSAE(BaseSAE):
         return losses.mse(out.target, out.x_hat)
 
     def auxk(self, out: SAEOutput) -> Tensor:
-        """The auxiliary loss, unweighted; it reaches the dead latents' rows of W_enc, b_enc, W_dec and nothing else."""
+        """The auxiliary loss, unweighted; it reaches the dead latents' rows of encoder and decoder, nothing else."""
         dead = self.dead().nonzero().squeeze(-1)
         if len(dead) == 0:
             return out.x_hat.new_zeros(())
         bias = None if self.b_enc is None else self.b_enc[dead]
-        x = (out.target - self.b_dec).detach().flatten(1)
-        h = linear(x, self.W_enc.index_select(0, dead).flatten(1), bias)
+        inputs, origin, W = self.encoder(out.target)
+        h = linear((inputs - origin).detach().flatten(1), W.index_select(0, dead).flatten(1), bias)
         k_aux = self.k_aux or self.n_sources * self.d_in // 2
         W_dec, over_batch = self.W_dec.index_select(0, dead), self.auxk_selection == "batch"
         return losses.auxk(out.target - out.x_hat, h, W_dec, k_aux, over_batch)
@@ -179,7 +221,8 @@ class LinearSAE(BaseSAE):
                 g.addcmul_(u, parallel, value=-1)
 
     def after_step(self) -> None:
-        self.normalize_decoder()
+        if not self.frozen_decoder:
+            self.normalize_decoder()
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -228,9 +271,10 @@ class SparseLinearSAE(LinearSAE):
         """Pre-activations, in pieces of rows -> code, by a rule of selection.py. Needs no gradient."""
 
     def response(self, x: Float[Tensor, "b s d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
+        inputs, origin, W = self.encoder(x)
         with torch.no_grad():
-            code = self.select(Preactivations((x - self.b_dec).flatten(1), self.W_enc.flatten(1), self.b_enc))
-        return encoded(code, x, self.b_dec, self.W_enc, self.b_enc), None
+            code = self.select(Preactivations((inputs - origin).flatten(1), W.flatten(1), self.b_enc))
+        return encoded(code, inputs, origin, W, self.b_enc), None
 
     def activate(self, h: Float[Tensor, "b f"]) -> SparseCode:
         with torch.no_grad():
