@@ -61,7 +61,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 def check_dials(cfg: DictConfig) -> None:
-    """Refuse a dial that is no number or too small for its meaning; `null` passes where the config has it."""
+    """Refuse a dial that is no number or too small for its meaning (`null` passes), and one that wants another."""
     least = {"k": 0, "expansion": 0, "n_latents": 1, "n_tokens": 1, "batch_size": 1, "seq_len": 2, "seed": 0}
     least |= {"max_grad_norm": 0, "calibration_batches": 1, "optimizer.lr": 0}
     least |= {f"trainer.{name}": 1 for name in ("checkpoint_every", "validate_every", "log_every")}
@@ -69,6 +69,8 @@ def check_dials(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value is not None and (isinstance(value, bool | str) or value < smallest):
             raise UserError(f"{key}={value} must be a number of at least {smallest}.")
+    if cfg.init_from is None and OmegaConf.select(cfg, "sae.frozen_decoder"):
+        raise UserError("sae.frozen_decoder=true would freeze a random dictionary: give init_from=<folder of an SAE>.")
 
 
 def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:

@@ -112,7 +112,7 @@ def test_it_beats_the_linear_encoder_of_the_same_dictionary_at_the_same_l0(cls):
     linear = cls(k=3, d_in=16, n_latents=32, normalize="none")
     train(linear, 1000)
     mlp = with_mlp(linear, hidden=[128], frozen_decoder=True)
-    train(mlp, 500)
+    train(mlp, 250)
     assert torch.equal(mlp.W_dec, linear.W_dec)
     x = planted(4096, seed=10_000)[0]
     fvu = [batch_fvu(x, sae.reconstruct(x)).item() for sae in (linear.train(), mlp)]
