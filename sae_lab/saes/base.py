@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.errors import UserError
@@ -133,6 +133,13 @@ class BaseSAE(nn.Module, ABC):
     def reconstruct(self, x: Float[Tensor, "*row d"]) -> Float[Tensor, "*row d"]:
         """Raw activations -> x_hat in raw units, in the shape and dtype of x."""
         return self.autoencode(x)[0]
+
+    def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
+        """Before the forward pass of a training batch: give dead latents a new start, where it is time for that.
+
+        Returns the parameters that were rewritten and in which rows, whose moments the optimizer is to forget.
+        """
+        return []
 
     def before_step(self) -> None:
         """Between the backward pass and gradient clipping: project gradients."""

@@ -67,6 +67,9 @@ class JumpReLUSAE(PenalizedLinearSAE):
     def activate(self, h: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
         return jump_relu(h, self.thresholds, self.bandwidth)
 
+    def fresh(self) -> list[tuple[nn.Parameter, float]]:
+        return [*super().fresh(), (self.thresholds, self.theta)]
+
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
         return super().losses(out) | {"sparsity": self.warmed(self.coefficient * self.penalty_of(out))}
 
