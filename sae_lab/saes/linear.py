@@ -286,7 +286,7 @@ class SparseLinearSAE(LinearSAE):
 class PenalizedLinearSAE(LinearSAE):
     """A LinearSAE that is sparse because its loss says so: with h whole, its bias, and a penalty that warms up.
 
-    Rows of W_dec have unit norm, so a penalty that others weigh by them (z_i |W_dec_i|) is the plain one here.
+    Where rows of W_dec have unit norm, a penalty that others weigh by them (z_i |W_dec_i|) is the plain one.
 
     Args:
         sparsity_warmup: training batches over which the penalty's coefficient rises linearly to its full size; 0
