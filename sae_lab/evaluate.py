@@ -172,7 +172,8 @@ def write_metrics(metrics: dict[str, Any], sae: BaseSAE, path: Path) -> Path:
 def evaluate_under(activation: str, sae: BaseSAE, data: ActivationData, calibration_batches: int) -> dict[str, Any]:
     """The metrics of the parameters of `sae` under the rule that `activation` names."""
     other = with_activation(sae, activation)
-    calibrate([other], data, calibration_batches)
+    if other.batch_rule:
+        calibrate([other], data, calibration_batches)
     metrics = evaluate(other, data).metrics
     batch_wise = metrics.pop("train_mode")
     return (batch_wise if activation == "batch_topk" else metrics) | {"activation": activation}

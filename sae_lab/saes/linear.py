@@ -13,7 +13,7 @@ from sae_lab import losses, sparse
 from sae_lab.errors import UserError
 from sae_lab.matmul import linear
 from sae_lab.saes.base import BaseSAE, SAEOutput
-from sae_lab.saes.mlp import MLP
+from sae_lab.saes.mlp import MLP, checked_widths
 from sae_lab.saes.normalize import Context, normalizer
 from sae_lab.saes.resample import SCALE, directions
 from sae_lab.selection import Pieces, Preactivations
@@ -82,7 +82,7 @@ class LinearSAE(BaseSAE):
     ):
         super().__init__()
         self.d_in, self.n_latents, self.n_sources, self.seed = d_in, n_latents, n_sources, seed
-        self.normalize, self.encoder_bias, self.hidden = normalize, encoder_bias, [int(width) for width in hidden]
+        self.normalize, self.encoder_bias, self.hidden = normalize, encoder_bias, checked_widths(hidden)
         self.tied, self.frozen_decoder = tied, frozen_decoder
         if tied and frozen_decoder:
             raise UserError("tied=true with frozen_decoder=true leaves nothing to train: choose one of them.")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +25,10 @@ class MLP(nn.Module):
         n_inputs: the length of a_0.
         hidden: the length of every a_l after it, at least one.
         n_latents: f.
-
-    Raises:
-        UserError: a layer without units.
     """
 
     def __init__(self, n_inputs: int, hidden: Sequence[int], n_latents: int):
         super().__init__()
-        if min(hidden) < 1:
-            raise UserError(f"sae.hidden={list(hidden)} must be a list of positive widths: [512], or [] for no MLP.")
         self.V = nn.ParameterList(torch.empty(m, n) for n, m in pairwise([n_inputs, *hidden]))
         self.c = nn.ParameterList(torch.zeros(m) for m in hidden)
         self.W_out = nn.Parameter(torch.zeros(n_latents, hidden[-1]))
@@ -47,3 +43,14 @@ class MLP(nn.Module):
         for V, c in zip(self.V, self.c, strict=True):
             x = F.linear(x, V, c).relu()
         return x
+
+
+def checked_widths(hidden: Any) -> list[int]:
+    """`hidden` as a plain list, if it is one of positive whole numbers.
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(hidden, Sequence) and all(isinstance(width, int) and width > 0 for width in hidden):
+        return list(hidden)
+    raise UserError(f"sae.hidden={hidden} must be a list of positive widths: [512], or [] for no MLP.")

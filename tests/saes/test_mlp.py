@@ -100,7 +100,7 @@ def test_weights_come_from_the_seed_alone():
     assert torch.equal(one.W_enc, TopKSAE(k=4, d_in=16, n_latents=64).W_enc)
 
 
-@pytest.mark.parametrize("hidden", [[0], [12, -1]])
+@pytest.mark.parametrize("hidden", [[0], [12, -1], [1.5], 512, "wide"])
 def test_layers_without_units_are_refused(hidden):
     with pytest.raises(UserError, match=r"must be a list of positive widths"):
         TopKSAE(k=2, d_in=2, n_latents=4, hidden=hidden)
