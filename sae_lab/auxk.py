@@ -8,24 +8,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_lab.matmul import linear
-from sae_lab.selection import Preactivations, kth_largest, sortable
+from sae_lab.selection import Pieces, Preactivations, kth_largest, sortable, top_of_batch
 
 
 def auxk(
     x: Float[Tensor, "b n"],
-    residual: Float[Tensor, "b n"],
+    residual: Float[Tensor, "b m"],
     W_enc: Float[Tensor, "n_dead n"],
     b_enc: Float[Tensor, " n_dead"] | None,
-    W_dec: Float[Tensor, "n_dead n"],
+    W_dec: Float[Tensor, "n_dead m"],
     k_aux: int,
+    over_batch: bool = False,
 ) -> Tensor:
     """mean (e - sum_{top k_aux dead i} relu(h_i) W_dec_i)²,   h = x W_encᵀ + b_enc,   e the residual
 
     Gao et al. 2024, arXiv 2406.04093, §A.2. The weights are the dead latents' rows. Gradients reach them alone: through
     the residual, live latents would be pulled towards the dead ones. The sum has no bias, as e already lacks b_dec.
-    Latents that tie for the last place all take part.
+    With `over_batch` the top k_aux · b of the whole batch take part instead of the top k_aux of each row. Latents that
+    tie for the last place all take part.
     """
-    return _AuxK.apply(x, residual, W_enc, b_enc, W_dec, k_aux)
+    return _AuxK.apply(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch)
 
 
 class _AuxK(torch.autograd.Function):
@@ -36,15 +38,24 @@ class _AuxK(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor | None, W_dec: Tensor, k_aux: int
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor | None,
+        W_dec: Tensor,
+        k_aux: int,
+        over_batch: bool,
     ) -> Tensor:
         total = residual.new_zeros(())
         grad_W_enc, grad_W_dec = torch.zeros_like(W_enc), torch.zeros_like(W_dec)
         grad_b_enc = None if b_enc is None else torch.zeros_like(b_enc)
+        h = Preactivations(x, W_enc, b_enc)
+        least = least_of_batch(h, k_aux) if over_batch else None
         start = 0
-        for h in Preactivations(x, W_enc, b_enc):
-            rows = slice(start, start := start + len(h))
-            z = largest_of_rows(h, k_aux)
+        for piece in h:
+            rows = slice(start, start := start + len(piece))
+            z = piece.masked_fill_(piece < (least_of_rows(piece, k_aux) if least is None else least), 0).relu_()
             error = linear(z, W_dec.T) - residual[rows]
             total += error.square().sum()
             grad = error.mul_(2 / residual.numel())
@@ -60,12 +71,16 @@ class _AuxK(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         W_enc, b_enc, W_dec = (None if g is None else g * grad for g in ctx.grads)
-        return None, None, W_enc, b_enc, W_dec, None
+        return None, None, W_enc, b_enc, W_dec, None, None
 
 
-def largest_of_rows(h: Float[Tensor, "b n_dead"], k: int) -> Float[Tensor, "b n_dead"]:
-    """relu(h) with all but the k largest entries of each row zero (in place)."""
-    if h.shape[-1] > k:
-        order = sortable(h)
-        h.masked_fill_(order < kth_largest(order, k).unsqueeze(-1), 0)
-    return h.relu_()
+def least_of_rows(h: Float[Tensor, "n n_dead"], k: int) -> Float[Tensor, "n 1"]:
+    """What the k largest entries of each row reach."""
+    k = min(k, h.shape[-1])
+    return kth_largest(sortable(h), k).view(h.dtype).unsqueeze(-1)
+
+
+def least_of_batch(h: Pieces, k: int) -> Tensor:
+    """What the k · b largest positive entries of the whole batch reach."""
+    values = top_of_batch(h, k).values
+    return values.amin() if len(values) else values.new_zeros(())

@@ -122,7 +122,8 @@ def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
 def dense_forward(sae: LinearSAE, x: Tensor) -> SAEOutput:
     """The forward pass with h and the code as whole matrices, in plain torch."""
     target, _ = sae.normalizer(x)
-    h = F.linear((target - sae.b_dec).flatten(1), sae.W_enc.flatten(1), sae.b_enc)
+    inputs, origin, W = sae.encoder(target)
+    h = F.linear((inputs - origin).flatten(1), W.flatten(1), sae.b_enc)
     code = dense_code(sae, h)
     sae.observe(code)
     return SAEOutput(target, sae.decode(code), code)

@@ -24,7 +24,8 @@ def save_sae(sae: BaseSAE, folder: str | Path, provenance: dict[str, Any] | None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"class": type(sae).__name__, "config": sae.config, "provenance": provenance or {}}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
+    # Copies: the file format takes no two names for the same memory, and tied weights are that.
+    tensors = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in sae.state_dict().items()}
     write_atomically(folder / WEIGHTS, save(tensors))
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return folder

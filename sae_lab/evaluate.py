@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from sae_lab.metrics import (
     l0_histogram,
     next_token_log_probs,
 )
+from sae_lab.saes.activation import with_activation
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import print_files, print_metrics, track
 from sae_lab.sparse import Code, l0_per_row
@@ -65,6 +66,13 @@ class Subject:
 
     def metrics(self) -> dict[str, float]:
         return self.reconstruction.compute() | self.downstream.compute()
+
+
+def calibrate(saes: Sequence[BaseSAE], data: ActivationData, n_batches: int) -> None:
+    """Let every SAE estimate what its inference needs (BatchTopK's threshold), on the first training batches."""
+    for i, x in enumerate(data.calibration_batches(n_batches)):
+        for sae in saes:
+            sae.calibrate(x.to(next(sae.parameters()).device), i)
 
 
 def evaluate(sae: BaseSAE, data: ActivationData) -> Evaluation:
@@ -152,9 +160,23 @@ def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[P
     log_file = run_dir / "metrics.csv"
     if log_file.is_file():
         written.append(plots.training_curves(pd.read_csv(log_file), figures / "training.png"))
+    return [write_metrics(evaluation.metrics, sae, run_dir / "metrics.json"), *written]
+
+
+def write_metrics(metrics: dict[str, Any], sae: BaseSAE, path: Path) -> Path:
     sizes = {"n_latents": sae.n_latents, "d_in": sae.d_in, "n_sources": sae.n_sources}
-    write_atomically(run_dir / "metrics.json", (json.dumps(evaluation.metrics | sizes, indent=2) + "\n").encode())
-    return [run_dir / "metrics.json", *written]
+    write_atomically(path, (json.dumps(metrics | sizes, indent=2) + "\n").encode())
+    return path
+
+
+def evaluate_under(activation: str, sae: BaseSAE, data: ActivationData, calibration_batches: int) -> dict[str, Any]:
+    """The metrics of the parameters of `sae` under the rule that `activation` names."""
+    other = with_activation(sae, activation)
+    if other.batch_rule:
+        calibrate([other], data, calibration_batches)
+    metrics = evaluate(other, data).metrics
+    batch_wise = metrics.pop("train_mode")
+    return (batch_wise if activation == "batch_topk" else metrics) | {"activation": activation}
 
 
 def open_run(
@@ -174,15 +196,23 @@ def open_run(
     run.lm.device = device
     get_class(run.sae._target_)  # registers an SAE that lies outside this package
     data = instantiate(run.data, lm=instantiate(run.lm))
-    return load_sae(run_dir, data.lm.device), data
+    return load_sae(run_dir, data.lm.device), data, run
 
 
 @entry_point("evaluate")
 def main(cfg: DictConfig) -> None:
-    """Repeat the evaluation of a run on its own data; `n_eval_tokens` and `device` may differ."""
+    """Repeat the evaluation of a run on its own data; `n_eval_tokens` and `device` may differ.
+
+    With `activation` it is that of another rule, and its metrics go to a file of their own.
+    """
     run_dir = Path(cfg.run_dir)
     keep_freed_memory()
-    sae, data = open_run(run_dir, cfg.device, cfg.n_eval_tokens)
+    sae, data, run = open_run(run_dir, cfg.device, cfg.n_eval_tokens)
+    if cfg.activation is not None:
+        metrics = evaluate_under(cfg.activation, sae, data, run.calibration_batches)
+        print_metrics(metrics, run_dir)
+        print_files([write_metrics(metrics, sae, run_dir / f"metrics_{cfg.activation}.json")])
+        return
     evaluation = evaluate(sae, data)
     print_metrics(evaluation.metrics, run_dir)
     print_files(write_results(evaluation, sae, run_dir))

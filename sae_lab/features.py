@@ -197,7 +197,7 @@ def write_page(description: dict[str, Any], folder: Path) -> list[Path]:
 def main(cfg: DictConfig) -> None:
     run_dir = Path(cfg.run_dir)
     keep_freed_memory()
-    sae, data = open_run(run_dir, cfg.device)
+    sae, data, _ = open_run(run_dir, cfg.device)
     latents = choose(sae, cfg.latents, cfg.n_latents)
     activations = gather(sae, data, latents, cfg.n_tokens)
     found = describe(activations, len(latents), n_top=cfg.n_top, n_random=cfg.n_random, context=cfg.context)

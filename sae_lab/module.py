@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.metrics import ReconstructionMetrics, batch_fvu
@@ -16,8 +16,8 @@ from sae_lab.sparse import l0_per_row
 class SAEModule(L.LightningModule):
     """Trains every SAE of a dict on the same batches; a member of many equals, bit for bit, the same SAE alone.
 
-    backward -> project gradients -> clip -> optimizer step -> project parameters (SPEC §3.2), each SAE by itself:
-    one optimizer with a parameter group per SAE, and one gradient norm per SAE.
+    resample -> forward -> backward -> project gradients -> clip -> optimizer step -> project parameters (SPEC §3.2),
+    each SAE by itself: one optimizer with a parameter group per SAE, and one gradient norm per SAE.
 
     Args:
         saes: by name; the name prefixes what is logged where there are several.
@@ -61,6 +61,8 @@ class SAEModule(L.LightningModule):
         logging = (batch_idx + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         total = x.new_zeros((), dtype=torch.float32)
         for name, sae in self.members():
+            for parameter, rows in sae.resample(x):
+                forget(self.trainer.optimizers[0], parameter, rows)
             out = sae(x)
             terms = sae.losses(out)
             loss = torch.stack(list(terms.values())).sum()
@@ -98,6 +100,13 @@ class SAEModule(L.LightningModule):
 
     def _totals(self, name: str) -> ReconstructionMetrics:
         return self.validation[name]  # type: ignore[return-value]
+
+
+def forget(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: Int[Tensor, " n"]) -> None:
+    """Zero what the optimizer has gathered about some rows of a parameter; its count of steps stays."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value[rows] = 0
 
 
 @torch.no_grad()

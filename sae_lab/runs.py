@@ -72,11 +72,11 @@ def examine(folder: Path, config: Any, resume: str) -> Run:
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
-    for name in (*OURS, ".hydra"):
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
+    for path in (*(folder / name for name in (*OURS, ".hydra")), *folder.glob("metrics_*.json")):
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            (folder / name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def refuse_other_config(folder: Path, there: Any, here: Any) -> None:

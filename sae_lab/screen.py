@@ -84,9 +84,9 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
     for column in ("metric", "deployed", "train mode"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, value in metrics.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict | str):
             continue
-        other = metrics["train_mode"].get(name)
+        other = metrics.get("train_mode", {}).get(name)
         table.add_row(name, figure(value), "" if other is None else figure(other))
     console.print(table)
 

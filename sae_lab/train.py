@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +17,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lab.checkpoint import AtomicCheckpointIO, save_sae
+from sae_lab.checkpoint import AtomicCheckpointIO, load_sae, save_sae
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
 from sae_lab.errors import UserError
-from sae_lab.evaluate import evaluate, write_results
+from sae_lab.evaluate import calibrate, evaluate, write_results
 from sae_lab.interrupt import StopOnSignal
 from sae_lab.memory import keep_freed_memory
 from sae_lab.module import SAEModule
@@ -44,6 +43,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     keep_freed_memory()
     data: ActivationData = instantiate(cfg.data, lm=instantiate(cfg.lm))
     sae = build_sae(cfg, data)
+    if cfg.init_from is not None and run.checkpoint is None:
+        sae.start_from(load_sae(cfg.init_from))
     schedule = partial(instantiate(cfg.schedule), n_steps=data.n_steps)
     module = SAEModule({"sae": sae}, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
     trainer: L.Trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps)
@@ -69,6 +70,8 @@ def check_dials(cfg: DictConfig) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if value is not None and not (number and value >= least and (key not in whole or value == int(value))):
             raise UserError(f"{key}={value} must be a {'whole ' if key in whole else ''}number of at least {least}.")
+    if cfg.init_from is None and OmegaConf.select(cfg, "sae.frozen_decoder"):
+        raise UserError("sae.frozen_decoder=true would freeze a random dictionary: give init_from=<folder of an SAE>.")
 
 
 def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:
@@ -132,13 +135,6 @@ def fit(trainer: L.Trainer, module: SAEModule, data: ActivationData, run: Run) -
     if trainer.global_step < data.n_steps:
         log.warning("the text ended at step %d of %d (data.repeat=false)", trainer.global_step, data.n_steps)
     trainer.save_checkpoint(run.folder / "checkpoints" / "last.ckpt")
-
-
-def calibrate(saes: Sequence[BaseSAE], data: ActivationData, n_batches: int) -> None:
-    """Let every SAE estimate what its inference needs (BatchTopK's threshold), on the first training batches."""
-    for i, x in enumerate(data.calibration_batches(n_batches)):
-        for sae in saes:
-            sae.calibrate(x.to(next(sae.parameters()).device), i)
 
 
 def hydra_files(cfg: DictConfig) -> dict[str, str]:

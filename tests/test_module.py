@@ -8,7 +8,7 @@ import torch
 from conftest import build, planted
 from torch.utils.data import DataLoader
 
-from sae_lab.module import SAEModule
+from sae_lab.module import SAEModule, forget
 from sae_lab.saes.base import BaseSAE
 from sae_lab.schedule import warmup_decay
 
@@ -16,7 +16,14 @@ N_STEPS = 12
 BATCHES = [planted(32, seed=i)[0] for i in range(N_STEPS)]
 
 
-def fit(saes: dict[str, BaseSAE], max_grad_norm: float | None = None, fused: bool = True, **trainer) -> SAEModule:
+def fit(
+    saes: dict[str, BaseSAE],
+    max_grad_norm: float | None = None,
+    fused: bool = True,
+    batches=BATCHES,
+    ckpt=None,
+    **trainer,
+) -> SAEModule:
     module = SAEModule(
         saes,
         partial(torch.optim.Adam, lr=1e-2, fused=fused),
@@ -24,13 +31,14 @@ def fit(saes: dict[str, BaseSAE], max_grad_norm: float | None = None, fused: boo
         max_grad_norm,
     )
     quiet = {
+        "max_epochs": 1,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    L.Trainer(accelerator="cpu", max_epochs=1, log_every_n_steps=1, **quiet, **trainer).fit(
-        module, DataLoader(BATCHES, batch_size=None)
+    L.Trainer(accelerator="cpu", log_every_n_steps=1, **(quiet | trainer)).fit(
+        module, DataLoader(batches, batch_size=None), ckpt_path=ckpt, weights_only=True
     )
     return module
 
@@ -74,6 +82,50 @@ def test_the_step_is_project_clip_adam_renormalise(sae_name, max_grad_norm):
 def test_constraints_hold_with_gradient_accumulation():
     sae = fit({"sae": build("topk")}, accumulate_grad_batches=3).saes["sae"]
     torch.testing.assert_close(sae.W_dec.flatten(1).norm(dim=1), torch.ones(64), rtol=0, atol=1e-6)
+
+
+STATEFUL = [
+    ("topk", "sae.k_warmup=8"),
+    ("batch_topk", "sae.quantile=running", "sae.k_warmup=8"),
+    ("vanilla", "sae.resample_every=4", "sae.dead_after=2", "sae.sparsity_warmup=8"),
+    ("gated", "sae.resample_every=3", "sae.dead_after=2", "sae.hidden=[8]"),
+    ("topk", "sae.tied=true"),
+]
+
+
+@pytest.mark.parametrize("settings", STATEFUL, ids=" ".join)
+def test_a_run_that_stopped_and_went_on_equals_one_that_did_not(settings, tmp_path):
+    def make() -> dict[str, BaseSAE]:
+        sae = build(*settings)
+        with torch.no_grad():
+            if sae.b_enc is not None:
+                sae.b_enc[:20] = -10.0  # dead, for resampling
+        return {"sae": sae}
+
+    whole = fit(make())
+    fit(make(), batches=BATCHES[:6]).trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fit(make(), batches=BATCHES[6:], ckpt=tmp_path / "half.ckpt", max_epochs=2)
+    mine, theirs = resumed.state_dict(), whole.state_dict()
+    assert [key for key in theirs if not torch.equal(mine[key], theirs[key])] == []
+    moments = [module.trainer.optimizers[0].state_dict()["state"] for module in (resumed, whole)]
+    for i, state in moments[1].items():
+        assert all(torch.equal(moments[0][i][key], state[key]) for key in state)
+    sae = whole.saes["sae"]
+    assert sae.steps == N_STEPS
+    assert sae.b_enc is None or (sae.b_enc[:20] > -1).all()  # it was resampled
+
+
+def test_the_optimizer_forgets_the_rows_that_were_rewritten():
+    p, q = (torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    adam = torch.optim.Adam([p, q])
+    (p.sum() + q.sum()).backward()
+    forget(adam, p, torch.tensor([0, 2]))  # before its first step it remembers nothing
+    adam.step()
+    forget(adam, p, torch.tensor([0, 2]))
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert (adam.state[p][moment] != 0).any(dim=1).tolist() == [False, True, False, True]
+        assert adam.state[q][moment].all()
+    assert adam.state[p]["step"] == 1
 
 
 def test_a_checkpoint_holds_the_saes_and_nothing_else():

@@ -236,6 +236,30 @@ def test_evaluate_repeats_the_metrics(run_dir):
     assert (run_dir / "figures" / "l0_per_token.png").is_file()
 
 
+def test_a_run_starts_from_the_weights_of_another(run_dir, tmp_path):
+    short = [*SMALL, "n_tokens=5_000", "data.n_eval_tokens=1024", "calibration_batches=2"]
+    done = run(*short, "experiment=mlp_encoder", "n_tokens=5_000", f"init_from={run_dir}", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    given, learnt = load_sae(run_dir), load_sae(tmp_path)
+    assert torch.equal(learnt.W_dec, given.W_dec)
+    assert learnt.mlp.W_out.any()
+    assert (learnt.W_enc - given.W_enc).norm() < 0.2 * given.W_enc.norm()
+
+
+def test_evaluate_under_another_activation_writes_a_file_of_its_own(run_dir):
+    before = (run_dir / "metrics.json").read_bytes()
+    for activation in ("topk", "threshold"):
+        done = run(f"run_dir={run_dir}", f"activation={activation}", module="evaluate")
+        assert done.returncode == 0, done.stderr
+    assert (run_dir / "metrics.json").read_bytes() == before
+    own = json.loads(before)
+    del own["train_mode"]
+    topk, thresholded = (json.loads((run_dir / f"metrics_{name}.json").read_text()) for name in ("topk", "threshold"))
+    assert (topk["l0"], topk["l0_std"]) == (16, 0)
+    assert topk["fvu"] > own["fvu"]  # what BatchTopK trained
+    assert thresholded == own | {"activation": "threshold"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
@@ -258,6 +282,8 @@ def test_evaluate_repeats_the_metrics(run_dir):
         (["seq_len=64.5"], ["seq_len=64.5 must be a whole number of at least 2"]),
         (["optimizer.lr=fast"], ["optimizer.lr=fast must be a number"]),
         (["max_grad_norm=-1"], ["max_grad_norm=-1 must be a number of at least 0"]),
+        (["experiment=mlp_encoder"], ["would freeze a random dictionary", "give init_from="]),
+        (["init_from=nowhere"], ["nowhere holds no config.json"]),
         (["resume=maybe"], ["resume=maybe is not known", "never"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

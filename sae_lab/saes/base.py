@@ -6,13 +6,16 @@ Shapes: b rows (tokens), s sources (sites x models; 1 for a plain SAE), d activa
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.errors import UserError
 from sae_lab.sparse import Code
+
+AnySAE = TypeVar("AnySAE", bound="BaseSAE")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class BaseSAE(nn.Module, ABC):
     """
 
     registry: ClassVar[dict[str, type["BaseSAE"]]] = {}
-    batch_rule: ClassVar[bool] = False
+    batch_rule: bool = False
     """Whether the training rule for one row depends on the other rows of its batch."""
 
     n_sources: int
@@ -50,16 +53,21 @@ class BaseSAE(nn.Module, ABC):
         if not inspect.isabstract(cls):
             BaseSAE.registry[cls.__name__] = cls
 
+    @classmethod
+    def arguments(cls) -> list[str]:
+        """The names of the constructor's arguments, with those that it passes on to the classes it builds on."""
+        names: dict[str, None] = {}
+        for base in cls.__mro__:
+            if base is BaseSAE:
+                break
+            parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+            names |= {p.name: None for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD}
+        return list(names)
+
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments: plain types, enough to build this SAE again."""
-        names: dict[str, None] = {}
-        for cls in type(self).__mro__:
-            if cls is BaseSAE:
-                break
-            parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
-            names |= {p.name: None for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD}
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.arguments()}
 
     @classmethod
     def from_config(cls, name: str, config: dict[str, Any]) -> "BaseSAE":
@@ -75,6 +83,34 @@ class BaseSAE(nn.Module, ABC):
             return cls.registry[name](**config)
         except TypeError as e:
             raise UserError(f"{name} cannot be built from this config: {e}") from e
+
+    def as_(self, cls: type[AnySAE], **changes: Any) -> AnySAE:
+        """An SAE of another class with these parameters, and these settings as far as it knows them.
+
+        `sae.as_(TopKSAE, k=8)` is this dictionary under the rule of TopK. It shares no memory with this one.
+
+        Raises:
+            UserError: the class needs a setting that this SAE lacks, or has no place for a parameter of this SAE.
+        """
+        known = cls.arguments()
+        config = {name: value for name, value in self.config.items() if name in known} | changes
+        other = self.from_config(cls.__name__, config)
+        assert isinstance(other, cls)
+        other.start_from(self)
+        return other.to(next(self.parameters()).device).train(self.training)
+
+    @torch.no_grad()
+    def start_from(self, other: "BaseSAE") -> None:
+        """Take over every parameter of `other`, and its buffers as far as this SAE has them; what it lacks stays.
+
+        Raises:
+            UserError: there is no place for one of the parameters, or one of another shape.
+        """
+        check_room(self, other)
+        own = self.state_dict()
+        for name, tensor in other.state_dict().items():
+            if name in own:
+                own[name].copy_(tensor)
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
@@ -100,6 +136,13 @@ class BaseSAE(nn.Module, ABC):
         """Raw activations -> x_hat in raw units, in the shape and dtype of x."""
         return self.autoencode(x)[0]
 
+    def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
+        """Before the forward pass of a training batch: give dead latents a new start, where it is time for that.
+
+        Returns the parameters that were rewritten and in which rows, whose moments the optimizer is to forget.
+        """
+        return []
+
     def before_step(self) -> None:
         """Between the backward pass and gradient clipping: project gradients."""
 
@@ -124,3 +167,20 @@ class BaseSAE(nn.Module, ABC):
             want = f"(b, {self.n_sources}, {self.d_in})" + (f" or (b, {self.d_in})" if self.n_sources == 1 else "")
             raise UserError(f"this SAE takes activations of shape {want}, not {tuple(x.shape)}.")
         return y.to(next(self.parameters()).dtype)
+
+
+def check_room(sae: BaseSAE, other: BaseSAE) -> None:
+    """Raise a UserError unless `sae` has a place of the same shape for every parameter of `other`."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in sae.named_parameters(remove_duplicate=False)}
+    for name in ("n_sources", "d_in", "n_latents"):
+        there, here = getattr(other, name), getattr(sae, name)
+        if there != here:
+            raise UserError(f"an SAE with {name}={there} cannot start one with {name}={here}: make them equal.")
+    for name, parameter in other.named_parameters():
+        there, here = tuple(parameter.shape), shapes.get(name)
+        if here != there:
+            place = "no such parameter" if here is None else f"{here}"
+            raise UserError(
+                f"the parameter {name} {there} of a {type(other).__name__} has no place in this {type(sae).__name__} "
+                f"({place}): choose the class and the settings that have one."
+            )

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.saes.linear import SparseLinearSAE, checked_k
+from sae_lab.saes.linear import SparseLinearSAE, checked_word
 from sae_lab.selection import Pieces, above, top_of_batch
-from sae_lab.sparse import Code, SparseCode, smallest_positive
+from sae_lab.sparse import Code, SparseCode, l0_per_row, smallest_positive
 
 
 class BatchTopKSAE(SparseLinearSAE):
@@ -18,38 +18,57 @@ class BatchTopKSAE(SparseLinearSAE):
     threshold = E_batches[min{z_ij | z_ij > 0}]. While training it is a bias-corrected running mean (rate 0.01);
     `calibrate` replaces it, after training, by the plain mean over batches of training size: the write-up's estimate.
 
+    With `quantile=running`, an idea of the write-up's, training uses the threshold too, as a running estimate of the
+    pre-activations' 1 - k/f quantile:
+
+        threshold <- threshold · (1 + quantile_rate · min(L0/k - 1, 1)),   L0 the batch's mean, after each batch
+
+    which stands still where L0 is k on average (stochastic approximation: no batch needs a quantile of its own, and
+    the estimate follows while the encoder changes, where a mean of past quantiles would lag). The first batch's
+    quantile is where it starts. An SAE is then deployed just as it was trained, and `calibrate` leaves it alone.
+
     Bussmann, Leask, Nanda 2024, arXiv 2412.06410.
 
     Args:
         k: the mean number of active latents a row; need not be whole: floor(k·b) entries stay.
+        quantile: `batch` or `running`.
+        quantile_rate: of the running one.
 
     Raises:
-        UserError: k is not between 1 and the size of the dictionary.
+        UserError: k is not between 1 and the size of the dictionary, or quantile is an unknown word.
     """
 
-    batch_rule = True
     threshold: Tensor
     threshold_updates: Tensor
 
     RATE = 0.01
 
-    def __init__(self, k: float, auxk_coefficient: float = 1 / 32, **linear: Any):
-        super().__init__(auxk_coefficient=auxk_coefficient, **linear)
-        self.k = checked_k(k, self.n_latents)
+    def __init__(self, k: float, quantile: str = "batch", quantile_rate: float = 0.05, **sparse: Any):
+        super().__init__(k=k, **sparse)
+        self.quantile = checked_word("quantile", quantile, "batch", "running")
+        self.quantile_rate, self.batch_rule = quantile_rate, quantile == "batch"
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
         self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.long))
 
     def select(self, h: Pieces) -> SparseCode:
-        return top_of_batch(h, self.k) if self.training else above(h, self.threshold)
+        batch_wise = self.training and (self.batch_rule or self.threshold_updates == 0)
+        return top_of_batch(h, self.current_k) if batch_wise else above(h, self.threshold)
 
     @torch.no_grad()
     def observe(self, code: Code) -> None:
+        if self.batch_rule or self.threshold_updates == 0:
+            # At this rate the estimate is the exponential mean divided by 1 - (1 - RATE)^n: no bias towards its start.
+            self._count(code, lambda n: self.RATE / (1 - (1 - self.RATE) ** n))
+        else:
+            excess = l0_per_row(code).float().mean() / self.current_k - 1
+            self.threshold *= 1 + self.quantile_rate * excess.clamp_max(1)
+            self.threshold_updates += 1
         super().observe(code)
-        # At this rate the estimate is the exponential mean divided by 1 - (1 - RATE)^n: no bias towards its start.
-        self._count(code, lambda n: self.RATE / (1 - (1 - self.RATE) ** n))
 
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "b s d"], i: int) -> None:
+        if not self.batch_rule:
+            return
         if i == 0:
             self.threshold.zero_()
             self.threshold_updates.zero_()

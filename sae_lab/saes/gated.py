@@ -35,6 +35,9 @@ class GatedSAE(PenalizedLinearSAE):
         u = h if self.b_enc is None else h - self.b_enc
         return (h > 0) * (self.r_mag.exp() * u + self.b_mag).relu()
 
+    def fresh(self) -> list[tuple[nn.Parameter, float]]:
+        return [*super().fresh(), (self.r_mag, 0.0), (self.b_mag, 0.0)]
+
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
         assert out.h is not None
         gate = out.h.relu()

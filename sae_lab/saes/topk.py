@@ -3,7 +3,7 @@
 from typing import Any
 
 from sae_lab.errors import UserError
-from sae_lab.saes.linear import SparseLinearSAE, checked_k
+from sae_lab.saes.linear import SparseLinearSAE
 from sae_lab.selection import Pieces, top_k
 from sae_lab.sparse import SparseCode
 
@@ -17,11 +17,11 @@ class TopKSAE(SparseLinearSAE):
         UserError: k is not a whole number between 1 and the size of the dictionary.
     """
 
-    def __init__(self, k: int, auxk_coefficient: float = 1 / 32, **linear: Any):
-        super().__init__(auxk_coefficient=auxk_coefficient, **linear)
+    def __init__(self, k: int, **sparse: Any):
+        super().__init__(k=k, **sparse)
         if k != int(k):
             raise UserError(f"k={k} must be a whole number here: only a batch-wise rule can have k={k} on average.")
-        self.k = int(checked_k(k, self.n_latents))
+        self.k = int(k)
 
     def select(self, h: Pieces) -> SparseCode:
-        return top_k(h, self.k)
+        return top_k(h, round(self.current_k))

@@ -12,17 +12,34 @@ from sae_lab.sparse import Code
 
 
 class VanillaSAE(PenalizedLinearSAE):
-    """z = relu(h),   loss = mean (x - x_hat)² + l1_coefficient * mean_b sum_f z
+    """z = relu(h),   loss = mean (x - x_hat)² + l1_coefficient * mean_b sum_f z |W_dec|
+
+    Rows of W_dec have unit norm, which makes the penalty the plain one.
 
     Cunningham et al. 2023, arXiv 2309.08600; Bricken et al. 2023 (Towards Monosemanticity).
+
+    Args:
+        unit_norm: False leaves the norms of W_dec free, as Anthropic's update of April 2024 and SAELens do. As the
+            penalty weighs by them, a latent gains nothing by a small z and a long row: the minima are the same
+            dictionaries, and only Adam's way to them differs.
     """
 
-    def __init__(self, l1_coefficient: float = 0.002, **penalized: Any):
+    def __init__(self, l1_coefficient: float = 0.002, unit_norm: bool = True, **penalized: Any):
         super().__init__(**penalized)
-        self.l1_coefficient = l1_coefficient
+        self.l1_coefficient, self.unit_norm = l1_coefficient, unit_norm
 
     def activate(self, h: Float[Tensor, "b f"]) -> Code:
         return h.relu()
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
-        return super().losses(out) | {"sparsity": self.warmed(self.l1_coefficient * losses.l1(out.code))}
+        assert isinstance(out.code, Tensor)
+        z = out.code if self.unit_norm else out.code * self.W_dec.flatten(1).norm(dim=1)
+        return super().losses(out) | {"sparsity": self.warmed(self.l1_coefficient * losses.l1(z))}
+
+    def before_step(self) -> None:
+        if self.unit_norm:
+            super().before_step()
+
+    def after_step(self) -> None:
+        if self.unit_norm:
+            super().after_step()

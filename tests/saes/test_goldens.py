@@ -165,6 +165,24 @@ class TestAuxiliaryLoss:
         ):
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
 
+    def test_over_the_batch_the_strongest_dead_entries_of_all_rows_take_part(self):
+        sae, out = self.sae_and_output()
+        sae.auxk_selection, sae.k_aux = "batch", 7
+        e = (out.target - out.x_hat).detach()[:, 0]
+        h = ((out.target[:, 0] - sae.b_dec[0]) @ sae.W_enc[:20, 0].T).double()
+        code = torch.zeros(32 * 20, dtype=torch.float64)
+        kept = h.relu().flatten().topk(7 * 32).indices
+        code[kept] = h.relu().flatten()[kept]
+        expected = (e.double() - code.view(32, 20) @ sae.W_dec[:20, 0].double()).square().mean()
+        assert (code.view(32, 20) != 0).sum(1).unique().numel() > 1
+        torch.testing.assert_close(sae.auxk(out).double(), expected, rtol=1e-5, atol=0)
+        mine, dense = (torch.autograd.grad(loss, sae.W_enc)[0][:20] for loss in (sae.auxk(out), expected))
+        torch.testing.assert_close(mine, dense, rtol=1e-4, atol=1e-7)
+
+    def test_an_unknown_selection_is_refused(self):
+        with pytest.raises(UserError, match=r"sae.auxk_selection=token is not known: choose one of row, batch"):
+            TopKSAE(k=2, d_in=2, n_latents=4, auxk_selection="token")
+
     def test_is_zero_without_dead_latents(self):
         sae, out = self.sae_and_output()
         sae.batches_since_fired.zero_()

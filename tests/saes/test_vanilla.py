@@ -36,3 +36,38 @@ def test_only_training_batches_count_and_a_saved_sae_remembers_them(name, tmp_pa
     sae.eval()(X)
     assert sae.steps == 1
     assert load_sae(save_sae(sae, tmp_path)).steps == 1
+
+
+class TestFreeNorms:
+    def test_a_latent_gains_nothing_by_a_small_z_and_a_long_row(self):
+        sae = build("vanilla", "sae.unit_norm=false", "sae.l1_coefficient=0.5")
+        before = {name: term.item() for name, term in sae.losses(sae(X)).items()}
+        scale = torch.linspace(0.2, 5, 64)
+        with torch.no_grad():
+            sae.W_dec.mul_(scale[:, None, None])
+            sae.W_enc.div_(scale[:, None, None])
+            sae.b_enc.div_(scale)
+        after = {name: term.item() for name, term in sae.losses(sae(X)).items()}
+        assert after == pytest.approx(before, rel=1e-5)
+        assert before["sparsity"] > 0
+
+    def test_with_unit_rows_the_penalty_is_the_plain_one_and_training_leaves_them_free(self):
+        free, plain = build("vanilla", "sae.unit_norm=false"), build("vanilla")
+        torch.testing.assert_close(free.losses(free(X))["sparsity"], plain.losses(plain(X))["sparsity"])
+        torch.stack(list(free.losses(free(X)).values())).sum().backward()
+        gradient = free.W_dec.grad.clone()
+        free.before_step()
+        assert torch.equal(free.W_dec.grad, gradient)
+        torch.optim.SGD(free.parameters(), lr=1.0).step()
+        free.after_step()
+        assert free.W_dec.flatten(1).norm(dim=1).std() > 1e-4
+
+    def test_it_recovers_the_planted_dictionary(self):
+        sae = build("vanilla", "sae.unit_norm=false", "sae.normalize=none", n_latents=48)
+        adam = torch.optim.Adam(sae.parameters(), lr=3e-3)
+        for i in range(1500):
+            adam.zero_grad()
+            torch.stack(list(sae.losses(sae(0.1 * planted(256, seed=i)[0])).values())).sum().backward()
+            adam.step()
+        directions = torch.nn.functional.normalize(sae.W_dec.detach().flatten(1), dim=1)
+        assert (planted(1)[1].flatten(1) @ directions.T).max(dim=1).values.mean() >= 0.95

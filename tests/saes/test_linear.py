@@ -1,0 +1,91 @@
+"""Tied weights and frozen decoders."""
+
+import pytest
+import torch
+from conftest import build, planted
+
+from sae_lab.checkpoint import load_sae, save_sae
+from sae_lab.errors import UserError
+from sae_lab.saes import TopKSAE
+
+X = planted(64)[0] + 0.1
+
+
+def train(sae, n_steps: int = 3, lr: float = 1e-2) -> None:
+    adam = torch.optim.Adam(sae.parameters(), lr=lr)
+    for i in range(n_steps):
+        torch.stack(list(sae.losses(sae(planted(128, seed=i)[0])).values())).sum().backward()
+        sae.before_step()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+        sae.after_step()
+
+
+@pytest.mark.parametrize("name", ["topk", "vanilla"])
+class TestTied:
+    def test_there_is_one_matrix_with_unit_rows_and_it_stays_one(self, name, tmp_path):
+        sae = build(name, "sae.tied=true")
+        train(sae)
+        loaded = load_sae(save_sae(sae, tmp_path))
+        for each in (sae, sae.to("cpu", torch.float64).float(), loaded):
+            assert each.W_enc is each.W_dec
+            assert sum(p.numel() for p in each.parameters() if p.ndim == 3) == 64 * 16
+        torch.testing.assert_close(sae.W_enc.flatten(1).norm(dim=1), torch.ones(64), rtol=0, atol=1e-6)
+        assert torch.equal(loaded.encode(X), sae.eval().encode(X))
+
+    def test_its_gradient_is_the_sum_of_both_without_the_part_along_each_row(self, name):
+        tied, untied = build(name, "sae.tied=true"), build(name)
+        with torch.no_grad():
+            for W in (untied.W_enc, untied.W_dec):
+                W.copy_(tied.W_dec)
+        for sae in (tied, untied):
+            torch.stack(list(sae.losses(sae(X)).values())).sum().backward()
+        both, u = untied.W_enc.grad + untied.W_dec.grad, tied.W_dec.detach()
+        torch.testing.assert_close(tied.W_enc.grad, both)
+        tied.before_step()
+        expected = both - (both * u).sum((1, 2), keepdim=True) * u
+        torch.testing.assert_close(tied.W_enc.grad, expected, rtol=1e-4, atol=1e-7)
+
+    def test_a_tied_sae_starts_an_untied_one_but_not_the_other_way_round(self, name):
+        tied, untied = build(name, "sae.tied=true"), build(name, "seed=1")
+        untied.start_from(tied)
+        assert torch.equal(untied.eval().encode(X), tied.eval().encode(X))
+        with pytest.raises(UserError, match="cannot start from one whose W_enc and W_dec differ: give tied=false"):
+            tied.start_from(untied)
+
+
+@pytest.mark.parametrize("name", ["topk", "vanilla", "matryoshka"])
+def test_a_frozen_decoder_stands_still_to_the_bit_whatever_its_norms(name):
+    sae = build(name, "sae.frozen_decoder=true")
+    with torch.no_grad():
+        sae.W_dec.mul_(1.7)
+        sae.b_dec.fill_(0.1)
+    before = {key: tensor.clone() for key, tensor in sae.state_dict().items()}
+    train(sae)
+    assert torch.equal(sae.W_dec, before["W_dec"])
+    assert torch.equal(sae.b_dec, before["b_dec"])
+    assert not torch.equal(sae.W_enc, before["W_enc"])
+
+
+@pytest.mark.parametrize("name", ["topk", "vanilla"])
+def test_the_encoder_of_a_frozen_decoder_learns_as_it_would_beside_any_decoder(name):
+    frozen, free = build(name, "sae.frozen_decoder=true"), build(name)
+    for sae in (frozen, free):
+        torch.stack(list(sae.losses(sae(X)).values())).sum().backward()
+    assert torch.equal(frozen.W_enc.grad, free.W_enc.grad)
+    assert frozen.W_dec.grad is None
+    assert frozen.b_dec.grad is None
+
+
+def test_dead_latents_of_a_frozen_dictionary_learn_to_encode():
+    sae = build("topk", "sae.frozen_decoder=true")
+    sae.batches_since_fired[:20] = 100
+    sae.auxk(sae.eval()(X)).backward()
+    assert sae.W_enc.grad[:20].norm() > 0
+    assert not sae.W_enc.grad[20:].any()
+
+
+def test_nothing_to_train_is_refused():
+    with pytest.raises(UserError, match="leaves nothing to train"):
+        TopKSAE(k=2, d_in=2, n_latents=4, tied=True, frozen_decoder=True)

@@ -1,0 +1,20 @@
+"""Every preset composes and builds its SAE."""
+
+import pytest
+from conftest import compose
+from hydra.utils import instantiate
+
+from sae_lab.cli import CONF
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "experiment").glob("*.yaml")))
+def test_a_preset_builds_its_sae(name):
+    cfg = compose(f"experiment={name}")
+    n_latents = cfg.n_latents or cfg.expansion * 128
+    assert instantiate(cfg.sae, d_in=16, n_latents=n_latents).n_latents == n_latents
+
+
+def test_the_topk_librarys_settings():
+    cfg = compose("experiment=gemma2_topk")
+    assert (cfg.lm.name, cfg.lm.sites, cfg.k, cfg.n_latents) == ("google/gemma-2-2b", ["model.layers.15"], 128, 9216)
+    assert (cfg.sae.tied, cfg.optimizer.lr, cfg.optimizer.weight_decay, cfg.batch_size) == (True, 1e-3, 1e-4, 256)
