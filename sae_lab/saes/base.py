@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sae_lab.errors import UserError
@@ -20,7 +20,7 @@ class SAEOutput:
     """What a forward pass gives, in the SAE's own (normalised) units."""
 
     target: Float[Tensor, "b s d"]
-    """What x_hat is judged against: the normalised input."""
+    """What x_hat is judged against: the normalised input, or what an SAE makes of it first (s = 1 for a routed row)."""
     x_hat: Float[Tensor, "b s d"]
     code: Code
     h: Float[Tensor, "b f"] | None = None
@@ -36,7 +36,7 @@ class BaseSAE(nn.Module, ABC):
     """
 
     registry: ClassVar[dict[str, type["BaseSAE"]]] = {}
-    batch_rule: ClassVar[bool] = False
+    batch_rule: bool = False
     """Whether the training rule for one row depends on the other rows of its batch."""
 
     n_sources: int
@@ -109,6 +109,13 @@ class BaseSAE(nn.Module, ABC):
 
     def dead(self) -> Tensor | None:
         """(f,) bool: which latents count as dead in training; None where nobody counts."""
+        return None
+
+    def covers(self, x: Float[Tensor, "b s d"]) -> Bool[Tensor, "b s"] | None:
+        """At which sources of each row `reconstruct` says something of its own: it gives x back at the others.
+
+        None where it does at all of them.
+        """
         return None
 
     def rows(self, x: Tensor) -> Float[Tensor, "b s d"]:
