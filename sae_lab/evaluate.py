@@ -103,7 +103,7 @@ def reconstruct_all(subjects: list[Subject], data: ActivationData, batches: tupl
         x = x[keep.to(x.device)]
         for subject in subjects:
             for batch, x_hat, code in subject.autoencode(x):
-                subject.reconstruction.update(batch, x_hat, code)
+                subject.reconstruction.update(batch, x_hat, code, subject.sae.covers(batch))
                 subject.l0.append(l0_per_row(code).cpu())
         bos.append(tokens[keep] == data.lm.bos_id)
     return torch.cat(bos)
@@ -115,8 +115,8 @@ def splice_all(subjects: list[Subject], data: ActivationData, batches: tuple[Ten
     for tokens in track(batches, "evaluating cross-entropy"):
         activations, keep, targets = lm.activations(tokens), data.keep(tokens), tokens.to(lm.device)
 
-        def log_probs(replace: Replace, tokens=tokens, activations=activations, keep=keep) -> Tensor:
-            return next_token_log_probs(spliced_logits(lm, tokens, activations, keep, replace))
+        def log_probs(replace: Replace, covers=None, tokens=tokens, activations=activations, keep=keep) -> Tensor:
+            return next_token_log_probs(spliced_logits(lm, tokens, activations, keep, replace, covers))
 
         clean = next_token_log_probs(lm.logits(tokens))
         shared = {
@@ -125,7 +125,7 @@ def splice_all(subjects: list[Subject], data: ActivationData, batches: tuple[Ten
             "ce_mean": cross_entropy(log_probs(mean), targets),
         }
         for subject in subjects:
-            spliced = log_probs(subject.reconstruct)
+            spliced = log_probs(subject.reconstruct, subject.sae.covers(activations[keep.to(activations.device)]))
             own = {"ce_spliced": cross_entropy(spliced, targets), "kl": kl_divergence(clean, spliced)}
             subject.downstream.to(lm.device).update(**shared, **own)
 

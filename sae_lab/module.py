@@ -88,7 +88,7 @@ class SAEModule(L.LightningModule):
 
     def validation_step(self, x: Float[Tensor, "b s d"], batch_idx: int) -> None:
         for name, sae in self.members():
-            self._totals(name).update(x, *sae.autoencode(x))
+            self._totals(name).update(x, *sae.autoencode(x), sae.covers(x))
 
     def on_validation_epoch_end(self) -> None:
         for name, _ in self.members():

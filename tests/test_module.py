@@ -5,7 +5,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
-from conftest import build, planted
+from conftest import build, dictionary, planted
 from torch.utils.data import DataLoader
 
 from sae_lab.module import SAEModule
@@ -57,7 +57,7 @@ def test_the_step_is_project_clip_adam_renormalise(sae_name, max_grad_norm):
     for i, x in enumerate(BATCHES):
         adam.param_groups[0]["lr"] = 1e-2 * min(1, (i + 1) / 3, (N_STEPS - i) / 6)
         torch.stack(list(sae.losses(sae(x)).values())).sum().backward()
-        g, w = sae.W_dec.grad, sae.W_dec.data
+        g, w = dictionary(sae).W_dec.grad, dictionary(sae).W_dec.data
         g -= (g * w).sum((1, 2), keepdim=True) * w / w.square().sum((1, 2), keepdim=True)
         if max_grad_norm is not None:
             norm = torch.cat([p.grad.flatten() for p in sae.parameters() if p.grad is not None]).norm()
