@@ -94,6 +94,10 @@ class BaseSAE(nn.Module, ABC):
     def autoencode(self, x: Float[Tensor, "*row d"]) -> tuple[Float[Tensor, "*row d"], Code]:
         """Raw activations -> (x_hat in raw units, in the shape and dtype of x; code). Changes no state in any mode."""
 
+    @abstractmethod
+    def directions(self) -> Float[Tensor, "f s d"]:
+        """The dictionary: what one unit of each latent adds to x_hat, in the SAE's own (normalised) units."""
+
     def reconstruct(self, x: Float[Tensor, "*row d"]) -> Float[Tensor, "*row d"]:
         """Raw activations -> x_hat in raw units, in the shape and dtype of x."""
         return self.autoencode(x)[0]

@@ -5,6 +5,7 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -22,8 +23,9 @@ class LinearSAE(BaseSAE):
 
     x is the normalised input. Sums over inputs run over sources and dimensions together, so with s > 1 this is a
     crosscoder. Each row of W_dec has unit norm over (s, d); the part of its gradient that would change the norm is
-    removed. A latent that has not fired in `dead_after` training batches is dead: the auxiliary loss gives the dead
-    the residual to explain (see `losses.auxk`).
+    removed. How a row's norm is shared out among the sources is free: it tells whose feature the latent is. A latent
+    that has not fired in `dead_after` training batches is dead: the auxiliary loss gives the dead the residual to
+    explain (see `losses.auxk`).
 
     Args:
         d_in: d, the width of an activation.
@@ -35,6 +37,10 @@ class LinearSAE(BaseSAE):
         auxk_coefficient: weight of the auxiliary loss; 0 leaves it out.
         k_aux: how many dead latents may explain one row's residual; None is s·d / 2, after Gao et al. 2024, §A.2.
         dead_after: batches without firing after which a latent is dead.
+        decoder_norm: which norm of W_dec_i is one, `joint` (sum_s |W_dec_i,s|²)^½ or `sum` sum_s |W_dec_i,s|. It is
+            the unit of z_i, hence what selection, thresholds and penalties compare: with a row of norm one, choosing
+            by z_i and by z_i · norm_i is the same. Crosscoders of the literature weigh by the sum; with joint, a latent
+            of one source alone counts for up to sqrt(s) times more against a shared one. Equal where s is 1.
     """
 
     batches_since_fired: Tensor
@@ -50,11 +56,15 @@ class LinearSAE(BaseSAE):
         auxk_coefficient: float = 0.0,
         k_aux: int | None = None,
         dead_after: int = 5,
+        decoder_norm: str = "joint",
     ):
         super().__init__()
         self.d_in, self.n_latents, self.n_sources, self.seed = d_in, n_latents, n_sources, seed
         self.normalize, self.encoder_bias = normalize, encoder_bias
         self.auxk_coefficient, self.k_aux, self.dead_after = auxk_coefficient, k_aux, dead_after
+        self.decoder_norm = decoder_norm
+        if decoder_norm not in ("joint", "sum"):
+            raise UserError(f"sae.decoder_norm={decoder_norm} is not known: choose joint or sum.")
         self.normalizer = normalizer(normalize)
         self.W_enc = nn.Parameter(torch.empty(n_latents, n_sources, d_in))
         self.W_dec = nn.Parameter(torch.empty(n_latents, n_sources, d_in))
@@ -148,13 +158,20 @@ class LinearSAE(BaseSAE):
         code = self.code(target)
         return self.decode(code, context).view_as(x).to(x.dtype), code
 
+    def directions(self) -> Float[Tensor, "f s d"]:
+        return self.W_dec.detach()
+
     @torch.no_grad()
     def before_step(self) -> None:
-        """Remove from each latent's decoder gradient the part parallel to the latent: g - (g·u) u, u = W_dec_i."""
+        """Remove from each latent's decoder gradient what would change its norm: g - (g·u) u / |u|².
+
+        u is the gradient of the norm: W_dec_i, or, where the norm is the sum, W_dec_i,s / |W_dec_i,s| for each source.
+        """
         if self.W_dec.grad is not None:
             size = max(1, 2**21 // self.W_dec[0].numel())  # what a CPU's cache keeps from one operation to the next
-            for g, u in zip(self.W_dec.grad.flatten(1).split(size), self.W_dec.flatten(1).split(size), strict=True):
-                # Rows are divided by their norm after every step, so |u| is 1 to rounding; |u|² makes it exact.
+            direction = self.W_dec if self.decoder_norm == "joint" else F.normalize(self.W_dec, dim=-1)
+            for g, u in zip(self.W_dec.grad.flatten(1).split(size), direction.flatten(1).split(size), strict=True):
+                # Rows are divided by their norm after every step, so a joint |u| is 1 to rounding; |u|² makes it exact.
                 parallel = (g * u).sum(-1, keepdim=True) / u.norm(dim=-1, keepdim=True).square()
                 g.addcmul_(u, parallel, value=-1)
 
@@ -163,9 +180,10 @@ class LinearSAE(BaseSAE):
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Put every row of W_dec back on the unit sphere over (s, d)."""
+        """Divide every row of W_dec by its norm."""
         rows = self.W_dec.flatten(1)
-        rows.div_(rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny))
+        norm = rows.norm(dim=-1) if self.decoder_norm == "joint" else self.W_dec.norm(dim=-1).sum(dim=-1)
+        rows.div_(norm.unsqueeze(-1).clamp_min(torch.finfo(rows.dtype).tiny))
 
 
 class SparseLinearSAE(LinearSAE):

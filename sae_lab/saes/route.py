@@ -121,6 +121,9 @@ class RouteSAE(BaseSAE):
         x_hat = self.normalizer.undo(row_hat / weights.sum(dim=-1).view(-1, 1, 1), context)
         return torch.where(weights.unsqueeze(-1) > 0, x_hat.to(x.dtype), self.rows(x).to(x.dtype)).view_as(x), code
 
+    def directions(self) -> Float[Tensor, "f s d"]:
+        return self.inner.directions().expand(-1, self.n_sources, -1)
+
     def covers(self, x: Tensor) -> Bool[Tensor, "b s"]:
         return self.route(x)[1] > 0
 
