@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from sae_lab import plots
+from sae_lab import diffing, plots
 from sae_lab.checkpoint import load_sae, write_atomically
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
@@ -90,7 +90,11 @@ def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str,
     for name, subject in deployed.items():
         metrics = subject.metrics()
         train_mode = trained[name].metrics() if name in trained else dict(metrics)
-        evaluations[name] = Evaluation(metrics | {"train_mode": train_mode}, tables(subject, bos))
+        drawn = tables(subject, bos)
+        if data.lm.models:
+            drawn["relative_norm"] = diffing.latents(subject.sae.directions(), subject.reconstruction.density())
+            metrics |= diffing.class_counts(drawn["relative_norm"])
+        evaluations[name] = Evaluation(metrics | {"train_mode": train_mode}, drawn)
     return evaluations
 
 
@@ -132,7 +136,7 @@ def splice_all(subjects: list[Subject], data: ActivationData, batches: tuple[Ten
 
 def tables(subject: Subject, bos: Bool[Tensor, " n"]) -> dict[str, pd.DataFrame]:
     """Tokens by L0 (BOS apart), and the share of tokens on which each latent fires."""
-    density = (subject.reconstruction.fires / subject.reconstruction.n_rows).cpu().numpy()
+    density = subject.reconstruction.density().cpu().numpy()
     return {
         "l0_per_token": pd.DataFrame(l0_histogram(torch.cat(subject.l0), bos)),
         "latent_density": pd.DataFrame({"latent": range(len(density)), "density": density}),
@@ -149,6 +153,8 @@ def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[P
         plots.l0_per_token(evaluation.tables["l0_per_token"], figures / "l0_per_token.png", k=sae.config.get("k")),
         plots.latent_density(evaluation.tables["latent_density"], figures / "latent_density.png"),
     ]
+    if "relative_norm" in evaluation.tables:
+        written.append(plots.relative_norm(evaluation.tables["relative_norm"], figures / "relative_norm.png"))
     log_file = run_dir / "metrics.csv"
     if log_file.is_file():
         written.append(plots.training_curves(pd.read_csv(log_file), figures / "training.png"))

@@ -14,6 +14,9 @@ Reconstruction, for activations x and reconstructions x_hat in raw units, over n
     fvu_0, fvu_1, ...  fvu of each source by itself, where there are several
     share_0, ...       share of the rows on which a routed SAE chose each source
 
+Of a crosscoder on two models, latents_base_only, latents_shared, latents_tuned_only and latents_between count latents
+by whose feature they are (see diffing.py); sources are the base model's, then the fine-tuned one's.
+
 Downstream, next-token cross-entropy (nats) of the language model, mean over all predictions within rows; x is
 replaced, at all sources, at the positions that the SAE is judged on (`data.exclude_*` positions keep their activation):
 
@@ -97,6 +100,10 @@ class ReconstructionMetrics(Metric):
 
     def mean_activation(self) -> Float[Tensor, "s d"]:
         return (self.sum_x / self.n_rows).float()
+
+    def density(self) -> Float[Tensor, " f"]:
+        """The share of rows on which each latent is active."""
+        return self.fires / self.n_rows
 
     def compute(self) -> dict[str, float]:
         mean = self.sum_x / self.n_rows

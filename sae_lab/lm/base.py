@@ -30,12 +30,15 @@ class LanguageModel(ABC):
         d: width of an activation, read from the model; the same at all sites.
         tokenizer: the model's Hugging Face tokenizer.
         bos_id: id that opens a row and parts documents.
+        models: names of the models whose sources follow each other, as many of each; empty where there is but one.
         context: longest row the model was made for, in tokens; None where it does not say.
         model: what runs, an `nn.Module` in eval mode whose parameters want no gradient.
 
     Raises:
         UserError: an unknown, unreachable or repeated site, sites of different widths, no BOS, no such device.
     """
+
+    models: tuple[str, ...] = ()
 
     def __init__(
         self,
