@@ -13,6 +13,7 @@ Lindsey et al. 2024, Sparse Crosscoders (Transformer Circuits); Minder, Dumas et
 """
 
 import pandas as pd
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -28,7 +29,8 @@ BETWEEN = "between"
 def relative_norm(directions: Float[Tensor, "f s d"]) -> Float[Tensor, " f"]:
     """relative_norm_i; the first half of the sources is the base model's. 1/2 for a row of zeros."""
     base, tuned = (half.flatten(1).norm(dim=-1) for half in directions.chunk(2, dim=1))
-    return ((tuned + 1e-30) / (base + tuned + 2e-30)).float()
+    total = base + tuned
+    return torch.where(total > 0, tuned / total, 0.5)
 
 
 def cosine(directions: Float[Tensor, "f s d"]) -> Float[Tensor, " f"]:

@@ -233,13 +233,13 @@ def test_the_palette_tells_lines_apart_without_colour():
 
 
 def test_relative_norm_draws_each_class_in_its_place(drawn, path):
-    table = pd.DataFrame({"relative_norm": [0.0, 0.1, 0.5, 0.5, 0.7, 1.0, 0.5], "density": [0.1] * 6 + [0.0]})
+    table = pd.DataFrame({"relative_norm": [0.0, 0.1, 0.5, 0.5, 0.71, 1.0, 0.5], "density": [0.1] * 6 + [0.0]})
     table["class"] = ["base_only", "base_only", "shared", "shared", "between", "tuned_only", "shared"]
     plots.relative_norm(table, path)
     axes = drawn[0].axes[0]
-    heights = {
-        c.get_label(): {round(p.get_x(), 2): p.get_height() for p in c if p.get_height()} for c in axes.containers
-    }
+    labels = axes.get_legend_handles_labels()[1]
+    bars = [{round(p.get_x(), 2): p.get_height() for p in c if p.get_height()} for c in axes.containers]
+    heights = dict(zip(labels, bars, strict=True))
     assert heights["base only: 2"] == {0.0: 1, 0.1: 1}
     assert heights["shared: 2"] == {0.5: 2}
     assert heights["fine-tuned only: 1"] == {0.98: 1}
