@@ -8,7 +8,7 @@ import torch
 from conftest import build, dictionary, planted
 from torch.utils.data import DataLoader
 
-from sae_lab.module import SAEModule
+from sae_lab.module import SAEModule, training_row
 from sae_lab.saes.base import BaseSAE
 from sae_lab.schedule import warmup_decay
 
@@ -90,3 +90,15 @@ def test_warmup_and_decay(step, factor):
 
 def test_a_constant_schedule_is_one():
     assert {warmup_decay(i, 10, 0.0, 0.0) for i in range(11)} == {1.0}
+
+
+def test_the_log_tells_the_sources_apart():
+    sae, x = build("topk", n_sources=2), planted(64, n_sources=2)[0] * torch.tensor([[[1.0], [3.0]]])
+    out = sae(x)
+    terms = sae.losses(out)
+    row = training_row(sae, out, terms, terms["reconstruction"])
+    for i in range(2):
+        error, spread = out.target - out.x_hat, out.target - out.target.mean(0)
+        torch.testing.assert_close(row[f"fvu_{i}"], error[:, i].square().sum() / spread[:, i].square().sum())
+    route = build("route", n_sources=2)
+    assert "fvu_0" not in training_row(route, route(x), terms, terms["reconstruction"])

@@ -88,7 +88,7 @@ def test_models_that_do_not_match_are_refused(base):
 
 def test_a_site_that_is_not_there_is_named():
     with pytest.raises(Exception, match="tiny has no site"):
-        instantiate(compose("lm=paired", "lm.base.name=tiny", "lm.tuned.name=tiny", "lm.sites=[h.2]").lm)
+        instantiate(compose("lm=paired", "lm.base.name=tiny", "lm.tuned.name=tiny", "lm.base.sites=[h.2]").lm)
 
 
 def test_the_sibling_says_how_it_is_made(tmp_path, monkeypatch):
