@@ -7,7 +7,17 @@ x_hat = sae.reconstruct(activations)    # in the units of the activations
 """
 
 from sae_lab.checkpoint import load_sae, save_sae
-from sae_lab.saes import BaseSAE, BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, SAEOutput, TopKSAE, VanillaSAE
+from sae_lab.saes import (
+    BaseSAE,
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    RouteSAE,
+    SAEOutput,
+    TopKSAE,
+    VanillaSAE,
+)
 
 __all__ = [
     "BaseSAE",
@@ -15,6 +25,7 @@ __all__ = [
     "GatedSAE",
     "JumpReLUSAE",
     "MatryoshkaSAE",
+    "RouteSAE",
     "SAEOutput",
     "TopKSAE",
     "VanillaSAE",

@@ -13,7 +13,16 @@ from torch.utils.data import DataLoader
 from sae_lab.buffer import Chunk, ShuffledBlocks
 from sae_lab.errors import UserError
 from sae_lab.lm.base import LanguageModel
-from sae_lab.text import HELD_OUT, TRAIN, Documents, FileDocuments, HubDocuments, StdlibDocuments, TextRows
+from sae_lab.text import (
+    HELD_OUT,
+    TRAIN,
+    DisassembledStdlib,
+    Documents,
+    FileDocuments,
+    HubDocuments,
+    StdlibDocuments,
+    TextRows,
+)
 
 
 class Harvest:
@@ -179,6 +188,12 @@ def take_rows(rows: Iterator[list[int]], n: int) -> Int[Tensor, "n t"]:
 def stdlib(lm: LanguageModel, seed: int, held_out_every: int, **stream: Any) -> ActivationData:
     """`data=stdlib`: the source of Python's standard library."""
     documents = partial(StdlibDocuments, seed=seed, held_out_every=held_out_every)
+    return ActivationData(lm, documents, seed=seed, **stream)
+
+
+def disassembly(lm: LanguageModel, seed: int, held_out_every: int, mixed: bool, **stream: Any) -> ActivationData:
+    """`data=disassembly`: its bytecode listings."""
+    documents = partial(DisassembledStdlib, seed=seed, held_out_every=held_out_every, mixed=mixed)
     return ActivationData(lm, documents, seed=seed, **stream)
 
 

@@ -17,12 +17,19 @@ def spliced_logits(
     activations: Float[Tensor, "n t s d"],
     keep: Bool[Tensor, "n t"],
     replace: Replace,
+    covers: Bool[Tensor, "b s"] | None = None,
 ) -> Float[Tensor, "n t v"]:
-    """The model's logits where the activations at the kept positions are replaced; the others stay as they are."""
-    spliced = activations.clone()
+    """The model's logits where the activations at the kept positions are replaced.
+
+    `activations[keep]` are the b rows to replace, at the sources where `covers` is True (None: all of them). All else
+    is what the forward pass makes of what was replaced before it: at a later site, not the clean activation.
+    """
     keep = keep.to(activations.device)
+    spliced, where = activations.clone(), keep.unsqueeze(-1).repeat(1, 1, activations.shape[2])
     spliced[keep] = replace(activations[keep]).to(spliced)
-    return lm.logits(tokens, spliced)
+    if covers is not None:
+        where[keep] = covers.to(where.device)
+    return lm.logits(tokens, spliced, where)
 
 
 def zero(x: Tensor) -> Tensor:

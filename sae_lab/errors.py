@@ -14,3 +14,14 @@ class Interrupted(BaseException):
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def checked_word(name: str, word: str, *known: str) -> str:
+    """`word`, the value of the setting `name`, if it is one of those known.
+
+    Raises:
+        UserError: it is not.
+    """
+    if word not in known:
+        raise UserError(f"sae.{name}={word} is not known: choose one of {', '.join(known)}.")
+    return word

@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from sae_lab import plots
+from sae_lab import diffing, plots
 from sae_lab.checkpoint import load_sae, write_atomically
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
@@ -98,7 +98,11 @@ def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str,
     for name, subject in deployed.items():
         metrics = subject.metrics()
         train_mode = trained[name].metrics() if name in trained else dict(metrics)
-        evaluations[name] = Evaluation(metrics | {"train_mode": train_mode}, tables(subject, bos))
+        drawn = tables(subject, bos)
+        if data.lm.models:
+            drawn["relative_norm"] = diffing.latents(subject.sae.directions(), subject.reconstruction.density())
+            metrics |= diffing.class_counts(drawn["relative_norm"])
+        evaluations[name] = Evaluation(metrics | {"train_mode": train_mode}, drawn)
     return evaluations
 
 
@@ -111,7 +115,7 @@ def reconstruct_all(subjects: list[Subject], data: ActivationData, batches: tupl
         x = x[keep.to(x.device)]
         for subject in subjects:
             for batch, x_hat, code in subject.autoencode(x):
-                subject.reconstruction.update(batch, x_hat, code)
+                subject.reconstruction.update(batch, x_hat, code, subject.sae.covers(batch))
                 subject.l0.append(l0_per_row(code).cpu())
         bos.append(tokens[keep] == data.lm.bos_id)
     return torch.cat(bos)
@@ -123,8 +127,8 @@ def splice_all(subjects: list[Subject], data: ActivationData, batches: tuple[Ten
     for tokens in track(batches, "evaluating cross-entropy"):
         activations, keep, targets = lm.activations(tokens), data.keep(tokens), tokens.to(lm.device)
 
-        def log_probs(replace: Replace, tokens=tokens, activations=activations, keep=keep) -> Tensor:
-            return next_token_log_probs(spliced_logits(lm, tokens, activations, keep, replace))
+        def log_probs(replace: Replace, covers=None, tokens=tokens, activations=activations, keep=keep) -> Tensor:
+            return next_token_log_probs(spliced_logits(lm, tokens, activations, keep, replace, covers))
 
         clean = next_token_log_probs(lm.logits(tokens))
         shared = {
@@ -133,14 +137,14 @@ def splice_all(subjects: list[Subject], data: ActivationData, batches: tuple[Ten
             "ce_mean": cross_entropy(log_probs(mean), targets),
         }
         for subject in subjects:
-            spliced = log_probs(subject.reconstruct)
+            spliced = log_probs(subject.reconstruct, subject.sae.covers(activations[keep.to(activations.device)]))
             own = {"ce_spliced": cross_entropy(spliced, targets), "kl": kl_divergence(clean, spliced)}
             subject.downstream.to(lm.device).update(**shared, **own)
 
 
 def tables(subject: Subject, bos: Bool[Tensor, " n"]) -> dict[str, pd.DataFrame]:
     """Tokens by L0 (BOS apart), and the share of tokens on which each latent fires."""
-    density = (subject.reconstruction.fires / subject.reconstruction.n_rows).cpu().numpy()
+    density = subject.reconstruction.density().cpu().numpy()
     return {
         "l0_per_token": pd.DataFrame(l0_histogram(torch.cat(subject.l0), bos)),
         "latent_density": pd.DataFrame({"latent": range(len(density)), "density": density}),
@@ -157,6 +161,8 @@ def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[P
         plots.l0_per_token(evaluation.tables["l0_per_token"], figures / "l0_per_token.png", k=sae.config.get("k")),
         plots.latent_density(evaluation.tables["latent_density"], figures / "latent_density.png"),
     ]
+    if "relative_norm" in evaluation.tables:
+        written.append(plots.relative_norm(evaluation.tables["relative_norm"], figures / "relative_norm.png"))
     log_file = run_dir / "metrics.csv"
     if log_file.is_file():
         written.append(plots.training_curves(pd.read_csv(log_file), figures / "training.png"))

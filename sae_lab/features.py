@@ -139,7 +139,7 @@ def directions(
     Logits are those of the row through the unembedding alone, about their mean over the vocabulary; they are left
     out where the site does not have the unembedding's width.
     """
-    rows = F.normalize(sae.W_dec.detach().float().flatten(1), dim=-1)
+    rows = F.normalize(sae.directions().float().flatten(1), dim=-1)
     unembedding = lm.unembedding()
     found = []
     for chunk in latents.to(rows.device).split(256):

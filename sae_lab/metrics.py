@@ -1,7 +1,7 @@
 """What is reported of a trained SAE: every name defined once, accumulated as totals over the held-out tokens.
 
 Reconstruction, for activations x and reconstructions x_hat in raw units, over n rows, s sources and d dimensions
-(every source counts; sums run over rows, sources and dimensions):
+(sums run over rows, sources and dimensions; every source counts, but of a routed SAE the one that it chose):
 
     nmse               mean of ((x - x_hat) / (std_d x + 1e-5))², std_d unbiased, per row and source: the squared error
                        on the unit-std input, as the BatchTopK write-up plots it
@@ -11,12 +11,17 @@ Reconstruction, for activations x and reconstructions x_hat in raw units, over n
     l0_std             its standard deviation over rows (population)
     dead_fraction      share of latents active on no evaluation token
     n_eval_tokens      n
+    fvu_0, fvu_1, ...  fvu of each source by itself, where there are several
+    share_0, ...       share of the rows on which a routed SAE chose each source
+
+Of a crosscoder on two models, latents_base_only, latents_shared, latents_tuned_only and latents_between count latents
+by whose feature they are (see diffing.py); sources are the base model's, then the fine-tuned one's.
 
 Downstream, next-token cross-entropy (nats) of the language model, mean over all predictions within rows; x is
-replaced at the positions that the SAE is judged on (`data.exclude_*` positions keep their activation):
+replaced, at all sources, at the positions that the SAE is judged on (`data.exclude_*` positions keep their activation):
 
     ce_clean           nothing replaced
-    ce_spliced         x replaced by x_hat
+    ce_spliced         x replaced by x_hat; by a routed SAE at the source that it chose for the position, alone
     ce_zero, ce_mean   x replaced by 0, by the data set's mean activation
     ce_degradation     ce_spliced - ce_clean: positive is worse
     loss_recovered     (ce_zero - ce_spliced) / (ce_zero - ce_clean): 1 is perfect, 0 as bad as zero-ablation
@@ -44,11 +49,13 @@ class ReconstructionMetrics(Metric):
 
     full_state_update = False
 
-    squared_error: Tensor
-    squared_norm: Tensor
     sum_x: Tensor
+    covered_x: Tensor
+    squared_norm: Tensor
+    squared_error: Tensor
     normalised_error: Tensor
     cosine: Tensor
+    n_covered: Tensor
     l0_sum: Tensor
     l0_squared: Tensor
     fires: Tensor
@@ -56,23 +63,35 @@ class ReconstructionMetrics(Metric):
 
     def __init__(self, n_latents: int):
         super().__init__()
-        for name in ("squared_error", "squared_norm", "normalised_error", "cosine", "l0_sum", "l0_squared", "n_rows"):
+        for name in ("sum_x", "covered_x", "squared_norm", "squared_error", "normalised_error", "cosine", "n_covered"):
+            self.add_state(name, torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")  # grows to one a source
+        for name in ("l0_sum", "l0_squared", "n_rows"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("sum_x", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("fires", torch.zeros(n_latents, dtype=torch.long), dist_reduce_fx="sum")
-        self.values_per_row = 0
 
-    def update(self, x: Float[Tensor, "*row d"], x_hat: Float[Tensor, "*row d"], code: Code) -> None:
+    def update(
+        self,
+        x: Float[Tensor, "*row d"],
+        x_hat: Float[Tensor, "*row d"],
+        code: Code,
+        covers: Bool[Tensor, "b s"] | None = None,
+    ) -> None:
+        """One batch; only the sources of a row where `covers` is True count (None: all)."""
         x = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
         x, x_hat = x.float(), x_hat.reshape(x.shape).float()
-        self.values_per_row, self.n_sources = x[0].numel(), x.shape[1]
-        error = x - x_hat
-        self.squared_error += error.double().square().sum()
-        self.squared_norm += x.double().square().sum()
-        self.sum_x = self.sum_x + x.double().sum(dim=0)
-        scale = x.std(dim=-1, keepdim=True) + 1e-5
-        self.normalised_error += (error / scale).double().square().sum()
-        self.cosine += F.cosine_similarity(x, x_hat, dim=-1).double().sum()
+        error, scale = (x - x_hat).double(), x.std(dim=-1, keepdim=True) + 1e-5
+        weight = (torch.ones(x.shape[:2], device=x.device) if covers is None else covers).double()
+        totals = {
+            "sum_x": x.double().sum(dim=0),
+            "covered_x": (weight.unsqueeze(-1) * x).sum(dim=0),
+            "squared_norm": (weight * x.double().square().sum(dim=-1)).sum(dim=0),
+            "squared_error": (weight * error.square().sum(dim=-1)).sum(dim=0),
+            "normalised_error": (weight * (error / scale).square().mean(dim=-1)).sum(dim=0),
+            "cosine": (weight * F.cosine_similarity(x, x_hat, dim=-1)).sum(dim=0),
+            "n_covered": weight.sum(dim=0),
+        }
+        for name, total in totals.items():
+            setattr(self, name, getattr(self, name) + total)
         l0 = l0_per_row(code).double()
         self.l0_sum += l0.sum()
         self.l0_squared += l0.square().sum()
@@ -82,20 +101,27 @@ class ReconstructionMetrics(Metric):
     def mean_activation(self) -> Float[Tensor, "s d"]:
         return (self.sum_x / self.n_rows).float()
 
+    def density(self) -> Float[Tensor, " f"]:
+        """The share of rows on which each latent is active."""
+        return self.fires / self.n_rows
+
     def compute(self) -> dict[str, float]:
-        n = self.n_rows
-        variance = self.squared_norm - self.sum_x.square().sum() / n
-        l0 = self.l0_sum / n
+        mean = self.sum_x / self.n_rows
+        variance = self.squared_norm + (mean * (self.n_covered.unsqueeze(-1) * mean - 2 * self.covered_x)).sum(dim=-1)
+        n, l0 = self.n_covered.sum(), self.l0_sum / self.n_rows
         values = {
-            "nmse": self.normalised_error / (n * self.values_per_row),
-            "fvu": self.squared_error / variance,
+            "nmse": self.normalised_error.sum() / n,
+            "fvu": self.squared_error.sum() / variance.sum(),
             "l0": l0,
-            "l0_std": (self.l0_squared / n - l0.square()).clamp_min(0).sqrt(),
-            "cosine_similarity": self.cosine / (n * self.n_sources),
+            "l0_std": (self.l0_squared / self.n_rows - l0.square()).clamp_min(0).sqrt(),
+            "cosine_similarity": self.cosine.sum() / n,
             "dead_fraction": (self.fires == 0).double().mean(),
-            "n_eval_tokens": n,
         }
-        return {name: value.item() for name, value in values.items()} | {"n_eval_tokens": int(n)}
+        if len(variance) > 1:
+            values |= {f"fvu_{i}": fvu for i, fvu in enumerate(self.squared_error / variance)}
+        if (self.n_covered < self.n_rows).any():
+            values |= {f"share_{i}": share for i, share in enumerate(self.n_covered / self.n_rows)}
+        return {name: value.item() for name, value in values.items()} | {"n_eval_tokens": int(self.n_rows)}
 
 
 def next_token_log_probs(logits: Float[Tensor, "n t v"]) -> Float[Tensor, "n t-1 v"]:

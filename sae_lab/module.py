@@ -90,7 +90,7 @@ class SAEModule(L.LightningModule):
 
     def validation_step(self, x: Float[Tensor, "b s d"], batch_idx: int) -> None:
         for name, sae in self.members():
-            self._totals(name).update(x, *sae.autoencode(x))
+            self._totals(name).update(x, *sae.autoencode(x), sae.covers(x))
 
     def on_validation_epoch_end(self) -> None:
         for name, _ in self.members():
@@ -114,5 +114,7 @@ def training_row(sae: BaseSAE, out: SAEOutput, terms: dict[str, Tensor], loss: T
     """What the training log says of one SAE at one step."""
     row = {"loss": loss.detach()} | {f"loss/{name}": term.detach() for name, term in terms.items()}
     row |= {"fvu": batch_fvu(out.target, out.x_hat), "l0": l0_per_row(out.code).float().mean()}
+    sources = zip(out.target.split(1, dim=1), out.x_hat.split(1, dim=1), strict=True)
+    row |= {f"fvu_{i}": batch_fvu(*pair) for i, pair in enumerate(sources)} if out.target.shape[1] > 1 else {}
     dead = sae.dead()
     return row if dead is None else row | {"dead_share": dead.float().mean()}

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from sae_lab import diffing
+
 # Okabe and Ito's palette without its yellow, which vanishes on white: told apart under every kind of colour blindness.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 MARKERS = "os^DvPX"
@@ -139,6 +141,37 @@ def latent_density(table: pd.DataFrame, path: Path) -> Path:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"$10^{{{x:g}}}$"))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.yaxis.set_major_formatter(PLAIN)
+    return path
+
+
+def relative_norm(table: pd.DataFrame, path: Path) -> Path:
+    """Whose feature each latent is: a histogram over |W_dec_B| / (|W_dec_A| + |W_dec_B|), a colour for each class.
+
+    `table` is that of `diffing.latents`. Latents that never fire are counted in the title and not drawn.
+    """
+    alive = table[table["density"] > 0]
+    edges = np.linspace(0, 1, 51)  # the bounds of the classes are edges
+    colours = {**dict(zip(diffing.CLASSES, PALETTE[:3], strict=True)), diffing.BETWEEN: "#BBBBBB"}
+    names = {"base_only": "base only", "shared": "shared", "tuned_only": "fine-tuned only", "between": "between"}
+    with page(path) as (figure, (axes,)):
+        for name, colour in colours.items():
+            ratio = alive["relative_norm"][alive["class"] == name]
+            axes.hist(
+                ratio, edges, color=colour, edgecolor="white", linewidth=0.4, label=f"{names[name]}: {len(ratio):,}"
+            )
+        for bound in sorted({bound for bounds in diffing.CLASSES.values() for bound in bounds} - {0.0, 1.0}):
+            axes.axvline(bound, color=MUTED, linestyle=":", linewidth=0.8)
+        axes.set(
+            xlabel="Decoder norm in the fine-tuned model (share of both models')",
+            ylabel="Number of latents",
+            xlim=(0, 1),
+        )
+        axes.set_yscale("symlog", linthresh=10)
+        dead = len(table) - len(alive)
+        axes.set_title(f"{dead:,} of {len(table):,} latents never fire and are left out")
+        axes.yaxis.set_major_formatter(PLAIN)
+        axes.grid(axis="x", visible=False)
+        _legend_below(figure)
     return path
 
 

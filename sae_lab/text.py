@@ -1,7 +1,11 @@
 """Documents -> packed rows of token ids: a stream that can be stopped and continued at any row."""
 
+import dis
+import io
 import logging
+import re
 import sysconfig
+import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -74,6 +78,37 @@ class StdlibDocuments(IndexedDocuments):
 
     def __getitem__(self, i: int) -> str:
         return self.paths[i].read_text(encoding="utf-8", errors="replace")
+
+
+class DisassembledStdlib(StdlibDocuments):
+    """The same modules as bytecode listings (`dis`), each cut to the length of its source; `mixed` adds the source.
+
+    Text of another kind that every machine has. A module that does not compile is an empty document.
+    """
+
+    def __init__(self, split: str = TRAIN, seed: int = 0, held_out_every: int = 10, mixed: bool = False):
+        super().__init__(split, seed, held_out_every)
+        self.mixed = mixed
+
+    def __len__(self) -> int:
+        return len(self.paths) * (1 + self.mixed)
+
+    def __getitem__(self, i: int) -> str:
+        source = super().__getitem__(i % len(self.paths))
+        return source if i >= len(self.paths) else disassembled(source)[: len(source)]
+
+
+def disassembled(source: str) -> str:
+    """The listing of a module's bytecode, without addresses in memory; empty where it does not compile."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            code = compile(source, "module", "exec")
+    except (SyntaxError, ValueError):
+        return ""
+    listing = io.StringIO()
+    dis.dis(code, file=listing)
+    return re.sub(r" at 0x[0-9a-f]+", "", listing.getvalue())
 
 
 class FileDocuments(IndexedDocuments):

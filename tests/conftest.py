@@ -34,6 +34,11 @@ def build(name: str, *overrides: str, d_in: int = 16, n_latents: int = 64, n_sou
     return instantiate(cfg.sae, d_in=d_in, n_latents=n_latents, n_sources=n_sources)
 
 
+def dictionary(sae: BaseSAE) -> BaseSAE:
+    """What holds the weights of an SAE's dictionary: itself, or the SAE that it routes to."""
+    return getattr(sae, "inner", sae)
+
+
 def planted(n: int, d_in: int = 16, n_features: int = 24, active: int = 3, n_sources: int = 1, seed: int = 0):
     """Rows that are sparse non-negative sums of known unit directions: (x (n, s, d), directions (features, s, d)).
 

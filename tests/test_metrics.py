@@ -59,9 +59,33 @@ def test_every_reconstruction_metric_is_its_definition():
         "dead_fraction": 2 / 5,
         "n_eval_tokens": 60,
     }
+    variance = (x - x.mean(0)).square().sum((0, 2))
+    expected |= {f"fvu_{i}": e[:, i].square().sum() / variance[i] for i in range(2)}
     assert values.keys() == expected.keys()
     assert all(values[name] == pytest.approx(float(expected[name]), rel=1e-5) for name in expected)
     assert batch_fvu(x, x_hat).item() == pytest.approx(values["fvu"], rel=1e-5)
+
+
+def test_a_routed_sae_is_judged_where_it_says_something():
+    """As if the sources that it leaves alone were not there; the mean is still that of the whole data set."""
+    x, x_hat, code = rows(60, s=2), rows(60, s=2, seed=1), torch.ones(60, 4)
+    covers = torch.zeros(60, 2, dtype=torch.bool)
+    covers[:45, 0] = covers[45:, 1] = True
+    metrics = ReconstructionMetrics(4)
+    for part in zip(x.split(16), x_hat.split(16), code.split(16), covers.split(16), strict=True):
+        metrics.update(*part)
+    values, e, centred = metrics.compute(), (x - x_hat)[covers], (x - x.mean(0))[covers]
+    expected = {
+        "fvu": e.square().sum() / centred.square().sum(),
+        "fvu_1": e[45:].square().sum() / centred[45:].square().sum(),
+        "nmse": (e / (x[covers].std(-1, keepdim=True) + 1e-5)).square().mean(),
+        "cosine_similarity": torch.cosine_similarity(x[covers], x_hat[covers], dim=-1).mean(),
+        "share_0": 0.75,
+        "share_1": 0.25,
+        "n_eval_tokens": 60,
+    }
+    assert {name: values[name] for name in expected} == pytest.approx({k: float(v) for k, v in expected.items()}, 1e-5)
+    torch.testing.assert_close(metrics.mean_activation(), x.mean(0))
 
 
 def test_perfect_and_mean_reconstructions_mark_the_scale():

@@ -5,10 +5,10 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
-from conftest import build, planted
+from conftest import build, dictionary, planted
 from torch.utils.data import DataLoader
 
-from sae_lab.module import SAEModule, forget
+from sae_lab.module import SAEModule, forget, training_row
 from sae_lab.saes.base import BaseSAE
 from sae_lab.schedule import warmup_decay
 
@@ -65,7 +65,7 @@ def test_the_step_is_project_clip_adam_renormalise(sae_name, max_grad_norm):
     for i, x in enumerate(BATCHES):
         adam.param_groups[0]["lr"] = 1e-2 * min(1, (i + 1) / 3, (N_STEPS - i) / 6)
         torch.stack(list(sae.losses(sae(x)).values())).sum().backward()
-        g, w = sae.W_dec.grad, sae.W_dec.data
+        g, w = dictionary(sae).W_dec.grad, dictionary(sae).W_dec.data
         g -= (g * w).sum((1, 2), keepdim=True) * w / w.square().sum((1, 2), keepdim=True)
         if max_grad_norm is not None:
             norm = torch.cat([p.grad.flatten() for p in sae.parameters() if p.grad is not None]).norm()
@@ -142,3 +142,15 @@ def test_warmup_and_decay(step, factor):
 
 def test_a_constant_schedule_is_one():
     assert {warmup_decay(i, 10, 0.0, 0.0) for i in range(11)} == {1.0}
+
+
+def test_the_log_tells_the_sources_apart():
+    sae, x = build("topk", n_sources=2), planted(64, n_sources=2)[0] * torch.tensor([[[1.0], [3.0]]])
+    out = sae(x)
+    terms = sae.losses(out)
+    row = training_row(sae, out, terms, terms["reconstruction"])
+    for i in range(2):
+        error, spread = out.target - out.x_hat, out.target - out.target.mean(0)
+        torch.testing.assert_close(row[f"fvu_{i}"], error[:, i].square().sum() / spread[:, i].square().sum())
+    route = build("route", n_sources=2)
+    assert "fvu_0" not in training_row(route, route(x), terms, terms["reconstruction"])

@@ -230,3 +230,18 @@ def test_the_palette_tells_lines_apart_without_colour():
     grey = sorted(np.dot(to_rgb(colour), [0.2126, 0.7152, 0.0722]) for colour in plots.PALETTE[:3])
     assert min(np.diff(grey)) > 0.02
     assert len(set(plots.MARKERS)) == len(plots.PALETTE)
+
+
+def test_relative_norm_draws_each_class_in_its_place(drawn, path):
+    table = pd.DataFrame({"relative_norm": [0.0, 0.1, 0.5, 0.5, 0.71, 1.0, 0.5], "density": [0.1] * 6 + [0.0]})
+    table["class"] = ["base_only", "base_only", "shared", "shared", "between", "tuned_only", "shared"]
+    plots.relative_norm(table, path)
+    axes = drawn[0].axes[0]
+    labels = axes.get_legend_handles_labels()[1]
+    bars = [{round(p.get_x(), 2): p.get_height() for p in c if p.get_height()} for c in axes.containers]
+    heights = dict(zip(labels, bars, strict=True))
+    assert heights["base only: 2"] == {0.0: 1, 0.1: 1}
+    assert heights["shared: 2"] == {0.5: 2}
+    assert heights["fine-tuned only: 1"] == {0.98: 1}
+    assert heights["between: 1"] == {0.7: 1}
+    assert axes.get_title() == "1 of 7 latents never fire and are left out"

@@ -15,11 +15,13 @@ from sae_lab.errors import UserError
 from sae_lab.text import (
     HELD_OUT,
     TRAIN,
+    DisassembledStdlib,
     FileDocuments,
     HubDocuments,
     IndexedDocuments,
     StdlibDocuments,
     TextRows,
+    disassembled,
     held_out,
 )
 
@@ -391,3 +393,24 @@ def test_held_out_text_does_not_depend_on_the_seed():
     }
     assert first[HELD_OUT, 0] == first[HELD_OUT, 1]
     assert first[TRAIN, 0] != first[TRAIN, 1]
+
+
+def test_a_listing_is_as_long_as_its_source_and_the_same_every_time():
+    source, listings, both = (
+        StdlibDocuments(HELD_OUT),
+        DisassembledStdlib(HELD_OUT),
+        DisassembledStdlib(HELD_OUT, mixed=True),
+    )
+    n = len(source)
+    assert len(listings) == n
+    assert len(both) == 2 * n
+    assert both[n + 3] == source[3]
+    assert both[3] == listings[3] == listings[3]
+    assert len(listings[3]) <= len(source[3])
+    assert "LOAD_" in listings[3]
+    assert " at 0x" not in "".join(listings[i] for i in range(8))
+
+
+def test_a_module_that_does_not_compile_is_an_empty_document():
+    assert disassembled("def f(:") == ""
+    assert "RETURN" in disassembled("x = 1")

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_lab.errors import UserError
@@ -30,12 +30,15 @@ class LanguageModel(ABC):
         d: width of an activation, read from the model; the same at all sites.
         tokenizer: the model's Hugging Face tokenizer.
         bos_id: id that opens a row and parts documents.
+        models: names of the models whose sources follow each other, as many of each; empty where there is but one.
         context: longest row the model was made for, in tokens; None where it does not say.
         model: what runs, an `nn.Module` in eval mode whose parameters want no gradient.
 
     Raises:
         UserError: an unknown, unreachable or repeated site, sites of different widths, no BOS, no such device.
     """
+
+    models: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -105,11 +108,14 @@ class LanguageModel(ABC):
         return torch.stack([seen[site] for site in self.sites], dim=2)
 
     def logits(
-        self, tokens: Int[Tensor, "n t"], replace: Float[Tensor, "n t s d"] | None = None
+        self,
+        tokens: Int[Tensor, "n t"],
+        replace: Float[Tensor, "n t s d"] | None = None,
+        where: Bool[Tensor, "n t s"] | None = None,
     ) -> Float[Tensor, "n t v"]:
         """Logits in the model's dtype; with `replace`, site i holds `replace[:, :, i]` instead of its own activation.
 
-        Differentiable in `replace`.
+        With `where`, it does so only where that is True. Differentiable in `replace`.
         """
         tokens = self._checked(tokens)
         if replace is None:
@@ -117,7 +123,7 @@ class LanguageModel(ABC):
         assert replace.shape == (*tokens.shape, len(self.sites), self.d), (replace.shape, tokens.shape)
 
         def put(i: int) -> SiteHook:
-            return lambda x: replace[:, :, i].reshape(x.shape).to(x)
+            return lambda x: put_where(x, replace[:, :, i], None if where is None else where[:, :, i])
 
         with self.hooked({site: put(i) for i, site in enumerate(self.sites)}):
             return self.forward(tokens)
@@ -179,6 +185,12 @@ def vectors(site: str, x: Any, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t
         kind = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise UserError(f"lm.sites: {site} does not hold one vector a token ({kind}): choose another site.")
     return x.flatten(2)
+
+
+def put_where(x: Tensor, new: Float[Tensor, "n t d"], where: Bool[Tensor, "n t"] | None) -> Tensor:
+    """`new` in the shape and dtype of what a site holds, and x itself where `where` is False."""
+    new = new.reshape(x.shape).to(x)
+    return new if where is None else torch.where(where.to(x.device).view(*x.shape[:2], *[1] * (x.ndim - 2)), new, x)
 
 
 def find_bos_id(name: str, tokenizer: Any, bos_id: int | None, vocab_size: int) -> int:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sae_lab.memory import keep_freed_memory
-from sae_lab.text import HELD_OUT, TRAIN, StdlibDocuments, TextRows
+from sae_lab.text import HELD_OUT, TRAIN, Documents, StdlibDocuments, TextRows
 
 BOS = "<|endoftext|>"
 CONFIG: dict[str, Any] = {"vocab_size": 4096, "n_positions": 256, "n_embd": 128, "n_layer": 6, "n_head": 4}
@@ -39,9 +39,9 @@ def train_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def all_rows(tokenizer, split: str) -> torch.Tensor:
-    """One pass over a split: (n, SEQ_LEN) ids."""
-    rows = TextRows(StdlibDocuments(split), tokenizer, SEQ_LEN, tokenizer.bos_token_id, repeat=False)
+def all_rows(tokenizer, documents: Documents) -> torch.Tensor:
+    """One pass over the documents: (n, SEQ_LEN) ids."""
+    rows = TextRows(documents, tokenizer, SEQ_LEN, tokenizer.bos_token_id, repeat=False)
     return torch.tensor(list(rows))
 
 
@@ -56,12 +56,12 @@ def held_out_loss(lm: GPT2LMHeadModel, rows: torch.Tensor) -> float:
     return total / (rows.shape[0] * (SEQ_LEN - 1))
 
 
-def train(lm: GPT2LMHeadModel, rows: torch.Tensor, n_steps: int) -> None:
+def train(lm: GPT2LMHeadModel, rows: torch.Tensor, n_steps: int, lr: float = LR) -> None:
     """AdamW, 3 % warm-up, cosine to zero, bf16 autocast; rows in a new order each pass."""
     decay = [p for p in lm.parameters() if p.ndim == 2]
     rest = [p for p in lm.parameters() if p.ndim != 2]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98), fused=True)
+    adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
     warmup = max(1, int(0.03 * n_steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda i: min((i + 1) / warmup, 0.5 * (1 + math.cos(math.pi * i / n_steps)))
@@ -134,9 +134,9 @@ def main() -> None:
     config = GPT2Config(**CONFIG, **no_dropout, bos_token_id=0, eos_token_id=0, use_cache=False)
     # Eager attention: at this size the fused CPU kernel's backward pass takes 40 % of a step.
     lm = GPT2LMHeadModel._from_config(config, attn_implementation="eager")
-    train(lm, all_rows(tokenizer, TRAIN), args.steps)
+    train(lm, all_rows(tokenizer, StdlibDocuments(TRAIN)), args.steps)
     lm.save_pretrained(args.out)
-    card = figures(lm, all_rows(tokenizer, HELD_OUT), args.steps)
+    card = figures(lm, all_rows(tokenizer, StdlibDocuments(HELD_OUT)), args.steps)
     (args.out / "figures.json").write_text(json.dumps(card, indent=1) + "\n")
     print(json.dumps(card, indent=1))
 

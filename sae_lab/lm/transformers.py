@@ -14,6 +14,7 @@ from sae_lab.lm.base import LanguageModel, SiteHook
 from sae_lab.text import HUB_TIMEOUT
 
 TINY = "tiny"
+SIBLING = "outputs/tiny_disassembly"  # where fine_tune_tiny.py writes, unless told otherwise
 
 
 class TransformersLM(LanguageModel):
@@ -138,6 +139,8 @@ def find_folder(name: str) -> Path | None:
         if not (folder / "config.json").is_file():
             raise UserError(f"lm.name={name} is a folder without config.json: {fix}")
         return folder
+    if name == SIBLING:
+        raise UserError(f"lm.name={name} is not there yet: make it with `python -m sae_lab.lm.fine_tune_tiny`.")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"lm.name={name} is no folder: {fix}")
     return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_lab.errors import UserError
@@ -23,7 +23,7 @@ class SAEOutput:
     """What a forward pass gives, in the SAE's own (normalised) units."""
 
     target: Float[Tensor, "b s d"]
-    """What x_hat is judged against: the normalised input."""
+    """What x_hat is judged against: the normalised input, or what an SAE makes of it first (s = 1 for a routed row)."""
     x_hat: Float[Tensor, "b s d"]
     code: Code
     h: Float[Tensor, "b f"] | None = None
@@ -45,8 +45,6 @@ class BaseSAE(nn.Module, ABC):
     n_sources: int
     d_in: int
     n_latents: int
-    W_dec: Float[Tensor, "f s d"]
-    """The dictionary: row i is what latent i writes."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -132,6 +130,10 @@ class BaseSAE(nn.Module, ABC):
     def autoencode(self, x: Float[Tensor, "*row d"]) -> tuple[Float[Tensor, "*row d"], Code]:
         """Raw activations -> (x_hat in raw units, in the shape and dtype of x; code). Changes no state in any mode."""
 
+    @abstractmethod
+    def directions(self) -> Float[Tensor, "f s d"]:
+        """The dictionary: what one unit of each latent adds to x_hat, in the SAE's own (normalised) units."""
+
     def reconstruct(self, x: Float[Tensor, "*row d"]) -> Float[Tensor, "*row d"]:
         """Raw activations -> x_hat in raw units, in the shape and dtype of x."""
         return self.autoencode(x)[0]
@@ -154,6 +156,13 @@ class BaseSAE(nn.Module, ABC):
 
     def dead(self) -> Tensor | None:
         """(f,) bool: which latents count as dead in training; None where nobody counts."""
+        return None
+
+    def covers(self, x: Float[Tensor, "b s d"]) -> Bool[Tensor, "b s"] | None:
+        """At which sources of each row `reconstruct` says something of its own: it gives x back at the others.
+
+        None where it does at all of them.
+        """
         return None
 
     def rows(self, x: Tensor) -> Float[Tensor, "b s d"]:

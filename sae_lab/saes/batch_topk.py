@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.saes.linear import SparseLinearSAE, checked_word
+from sae_lab.errors import checked_word
+from sae_lab.saes.sparse_linear import SparseLinearSAE
 from sae_lab.selection import Pieces, above, top_of_batch
 from sae_lab.sparse import Code, SparseCode, l0_per_row, smallest_positive
 

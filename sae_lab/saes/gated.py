@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sae_lab import losses, sparse
 from sae_lab.saes.base import SAEOutput
-from sae_lab.saes.linear import PenalizedLinearSAE
+from sae_lab.saes.penalized import PenalizedLinearSAE
 
 
 class GatedSAE(PenalizedLinearSAE):

@@ -7,9 +7,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, checked_word
 from sae_lab.saes.base import SAEOutput
-from sae_lab.saes.linear import PenalizedLinearSAE, checked_k, checked_word
+from sae_lab.saes.penalized import PenalizedLinearSAE
+from sae_lab.saes.sparse_linear import checked_k
 
 
 class JumpReLUSAE(PenalizedLinearSAE):

@@ -3,22 +3,21 @@
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sae_lab import losses, sparse
 from sae_lab.auxk import auxk
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, checked_word
 from sae_lab.matmul import linear
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.mlp import MLP, checked_widths
 from sae_lab.saes.normalize import Context, normalizer
-from sae_lab.saes.resample import SCALE, directions
-from sae_lab.selection import Pieces, Preactivations
-from sae_lab.sparse import Code, SparseCode, encoded, fired
+from sae_lab.saes.unit_norm import divide_by_norm, project_gradient
+from sae_lab.sparse import Code, SparseCode, fired
 
 
 class Encoder(NamedTuple):
@@ -36,8 +35,9 @@ class LinearSAE(BaseSAE):
 
     x is the normalised input. Sums over inputs run over sources and dimensions together, so with s > 1 this is a
     crosscoder. Each row of W_dec has unit norm over (s, d); the part of its gradient that would change the norm is
-    removed. A latent that has not fired in `dead_after` training batches is dead: the auxiliary loss gives the dead
-    the residual to explain (see auxk.py).
+    removed. How a row's norm is shared out among the sources is free: it tells whose feature the latent is. A latent
+    that has not fired in `dead_after` training batches is dead: the auxiliary loss gives the dead the residual to
+    explain (see auxk.py).
 
     Args:
         d_in: d, the width of an activation.
@@ -56,6 +56,10 @@ class LinearSAE(BaseSAE):
         auxk_selection: whether those are the top k_aux of each `row` or, as the write-up of BatchTopK suggests, the
             top k_aux · b of the `batch`.
         dead_after: batches without firing after which a latent is dead.
+        decoder_norm: which norm of W_dec_i is one, `joint` (sum_s |W_dec_i,s|²)^½ or `sum` sum_s |W_dec_i,s|. It is
+            the unit of z_i, hence what selection, thresholds and penalties compare: with a row of norm one, choosing
+            by z_i and by z_i · norm_i is the same. Crosscoders of the literature weigh by the sum; with joint, a latent
+            of one source alone counts for up to sqrt(s) times more against a shared one. Equal where s is 1.
 
     Raises:
         UserError: an unknown word, a hidden layer without units, or a decoder both tied and frozen.
@@ -80,6 +84,7 @@ class LinearSAE(BaseSAE):
         k_aux: int | None = None,
         auxk_selection: str = "row",
         dead_after: int = 5,
+        decoder_norm: str = "joint",
     ):
         super().__init__()
         self.d_in, self.n_latents, self.n_sources, self.seed = d_in, n_latents, n_sources, seed
@@ -89,6 +94,7 @@ class LinearSAE(BaseSAE):
             raise UserError("tied=true with frozen_decoder=true leaves nothing to train: choose one of them.")
         self.auxk_coefficient, self.k_aux, self.dead_after = auxk_coefficient, k_aux, dead_after
         self.auxk_selection = checked_word("auxk_selection", auxk_selection, "row", "batch")
+        self.decoder_norm = checked_word("decoder_norm", decoder_norm, "joint", "sum")
         self.normalizer = normalizer(normalize)
         self.W_enc = nn.Parameter(torch.empty(n_latents, n_sources, d_in))
         self.W_dec = (
@@ -108,7 +114,7 @@ class LinearSAE(BaseSAE):
         bound = math.sqrt(6 / self.n_latents)
         self.W_enc.uniform_(-bound, bound, generator=generator)
         self.W_dec.copy_(self.W_enc)
-        self.normalize_decoder()
+        divide_by_norm(self.W_dec, self.decoder_norm)
         if self.mlp is not None:
             self.mlp.initialize(generator)
 
@@ -212,151 +218,13 @@ class LinearSAE(BaseSAE):
         code = self.code(target)
         return self.decode(code, context).view_as(x).to(x.dtype), code
 
-    @torch.no_grad()
+    def directions(self) -> Float[Tensor, "f s d"]:
+        return self.W_dec.detach()
+
     def before_step(self) -> None:
-        """Remove from each latent's decoder gradient the part parallel to the latent: g - (g·u) u, u = W_dec_i."""
         if self.W_dec.grad is not None:
-            # On a CPU as much as its cache keeps from one operation to the next; a GPU wants few operations.
-            size = max(1, (2**26 if self.W_dec.is_cuda else 2**21) // self.W_dec[0].numel())
-            for g, u in zip(self.W_dec.grad.flatten(1).split(size), self.W_dec.flatten(1).split(size), strict=True):
-                # Rows are divided by their norm after every step, so |u| is 1 to rounding; |u|² makes it exact.
-                parallel = (g * u).sum(-1, keepdim=True) / u.norm(dim=-1, keepdim=True).square()
-                g.addcmul_(u, parallel, value=-1)
+            project_gradient(self.W_dec.grad, self.W_dec, self.decoder_norm)
 
     def after_step(self) -> None:
         if not self.frozen_decoder:
-            self.normalize_decoder()
-
-    @torch.no_grad()
-    def normalize_decoder(self) -> None:
-        """Put every row of W_dec back on the unit sphere over (s, d)."""
-        rows = self.W_dec.flatten(1)
-        rows.div_(rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny))
-
-
-class SparseLinearSAE(LinearSAE):
-    """A LinearSAE whose codes are sparse while it trains: h exists in pieces only, and a subclass says what is kept.
-
-    After the encoder's product everything, gradients included, is done by active entry (see sparse.py).
-
-    Args:
-        k: the number of active latents a row, or its mean where the rule is one over the batch.
-        k_warmup: training batches over which k falls linearly from k_start; 0 trains with k at once. Latents that are
-            wanted at first, when many are, have a direction to go in when few are.
-        k_start: the first batch's k; None is s·d, or f if that is less.
-
-    Raises:
-        UserError: k or k_start is not between 1 and the size of the dictionary.
-    """
-
-    def __init__(
-        self,
-        k: float,
-        k_warmup: int = 0,
-        k_start: float | None = None,
-        auxk_coefficient: float = 1 / 32,
-        **linear: Any,
-    ):
-        super().__init__(auxk_coefficient=auxk_coefficient, **linear)
-        self.k, self.k_warmup, self.k_start = checked_k(k, self.n_latents), k_warmup, k_start
-        self._k_start = min(self.n_sources * self.d_in, self.n_latents) if k_start is None else k_start
-        checked_k(self._k_start, self.n_latents, "k_start")
-
-    @property
-    def current_k(self) -> float:
-        """k as this batch, the `steps`-th, may use it; in `eval()` the k that training ends with."""
-        if not (self.training and self.k_warmup):
-            return self.k
-        return self.k + (self._k_start - self.k) * max(0.0, 1 - int(self.steps) / self.k_warmup)
-
-    @abstractmethod
-    def select(self, h: Pieces) -> SparseCode:
-        """Pre-activations, in pieces of rows -> code, by a rule of selection.py. Needs no gradient."""
-
-    def response(self, x: Float[Tensor, "b s d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
-        inputs, origin, W = self.encoder(x)
-        with torch.no_grad():
-            code = self.select(Preactivations((inputs - origin).flatten(1), W.flatten(1), self.b_enc))
-        return encoded(code, inputs, origin, W, self.b_enc), None
-
-    def activate(self, h: Float[Tensor, "b f"]) -> SparseCode:
-        with torch.no_grad():
-            pattern = self.select([h.detach()]).pattern
-        return SparseCode(pattern, h[pattern.rows, pattern.latents])
-
-
-class PenalizedLinearSAE(LinearSAE):
-    """A LinearSAE that is sparse because its loss says so: with h whole, its bias, and a penalty that warms up.
-
-    Where rows of W_dec have unit norm, a penalty that others weigh by them (z_i |W_dec_i|) is the plain one.
-
-    Args:
-        sparsity_warmup: training batches over which the penalty's coefficient rises linearly to its full size; 0
-            starts with that. Dead latents come from a penalty that acts before there is a reconstruction.
-        resample_every: training batches after which, again and again, each dead latent takes the direction of a row
-            that is reconstructed badly (drawn with probability ∝ |x - x_hat|⁴; at most one latent a row of the batch),
-            in the decoder at unit norm and in the encoder at 0.2 of the mean norm of those alive; its bias is zero. 0
-            never does. An alternative to the auxiliary loss: Bricken et al. 2023 (Towards Monosemanticity). A rule
-            over the k largest would not let such a latent in.
-
-    Raises:
-        UserError: resample_every with a decoder that is frozen.
-    """
-
-    def __init__(self, sparsity_warmup: int = 0, resample_every: int = 0, encoder_bias: bool = True, **linear: Any):
-        super().__init__(encoder_bias=encoder_bias, **linear)
-        self.sparsity_warmup, self.resample_every = sparsity_warmup, resample_every
-        if resample_every and self.frozen_decoder:
-            raise UserError(
-                "resample_every rewrites the decoder, which frozen_decoder=true forbids: choose one of them."
-            )
-
-    @torch.no_grad()
-    def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
-        if not self.resample_every or (step := int(self.steps)) == 0 or step % self.resample_every:
-            return []
-        dead, alive = self.dead().nonzero().squeeze(-1)[: len(x)], ~self.dead()
-        if len(dead) == 0 or not alive.any():
-            return []
-        target, _ = self.normalizer(self.rows(x))
-        x_hat = self.decode(self.code(target))
-        v = directions(target, x_hat, self.b_dec, len(dead), seed=self.seed * 1_000_003 + step)
-        self.W_enc[dead] = SCALE * self.W_enc[alive].flatten(1).norm(dim=1).mean() * v
-        self.W_dec[dead] = v
-        for parameter, value in self.fresh():
-            parameter[dead] = value
-        self.batches_since_fired[dead] = 0
-        return [(parameter, dead) for parameter in (self.W_enc, self.W_dec, *(p for p, _ in self.fresh()))]
-
-    def fresh(self) -> list[tuple[nn.Parameter, float]]:
-        """The parameters that a latent has beside its encoder and decoder, and what a resampled one starts with."""
-        fresh = [] if self.b_enc is None else [(self.b_enc, 0.0)]
-        return fresh if self.mlp is None else [*fresh, (self.mlp.W_out, 0.0)]
-
-    def warmed(self, penalty: Tensor) -> Tensor:
-        """The penalty as much as this batch, the `steps`-th, may feel of it."""
-        return penalty * (self.steps / self.sparsity_warmup).clamp_max(1) if self.sparsity_warmup else penalty
-
-
-def checked_word(name: str, word: str, *known: str) -> str:
-    """`word`, the value of the setting `name`, if it is one of those known.
-
-    Raises:
-        UserError: it is not.
-    """
-    if word not in known:
-        raise UserError(f"sae.{name}={word} is not known: choose one of {', '.join(known)}.")
-    return word
-
-
-def checked_k(k: float, n_latents: int, name: str = "k") -> float:
-    """k, if a dictionary of n_latents can have that many active latents.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if not 1 <= k <= n_latents:
-        raise UserError(
-            f"{name}={k} must lie between 1 and the dictionary's {n_latents} latents: lower {name} or raise expansion."
-        )
-    return k
+            divide_by_norm(self.W_dec, self.decoder_norm)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sae_lab.errors import UserError
-from sae_lab.saes.linear import SparseLinearSAE
+from sae_lab.saes.sparse_linear import SparseLinearSAE
 from sae_lab.selection import Pieces, top_k
 from sae_lab.sparse import SparseCode
 

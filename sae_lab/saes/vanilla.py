@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae_lab import losses
 from sae_lab.saes.base import SAEOutput
-from sae_lab.saes.linear import PenalizedLinearSAE
+from sae_lab.saes.penalized import PenalizedLinearSAE
 from sae_lab.sparse import Code
 
 

@@ -120,6 +120,29 @@ def test_each_site_gets_its_own_replacement(three_sites, plain, tokens):
     close(three_sites.logits(tokens, replace), by_hand)
 
 
+def test_what_is_not_replaced_comes_from_the_forward_pass(three_sites, plain, tokens):
+    """Replaced before it, a later site is not clean: token 3 at block 4 sees what became of block 0."""
+    replace = torch.randn(3, 17, 3, 128, generator=torch.Generator().manual_seed(1))
+    where = torch.zeros(3, 17, 3, dtype=torch.bool)
+    where[:, 3, 2] = where[:, 5, 1] = True  # block 0 at one token, block 4 at another
+
+    def put(t, new):
+        def hook(_m, _i, out):
+            return torch.cat([out[:, :t], new[:, t : t + 1], out[:, t + 1 :]], dim=1)
+
+        return hook
+
+    blocks = plain.transformer.h
+    handles = [blocks[0].register_forward_hook(put(3, replace[:, :, 2]))]
+    handles.append(blocks[4].register_forward_hook(put(5, replace[:, :, 1])))
+    by_hand = plain(tokens).logits
+    for handle in handles:
+        handle.remove()
+    spliced = three_sites.logits(tokens, replace, where)
+    close(spliced, by_hand)
+    assert (spliced - three_sites.logits(tokens)).abs().max() > 1e-2
+
+
 def test_back_ends_agree(tokens):
     a = TransformersLM(TINY, "transformer.h.2", device="cpu")
     b = TransformerLensLM(TINY, "blocks.3.hook_resid_pre", device="cpu")

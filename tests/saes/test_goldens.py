@@ -95,8 +95,8 @@ def test_batches_without_active_latents_do_not_count():
 def test_defaults_of_signature_and_yaml_agree(sae_name):
     """An SAE built in a notebook is the SAE that the command line builds."""
     from_conf = build(sae_name)
-    given = {name: getattr(from_conf, name) for name in ("d_in", "n_latents")}
-    given |= {"k": from_conf.config["k"]} if "k" in from_conf.config else {}
+    required = ("d_in", "n_latents", "k", "inner")
+    given = {name: value for name, value in from_conf.config.items() if name in required}
     assert type(from_conf)(**given).config == from_conf.config
 
 

@@ -1,0 +1,155 @@
+"""RouteSAE: a learned router chooses, for each token, the site whose activation is worth explaining."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sae_lab.errors import UserError, checked_word
+from sae_lab.matmul import linear
+from sae_lab.saes.base import BaseSAE, SAEOutput
+from sae_lab.saes.normalize import Context, normalizer
+from sae_lab.sparse import Code
+
+
+class RouteSAE(BaseSAE):
+    """r = softmax(W_router · aggre_s x_s),   l = argmax r,   row = r_l x_l  (hard)  or  sum_s r_s x_s  (soft)
+
+    x is the normalised input, and `inner`, any SAE of one source, explains the row: one dictionary for all sites.
+    `soft` mixes only in a training forward pass; from then on the likeliest site stands alone: row = x_l.
+
+    For evaluation and splicing, x_hat is the inner SAE's reconstruction at site l of each token, divided by the r_l
+    that the row was multiplied with (the authors' hooks leave r_l out in both places, so that what they deploy is not
+    what they trained). At the other sites `reconstruct` gives x back and `covers` is False: metrics leave them out,
+    and a splice leaves them to the language model. `decode` does not know the site: it gives the row at each of them.
+
+    The loss is the inner SAE's over the mean square of the batch's rows, or the router would lower it by lowering r
+    alone. The authors' code takes that ratio row by row; there r_l cancels, and only biases would teach a hard router.
+    Over the batch, r_l rises where the error is below the average and falls elsewhere. (Planted features on one of
+    three sites, noise on the others, which site decided by the features: after 1,500 steps a hard router is right on
+    90 % of the rows, with the ratio by row on 17 %, with none on 67 % and r is 1/3; a soft one on 90 % with either.)
+
+    Shi et al. 2025, arXiv 2503.08200.
+
+    Args:
+        inner: builds the inner SAE from d_in, n_latents and n_sources, such as `partial(TopKSAE, k=16,
+            normalize="none")`; or its description {"class", "config"}, as in config.json.
+        aggre: `sum` or `mean` over the sites; to the router the difference is a temperature of s.
+        routing: `hard` or `soft`.
+        seed: of the router's initial weights; the inner SAE has its own.
+        normalize: `per_token` or `none`, each site by itself, before the router (see saes/normalize.py).
+
+    Raises:
+        UserError: an unknown word, or an inner SAE that normalises: it would undo the router's weight.
+    """
+
+    AGGREGATES: Mapping[str, Callable[[Tensor], Tensor]] = {
+        "sum": lambda x: x.sum(dim=1),
+        "mean": lambda x: x.mean(dim=1),
+    }
+
+    def __init__(
+        self,
+        inner: Callable[..., BaseSAE] | Mapping[str, Any],
+        d_in: int,
+        n_latents: int,
+        n_sources: int = 1,
+        aggre: str = "sum",
+        routing: str = "hard",
+        seed: int = 0,
+        normalize: str = "per_token",
+    ):
+        super().__init__()
+        self.d_in, self.n_latents, self.n_sources, self.seed = d_in, n_latents, n_sources, seed
+        self.aggre, self.routing = (
+            checked_word("aggre", aggre, *self.AGGREGATES),
+            checked_word("routing", routing, "hard", "soft"),
+        )
+        self.normalize = normalize
+        self.normalizer = normalizer(normalize)
+        if isinstance(inner, Mapping):
+            self.inner = BaseSAE.from_config(inner["class"], inner["config"])
+        else:
+            self.inner = inner(d_in=d_in, n_latents=n_latents, n_sources=1)
+        if self.inner.config.get("normalize", "none") != "none":
+            raise UserError("the router's rows are normalised already: build the inner SAE with normalize=none.")
+        self.batch_rule = self.inner.batch_rule
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + 1)  # not the inner SAE's numbers
+        bound = d_in**-0.5
+        self.W_router = nn.Parameter(torch.empty(n_sources, d_in).uniform_(-bound, bound, generator=generator))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return super().config | {"inner": {"class": type(self.inner).__name__, "config": self.inner.config}}
+
+    def probabilities(self, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b s"]:
+        """r, from normalised rows."""
+        return linear(self.AGGREGATES[self.aggre](x), self.W_router).float().softmax(dim=-1)
+
+    def deployed(self, r: Float[Tensor, "b s"]) -> Float[Tensor, "b s"]:
+        """What the rows of the sites are weighted with: zero but at the likeliest site."""
+        chosen = likeliest(r)
+        return r * chosen if self.routing == "hard" else chosen.to(r)
+
+    def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
+        """`target` and `x_hat` are (b, 1, d): the row, and what the inner SAE makes of it."""
+        rows, _ = self.normalizer(self.rows(x))
+        r = self.probabilities(rows)
+        return self.inner(weighted(rows, r if self.training and self.routing == "soft" else self.deployed(r)))
+
+    def losses(self, out: SAEOutput) -> dict[str, Tensor]:
+        mean_square = out.target.float().square().mean()
+        return {name: term / mean_square for name, term in self.inner.losses(out).items()}
+
+    def route(self, x: Tensor) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b s"], Context]:
+        """Raw activations -> the row that is deployed, the weights of the sites in it, and what undoes normalising."""
+        rows, context = self.normalizer(self.rows(x))
+        weights = self.deployed(self.probabilities(rows))
+        return weighted(rows, weights), weights, context
+
+    def encode(self, x: Tensor) -> Float[Tensor, "b f"]:
+        return self.inner.encode(self.route(x)[0])  # type: ignore[return-value]
+
+    def decode(self, code: Code) -> Float[Tensor, "b s d"]:
+        return self.inner.decode(code).expand(-1, self.n_sources, -1)
+
+    def autoencode(self, x: Tensor) -> tuple[Tensor, Code]:
+        row, weights, context = self.route(x)
+        row_hat, code = self.inner.autoencode(row)
+        x_hat = self.normalizer.undo(row_hat / weights.sum(dim=-1).view(-1, 1, 1), context)
+        return torch.where(weights.unsqueeze(-1) > 0, x_hat.to(x.dtype), self.rows(x).to(x.dtype)).view_as(x), code
+
+    def directions(self) -> Float[Tensor, "f s d"]:
+        return self.inner.directions().expand(-1, self.n_sources, -1)
+
+    def covers(self, x: Tensor) -> Bool[Tensor, "b s"]:
+        return self.route(x)[1] > 0
+
+    @torch.no_grad()
+    def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
+        return self.inner.resample(self.route(x)[0])
+
+    def before_step(self) -> None:
+        self.inner.before_step()
+
+    def after_step(self) -> None:
+        self.inner.after_step()
+
+    def calibrate(self, x: Float[Tensor, "b s d"], i: int) -> None:
+        with torch.no_grad():
+            self.inner.calibrate(self.route(x)[0], i)
+
+    def dead(self) -> Bool[Tensor, " f"] | None:
+        return self.inner.dead()
+
+
+def likeliest(r: Float[Tensor, "b s"]) -> Bool[Tensor, "b s"]:
+    """True at the largest entry of each row; of equal ones at the first."""
+    return torch.zeros_like(r, dtype=torch.bool).scatter(-1, r.argmax(dim=-1, keepdim=True), True)
+
+
+def weighted(x: Float[Tensor, "b s d"], weights: Float[Tensor, "b s"]) -> Float[Tensor, "b 1 d"]:
+    """sum_s weights_s x_s."""
+    return (weights.to(x).unsqueeze(-1) * x).sum(dim=1, keepdim=True)

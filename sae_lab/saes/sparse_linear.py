@@ -1,0 +1,77 @@
+"""Linear SAEs whose codes are sparse by a rule: what the top-k family shares."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.errors import UserError
+from sae_lab.saes.linear import LinearSAE
+from sae_lab.selection import Pieces, Preactivations
+from sae_lab.sparse import Code, SparseCode, encoded
+
+
+class SparseLinearSAE(LinearSAE):
+    """A LinearSAE whose codes are sparse while it trains: h exists in pieces only, and a subclass says what is kept.
+
+    After the encoder's product everything, gradients included, is done by active entry (see sparse.py).
+
+    Args:
+        k: the number of active latents a row, or its mean where the rule is one over the batch.
+        k_warmup: training batches over which k falls linearly from k_start; 0 trains with k at once. Latents that are
+            wanted at first, when many are, have a direction to go in when few are.
+        k_start: the first batch's k; None is s·d, or f if that is less.
+
+    Raises:
+        UserError: k or k_start is not between 1 and the size of the dictionary.
+    """
+
+    def __init__(
+        self,
+        k: float,
+        k_warmup: int = 0,
+        k_start: float | None = None,
+        auxk_coefficient: float = 1 / 32,
+        **linear: Any,
+    ):
+        super().__init__(auxk_coefficient=auxk_coefficient, **linear)
+        self.k, self.k_warmup, self.k_start = checked_k(k, self.n_latents), k_warmup, k_start
+        self._k_start = min(self.n_sources * self.d_in, self.n_latents) if k_start is None else k_start
+        checked_k(self._k_start, self.n_latents, "k_start")
+
+    @property
+    def current_k(self) -> float:
+        """k as this batch, the `steps`-th, may use it; in `eval()` the k that training ends with."""
+        if not (self.training and self.k_warmup):
+            return self.k
+        return self.k + (self._k_start - self.k) * max(0.0, 1 - int(self.steps) / self.k_warmup)
+
+    @abstractmethod
+    def select(self, h: Pieces) -> SparseCode:
+        """Pre-activations, in pieces of rows -> code, by a rule of selection.py. Needs no gradient."""
+
+    def response(self, x: Float[Tensor, "b s d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
+        inputs, origin, W = self.encoder(x)
+        with torch.no_grad():
+            code = self.select(Preactivations((inputs - origin).flatten(1), W.flatten(1), self.b_enc))
+        return encoded(code, inputs, origin, W, self.b_enc), None
+
+    def activate(self, h: Float[Tensor, "b f"]) -> SparseCode:
+        with torch.no_grad():
+            pattern = self.select([h.detach()]).pattern
+        return SparseCode(pattern, h[pattern.rows, pattern.latents])
+
+
+def checked_k(k: float, n_latents: int, name: str = "k") -> float:
+    """k, if a dictionary of n_latents can have that many active latents.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not 1 <= k <= n_latents:
+        raise UserError(
+            f"{name}={k} must lie between 1 and the dictionary's {n_latents} latents: lower {name} or raise expansion."
+        )
+    return k
