@@ -63,10 +63,8 @@ class RouteSAE(BaseSAE):
     ):
         super().__init__()
         self.d_in, self.n_latents, self.n_sources, self.seed = d_in, n_latents, n_sources, seed
-        self.aggre, self.routing = (
-            checked_word("aggre", aggre, *self.AGGREGATES),
-            checked_word("routing", routing, "hard", "soft"),
-        )
+        self.aggre = checked_word("aggre", aggre, *self.AGGREGATES)
+        self.routing = checked_word("routing", routing, "hard", "soft")
         self.normalize = normalize
         self.normalizer = normalizer(normalize)
         if isinstance(inner, Mapping):

@@ -1,6 +1,7 @@
 """The constraint on a decoder: every latent's row has norm one, so that z_i says how much of it there is.
 
-The norm of a row over sources and dimensions is `joint`, (sum_s |W_i,s|²)^½, or `sum`, sum_s |W_i,s|; equal where s is 1.
+The norm of a row over sources and dimensions is `joint`, (sum_s |W_i,s|²)^½, or `sum`, sum_s |W_i,s|; where s is 1
+they are equal.
 """
 
 import torch

@@ -25,7 +25,7 @@ def due(name: str, *overrides: str):
     sae = build(name, "sae.resample_every=10", *overrides)
     for p in sae.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
-    sae.normalize_decoder()
+    sae.after_step()
     sae.batches_since_fired[:9] = 100
     sae.steps.fill_(20)
     return sae
