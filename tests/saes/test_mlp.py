@@ -34,7 +34,7 @@ def train(sae: BaseSAE, n_steps: int, lr: float = 3e-3) -> None:
         sae.after_step()
 
 
-@pytest.mark.parametrize("name", SAE_NAMES)
+@pytest.mark.parametrize("name", [name for name in SAE_NAMES if hasattr(build(name), "hidden")])
 @pytest.mark.parametrize("n_sources", [1, 3])
 def test_at_step_0_it_is_the_sae_that_it_started_from(name, n_sources):
     sae, x = build(name, n_sources=n_sources), planted(64, n_sources=n_sources)[0] + 0.1
