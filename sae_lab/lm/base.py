@@ -1,21 +1,23 @@
 """The contract of a frozen language model: token rows in; activations at named sites out, and others in their place."""
 
-import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_lab.errors import UserError
+from sae_lab.lm.loading import DeviceMap, find_bos_id, load
+from sae_lab.lm.sites import check_sites, vectors
 
-SiteHook = Callable[[Tensor], Tensor | None]
+SiteHook = Callable[[Any], Tensor | None]
+Hooks = Mapping[str, SiteHook]
 
 
-class _AllSitesReached(Exception):
+class AllSitesReached(Exception):
     """Raised inside a forward pass once every site is captured: the rest of the model need not run."""
 
 
@@ -24,72 +26,73 @@ class LanguageModel(ABC):
 
     Shapes: n rows, t tokens a row, s sites, d activation width, v vocabulary.
 
-    Attributes:
-        name: what the user called the model.
+    Args:
+        name: hub name, local folder, or "tiny" for the bundled model.
         sites: site names, in the order of axis s.
+        dtype: dtype of weights, activations and logits.
+        device: "auto" is CUDA where there is one. Its activations stay there; an SAE may live on another device.
+        device_map: for a model larger than one device, "auto" or accelerate's map from modules to devices.
+            Activations then come to the device of the embedding.
+        bos_id: opens a row and parts documents; None takes the tokenizer's BOS, else its EOS.
+        revision: branch, tag or commit of the hub's repository.
+
+    Attributes:
         d: width of an activation, read from the model; the same at all sites.
         tokenizer: the model's Hugging Face tokenizer.
-        bos_id: id that opens a row and parts documents.
         context: longest row the model was made for, in tokens; None where it does not say.
         model: what runs, an `nn.Module` in eval mode whose parameters want no gradient.
 
     Raises:
-        UserError: an unknown, unreachable or repeated site, sites of different widths, no BOS, no such device.
+        UserError: a model that cannot be loaded; an unknown, unreachable or repeated site, sites of different widths,
+            no BOS, no such device.
     """
 
     def __init__(
         self,
         name: str,
         sites: Sequence[str] | str,
-        model: nn.Module,
-        config: Any,
-        tokenizer: Any,
+        dtype: str = "float32",
         device: str = "auto",
+        device_map: DeviceMap = None,
         bos_id: int | None = None,
+        revision: str | None = None,
     ):
-        self.name, self.tokenizer = name, tokenizer
+        model, self.tokenizer = load(name, dtype, revision, device, device_map)
+        text_config = model.config.get_text_config()
+        self.name, self.model_type = name, text_config.model_type
         self.sites = (sites,) if isinstance(sites, str) else tuple(str(site) for site in sites)
-        text_config = config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
-        self.bos_id = find_bos_id(name, tokenizer, bos_id, text_config.vocab_size)
-        self.model: Any = model.eval().requires_grad_(False)
-        check_sites(name, self.sites, self.known_sites(), self._offer())
-        self.to(device)
+        self.bos_id = find_bos_id(name, self.tokenizer, bos_id, text_config.vocab_size)
+        self.model: Any = self.adopt(model).eval().requires_grad_(False)
+        check_sites(name, self.sites, self.known_sites(), self.offer())
         self.d = self._width()
+
+    def adopt(self, model: Any) -> Any:
+        """What runs, made of the model that `transformers` loaded."""
+        return model
 
     @abstractmethod
     def known_sites(self) -> list[str]:
         """Every name that may be a site."""
 
     @abstractmethod
-    def blocks(self) -> list[str]:
-        """The residual-stream sites, one a layer: what an error message offers first."""
+    def offer(self) -> str:
+        """The end of an error's sentence: which sites there are."""
 
     @abstractmethod
-    def hooked(self, hooks: dict[str, SiteHook]) -> AbstractContextManager[None]:
-        """While open, a site's hook sees its activation in each forward pass, and may return another in its place."""
+    def forward(self, tokens: Int[Tensor, "n t"], hooks: Hooks) -> Float[Tensor, "n t v"]:
+        """Logits of a whole forward pass; a site's hook sees its activation, and may return another in its place."""
 
-    @abstractmethod
-    def forward(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t v"]:
-        """Logits of a whole forward pass, hooks included; tokens are on the model's device."""
+    def capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t ..."]]:
+        """What the sites hold in a forward pass that stops at the last of them; a site may be missing."""
+        seen: dict[str, Any] = {}
+        with suppress(AllSitesReached):
+            self.forward(tokens, {site: taking(site, seen, len(self.sites)) for site in self.sites})
+        return seen
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    def to(self, device: str | torch.device) -> "LanguageModel":
-        """Move the model; "auto" is CUDA where there is one, else the CPU."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self._move(torch.device(device))
-        except (AssertionError, RuntimeError) as e:  # torch's two ways to say that there is no such device
-            reason = str(e).splitlines()[0]
-            raise UserError(f"lm.device={device} cannot hold the model ({reason}): use lm.device=auto or cpu.") from e
-        return self
-
-    def _move(self, device: torch.device) -> None:
-        self.model.to(device)
 
     @torch.no_grad()
     def activations(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t s d"]:
@@ -97,8 +100,8 @@ class LanguageModel(ABC):
 
         They carry no gradient, but are ordinary tensors (not inference tensors): autograd may save them.
         """
-        seen = self._capture(tokens)
-        return torch.stack([seen[site] for site in self.sites], dim=2)
+        seen = self._vectors(tokens)
+        return torch.stack([seen[site].to(self.device) for site in self.sites], dim=2)
 
     def logits(
         self, tokens: Int[Tensor, "n t"], replace: Float[Tensor, "n t s d"] | None = None
@@ -109,87 +112,43 @@ class LanguageModel(ABC):
         """
         tokens = self._checked(tokens)
         if replace is None:
-            return self.forward(tokens)
+            return self.forward(tokens, {})
         assert replace.shape == (*tokens.shape, len(self.sites), self.d), (replace.shape, tokens.shape)
 
         def put(i: int) -> SiteHook:
             return lambda x: replace[:, :, i].reshape(x.shape).to(x)
 
-        with self.hooked({site: put(i) for i, site in enumerate(self.sites)}):
-            return self.forward(tokens)
+        return self.forward(tokens, {site: put(i) for i, site in enumerate(self.sites)})
 
-    def _capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t d"]]:
-        tokens, seen = self._checked(tokens), {}
-
-        def take(site: str) -> SiteHook:
-            def hook(x: Tensor) -> None:
-                seen[site] = vectors(site, x, tokens)
-                if len(seen) == len(self.sites):
-                    raise _AllSitesReached
-
-            return hook
-
-        try:
-            with self.hooked({site: take(site) for site in self.sites}):
-                self.forward(tokens)
-        except _AllSitesReached:
-            return seen
+    def _vectors(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t d"]]:
+        tokens = self._checked(tokens)
+        seen = self.capture(tokens)
         missing = [site for site in self.sites if site not in seen]
-        raise UserError(f"lm.sites: {self.name} never computes {missing} in a forward pass: {self._offer()}")
+        if missing:
+            raise UserError(f"lm.sites: {self.name} never computes {missing} in a forward pass: {self.offer()}")
+        return {site: vectors(site, seen[site], tokens) for site in self.sites}
 
     def _checked(self, tokens: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
         if self.context is not None and tokens.shape[1] > self.context:
             raise UserError(
-                f"seq_len={tokens.shape[1]} is longer than the context of {self.name}: "
-                f"give seq_len={self.context} or less."
+                f"seq_len={tokens.shape[1]} exceeds the context of {self.name}: give seq_len={self.context} or less."
             )
         return tokens.to(self.device)
 
-    def _offer(self) -> str:
-        blocks = self.blocks()
-        return f"choose among {blocks[0]} ... {blocks[-1]}." if blocks else f"choose among {self.known_sites()[:8]}."
-
     @torch.no_grad()
     def _width(self) -> int:
-        seen = self._capture(torch.full((1, 2), self.bos_id))
-        widths = {site: seen[site].shape[-1] for site in self.sites}
+        widths = {site: x.shape[-1] for site, x in self._vectors(torch.full((1, 2), self.bos_id)).items()}
         if len(set(widths.values())) > 1:
             raise UserError(f"lm.sites have different widths {widths}: one SAE reads sites of one width.")
         return widths[self.sites[0]]
 
 
-def check_sites(name: str, sites: Sequence[str], known: Sequence[str], offer: str) -> None:
-    """UserError unless the sites are known, at least one and none twice; `offer` is the end of its sentence."""
-    if not sites or len(set(sites)) < len(sites):
-        raise UserError(f"lm.sites={list(sites)} must name at least one site, and none twice: {offer}")
-    for site in sites:
-        if site not in known:
-            close = difflib.get_close_matches(site, known, n=3)
-            hint = f"did you mean {' or '.join(close)}? Otherwise " if close else ""
-            raise UserError(f"lm.sites: {name} has no site {site!r}: {hint}{offer}")
+def taking(site: str, seen: dict[str, Any], n_sites: int) -> SiteHook:
+    """A hook that puts what the site holds into `seen`, and ends the forward pass once that has all sites."""
 
+    def hook(x: Any) -> None:
+        seen[site] = x
+        if len(seen) == n_sites:
+            raise AllSitesReached
 
-def vectors(site: str, x: Any, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t d"]:
-    """What a site holds, as one vector a token (attention heads are joined); UserError if it is anything else."""
-    if not isinstance(x, Tensor) or x.ndim < 3 or x.shape[:2] != tokens.shape:
-        kind = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise UserError(f"lm.sites: {site} does not hold one vector a token ({kind}): choose another site.")
-    return x.flatten(2)
-
-
-def find_bos_id(name: str, tokenizer: Any, bos_id: int | None, vocab_size: int) -> int:
-    """The given id, else the tokenizer's BOS, else its EOS (0 is an id like any other).
-
-    Raises:
-        UserError: the tokenizer has neither, or the id lies outside the vocabulary.
-    """
-    for candidate in (bos_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            if not 0 <= candidate < vocab_size:
-                raise UserError(
-                    f"lm.bos_id={candidate} is not among the {vocab_size} token ids of {name}: give one that is."
-                )
-            return int(candidate)
-    raise UserError(
-        f"the tokenizer of {name} has neither a BOS nor an EOS token: give the id to use with lm.bos_id=..."
-    )
+    return hook

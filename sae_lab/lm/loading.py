@@ -1,0 +1,152 @@
+"""A causal language model and its tokenizer: found, read, put on a device; every failure told in one sentence."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_lab.errors import UserError
+from sae_lab.text import HUB_TIMEOUT
+
+TINY = "tiny"
+DeviceMap = str | dict[str, int | str] | None
+
+
+def load(
+    name: str, dtype: str, revision: str | None, device: str = "cpu", device_map: DeviceMap = None
+) -> tuple[Any, Any]:
+    """Model and tokenizer: from a local folder, else the Hugging Face cache, else the hub.
+
+    What is in the cache is used without asking the hub: `transformers` would ask for every optional file and, with no
+    network, retry each for 23 seconds.
+
+    Raises:
+        UserError: no such folder or model, hub out of reach, no causal language model, no tokenizer, unknown dtype,
+            no such device.
+    """
+    torch_dtype = getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+        raise UserError(f"lm.dtype={dtype} is no floating-point dtype of torch: use float32, bfloat16 or float16.")
+    if device_map is not None and device != "auto":
+        raise UserError(f"lm.device={device} and lm.device_map={device_map} exclude each other: give one of them.")
+    options = {"dtype": torch_dtype, "device_map": device_map, "revision": revision or "main"}
+    model, tokenizer = _find(name, revision, options)
+    return (place(model, device) if device_map is None else model), tokenizer
+
+
+def place(model: Any, device: str) -> Any:
+    """The model moved to the device; "auto" is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return model.to(device)
+    except (AssertionError, RuntimeError) as e:  # torch's two ways to say that there is no such device
+        reason = str(e).splitlines()[0]
+        raise UserError(f"lm.device={device} cannot hold the model ({reason}): use lm.device=auto or cpu.") from e
+
+
+def _find(name: str, revision: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    folder = find_folder(name)
+    try:
+        with quiet():
+            return _read(str(folder or name), options | {"local_files_only": True})
+    except OSError as e:  # a file is missing
+        if folder is not None:
+            raise _unreadable(name, e) from e
+    check_hub(name, revision)
+    try:
+        return _read(name, options)
+    except OSError as e:
+        raise _unreadable(name, e) from e
+
+
+def _read(source: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weights = {key: options[key] for key in ("dtype", "device_map")}
+    files = {key: value for key, value in options.items() if key not in weights} | {"trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **files)
+        if tokenizer.vocab_size == 0:  # what transformers makes of a folder without tokenizer files
+            raise OSError("its tokenizer is missing: save it too, with `tokenizer.save_pretrained(folder)`")
+        return AutoModelForCausalLM.from_pretrained(source, **weights, **files), tokenizer
+    except OSError:
+        raise
+    except Exception as e:  # a broken file or a config of another kind: every library below has its own exception
+        raise _unreadable(source, e) from e
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return UserError(f"lm.name={name} cannot be loaded as a causal language model with its tokenizer: {reason}")
+
+
+def find_folder(name: str) -> Path | None:
+    """The folder that `name` means, or None where it can only be a hub name."""
+    folder = Path(__file__).parent / "tiny" if name == TINY else Path(name).expanduser()
+    fix = "give a folder written by `save_pretrained`, a hub name, or lm=tiny."
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"lm.name={name} is a folder without config.json: {fix}")
+        return folder
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise UserError(f"lm.name={name} is no folder: {fix}")
+    return None
+
+
+def check_hub(name: str, revision: str | None) -> None:
+    """Ask the hub for the model once, without retries; UserError if it does not answer or does not have it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
+    except RevisionNotFoundError as e:
+        raise UserError(f"the hub's {name} has no revision {revision}: correct lm.revision=...") from e
+    except RepositoryNotFoundError as e:
+        raise UserError(
+            f"{name} is neither a local folder nor a model of the hub that you may see: "
+            "correct lm.name=..., or log in with `hf auth login` if it is private."
+        ) from e
+    except Exception as e:  # network errors come from whichever HTTP library huggingface_hub uses
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(
+            f"{name} is neither a local folder nor in the Hugging Face cache, and the hub cannot be reached "
+            f"({reason}): use lm=tiny, give lm.name=<local folder>, or download it first with `hf download {name}`."
+        ) from e
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no warnings of `transformers` inside, as before outside."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def find_bos_id(name: str, tokenizer: Any, bos_id: int | None, vocab_size: int) -> int:
+    """The given id, else the tokenizer's BOS, else its EOS (0 is an id like any other).
+
+    Raises:
+        UserError: the tokenizer has neither, or the id lies outside the vocabulary.
+    """
+    for candidate in (bos_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            if not 0 <= candidate < vocab_size:
+                raise UserError(
+                    f"lm.bos_id={candidate} is not among the {vocab_size} token ids of {name}: give one that is."
+                )
+            return int(candidate)
+    raise UserError(
+        f"the tokenizer of {name} has neither a BOS nor an EOS token: give the id to use with lm.bos_id=..."
+    )
