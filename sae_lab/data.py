@@ -65,6 +65,7 @@ class ActivationData(L.LightningDataModule):
         lm_batch_rows: text rows in one forward pass of the language model.
         exclude_bos: leave out every BOS token.
         exclude_first: leave out the first n positions of each row.
+        pack: rows may cross documents; otherwise what does not fill a row of its own is left out.
         repeat: start the text over where it ends before n_tokens; otherwise the run ends there.
         n_eval_tokens, n_val_tokens: held-out tokens for the evaluation after training and for validation during it.
         seed: of the order of documents and of the shuffling.
@@ -85,6 +86,7 @@ class ActivationData(L.LightningDataModule):
         lm_batch_rows: int,
         exclude_bos: bool,
         exclude_first: int,
+        pack: bool,
         repeat: bool,
         n_eval_tokens: int,
         n_val_tokens: int,
@@ -97,13 +99,14 @@ class ActivationData(L.LightningDataModule):
                 raise UserError(f"{name}={size} must be a number of at least 1.")
         if lm.context is not None and seq_len > lm.context:
             raise UserError(f"seq_len={seq_len} is longer than the context of {lm.name}: give {lm.context} or less.")
-        if not isinstance(repeat, bool):
-            raise UserError(f"data.repeat={repeat} must be true or false.")
+        for name, flag in {"repeat": repeat, "pack": pack}.items():
+            if not isinstance(flag, bool):
+                raise UserError(f"data.{name}={flag} must be true or false.")
         if n_tokens < batch_size:
             raise UserError(f"n_tokens={n_tokens} is less than one batch of batch_size={batch_size}: raise n_tokens.")
         if exclude_first + exclude_bos >= seq_len:
             raise UserError(f"data.exclude_first={exclude_first} leaves nothing of a row of seq_len={seq_len} tokens.")
-        self.lm, self.documents, self.seed, self.repeat = lm, documents, seed, repeat
+        self.lm, self.documents, self.seed, self.repeat, self.pack = lm, documents, seed, repeat, pack
         self.seq_len, self.batch_size, self.n_steps = seq_len, batch_size, int(n_tokens) // batch_size
         self.block_tokens, self.lm_batch_rows = int(block_tokens), lm_batch_rows
         self.exclude_bos, self.exclude_first = exclude_bos, exclude_first
@@ -126,7 +129,7 @@ class ActivationData(L.LightningDataModule):
         return kept & (tokens != self.lm.bos_id) if self.exclude_bos else kept
 
     def text(self, split: str, repeat: bool) -> TextRows:
-        return TextRows(self.documents(split), self.lm.tokenizer, self.seq_len, self.lm.bos_id, repeat)
+        return TextRows(self.documents(split), self.lm.tokenizer, self.seq_len, self.lm.bos_id, repeat, self.pack)
 
     def new_stream(self) -> ShuffledBlocks:
         """The training stream from its beginning."""
@@ -183,7 +186,12 @@ def stdlib(lm: LanguageModel, seed: int, held_out_every: int, **stream: Any) -> 
 
 
 def text_files(
-    lm: LanguageModel, paths: Sequence[str] | str, column: str | None, seed: int, held_out_every: int, **stream: Any
+    lm: LanguageModel,
+    paths: Sequence[str] | str,
+    column: Sequence[str] | str | None,
+    seed: int,
+    held_out_every: int,
+    **stream: Any,
 ) -> ActivationData:
     """`data=text_files`: globs of txt, jsonl, csv or parquet."""
     paths = paths if isinstance(paths, str) else list(paths)
@@ -196,7 +204,7 @@ def hub(
     path: str,
     name: str | None,
     hub_split: str,
-    column: str | None,
+    column: Sequence[str] | str | None,
     seed: int,
     held_out_documents: int,
     **stream: Any,

@@ -7,18 +7,20 @@ import torch
 
 from sae_lab.data import ActivationData, take_rows
 from sae_lab.errors import UserError
-from sae_lab.text import Documents
+from sae_lab.text import Documents, Window
 
 
 class Numbers(Documents):
     """Documents of single-digit words, of uneven lengths; the held-out split holds other numbers."""
 
     def __init__(self, split: str, n_documents: int = 12):
+        super().__init__(seed=0)
         self.split, self.n_documents = split, n_documents
 
-    def stream(self, epoch: int, start: int = 0):
-        for i in range(start, self.n_documents):
-            yield " ".join(str(1000 * (self.split == "held_out") + 100 + 10 * i + j) for j in range(1 + i % 7))
+    def windows(self, epoch: int, place=None):
+        first = 100 + 1000 * (self.split == "held_out")
+        ids = [[first + 10 * i + j for j in range(1 + i % 7)] for i in range(self.n_documents)]
+        yield Window({"window": 0}, [" ".join(map(str, document)) for document in ids])
 
 
 class WordIds:
@@ -45,6 +47,7 @@ SETTINGS = {
     "lm_batch_rows": 2,
     "exclude_bos": False,
     "exclude_first": 0,
+    "pack": True,
     "repeat": True,
     "n_eval_tokens": 18,
     "n_val_tokens": 12,
