@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lab.errors import UserError
-from sae_lab.lm.loading import DeviceMap, find_bos_id, load
 from sae_lab.lm.sites import check_sites, vectors
 
 SiteHook = Callable[[Any], Tensor | None]
@@ -26,50 +25,30 @@ class LanguageModel(ABC):
 
     Shapes: n rows, t tokens a row, s sites, d activation width, v vocabulary.
 
-    Args:
-        name: hub name, local folder, or "tiny" for the bundled model.
-        sites: site names, in the order of axis s.
-        dtype: dtype of weights, activations and logits.
-        device: "auto" is CUDA where there is one. Its activations stay there; an SAE may live on another device.
-        device_map: for a model larger than one device, "auto" or accelerate's map from modules to devices.
-            Activations then come to the device of the embedding.
-        bos_id: opens a row and parts documents; None takes the tokenizer's BOS, else its EOS.
-        revision: branch, tag or commit of the hub's repository.
-
     Attributes:
+        name: what the user called the model.
+        sites: site names, in the order of axis s.
         d: width of an activation, read from the model; the same at all sites.
         tokenizer: the model's Hugging Face tokenizer.
+        bos_id: id that opens a row and parts documents.
         context: longest row the model was made for, in tokens; None where it does not say.
         model: what runs, an `nn.Module` in eval mode whose parameters want no gradient.
 
     Raises:
-        UserError: a model that cannot be loaded; an unknown, unreachable or repeated site, sites of different widths,
-            no BOS, no such device.
+        UserError: an unknown, unreachable or repeated site, sites of different widths, no BOS.
     """
 
     def __init__(
-        self,
-        name: str,
-        sites: Sequence[str] | str,
-        dtype: str = "float32",
-        device: str = "auto",
-        device_map: DeviceMap = None,
-        bos_id: int | None = None,
-        revision: str | None = None,
+        self, name: str, sites: Sequence[str] | str, model: nn.Module, config: Any, tokenizer: Any, bos_id: int | None
     ):
-        model, self.tokenizer = load(name, dtype, revision, device, device_map)
-        text_config = model.config.get_text_config()
-        self.name, self.model_type = name, text_config.model_type
+        self.name, self.tokenizer = name, tokenizer
         self.sites = (sites,) if isinstance(sites, str) else tuple(str(site) for site in sites)
+        text_config = config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
-        self.bos_id = find_bos_id(name, self.tokenizer, bos_id, text_config.vocab_size)
-        self.model: Any = self.adopt(model).eval().requires_grad_(False)
+        self.bos_id = find_bos_id(name, tokenizer, bos_id, text_config.vocab_size)
+        self.model: Any = model.eval().requires_grad_(False)
         check_sites(name, self.sites, self.known_sites(), self.offer())
         self.d = self._width()
-
-    def adopt(self, model: Any) -> Any:
-        """What runs, made of the model that `transformers` loaded."""
-        return model
 
     @abstractmethod
     def known_sites(self) -> list[str]:
@@ -152,3 +131,21 @@ def taking(site: str, seen: dict[str, Any], n_sites: int) -> SiteHook:
             raise AllSitesReached
 
     return hook
+
+
+def find_bos_id(name: str, tokenizer: Any, bos_id: int | None, vocab_size: int) -> int:
+    """The given id, else the tokenizer's BOS, else its EOS (0 is an id like any other).
+
+    Raises:
+        UserError: the tokenizer has neither, or the id lies outside the vocabulary.
+    """
+    for candidate in (bos_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            if not 0 <= candidate < vocab_size:
+                raise UserError(
+                    f"lm.bos_id={candidate} is not among the {vocab_size} token ids of {name}: give one that is."
+                )
+            return int(candidate)
+    raise UserError(
+        f"the tokenizer of {name} has neither a BOS nor an EOS token: give the id to use with lm.bos_id=..."
+    )

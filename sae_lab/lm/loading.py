@@ -1,6 +1,6 @@
 """A causal language model and its tokenizer: found, read, put on a device; every failure told in one sentence."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,46 @@ from typing import Any
 import torch
 
 from sae_lab.errors import UserError
+from sae_lab.lm.base import LanguageModel
 from sae_lab.text import HUB_TIMEOUT
 
 TINY = "tiny"
 DeviceMap = str | dict[str, int | str] | None
+
+
+class LoadedLM(LanguageModel):
+    """A language model that `transformers` loads; a back end says what is made of it.
+
+    Args:
+        name: hub name, local folder, or "tiny" for the bundled model.
+        sites: site names, in the order of axis s.
+        dtype: dtype of weights, activations and logits.
+        device: "auto" is CUDA where there is one.
+        device_map: for a model larger than one device, "auto" or accelerate's map from modules to devices. The
+            activations of all sites then come to the device of the embedding.
+        bos_id: opens a row and parts documents; None takes the tokenizer's BOS, else its EOS.
+        revision: branch, tag or commit of the hub's repository.
+
+    Raises:
+        UserError: whatever `load` and LanguageModel raise.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sites: Sequence[str] | str,
+        dtype: str = "float32",
+        device: str = "auto",
+        device_map: DeviceMap = None,
+        bos_id: int | None = None,
+        revision: str | None = None,
+    ):
+        model, tokenizer = load(name, dtype, revision, device, device_map)
+        super().__init__(name, sites, self.adopt(name, model, tokenizer), model.config, tokenizer, bos_id)
+
+    def adopt(self, name: str, model: Any, tokenizer: Any) -> Any:
+        """What runs, made of what was loaded."""
+        return model
 
 
 def load(
@@ -132,21 +168,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def find_bos_id(name: str, tokenizer: Any, bos_id: int | None, vocab_size: int) -> int:
-    """The given id, else the tokenizer's BOS, else its EOS (0 is an id like any other).
-
-    Raises:
-        UserError: the tokenizer has neither, or the id lies outside the vocabulary.
-    """
-    for candidate in (bos_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            if not 0 <= candidate < vocab_size:
-                raise UserError(
-                    f"lm.bos_id={candidate} is not among the {vocab_size} token ids of {name}: give one that is."
-                )
-            return int(candidate)
-    raise UserError(
-        f"the tokenizer of {name} has neither a BOS nor an EOS token: give the id to use with lm.bos_id=..."
-    )

@@ -19,10 +19,10 @@ class NnsightLM(TransformersLM):
 
     Where nnsight writes `model.transformer.h[2].output[0]`, a site is `transformer.h.2.output`, or without `.output`.
 
-    Args: as LanguageModel.
+    Args: as LoadedLM.
 
     Raises:
-        UserError: nnsight is not installed, and whatever LanguageModel raises.
+        UserError: nnsight is not installed, and whatever LoadedLM raises.
     """
 
     def __init__(self, name: str, sites: Sequence[str] | str, **model: Any):

@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.errors import UserError
-from sae_lab.lm.base import Hooks, LanguageModel
-from sae_lab.lm.loading import quiet
+from sae_lab.lm.base import Hooks
+from sae_lab.lm.loading import LoadedLM, quiet
 
 
-class TransformerLensLM(LanguageModel):
+class TransformerLensLM(LoadedLM):
     """A site is a hook name, such as `blocks.3.hook_resid_pre`: the residual stream before block 3, i.e. after block 2.
 
     Attention is computed eagerly, for TransformerLens hooks its scores; TransformersLM takes torch's fused kernel.
@@ -21,18 +21,18 @@ class TransformerLensLM(LanguageModel):
     Args:
         compatibility_mode: fold layer norms and centre what is written to the residual stream, as HookedTransformer
             did. The logits' softmax stays the same; the activations do not: an SAE belongs to one of the two modes.
-        model: the other arguments of LanguageModel.
+        model: the other arguments of LoadedLM.
 
     Raises:
-        UserError: TransformerLens does not know the architecture, and whatever LanguageModel raises.
+        UserError: TransformerLens does not know the architecture, and whatever LoadedLM raises.
     """
 
     def __init__(self, name: str, sites: Sequence[str] | str, compatibility_mode: bool = False, **model: Any):
         self.compatibility_mode = compatibility_mode
         super().__init__(name, sites, **model)
 
-    def adopt(self, model: Any) -> Any:
-        return boot(self.name, model, self.tokenizer, self.compatibility_mode)
+    def adopt(self, name: str, model: Any, tokenizer: Any) -> Any:
+        return boot(name, model, tokenizer, self.compatibility_mode)
 
     def known_sites(self) -> list[str]:
         return list(self.model.hook_dict)

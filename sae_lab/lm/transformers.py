@@ -8,18 +8,19 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab.lm.base import Hooks, LanguageModel, SiteHook
+from sae_lab.lm.base import Hooks, SiteHook
+from sae_lab.lm.loading import LoadedLM
 from sae_lab.lm.sites import Place, find_blocks, module_places, transformer_lens_places
 
 
-class TransformersLM(LanguageModel):
+class TransformersLM(LoadedLM):
     """A site is the path of a module and means its output (the first element, where that is a tuple).
 
     `transformer.h.2` of GPT-2 or `model.layers.14` of Llama, Gemma and Qwen is the residual stream after that block;
     `model.layers.14.input` is the same before it. In the architectures of `sites.FAMILIES`, TransformerLens names such
     as `blocks.14.hook_resid_pre` are understood, too.
 
-    Args and Raises: as LanguageModel.
+    Args and Raises: as LoadedLM.
     """
 
     @cached_property
@@ -29,7 +30,7 @@ class TransformersLM(LanguageModel):
 
     @cached_property
     def transformer_lens_places(self) -> dict[str, Place]:
-        return transformer_lens_places(self.model_type, find_blocks(self.model))
+        return transformer_lens_places(self.model.config.get_text_config().model_type, find_blocks(self.model))
 
     def known_sites(self) -> list[str]:
         return list(self.places)

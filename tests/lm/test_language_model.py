@@ -1,5 +1,6 @@
 """What every back end of the frozen language model must do, on the bundled model."""
 
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ from torch import nn
 from sae_lab.downstream import spliced_logits
 from sae_lab.errors import UserError
 from sae_lab.lm import NnsightLM, TransformerLensLM, TransformersLM
-from sae_lab.lm.loading import TINY, find_bos_id, find_folder
+from sae_lab.lm.base import find_bos_id
+from sae_lab.lm.loading import TINY, find_folder
 
 # The same places by both back ends' names: (transformers, TransformerLens, index in output_hidden_states).
 PLACES = {
@@ -266,3 +268,11 @@ def test_wrong_sites(cls, sites, message):
     with pytest.raises(UserError, match=message) as e:
         cls(TINY, sites, device="cpu")
     assert "\n" not in str(e.value)
+
+
+@needs_nnsight
+def test_nnsight_runs_in_a_thread(tokens):
+    """As the prefetching stream runs it."""
+    lm = NnsightLM(TINY, "transformer.h.2", device="cpu")
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(lm.activations, tokens).result(), lm.activations(tokens))

@@ -166,9 +166,14 @@ def compose(choice: str):
 
 
 def defaults(cls: type) -> dict:
-    """The keyword arguments of a back end and what they are unless given."""
-    parameters = {k: p for c in reversed(cls.__mro__) for k, p in inspect.signature(c).parameters.items()}
-    return {k: p.default for k, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    """The arguments of a back end, those that it passes on included, and what they are unless given."""
+    found: dict = {}
+    for c in cls.__mro__:
+        parameters = inspect.signature(c).parameters.values()
+        found = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD} | found
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
 
 
 @pytest.mark.parametrize("choice", sorted(p.stem for p in (CONF / "lm").glob("*.yaml")))
