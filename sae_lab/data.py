@@ -1,5 +1,6 @@
 """Text -> frozen language model -> shuffled batches of activations, as a LightningDataModule that owns its place."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -39,16 +40,23 @@ class Harvest:
 
 
 class Batches:
-    """What Lightning iterates over: the stream, and a length, without which Lightning would read one batch ahead."""
+    """What Lightning iterates over: n_rows rows of the stream, the last batch with what is left of them.
 
-    def __init__(self, stream: ShuffledBlocks, n_batches: int):
-        self.stream, self.n_batches = stream, n_batches
+    It has a length, without which Lightning would read one batch ahead.
+    """
+
+    def __init__(self, stream: ShuffledBlocks, n_rows: int):
+        self.stream, self.n_rows = stream, n_rows
 
     def __len__(self) -> int:
-        return self.n_batches
+        return math.ceil(self.n_rows / self.stream.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.stream)
+        while (left := self.n_rows - self.stream.n_given * self.stream.batch_size) > 0:
+            batch = next(self.stream, None)
+            if batch is None:
+                return
+            yield batch[:left]
 
 
 class ActivationData(L.LightningDataModule):
@@ -59,7 +67,7 @@ class ActivationData(L.LightningDataModule):
         documents: `documents(split)` gives the documents of `train` or `held_out`.
         seq_len: tokens in a row, BOS included.
         batch_size: rows of activations (tokens) in a training batch.
-        n_tokens: activations to train on; the run is `n_tokens // batch_size` steps.
+        n_tokens: activations to train on, exactly; the last batch holds what is left for it.
         block_tokens: activations that are shuffled together; the memory of a block is
             block_tokens · s · d · bytes of `lm.dtype`, twice that while a block is gathered.
         lm_batch_rows: text rows in one forward pass of the language model.
@@ -107,12 +115,16 @@ class ActivationData(L.LightningDataModule):
         if exclude_first + exclude_bos >= seq_len:
             raise UserError(f"data.exclude_first={exclude_first} leaves nothing of a row of seq_len={seq_len} tokens.")
         self.lm, self.documents, self.seed, self.repeat, self.pack = lm, documents, seed, repeat, pack
-        self.seq_len, self.batch_size, self.n_steps = seq_len, batch_size, int(n_tokens) // batch_size
+        self.seq_len, self.batch_size, self.n_tokens = seq_len, batch_size, int(n_tokens)
         self.block_tokens, self.lm_batch_rows = int(block_tokens), lm_batch_rows
         self.exclude_bos, self.exclude_first = exclude_bos, exclude_first
         self.n_eval_tokens, self.n_val_tokens = int(n_eval_tokens), int(n_val_tokens)
         self.stream = self.new_stream()
         self._validation: list[Tensor] | None = None
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.train_dataloader())
 
     @property
     def d_in(self) -> int:
@@ -149,7 +161,7 @@ class ActivationData(L.LightningDataModule):
         return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
 
     def train_dataloader(self) -> Batches:
-        return Batches(self.stream, self.n_steps)
+        return Batches(self.stream, self.n_tokens)
 
     def val_dataloader(self) -> DataLoader:
         if self._validation is None:
