@@ -48,6 +48,11 @@ class ShuffledBlocks:
         self._block: Tensor | None = None
         self._batches: tuple[Tensor, ...] = ()
 
+    @property
+    def n_given(self) -> int:
+        """Batches given since the stream began, in this process or before; all but those of the last block are full."""
+        return self._number * (self.block_rows // self.batch_size) + self._given
+
     def state_dict(self) -> dict[str, Any]:
         chunk, skip = self._begin
         return {"chunk": chunk, "skip": skip, "block": self._number, "given": self._given}

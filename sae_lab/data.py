@@ -1,5 +1,6 @@
 """Text -> frozen language model -> shuffled batches of activations, as a LightningDataModule that owns its place."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -48,16 +49,23 @@ class Harvest:
 
 
 class Batches:
-    """What Lightning iterates over: the stream, and a length, without which Lightning would read one batch ahead."""
+    """What Lightning iterates over: n_rows rows of the stream, the last batch with what is left of them.
 
-    def __init__(self, stream: ShuffledBlocks, n_batches: int):
-        self.stream, self.n_batches = stream, n_batches
+    It has a length, without which Lightning would read one batch ahead.
+    """
+
+    def __init__(self, stream: ShuffledBlocks, n_rows: int):
+        self.stream, self.n_rows = stream, n_rows
 
     def __len__(self) -> int:
-        return self.n_batches
+        return math.ceil(self.n_rows / self.stream.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.stream)
+        while (left := self.n_rows - self.stream.n_given * self.stream.batch_size) > 0:
+            batch = next(self.stream, None)
+            if batch is None:
+                return
+            yield batch[:left]
 
 
 class ActivationData(L.LightningDataModule):
@@ -68,12 +76,13 @@ class ActivationData(L.LightningDataModule):
         documents: `documents(split)` gives the documents of `train` or `held_out`.
         seq_len: tokens in a row, BOS included.
         batch_size: rows of activations (tokens) in a training batch.
-        n_tokens: activations to train on; the run is `n_tokens // batch_size` steps.
+        n_tokens: activations to train on, exactly; the last batch holds what is left for it.
         block_tokens: activations that are shuffled together; the memory of a block is
             block_tokens · s · d · bytes of `lm.dtype`, twice that while a block is gathered.
         lm_batch_rows: text rows in one forward pass of the language model.
         exclude_bos: leave out every BOS token.
         exclude_first: leave out the first n positions of each row.
+        pack: rows may cross documents; otherwise what does not fill a row of its own is left out.
         repeat: start the text over where it ends before n_tokens; otherwise the run ends there.
         n_eval_tokens, n_val_tokens: held-out tokens for the evaluation after training and for validation during it.
         seed: of the order of documents and of the shuffling.
@@ -94,6 +103,7 @@ class ActivationData(L.LightningDataModule):
         lm_batch_rows: int,
         exclude_bos: bool,
         exclude_first: int,
+        pack: bool,
         repeat: bool,
         n_eval_tokens: int,
         n_val_tokens: int,
@@ -106,19 +116,24 @@ class ActivationData(L.LightningDataModule):
                 raise UserError(f"{name}={size} must be a number of at least 1.")
         if lm.context is not None and seq_len > lm.context:
             raise UserError(f"seq_len={seq_len} is longer than the context of {lm.name}: give {lm.context} or less.")
-        if not isinstance(repeat, bool):
-            raise UserError(f"data.repeat={repeat} must be true or false.")
+        for name, flag in {"repeat": repeat, "pack": pack}.items():
+            if not isinstance(flag, bool):
+                raise UserError(f"data.{name}={flag} must be true or false.")
         if n_tokens < batch_size:
             raise UserError(f"n_tokens={n_tokens} is less than one batch of batch_size={batch_size}: raise n_tokens.")
         if exclude_first + exclude_bos >= seq_len:
             raise UserError(f"data.exclude_first={exclude_first} leaves nothing of a row of seq_len={seq_len} tokens.")
-        self.lm, self.documents, self.seed, self.repeat = lm, documents, seed, repeat
-        self.seq_len, self.batch_size, self.n_steps = seq_len, batch_size, int(n_tokens) // batch_size
+        self.lm, self.documents, self.seed, self.repeat, self.pack = lm, documents, seed, repeat, pack
+        self.seq_len, self.batch_size, self.n_tokens = seq_len, batch_size, int(n_tokens)
         self.block_tokens, self.lm_batch_rows = int(block_tokens), lm_batch_rows
         self.exclude_bos, self.exclude_first = exclude_bos, exclude_first
         self.n_eval_tokens, self.n_val_tokens = int(n_eval_tokens), int(n_val_tokens)
         self.stream = self.new_stream()
         self._validation: list[Tensor] | None = None
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.train_dataloader())
 
     @property
     def d_in(self) -> int:
@@ -135,7 +150,7 @@ class ActivationData(L.LightningDataModule):
         return kept & (tokens != self.lm.bos_id) if self.exclude_bos else kept
 
     def text(self, split: str, repeat: bool) -> TextRows:
-        return TextRows(self.documents(split), self.lm.tokenizer, self.seq_len, self.lm.bos_id, repeat)
+        return TextRows(self.documents(split), self.lm.tokenizer, self.seq_len, self.lm.bos_id, repeat, self.pack)
 
     def new_stream(self) -> ShuffledBlocks:
         """The training stream from its beginning."""
@@ -155,7 +170,7 @@ class ActivationData(L.LightningDataModule):
         return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
 
     def train_dataloader(self) -> Batches:
-        return Batches(self.stream, self.n_steps)
+        return Batches(self.stream, self.n_tokens)
 
     def val_dataloader(self) -> DataLoader:
         if self._validation is None:
@@ -198,7 +213,12 @@ def disassembly(lm: LanguageModel, seed: int, held_out_every: int, mixed: bool, 
 
 
 def text_files(
-    lm: LanguageModel, paths: Sequence[str] | str, column: str | None, seed: int, held_out_every: int, **stream: Any
+    lm: LanguageModel,
+    paths: Sequence[str] | str,
+    column: Sequence[str] | str | None,
+    seed: int,
+    held_out_every: int,
+    **stream: Any,
 ) -> ActivationData:
     """`data=text_files`: globs of txt, jsonl, csv or parquet."""
     paths = paths if isinstance(paths, str) else list(paths)
@@ -211,7 +231,7 @@ def hub(
     path: str,
     name: str | None,
     hub_split: str,
-    column: str | None,
+    column: Sequence[str] | str | None,
     seed: int,
     held_out_documents: int,
     **stream: Any,

@@ -22,6 +22,7 @@ FREE = (
     "run_dir",
     "logger",
     "lm.device",
+    "lm.device_map",
     "trainer.accelerator",
     "trainer.checkpoint_every",
     "trainer.log_every",

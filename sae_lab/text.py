@@ -8,13 +8,13 @@ import sysconfig
 import warnings
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape, glob
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 
 from sae_lab.errors import UserError
 
@@ -22,23 +22,61 @@ log = logging.getLogger(__name__)
 
 TRAIN, HELD_OUT = "train", "held_out"
 HUB_TIMEOUT = 5.0  # seconds that the hub has to answer before it counts as unreachable
-TEXT_COLUMNS = ("text", "content", "document", "body", "markdown", "output", "completion")
+WINDOW = 2**23  # characters of text that are read at once and mixed
+PIECE = 2**16  # characters after which a document is cut, so that a long one is mixed like the others
+# Columns that hold the text, best first; several are joined by blank lines.
+TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
+    *(("text",), ("content",), ("document",), ("body",), ("markdown",)),
+    *(("instruction", "input", "output"), ("instruction", "output"), ("instruction", "response")),
+    *(("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response")),
+    *(("problem", "solution"), ("output",), ("completion",)),
+)
+
+Place = dict[str, Any]  # plain values, which a checkpoint may hold
+
+
+class Window(NamedTuple):
+    """Consecutive documents of a pass, and the place from which they are read again; place["window"] numbers them."""
+
+    place: Place
+    texts: list[str]
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one: the n-th of its window, in the order of the pass."""
+
+    place: Place
+    n: int
+    text: str
 
 
 class Documents(ABC):
-    """Text as a sequence of passes; every pass holds the same documents, each in an order of its own."""
+    """Text as a sequence of passes; every pass holds the same documents, each in an order of its own.
 
-    @abstractmethod
-    def stream(self, epoch: int, start: int = 0) -> Iterator[str]:
-        """The documents of pass `epoch`, from the `start`-th of that pass on."""
-
-
-class IndexedDocuments(Documents):
-    """Documents that can be read in any order: pass `epoch` is a permutation drawn from (seed, epoch)."""
+    A pass is read in windows of WINDOW characters. Documents are cut after PIECE characters, and the pieces of a window
+    are permuted by (seed, pass, window). So the stream can be entered at any piece by reading no more than one window.
+    """
 
     def __init__(self, seed: int, split: str = TRAIN):
         # Held-out documents come in one order, whatever the seed: all runs are judged on the same text.
         self.seed = seed if split == TRAIN else 0
+
+    @abstractmethod
+    def windows(self, epoch: int, place: Place | None) -> Iterator[Window]:
+        """The windows of pass `epoch` from the one at `place` on; None is the first."""
+
+    def pieces(self, epoch: int, place: Place | None = None, first: int = 0) -> Iterator[Piece]:
+        """Pass `epoch` from the `first`-th piece of the window at `place` on."""
+        for window in self.windows(epoch, place):
+            texts = [text[i : i + PIECE] for text in window.texts for i in range(0, len(text), PIECE)]
+            order = permutation(len(texts), self.seed, epoch, window.place["window"])
+            for n in range(first, len(order)):
+                yield Piece(window.place, n, texts[order[n]])
+            first = 0
+
+
+class IndexedDocuments(Documents):
+    """Documents that can be read in any order: pass `epoch` is a permutation drawn from (seed, epoch)."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -46,10 +84,28 @@ class IndexedDocuments(Documents):
     @abstractmethod
     def __getitem__(self, i: int) -> str: ...
 
-    def stream(self, epoch: int, start: int = 0) -> Iterator[str]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        for i in torch.randperm(len(self), generator=generator)[start:].tolist():
-            yield self[i]
+    def windows(self, epoch: int, place: Place | None) -> Iterator[Window]:
+        order = permutation(len(self), self.seed, epoch)
+        place = place or {"window": 0, "first": 0}
+        while texts := take_window(self[i] for i in order[place["first"] :]):
+            yield Window(place, texts)
+            place = {"window": place["window"] + 1, "first": place["first"] + len(texts)}
+
+
+def take_window(texts: Iterator[str]) -> list[str]:
+    """The next documents, up to the one with which they are WINDOW characters."""
+    taken, length = [], 0
+    for text in texts:
+        taken.append(text)
+        length += len(text)
+        if length >= WINDOW:
+            break
+    return taken
+
+
+def permutation(n: int, *key: int) -> list[int]:
+    """The numbers below n, in an order drawn from the key."""
+    return np.random.default_rng(key).permutation(n).tolist()
 
 
 def held_out(name: str, every: int) -> bool:
@@ -131,7 +187,7 @@ class FileDocuments(IndexedDocuments):
         self,
         paths: Sequence[str] | str,
         split: str = TRAIN,
-        column: str | None = None,
+        column: str | Sequence[str] | None = None,
         seed: int = 0,
         held_out_every: int = 10,
     ):
@@ -141,7 +197,7 @@ class FileDocuments(IndexedDocuments):
         files, builder = self._find([paths] if isinstance(paths, str) else list(paths))
         options = self.WHOLE if builder == "text" else {}
         self.rows = load_rows(builder, data_files=[escape(f) for f in files], split="train", **options)
-        self.column = text_column(self.rows.features, column)
+        self.columns = text_columns(self.rows.features, column)
         self.split = split
         n = len(self.rows)
         every = min(held_out_every, n)
@@ -166,7 +222,7 @@ class FileDocuments(IndexedDocuments):
         return len(self.numbers)
 
     def __getitem__(self, i: int) -> str:
-        text = self.rows[self.numbers[i]][self.column] or ""
+        text = joined(self.rows[self.numbers[i]], self.columns)
         if len(self.rows) > 1:
             return text
         cut = len(text) * 9 // 10
@@ -174,11 +230,10 @@ class FileDocuments(IndexedDocuments):
 
 
 class HubDocuments(Documents):
-    """A data set of the Hugging Face hub (or a local folder in its format), streamed through `datasets`.
+    """A data set of the Hugging Face hub (or a local folder in its format), streamed through `datasets` in its order.
 
-    The first `held_out_documents` documents belong to the split `held_out` and are skipped in training. The first
-    pass keeps the data set's order; a later pass is shuffled through a window of `window` documents. To start from the
-    n-th document of a pass, the n before it are read and dropped.
+    The first `held_out_documents` documents belong to the split `held_out` and are skipped in training. A place in the
+    stream is the state of `datasets`, which then skips whole shards, and reads again what came before in one shard.
 
     Raises:
         UserError: the data set cannot be reached or read, or has no text column.
@@ -190,22 +245,22 @@ class HubDocuments(Documents):
         split: str = TRAIN,
         name: str | None = None,
         hub_split: str = "train",
-        column: str | None = None,
+        column: str | Sequence[str] | None = None,
         seed: int = 0,
         held_out_documents: int = 1000,
-        window: int = 10_000,
     ):
-        self.seed, self.window = seed, window
+        super().__init__(seed, split)
         rows = load_rows(path, name=name, split=hub_split, streaming=True)
-        self.column = text_column(rows.features or next(iter(rows), {}), column)
+        self.columns = text_columns(rows.features or next(iter(rows), {}), column)
         self.rows = rows.take(held_out_documents) if split == HELD_OUT else rows.skip(held_out_documents)
 
-    def stream(self, epoch: int, start: int = 0) -> Iterator[str]:
-        rows = self.rows
-        if epoch > 0:
-            rows = rows.shuffle(seed=self.seed * 1_000_003 + epoch, buffer_size=self.window)
-        for row in rows.skip(start):
-            yield row[self.column] or ""
+    def windows(self, epoch: int, place: Place | None) -> Iterator[Window]:
+        place = place or {"window": 0, "rows": None}
+        self.rows.load_state_dict(place["rows"])
+        texts = (joined(row, self.columns) for row in self.rows)
+        while window := take_window(texts):
+            yield Window(place, window)
+            place = {"window": place["window"] + 1, "rows": self.rows.state_dict()}
 
 
 def load_rows(path: str, **options: Any):
@@ -253,48 +308,69 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def text_column(columns: Any, named: str | None) -> str:
-    """The column that holds the text: the named one, else the first usual name, else the only column."""
-    names = list(columns)
+def text_columns(columns: Mapping[str, Any], named: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The columns that hold the text: those named, else the first usual ones, else the only column of strings.
+
+    `columns` are the features of a data set, or one of its rows.
+    """
+    strings = [name for name, kind in columns.items() if kind is None or is_text(kind)]
     if named is not None:
-        if named not in names:
-            raise UserError(f"data.column={named} is not a column of the data: choose one of {names}.")
-        return named
-    usual = [c for c in TEXT_COLUMNS if c in names]
-    if not usual and len(names) != 1:
-        raise UserError(f"no text column among {names}: name it with data.column=...")
-    return (usual or names)[0]
+        chosen = (named,) if isinstance(named, str) else tuple(named)
+        if not chosen or not set(chosen) <= set(strings):
+            raise UserError(f"data.column={named} is not a text column of the data: choose among {strings}.")
+        return chosen
+    usual = [choice for choice in TEXT_COLUMNS if set(choice) <= set(strings)]
+    if not usual and len(strings) != 1:
+        raise UserError(f"no text column among {list(columns)}: name it with data.column=...")
+    return usual[0] if usual else (strings[0],)
+
+
+def is_text(kind: Any) -> bool:
+    """Whether a feature of `datasets`, or a value, is a string."""
+    return isinstance(kind, str) or getattr(kind, "dtype", None) in ("string", "large_string")
+
+
+def joined(row: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """The text of a row: its columns that are not empty, with a blank line between them."""
+    return "\n\n".join(row[c] for c in columns if row[c])
 
 
 class TextRows:
-    """Rows of `seq_len` token ids: BOS, then the next tokens of the documents joined by BOS. No padding, nothing lost.
+    """Rows of `seq_len` token ids, BOS and then tokens of the documents. No padding.
 
-        doc 1: a b c d e   doc 2: f g h   seq_len 4   ->   [BOS a b c] [BOS d e BOS] [BOS f g h]
+        doc 1: a b c d e   doc 2: f g h   seq_len 4
+        pack=True    [BOS a b c] [BOS d e BOS] [BOS f g h]     the documents joined by BOS; nothing lost
+        pack=False   [BOS a b c] [BOS f g h]                   no row crosses documents; what does not fill one is lost
 
     A document boundary that falls on the start of a row is marked by the row's own BOS; a document without tokens is
-    passed over. When the documents end, the stream starts over in a new order and says so; with `repeat=False` it ends,
-    and the last, unfilled row is dropped. `state_dict()` is the place of the next row; a stream given that state
-    continues as if it had never stopped.
+    passed over. A tokenizer adds nothing of its own, and what looks like a special token in a document is text. When
+    the documents end, the stream starts over in a new order and says so; with `repeat=False` it ends, and the last,
+    unfilled row is dropped. `state_dict()` is the place of the next row; a stream given that state continues as if it
+    had never stopped.
 
     Raises:
-        UserError: a row too short to hold text, or documents without any.
+        UserError: a row too short to hold text, or documents without any, or none that fills a row of its own.
     """
 
-    def __init__(self, documents: Documents, tokenizer: Any, seq_len: int, bos_id: int, repeat: bool = True):
+    START: dict[str, Any] = {"epoch": 0, "window": None, "piece": 0, "token": 0}
+
+    def __init__(
+        self, documents: Documents, tokenizer: Any, seq_len: int, bos_id: int, repeat: bool = True, pack: bool = True
+    ):
         if seq_len < 2:
             raise UserError(f"seq_len={seq_len} leaves no room for text after BOS: give 2 or more.")
         self.documents, self.tokenizer, self.seq_len, self.bos_id = documents, tokenizer, seq_len, bos_id
-        self.repeat = repeat
-        self.load_state_dict({"epoch": 0, "document": 0, "token": 0})
+        self.repeat, self.pack = repeat, pack
+        self.load_state_dict(self.START)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "document": self.document, "token": self.token}
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "window": self.window, "piece": self.piece, "token": self.token}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.document, self.token = state["epoch"], state["document"], state["token"]
-        self._texts: Iterator[str] | None = None
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.window, self.piece, self.token = (state[key] for key in self.START)
+        self._pieces: Iterator[Piece] | None = None
         self._ids: list[int] | None = None
-        self._any_text = self.document > 0  # whether this pass has held a token so far
+        self._useful = state != self.START  # whether this pass has held something for a row so far
 
     def __iter__(self) -> "TextRows":
         return self
@@ -302,39 +378,42 @@ class TextRows:
     def __next__(self) -> list[int]:
         row = [self.bos_id]
         while len(row) < self.seq_len:
-            ids = self._document()
+            ids = self._piece()
             if len(row) == 1 and self.token == 0:
                 self.token = 1  # the row's own BOS stands for the document's
             taken = ids[self.token : self.token + self.seq_len - len(row)]
             row += taken
             self.token += len(taken)
+            self._useful |= self.pack or len(row) == self.seq_len
             if self.token >= len(ids):
-                self.document, self.token, self._ids = self.document + 1, 0, None
+                self.piece, self.token, self._ids = self.piece + 1, 0, None
+                if not self.pack and len(row) < self.seq_len:
+                    row = [self.bos_id]
         return row
 
-    def _document(self) -> list[int]:
-        """BOS and the ids of the document at the cursor, opening the next pass where one ends."""
-        if self._texts is None:
-            self._texts = self.documents.stream(self.epoch, self.document)
+    def _piece(self) -> list[int]:
+        """BOS and the ids of the piece at the cursor, opening the next pass where one ends."""
+        if self._pieces is None:
+            self._pieces = self.documents.pieces(self.epoch, self.window, self.piece)
         while self._ids is None:
-            text = next(self._texts, None)
-            if text is None:
+            piece = next(self._pieces, None)
+            if piece is None:
                 self._next_pass()
                 continue
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            if ids:
-                self._ids, self._any_text = [self.bos_id, *ids], True
-            else:
-                self.document += 1
+            self.window, self.piece = piece.place, piece.n
+            ids = self.tokenizer(piece.text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            if ids["input_ids"]:
+                self._ids = [self.bos_id, *ids["input_ids"]]
         return self._ids
 
     def _next_pass(self) -> None:
-        if not self._any_text:
-            raise UserError("the data hold no text: check data.paths, or the split that data=... names.")
+        if not self._useful:
+            if self.pack:
+                raise UserError("the data hold no text: check data.paths, or the split that data=... names.")
+            raise UserError(f"no document fills a row of seq_len={self.seq_len}: lower it, or give data.pack=true.")
         if not self.repeat:
             raise StopIteration
-        log.warning(
-            "The text ended after %d documents: it starts over in a new order (pass %d).", self.document, self.epoch + 2
-        )
-        self.epoch, self.document, self.token, self._any_text = self.epoch + 1, 0, 0, False
-        self._texts = self.documents.stream(self.epoch)
+        log.warning("The text ended: it starts over in a new order (pass %d).", self.epoch + 2)
+        self.load_state_dict(self.START | {"epoch": self.epoch + 1})
+        self._useful = False
+        self._pieces = self.documents.pieces(self.epoch)

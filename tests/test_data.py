@@ -7,18 +7,20 @@ import torch
 
 from sae_lab.data import ActivationData, take_rows
 from sae_lab.errors import UserError
-from sae_lab.text import Documents
+from sae_lab.text import Documents, Window
 
 
 class Numbers(Documents):
     """Documents of single-digit words, of uneven lengths; the held-out split holds other numbers."""
 
     def __init__(self, split: str, n_documents: int = 12):
+        super().__init__(seed=0)
         self.split, self.n_documents = split, n_documents
 
-    def stream(self, epoch: int, start: int = 0):
-        for i in range(start, self.n_documents):
-            yield " ".join(str(1000 * (self.split == "held_out") + 100 + 10 * i + j) for j in range(1 + i % 7))
+    def windows(self, epoch: int, place=None):
+        first = 100 + 1000 * (self.split == "held_out")
+        ids = [[first + 10 * i + j for j in range(1 + i % 7)] for i in range(self.n_documents)]
+        yield Window({"window": 0}, [" ".join(map(str, document)) for document in ids])
 
 
 class WordIds:
@@ -45,6 +47,7 @@ SETTINGS = {
     "lm_batch_rows": 2,
     "exclude_bos": False,
     "exclude_first": 0,
+    "pack": True,
     "repeat": True,
     "n_eval_tokens": 18,
     "n_val_tokens": 12,
@@ -87,9 +90,21 @@ def test_first_positions_can_be_left_out():
     assert sorted(ids(d.train_dataloader())) == sorted(rows_of(d)[:, 2:].flatten().tolist())
 
 
-def test_the_run_has_the_steps_of_its_budget():
-    d = data(n_tokens=43)
-    assert d.n_steps == len(d.train_dataloader()) == 10
+@pytest.mark.parametrize("n_tokens", [40, 41, 43, 48])
+def test_the_budget_is_met_exactly(n_tokens):
+    """By the same rows, in the same order, as a longer run; also from the middle on, and at the end of a block."""
+    stream = data().stream
+    whole = [next(stream) for _ in range(12)]
+    d = data(n_tokens=n_tokens)
+    batches = list(d.train_dataloader())
+    assert d.n_steps == len(d.train_dataloader()) == len(batches) == -(-n_tokens // 4)
+    assert torch.equal(torch.cat(batches), torch.cat(whole)[:n_tokens])
+    for n in range(d.n_steps):
+        resumed, before = data(n_tokens=n_tokens), data(n_tokens=n_tokens)
+        for _ in range(n):
+            next(before.stream)
+        resumed.load_state_dict(before.state_dict())
+        assert torch.equal(next(iter(resumed.train_dataloader())), batches[n])
 
 
 def test_held_out_rows_come_from_other_documents():

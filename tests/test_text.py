@@ -10,15 +10,21 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from omegaconf import OmegaConf
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
+from sae_lab.cli import CONF
 from sae_lab.errors import UserError
 from sae_lab.text import (
     HELD_OUT,
     TRAIN,
     DisassembledStdlib,
+    Documents,
     FileDocuments,
     HubDocuments,
     IndexedDocuments,
+    Piece,
     StdlibDocuments,
     TextRows,
     disassembled,
@@ -35,7 +41,8 @@ class Words:
     def __init__(self):
         self.ids: dict[str, int] = {}
 
-    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+    def __call__(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool, **_) -> dict[str, list[int]]:
+        assert split_special_tokens
         assert not add_special_tokens
         return {"input_ids": [self.ids.setdefault(word, len(self.ids) + 1) for word in text.split()]}
 
@@ -57,8 +64,10 @@ class ListDocuments(IndexedDocuments):
     def __getitem__(self, i: int) -> str:
         return self.texts[i]
 
-    def stream(self, epoch: int, start: int = 0):
-        return super().stream(epoch, start) if self.shuffled else iter(self.texts[start:])
+    def pieces(self, epoch: int, place=None, first: int = 0):
+        if self.shuffled:
+            return super().pieces(epoch, place, first)
+        return iter([Piece({"window": 0}, n, text) for n, text in enumerate(self.texts)][first:])
 
 
 def rows_of(texts: list[str], seq_len: int, **options) -> TextRows:
@@ -76,6 +85,18 @@ def decoded(rows: TextRows) -> list[str]:
 
 def read(documents: IndexedDocuments) -> list[str]:
     return [documents[i] for i in range(len(documents))]
+
+
+def texts_of(documents: Documents, epoch: int = 0) -> list[str]:
+    """A pass, in its order."""
+    return [piece.text for piece in documents.pieces(epoch)]
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Windows of a few documents, and pieces of a few characters."""
+    monkeypatch.setattr("sae_lab.text.WINDOW", 40)
+    monkeypatch.setattr("sae_lab.text.PIECE", 11)
 
 
 @pytest.fixture(autouse=True)
@@ -128,21 +149,20 @@ def test_a_new_pass_has_a_new_order_and_is_announced(caplog):
         second = rows.tokenizer.decode(list(itertools.islice(rows, 30)))
     assert sorted(first) == sorted(second)
     assert first != second
-    assert [r.getMessage() for r in caplog.records] == [
-        "The text ended after 30 documents: it starts over in a new order (pass 2)."
-    ]
+    assert [r.getMessage() for r in caplog.records] == ["The text ended: it starts over in a new order (pass 2)."]
 
 
 @pytest.mark.parametrize(
-    ("texts", "seq_len"), [(some_texts(12), 4), (some_texts(12), 9), (["a b c"], 8), (["a", ""], 2)]
+    ("texts", "seq_len"), [(some_texts(12), 3), (some_texts(12), 2), (["a b c"], 4), (["a", ""], 2)]
 )
 @pytest.mark.parametrize("repeat", [True, False])
-def test_a_state_continues_at_every_row(texts, seq_len, repeat):
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_state_continues_at_every_row(texts, seq_len, repeat, pack, small_windows):
     """The stream crosses three passes; a new stream given any of its states continues with the same rows."""
     tokenizer, n = Words(), 3 * (sum(len(t.split()) + 1 for t in texts) // (seq_len - 1)) + 4
 
     def stream() -> TextRows:
-        return TextRows(ListDocuments(texts, shuffled=True), tokenizer, seq_len, BOS, repeat)
+        return TextRows(ListDocuments(texts, shuffled=True), tokenizer, seq_len, BOS, repeat, pack)
 
     rows = stream()
     states, packed = [rows.state_dict()], []
@@ -156,6 +176,69 @@ def test_a_state_continues_at_every_row(texts, seq_len, repeat):
         assert resumed.state_dict() == state
         assert list(itertools.islice(resumed, len(packed) - i)) == packed[i:]
         assert resumed.state_dict() == states[-1]
+
+
+@pytest.mark.parametrize("seq_len", [2, 3, 7])
+def test_unpacked_rows_hold_one_document_each_and_all_that_fills_a_row(seq_len):
+    texts = some_texts(40)
+    rows = rows_of(texts, seq_len, repeat=False, pack=False)
+    cut = [words[i : i + seq_len - 1] for words in map(str.split, texts) for i in range(0, len(words), seq_len - 1)]
+    assert decoded(rows) == ["BOS " + " ".join(words) for words in cut if len(words) == seq_len - 1]
+
+
+def test_unpacked_rows_need_a_document_that_fills_one():
+    rows = rows_of(["a b c", "d e"], 5, pack=False)
+    with pytest.raises(UserError, match=r"no document fills a row of seq_len=5: lower it, or give data.pack=true"):
+        next(rows)
+    assert decoded(rows_of(["a b c", "d e"], 4, pack=False, repeat=False)) == ["BOS a b c"]
+
+
+@pytest.mark.parametrize("adds", ["nothing", "bos", "bos and eos"])
+@pytest.mark.parametrize("bos", ["<|first|>", "<|other|>"])
+def test_a_tokenizer_adds_nothing_and_text_cannot_forge_a_special_token(adds, bos):
+    """A real tokenizer, whose BOS has id 0 or another, with templates of its own."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    specials = ["<|first|>", "<|other|>"]
+    bpe.train_from_iterator([], trainers.BpeTrainer(special_tokens=specials, initial_alphabet=alphabet))
+    bos_id = bpe.token_to_id(bos)
+    if adds != "nothing":
+        template = f"{bos} $A {bos}" if adds == "bos and eos" else f"{bos} $A"
+        bpe.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(bos, bos_id)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos)
+    rows = list(TextRows(ListDocuments(["ab", f"c{bos}d"]), tokenizer, 8, bos_id, repeat=False))
+    a, b, c, d = (tokenizer.convert_tokens_to_ids(letter) for letter in "abcd")
+    spelled = [tokenizer.convert_tokens_to_ids(letter) for letter in bos]
+    assert rows[0] == [bos_id, a, b, bos_id, c, *spelled[:3]]
+    assert rows[1] == [bos_id, *spelled[3:], d][:8]
+    assert (bos_id == 0) == (bos == "<|first|>")
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_long_documents_are_mixed_with_the_others_piece_by_piece(pack, small_windows):
+    long = " ".join(f"l{i:02}" for i in range(60))  # 20 pieces of 3 words each
+    documents = ListDocuments(["a b c", long, "d e f"], shuffled=True)
+    assert sorted("".join(sorted(texts_of(documents)))) == sorted("a b cd e f" + long)
+    assert texts_of(documents) != texts_of(ListDocuments(["a b c", long, "d e f"]))
+    rows = TextRows(documents, Words(), 3, BOS, repeat=False, pack=pack)
+    assert sum("l" in row for row in decoded(rows)) >= 20
+
+
+def test_a_stream_is_entered_by_reading_no_more_than_a_window(small_windows):
+    class Counting(ListDocuments):
+        read = 0
+
+        def __getitem__(self, i: int) -> str:
+            self.read += 1
+            return super().__getitem__(i)
+
+    texts = [f"document {i:02}" for i in range(40)]  # 11 characters: four in a window
+    pieces = list(ListDocuments(texts, shuffled=True).pieces(0))
+    assert sorted(piece.text for piece in pieces) == texts
+    documents = Counting(texts, shuffled=True)
+    assert next(documents.pieces(0, pieces[-1].place, pieces[-1].n)) == pieces[-1]
+    assert documents.read <= 4
 
 
 def test_a_stream_can_be_wound_back():
@@ -199,7 +282,7 @@ def test_held_out_is_by_checksum():
 
 def test_the_order_depends_on_seed_and_pass():
     orders = [
-        tuple(StdlibDocuments(TRAIN, seed=seed).stream(epoch)) for seed, epoch in [(0, 0), (0, 1), (1, 0), (0, 0)]
+        tuple(texts_of(StdlibDocuments(TRAIN, seed=seed), epoch)) for seed, epoch in [(0, 0), (0, 1), (1, 0), (0, 0)]
     ]
     assert orders[0] == orders[3]
     assert len(set(orders)) == 3
@@ -254,13 +337,17 @@ def test_of_a_single_document_the_last_tenth_is_kept_out(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["content", "completion", "anything"])
-def test_the_text_column_is_found_or_named(column, tmp_path):
-    paths = write(tmp_path, "jsonl", TEXTS, column)
-    if column == "anything":
-        with pytest.raises(UserError, match=r"no text column among \['id', 'anything'\]: name it with data.column"):
-            FileDocuments(paths)
-    named = column if column == "anything" else None
-    assert FileDocuments(paths, column=named)[0] == TEXTS[0]
+def test_the_text_column_is_found(column, tmp_path):
+    assert FileDocuments(write(tmp_path, "jsonl", TEXTS, column))[0] == TEXTS[0]
+
+
+def test_columns_may_be_named_and_must_be_when_nothing_tells_them_apart(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"q": "a", "r": "b"}\n{"q": "c", "r": null}\n{"q": "", "r": ""}')
+    paths = str(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match=r"no text column among \['q', 'r'\]: name it with data.column"):
+        FileDocuments(paths)
+    assert read(FileDocuments(paths, column="r")) == ["b", ""]
+    assert read(FileDocuments(paths, column=["q", "r"])) == ["a\n\nb", "c"]
 
 
 def test_an_only_column_is_the_text(tmp_path):
@@ -291,7 +378,7 @@ MISTAKES = [
     ({"paths": ""}, "no file matches"),
     ({"paths": "*"}, r"kinds \['.docx', '.jsonl', '.parquet', '.txt'\]"),
     ({"paths": "*.docx"}, r"kinds \['.docx'\]"),
-    ({"paths": "*.jsonl", "column": "txet"}, r"data.column=txet .*\['id', 'text'\]"),
+    ({"paths": "*.jsonl", "column": "txet"}, r"data.column=txet .*\['text'\]"),
     ({"paths": "*.parquet"}, "cannot be read as parquet: .*magic bytes"),
     ({"paths": "*.jsonl", "held_out_every": 1}, "data.held_out_every=1"),
 ]
@@ -325,37 +412,84 @@ def number(document: str) -> int:
     return int(document.split()[1])
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_hub_splits_are_disjoint_and_cover(hub_folder, epoch):
-    options = {"held_out_documents": 13, "window": 7}
-    train = [number(d) for d in HubDocuments(hub_folder, split=TRAIN, **options).stream(epoch)]
-    kept = [number(d) for d in HubDocuments(hub_folder, split=HELD_OUT, **options).stream(epoch)]
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_hub_splits_are_disjoint_and_cover(hub_folder, epoch, small_windows):
+    train = [number(d) for d in texts_of(HubDocuments(hub_folder, TRAIN, held_out_documents=13), epoch)]
+    kept = [number(d) for d in texts_of(HubDocuments(hub_folder, HELD_OUT, held_out_documents=13), epoch)]
     assert sorted(kept) == list(range(13))
     assert sorted(train) == list(range(13, 40))
-    assert (train == sorted(train)) == (epoch == 0)
+    assert train != sorted(train)
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_hub_streams_continue_at_every_document(hub_folder, epoch):
-    options = {"held_out_documents": 5, "window": 7}
-    whole = list(HubDocuments(hub_folder, **options).stream(epoch))
-    documents = HubDocuments(hub_folder, **options)
-    assert all(list(documents.stream(epoch, n)) == whole[n:] for n in range(len(whole) + 1))
+@pytest.mark.parametrize("split", [TRAIN, HELD_OUT])
+def test_hub_streams_continue_at_every_document(hub_folder, split, small_windows):
+    """From the state alone, which outlives the process; and a continued stream can be continued again."""
+    options = {"split": split, "held_out_documents": 15}
+
+    def continued(piece: Piece) -> list[Piece]:
+        place = json.loads(json.dumps(piece.place))
+        return list(HubDocuments(hub_folder, **options).pieces(0, place, piece.n))
+
+    whole = list(HubDocuments(hub_folder, **options).pieces(0))
+    texts = [piece.text for piece in whole]
+    assert whole[-1].place["window"] >= 3
+    for n, piece in enumerate(whole):
+        rest = continued(piece)
+        assert [piece.text for piece in rest] == texts[n:]
+        assert [piece.text for piece in continued(rest[len(rest) // 2])] == texts[n + len(rest) // 2 :]
+
+
+def test_hub_streams_do_not_open_the_files_that_came_before(hub_folder, small_windows):
+    last = list(HubDocuments(hub_folder, held_out_documents=5).pieces(0))[-1]
+    documents = HubDocuments(hub_folder, held_out_documents=5)
+    for file in sorted(Path(hub_folder).iterdir())[:2]:
+        file.unlink()
+    assert next(documents.pieces(0, last.place, last.n)) == last
+    with pytest.raises(FileNotFoundError):
+        next(documents.pieces(0))
 
 
 def test_hub_passes_differ_by_seed_and_pass(hub_folder):
     orders = [
-        tuple(HubDocuments(hub_folder, seed=seed, held_out_documents=5).stream(epoch))
+        tuple(texts_of(HubDocuments(hub_folder, seed=seed, held_out_documents=5), epoch))
         for seed, epoch in [(0, 1), (0, 2), (1, 1), (0, 1)]
     ]
     assert orders[0] == orders[3]
     assert len(set(orders)) == 3
 
 
+FORMATS = {
+    "openwebtext": ({"text": "a b"}, "a b"),
+    "fineweb": ({"text": "a b", "id": "x", "dump": "CC", "language": "en", "token_count": 2}, "a b"),
+    "ultra_fineweb": ({"content": "a b", "score": 0.9, "source": "fineweb"}, "a b"),
+    "mathinstruct": ({"source": "gsm", "output": "It is 2.", "instruction": "1 + 1?"}, "1 + 1?\n\nIt is 2."),
+    "alpaca": ({"instruction": "Add.", "input": "", "output": "2", "id": 1}, "Add.\n\n2"),
+    "one of a kind": ({"saying": "a b", "year": 1900}, "a b"),
+}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_columns_of_known_data_sets_are_found(name, kind, tmp_path):
+    import pandas as pd
+
+    row, text = FORMATS[name]
+    table = pd.DataFrame([row] * 4)
+    table.to_parquet(tmp_path / "a.parquet") if kind == "parquet" else table.to_json(
+        tmp_path / "a.jsonl", orient="records", lines=True
+    )
+    assert texts_of(HubDocuments(str(tmp_path), held_out_documents=1)) == [text] * 3
+    assert FileDocuments(str(tmp_path / f"a.{kind}"))[0] == text
+    preset = CONF / "data" / f"{name}.yaml"
+    if preset.is_file():
+        columns = OmegaConf.load(preset).get("column")
+        assert texts_of(HubDocuments(str(tmp_path), held_out_documents=1, column=columns)) == [text] * 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"column": "txet"}, r"data.column=txet .*\['id', 'text'\]"),
+        ({"column": "txet"}, r"data.column=txet .*\['text'\]"),
         ({"hub_split": "trian"}, "trian"),
         ({"name": "no-such-subset"}, "no-such-subset"),
     ],
@@ -389,7 +523,9 @@ def test_reading_is_quiet_and_restores_the_settings(tmp_path, capfd):
 def test_held_out_text_does_not_depend_on_the_seed():
     """Runs of different seeds are judged on the same text; their training text comes in different orders."""
     first = {
-        (split, seed): next(StdlibDocuments(split, seed).stream(0)) for split in (TRAIN, HELD_OUT) for seed in (0, 1)
+        (split, seed): next(StdlibDocuments(split, seed).pieces(0)).text
+        for split in (TRAIN, HELD_OUT)
+        for seed in (0, 1)
     }
     assert first[HELD_OUT, 0] == first[HELD_OUT, 1]
     assert first[TRAIN, 0] != first[TRAIN, 1]

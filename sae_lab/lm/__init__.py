@@ -1,8 +1,9 @@
 """The frozen language model: `base.py` is the contract, one file per back end, `tiny/` is the bundled model."""
 
 from sae_lab.lm.base import LanguageModel
+from sae_lab.lm.nnsight import NnsightLM
 from sae_lab.lm.paired import PairedLM
 from sae_lab.lm.transformer_lens import TransformerLensLM
 from sae_lab.lm.transformers import TransformersLM
 
-__all__ = ["LanguageModel", "PairedLM", "TransformerLensLM", "TransformersLM"]
+__all__ = ["LanguageModel", "NnsightLM", "PairedLM", "TransformerLensLM", "TransformersLM"]

@@ -1,9 +1,8 @@
 """The contract of a frozen language model: token rows in; activations at named sites out, and others in their place."""
 
-import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,11 +10,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_lab.errors import UserError
+from sae_lab.lm.sites import check_sites, vectors
 
-SiteHook = Callable[[Tensor], Tensor | None]
+SiteHook = Callable[[Any], Tensor | None]
+Hooks = Mapping[str, SiteHook]
 
 
-class _AllSitesReached(Exception):
+class AllSitesReached(Exception):
     """Raised inside a forward pass once every site is captured: the rest of the model need not run."""
 
 
@@ -35,20 +36,13 @@ class LanguageModel(ABC):
         model: what runs, an `nn.Module` in eval mode whose parameters want no gradient.
 
     Raises:
-        UserError: an unknown, unreachable or repeated site, sites of different widths, no BOS, no such device.
+        UserError: an unknown, unreachable or repeated site, sites of different widths, no BOS.
     """
 
     models: tuple[str, ...] = ()
 
     def __init__(
-        self,
-        name: str,
-        sites: Sequence[str] | str,
-        model: nn.Module,
-        config: Any,
-        tokenizer: Any,
-        device: str = "auto",
-        bos_id: int | None = None,
+        self, name: str, sites: Sequence[str] | str, model: nn.Module, config: Any, tokenizer: Any, bos_id: int | None
     ):
         self.name, self.tokenizer = name, tokenizer
         self.sites = (sites,) if isinstance(sites, str) else tuple(str(site) for site in sites)
@@ -56,8 +50,7 @@ class LanguageModel(ABC):
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self.bos_id = find_bos_id(name, tokenizer, bos_id, text_config.vocab_size)
         self.model: Any = model.eval().requires_grad_(False)
-        check_sites(name, self.sites, self.known_sites(), self._offer())
-        self.to(device)
+        check_sites(name, self.sites, self.known_sites(), self.offer())
         self.d = self._width()
 
     @abstractmethod
@@ -65,16 +58,19 @@ class LanguageModel(ABC):
         """Every name that may be a site."""
 
     @abstractmethod
-    def blocks(self) -> list[str]:
-        """The residual-stream sites, one a layer: what an error message offers first."""
+    def offer(self) -> str:
+        """The end of an error's sentence: which sites there are."""
 
     @abstractmethod
-    def hooked(self, hooks: dict[str, SiteHook]) -> AbstractContextManager[None]:
-        """While open, a site's hook sees its activation in each forward pass, and may return another in its place."""
+    def forward(self, tokens: Int[Tensor, "n t"], hooks: Hooks) -> Float[Tensor, "n t v"]:
+        """Logits of a whole forward pass; a site's hook sees its activation, and may return another in its place."""
 
-    @abstractmethod
-    def forward(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t v"]:
-        """Logits of a whole forward pass, hooks included; tokens are on the model's device."""
+    def capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t ..."]]:
+        """What the sites hold in a forward pass that stops at the last of them; a site may be missing."""
+        seen: dict[str, Any] = {}
+        with suppress(AllSitesReached):
+            self.forward(tokens, {site: taking(site, seen, len(self.sites)) for site in self.sites})
+        return seen
 
     @abstractmethod
     def unembedding(self) -> Float[Tensor, "v d"] | None:
@@ -84,28 +80,14 @@ class LanguageModel(ABC):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def to(self, device: str | torch.device) -> "LanguageModel":
-        """Move the model; "auto" is CUDA where there is one, else the CPU."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self._move(torch.device(device))
-        except (AssertionError, RuntimeError) as e:  # torch's two ways to say that there is no such device
-            reason = str(e).splitlines()[0]
-            raise UserError(f"lm.device={device} cannot hold the model ({reason}): use lm.device=auto or cpu.") from e
-        return self
-
-    def _move(self, device: torch.device) -> None:
-        self.model.to(device)
-
     @torch.no_grad()
     def activations(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t s d"]:
         """Activations at the sites, in the model's dtype and on its device. Nothing after the last site runs.
 
         They carry no gradient, but are ordinary tensors (not inference tensors): autograd may save them.
         """
-        seen = self._capture(tokens)
-        return torch.stack([seen[site] for site in self.sites], dim=2)
+        seen = self._vectors(tokens)
+        return torch.stack([seen[site].to(self.device) for site in self.sites], dim=2)
 
     def logits(
         self,
@@ -119,72 +101,46 @@ class LanguageModel(ABC):
         """
         tokens = self._checked(tokens)
         if replace is None:
-            return self.forward(tokens)
+            return self.forward(tokens, {})
         assert replace.shape == (*tokens.shape, len(self.sites), self.d), (replace.shape, tokens.shape)
 
         def put(i: int) -> SiteHook:
             return lambda x: put_where(x, replace[:, :, i], None if where is None else where[:, :, i])
 
-        with self.hooked({site: put(i) for i, site in enumerate(self.sites)}):
-            return self.forward(tokens)
+        return self.forward(tokens, {site: put(i) for i, site in enumerate(self.sites)})
 
-    def _capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t d"]]:
-        tokens, seen = self._checked(tokens), {}
-
-        def take(site: str) -> SiteHook:
-            def hook(x: Tensor) -> None:
-                seen[site] = vectors(site, x, tokens)
-                if len(seen) == len(self.sites):
-                    raise _AllSitesReached
-
-            return hook
-
-        try:
-            with self.hooked({site: take(site) for site in self.sites}):
-                self.forward(tokens)
-        except _AllSitesReached:
-            return seen
+    def _vectors(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t d"]]:
+        tokens = self._checked(tokens)
+        seen = self.capture(tokens)
         missing = [site for site in self.sites if site not in seen]
-        raise UserError(f"lm.sites: {self.name} never computes {missing} in a forward pass: {self._offer()}")
+        if missing:
+            raise UserError(f"lm.sites: {self.name} never computes {missing} in a forward pass: {self.offer()}")
+        return {site: vectors(site, seen[site], tokens) for site in self.sites}
 
     def _checked(self, tokens: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
         if self.context is not None and tokens.shape[1] > self.context:
             raise UserError(
-                f"seq_len={tokens.shape[1]} is longer than the context of {self.name}: "
-                f"give seq_len={self.context} or less."
+                f"seq_len={tokens.shape[1]} exceeds the context of {self.name}: give seq_len={self.context} or less."
             )
         return tokens.to(self.device)
 
-    def _offer(self) -> str:
-        blocks = self.blocks()
-        return f"choose among {blocks[0]} ... {blocks[-1]}." if blocks else f"choose among {self.known_sites()[:8]}."
-
     @torch.no_grad()
     def _width(self) -> int:
-        seen = self._capture(torch.full((1, 2), self.bos_id))
-        widths = {site: seen[site].shape[-1] for site in self.sites}
+        widths = {site: x.shape[-1] for site, x in self._vectors(torch.full((1, 2), self.bos_id)).items()}
         if len(set(widths.values())) > 1:
             raise UserError(f"lm.sites have different widths {widths}: one SAE reads sites of one width.")
         return widths[self.sites[0]]
 
 
-def check_sites(name: str, sites: Sequence[str], known: Sequence[str], offer: str) -> None:
-    """UserError unless the sites are known, at least one and none twice; `offer` is the end of its sentence."""
-    if not sites or len(set(sites)) < len(sites):
-        raise UserError(f"lm.sites={list(sites)} must name at least one site, and none twice: {offer}")
-    for site in sites:
-        if site not in known:
-            close = difflib.get_close_matches(site, known, n=3)
-            hint = f"did you mean {' or '.join(close)}? Otherwise " if close else ""
-            raise UserError(f"lm.sites: {name} has no site {site!r}: {hint}{offer}")
+def taking(site: str, seen: dict[str, Any], n_sites: int) -> SiteHook:
+    """A hook that puts what the site holds into `seen`, and ends the forward pass once that has all sites."""
 
+    def hook(x: Any) -> None:
+        seen[site] = x
+        if len(seen) == n_sites:
+            raise AllSitesReached
 
-def vectors(site: str, x: Any, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t d"]:
-    """What a site holds, as one vector a token (attention heads are joined); UserError if it is anything else."""
-    if not isinstance(x, Tensor) or x.ndim < 3 or x.shape[:2] != tokens.shape:
-        kind = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise UserError(f"lm.sites: {site} does not hold one vector a token ({kind}): choose another site.")
-    return x.flatten(2)
+    return hook
 
 
 def put_where(x: Tensor, new: Float[Tensor, "n t d"], where: Bool[Tensor, "n t"] | None) -> Tensor:

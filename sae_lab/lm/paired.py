@@ -1,14 +1,11 @@
 """Two language models on the same tokens, for model diffing: the activations of one, then those of the other."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.errors import UserError
-from sae_lab.lm.base import LanguageModel, SiteHook
+from sae_lab.lm.base import Hooks, LanguageModel
+from sae_lab.lm.loading import place
 
 
 class PairedLM(LanguageModel):
@@ -37,36 +34,28 @@ class PairedLM(LanguageModel):
         super().__init__(
             name=f"{base.name} and {tuned.name}",
             sites=[f"{which}.{site}" for which, lm in self.pair.items() for site in lm.sites],
-            model=nn.ModuleDict({which: lm.model for which, lm in self.pair.items()}),
+            model=nn.ModuleDict({which: place(lm.model, device) for which, lm in self.pair.items()}),
             config=base.model.config,
             tokenizer=base.tokenizer,
-            device=device,
             bos_id=base.bos_id,
         )
 
     def known_sites(self) -> list[str]:
         return [f"{which}.{site}" for which, lm in self.pair.items() for site in lm.known_sites()]
 
-    def blocks(self) -> list[str]:
-        return [f"{which}.{site}" for which, lm in self.pair.items() for site in lm.blocks()]
+    def offer(self) -> str:
+        return f"for each of {' and '.join(self.pair)}, {self.pair['base'].offer()}"
 
-    @contextmanager
-    def hooked(self, hooks: dict[str, SiteHook]) -> Iterator[None]:
-        with ExitStack() as both:
-            for which, lm in self.pair.items():
-                own = {site: hooks[f"{which}.{site}"] for site in lm.sites if f"{which}.{site}" in hooks}
-                both.enter_context(lm.hooked(own))
-            yield
+    def forward(self, tokens: Int[Tensor, "n t"], hooks: Hooks) -> Float[Tensor, "n t v"]:
+        lm = self.pair[self.spliced]
+        names = {site: f"{self.spliced}.{site}" for site in lm.sites}
+        return lm.forward(tokens, {site: hooks[name] for site, name in names.items() if name in hooks})
 
-    def forward(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t v"]:
-        return self.pair[self.spliced].forward(tokens)
+    def capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t ..."]]:
+        return {f"{which}.{site}": x for which, lm in self.pair.items() for site, x in lm.capture(tokens).items()}
 
-    def _capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t d"]]:
-        return {f"{which}.{site}": x for which, lm in self.pair.items() for site, x in lm._capture(tokens).items()}
-
-    def _move(self, device: torch.device) -> None:
-        for lm in self.pair.values():
-            lm.to(device)
+    def unembedding(self) -> None:
+        """None: a latent of a crosscoder writes into two models."""
 
 
 def check_alike(base: LanguageModel, tuned: LanguageModel) -> None:

@@ -1,15 +1,18 @@
 """What every back end of the frozen language model must do, on the bundled model."""
 
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from sae_lab.downstream import spliced_logits
 from sae_lab.errors import UserError
-from sae_lab.lm import TransformerLensLM, TransformersLM
+from sae_lab.lm import NnsightLM, TransformerLensLM, TransformersLM
 from sae_lab.lm.base import find_bos_id
-from sae_lab.lm.transformers import TINY, find_folder
+from sae_lab.lm.loading import TINY, find_folder
 
 # The same places by both back ends' names: (transformers, TransformerLens, index in output_hidden_states).
 PLACES = {
@@ -17,7 +20,13 @@ PLACES = {
     "after block 0": ("transformer.h.0", "blocks.0.hook_resid_post", 1),
     "after block 4": ("transformer.h.4", "blocks.4.hook_resid_post", 5),
 }
-BACK_ENDS = {"transformers": (TransformersLM, 0), "transformer_lens": (TransformerLensLM, 1)}
+BACK_ENDS = {
+    "transformers": (TransformersLM, 0),
+    "transformer_lens": (TransformerLensLM, 1),
+    "nnsight": (NnsightLM, 0),
+}
+needs_nnsight = pytest.mark.skipif(find_spec("nnsight") is None, reason="pip install 'sae-lab[nnsight]'")
+EACH = [pytest.param(name, marks=needs_nnsight if name == "nnsight" else ()) for name in BACK_ENDS]
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +37,13 @@ def plain():
     return AutoModelForCausalLM.from_pretrained(find_folder(TINY), dtype=torch.float32).eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="module", params=list(BACK_ENDS))
+@pytest.fixture(scope="module", params=EACH)
 def one_site(request):
     cls, name = BACK_ENDS[request.param]
     return cls(TINY, [PLACES["after block 2"][name]], device="cpu")
 
 
-@pytest.fixture(scope="module", params=list(BACK_ENDS))
+@pytest.fixture(scope="module", params=EACH)
 def three_sites(request):
     """Sites out of the order in which the model computes them."""
     cls, name = BACK_ENDS[request.param]
@@ -151,6 +160,53 @@ def test_back_ends_agree(tokens):
     close(a.logits(tokens, noise), b.logits(tokens, noise))
 
 
+HOOKS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out", "attn.hook_z")
+
+
+@pytest.fixture(scope="module")
+def lens():
+    return TransformerLensLM(TINY, [f"blocks.{i}.{hook}" for i in range(6) for hook in HOOKS], device="cpu")
+
+
+@pytest.mark.parametrize("back_end", [p for p in EACH if p.values != ("transformer_lens",)])
+def test_back_ends_agree_at_transformer_lens_names(back_end, lens, tokens):
+    lm = BACK_ENDS[back_end][0](TINY, lens.sites, device="cpu")
+    assert lm.activations(tokens).shape == (3, 17, 30, 128)
+    assert (lm.activations(tokens) - lens.activations(tokens)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("back_end", [p for p in EACH if p.values != ("transformer_lens",)])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_back_ends_agree_on_ce_spliced(back_end, hook, tokens):
+    site, cls = f"blocks.3.{hook}", BACK_ENDS[back_end][0]
+    own, ref = cls(TINY, site, device="cpu"), TransformerLensLM(TINY, site, device="cpu")
+    keep = tokens % 3 > 0
+
+    def cross_entropy(lm) -> float:
+        logits = spliced_logits(lm, tokens, lm.activations(tokens), keep, lambda x: 0.5 * x)
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+    clean = nn.functional.cross_entropy(ref.logits(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+    assert cross_entropy(own) == pytest.approx(cross_entropy(ref), abs=1e-4)
+    assert abs(cross_entropy(ref) - clean) > 1e-3
+
+
+@needs_nnsight
+def test_nnsight_reads_and_writes_inputs(tokens):
+    for name in ("transformer.h.4.input", "transformer.h.4.mlp.c_proj.input"):
+        ours, ref = NnsightLM(TINY, name, device="cpu"), TransformersLM(TINY, name, device="cpu")
+        x = ref.activations(tokens)
+        assert torch.equal(ours.activations(tokens), x)
+        assert torch.equal(ours.logits(tokens, 2 * x), ref.logits(tokens, 2 * x))
+
+
+def test_nnsight_is_asked_for_in_one_sentence(monkeypatch):
+    monkeypatch.setattr("sae_lab.lm.nnsight.find_spec", lambda _name: None)
+    with pytest.raises(UserError, match=r"pip install 'sae-lab\[nnsight\]'") as e:
+        NnsightLM(TINY, "transformer.h.2", device="cpu")
+    assert "\n" not in str(e.value)
+
+
 def test_the_model_is_frozen_and_autograd_may_save_activations(one_site, tokens):
     x = one_site.activations(tokens)
     assert not x.requires_grad
@@ -169,7 +225,7 @@ def test_logits_are_differentiable_in_what_is_spliced(one_site, tokens):
     assert x_hat.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("back_end", list(BACK_ENDS))
+@pytest.mark.parametrize("back_end", EACH)
 def test_dtype_is_the_models(back_end, tokens):
     cls, name = BACK_ENDS[back_end]
     lm = cls(TINY, PLACES["after block 2"][name], dtype="bfloat16", device="cpu")
@@ -220,7 +276,12 @@ def test_rows_longer_than_the_context(one_site):
 
 WRONG_SITES = [
     (TransformersLM, "transformer.h.9", r"no site 'transformer.h.9': did you mean .*transformer\.h\.5"),
-    (TransformersLM, "blocks.3.hook_resid_pre", r"choose among transformer\.h\.0 \.\.\. transformer\.h\.5"),
+    (TransformersLM, "blocks.3.hook_resid_prr", r"did you mean blocks\.3\.hook_resid_pre"),
+    (
+        TransformersLM,
+        "blocks.3.hook_resid_mid",
+        r"\.h\.0 \.\.\. transformer\.h\.5, or blocks\.i of hook_resid_pre, hook_attn",
+    ),
     (TransformersLM, "transformer.h", "never computes"),
     (TransformersLM, "transformer", "does not hold one vector a token"),
     (TransformersLM, [], "at least one site"),
@@ -238,3 +299,11 @@ def test_wrong_sites(cls, sites, message):
     with pytest.raises(UserError, match=message) as e:
         cls(TINY, sites, device="cpu")
     assert "\n" not in str(e.value)
+
+
+@needs_nnsight
+def test_nnsight_runs_in_a_thread(tokens):
+    """As the prefetching stream runs it."""
+    lm = NnsightLM(TINY, "transformer.h.2", device="cpu")
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(lm.activations, tokens).result(), lm.activations(tokens))

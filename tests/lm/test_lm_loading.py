@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from sae_lab.cli import CONF
 from sae_lab.errors import UserError
 from sae_lab.lm import TransformerLensLM, TransformersLM
-from sae_lab.lm.transformers import TINY, find_folder, load
+from sae_lab.lm.loading import TINY, find_folder, load
+from sae_lab.lm.sites import find_blocks
 
 SITE = "transformer.h.2"
 SMALL = {
@@ -54,7 +55,7 @@ def test_other_architectures_from_a_folder(family, tmp_path):
     stack = FAMILIES[family]
     lm = TransformersLM(str(tmp_path), [f"{stack}.1", f"{stack}.0"], device="cpu")
     assert lm.d == 32
-    assert lm.blocks() == [f"{stack}.{i}" for i in range(3)]
+    assert find_blocks(lm.model) == [f"{stack}.{i}" for i in range(3)]
     tokens = torch.randint(0, 4096, (2, 9))
     with torch.no_grad():
         out = model(tokens, output_hidden_states=True)
@@ -132,6 +133,19 @@ def test_unknown_device():
         TransformersLM(TINY, SITE, device="gpu")
 
 
+@pytest.mark.parametrize("cls", [TransformersLM, TransformerLensLM])
+def test_a_model_spread_by_a_device_map_is_the_same_model(cls):
+    tokens, site = torch.arange(20).view(2, 10), "blocks.3.hook_resid_pre"
+    here, spread = cls(TINY, site, device="cpu"), cls(TINY, site, device_map={"": "cpu"})
+    assert torch.equal(spread.activations(tokens), here.activations(tokens))
+    assert torch.equal(spread.logits(tokens), here.logits(tokens))
+
+
+def test_device_and_device_map_exclude_each_other():
+    with pytest.raises(UserError, match=r"lm.device=cuda:1 and lm.device_map=auto exclude each other"):
+        TransformersLM(TINY, SITE, device="cuda:1", device_map="auto")
+
+
 def test_loading_is_quiet_and_restores_the_settings(capfd):
     from transformers.utils import logging
 
@@ -151,11 +165,28 @@ def compose(choice: str):
         return hydra.compose(f"lm/{choice}").lm
 
 
+def defaults(cls: type) -> dict:
+    """The arguments of a back end, those that it passes on included, and what they are unless given."""
+    found: dict = {}
+    for c in cls.__mro__:
+        parameters = inspect.signature(c).parameters.values()
+        found = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD} | found
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
 @pytest.mark.parametrize("choice", sorted(p.stem for p in (CONF / "lm").glob("*.yaml")))
-def test_every_choice_fits_its_constructor(choice):
+def test_every_choice_has_the_keys_of_its_constructor(choice):
     config = OmegaConf.to_container(compose(choice))
-    cls = get_class(config.pop("_target_"))
-    inspect.signature(cls).bind(**config)
+    assert set(config) == {"_target_", *defaults(get_class(config["_target_"]))}
+
+
+@pytest.mark.parametrize("choice", ["transformers", "transformer_lens", "nnsight"])
+def test_yaml_and_signature_have_the_same_defaults(choice):
+    config = OmegaConf.to_container(compose(choice))
+    missing = {"name": inspect.Parameter.empty, "sites": inspect.Parameter.empty}
+    assert {k: v for k, v in config.items() if k != "_target_"} | missing == defaults(get_class(config["_target_"]))
 
 
 def test_the_default_choice_runs():

@@ -12,7 +12,7 @@ from sae_lab import diffing
 from sae_lab.errors import UserError
 from sae_lab.evaluate import evaluate, write_results
 from sae_lab.lm import PairedLM, TransformersLM
-from sae_lab.lm.transformers import SIBLING, TINY
+from sae_lab.lm.loading import SIBLING, TINY
 from sae_lab.train import build_sae
 
 SITES = ["transformer.h.2", "transformer.h.0"]

@@ -1,0 +1,75 @@
+"""Back end: nnsight, which reads and writes modules inside a traced forward pass. `pip install 'sae-lab[nnsight]'`."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lab.errors import UserError
+from sae_lab.lm.base import Hooks
+from sae_lab.lm.transformers import TransformersLM
+
+
+class NnsightLM(TransformersLM):
+    """The model and the site names of TransformersLM, run by nnsight.
+
+    Where nnsight writes `model.transformer.h[2].output[0]`, a site is `transformer.h.2.output`, or without `.output`.
+
+    Args: as LoadedLM.
+
+    Raises:
+        UserError: nnsight is not installed, and whatever LoadedLM raises.
+    """
+
+    def __init__(self, name: str, sites: Sequence[str] | str, **model: Any):
+        if find_spec("nnsight") is None:
+            raise UserError("lm=nnsight needs a package that is not installed: pip install 'sae-lab[nnsight]'.")
+        super().__init__(name, sites, **model)
+
+    @cached_property
+    def envoy(self) -> Any:
+        """The model as nnsight wraps it."""
+        from nnsight import NNsight
+
+        return NNsight(self.model)
+
+    @cached_property
+    def in_order(self) -> list[str]:
+        """The sites as a forward pass comes to them: nnsight has to be asked in that order."""
+        order: list[str] = []
+        with self.hooked({site: lambda _x, site=site: order.append(site) for site in self.sites}):  # type: ignore[misc]
+            self.model(torch.full((1, 2), self.bos_id, device=self.device), use_cache=False)
+        return order
+
+    def capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t ..."]]:
+        seen = {}
+        with self.envoy.trace(tokens, use_cache=False) as tracer:
+            for site in self.in_order:
+                seen[site] = self._read(site)
+            tracer.stop()
+        return seen
+
+    def forward(self, tokens: Int[Tensor, "n t"], hooks: Hooks) -> Float[Tensor, "n t v"]:
+        with self.envoy.trace(tokens, use_cache=False):
+            for site in self.in_order:
+                if site in hooks:
+                    self._write(site, hooks[site](self._read(site)))
+            logits = self.envoy.output.logits.save()
+        return logits  # noqa: RET504 (inside the trace it is not computed yet)
+
+    def _read(self, site: str) -> Any:
+        path, side = self.places[site]
+        value = getattr(self.envoy.get(path), side)
+        return value[0] if isinstance(value, tuple) else value
+
+    def _write(self, site: str, new: Tensor | None) -> None:
+        if new is None:
+            return
+        path, side = self.places[site]
+        module = self.envoy.get(path)
+        value = getattr(module, side)
+        setattr(module, side, (new, *value[1:]) if isinstance(value, tuple) else new)
