@@ -28,6 +28,7 @@ from sae_lab.metrics import (
     l0_histogram,
     next_token_log_probs,
 )
+from sae_lab.pursuit import Pursuit
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import print_files, print_metrics, track
 from sae_lab.sparse import Code, l0_per_row
@@ -43,7 +44,7 @@ class Evaluation(NamedTuple):
 class Subject:
     """One SAE under one rule, and the totals gathered for it."""
 
-    def __init__(self, sae: BaseSAE, training_rule: bool, batch_size: int):
+    def __init__(self, sae: BaseSAE | Pursuit, training_rule: bool, batch_size: int):
         self.sae, self.training_rule, self.batch_size = sae, training_rule, batch_size
         self.device = next(sae.parameters()).device
         self.reconstruction = ReconstructionMetrics(sae.n_latents).to(self.device)
@@ -73,7 +74,7 @@ def evaluate(sae: BaseSAE, data: ActivationData) -> Evaluation:
 
 
 @torch.no_grad()
-def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str, Evaluation]:
+def evaluate_all(saes: Mapping[str, BaseSAE | Pursuit], data: ActivationData) -> dict[str, Evaluation]:
     """`evaluate` for several SAEs of the same sites, which share every pass over the language model.
 
     The training rule sees batches of about the training size: whole text rows, from all over the held-out text.
@@ -157,9 +158,22 @@ def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[P
     return [run_dir / "metrics.json", *written]
 
 
+def compare(sae: BaseSAE, encoder: str, k: int | None, data: ActivationData, run_dir: Path) -> Path:
+    """The SAE's own encoder and a pursuit of its dictionary, side by side in a file of their own."""
+    evaluations = evaluate_all({"own": sae, encoder: Pursuit(sae, encoder, k)}, data)
+    metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
+    print_metrics(metrics["own"] | {"train_mode": metrics[encoder]}, run_dir, ("own", encoder))
+    file = run_dir / f"metrics_{encoder}.json"
+    write_atomically(file, (json.dumps(metrics, indent=2) + "\n").encode())
+    return file
+
+
 @entry_point("evaluate")
 def main(cfg: DictConfig) -> None:
-    """Repeat the evaluation of a run on its own data; `n_eval_tokens` and `device` may differ."""
+    """Repeat the evaluation of a run on its own data; `n_eval_tokens` and `device` may differ.
+
+    With another `encoder` than the SAE's own, the run's files stay as they are: metrics_<encoder>.json is added.
+    """
     run_dir = Path(cfg.run_dir)
     config_file = run_dir / ".hydra" / "config.yaml"
     if not config_file.is_file():
@@ -172,6 +186,9 @@ def main(cfg: DictConfig) -> None:
     get_class(run.sae._target_)  # registers an SAE that lies outside this package
     data = instantiate(run.data, lm=instantiate(run.lm))
     sae = load_sae(run_dir, data.lm.device)
+    if cfg.encoder != "own":
+        print_files([compare(sae, cfg.encoder, cfg.pursuit.k, data, run_dir)])
+        return
     evaluation = evaluate(sae, data)
     print_metrics(evaluation.metrics, run_dir)
     print_files(write_results(evaluation, sae, run_dir))
