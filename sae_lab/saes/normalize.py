@@ -43,7 +43,28 @@ class PerToken(Normalizer):
         return centred / scale, Context(scale, mean)
 
 
-NORMALIZERS: dict[str, type[Normalizer]] = {"none": Normalizer, "per_token": PerToken}
+class LayerNorm(PerToken):
+    """PerToken, but x_hat is multiplied by std_d x alone: the `layer_norm` of SAELens, and OpenAI's."""
+
+    def forward(self, x: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b s d"], Context]:
+        y, context = super().forward(x)
+        return y, context._replace(scale=context.scale - self.EPS)
+
+
+class ConstantNorm(Normalizer):
+    """x -> x sqrt(d) / |x|, each row and source by itself: the `constant_norm_rescale` of SAELens."""
+
+    def forward(self, x: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b s d"], Context]:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+        return x / scale.clamp_min(torch.finfo(x.dtype).tiny), Context(scale, 0.0)
+
+
+NORMALIZERS: dict[str, type[Normalizer]] = {
+    "none": Normalizer,
+    "per_token": PerToken,
+    "layer_norm": LayerNorm,
+    "constant_norm": ConstantNorm,
+}
 
 
 def normalizer(name: str) -> Normalizer:
