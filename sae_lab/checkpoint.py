@@ -8,21 +8,35 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from jaxtyping import Float
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from sae_lab.errors import UserError
+from sae_lab.provenance import check_probe, probe
 from sae_lab.saes.base import BaseSAE
 
-CONFIG, WEIGHTS = "config.json", "sae.safetensors"
+CONFIG, WEIGHTS, PROBE = "config.json", "sae.safetensors", "probe.safetensors"
 
 
-def save_sae(sae: BaseSAE, folder: str | Path, provenance: dict[str, Any] | None = None) -> Path:
-    """Write an SAE folder: config.json (class, arguments, provenance) and sae.safetensors (parameters and buffers)."""
+def save_sae(
+    sae: BaseSAE,
+    folder: str | Path,
+    provenance: dict[str, Any] | None = None,
+    probe_rows: Float[Tensor, "n s d"] | None = None,
+) -> Path:
+    """Write an SAE folder: config.json (class, arguments, provenance) and sae.safetensors (parameters and buffers).
+
+    With `probe_rows`, raw activations, also probe.safetensors: what the SAE makes of them, for loading to check.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"class": type(sae).__name__, "config": sae.config, "provenance": provenance or {}}
+    if probe_rows is not None:
+        config["probe"] = PROBE
+        write_atomically(folder / PROBE, probe(sae, probe_rows))
     tensors = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
     write_atomically(folder / WEIGHTS, save(tensors))
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
@@ -33,22 +47,35 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> BaseSAE:
     """The SAE that a run saved, in eval mode: `load_sae("run/sae")`, or the run folder itself.
 
     Raises:
-        UserError: no SAE folder, an unreadable file, an unknown class, or tensors that do not fit the config.
+        UserError: no SAE folder, an unreadable file, an unknown class, tensors that do not fit the config, or a probe
+            that does not reproduce.
     """
-    folder = Path(folder)
-    folder = folder / "sae" if (folder / "sae" / CONFIG).is_file() else folder
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} holds no {CONFIG}: give an SAE folder, such as <run folder>/sae.")
+    folder = sae_folder(folder)
     try:
         description = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
         sae = BaseSAE.from_config(description["class"], description["config"])
         sae.load_state_dict(tensors)
+        if "probe" in description:
+            check_probe(sae.eval(), folder / PROBE)
     except (OSError, ValueError, KeyError, SafetensorError) as e:
         raise UserError(f"the SAE in {folder} cannot be read ({type(e).__name__}: {e}): save or copy it again.") from e
     except RuntimeError as e:  # load_state_dict: missing, unexpected or misshapen tensors
         raise UserError(f"the tensors of {folder / WEIGHTS} do not fit its {CONFIG}: {' '.join(str(e).split())}") from e
     return sae.eval().to(device)
+
+
+def sae_folder(folder: str | Path) -> Path:
+    """The SAE folder itself, or that of a run folder.
+
+    Raises:
+        UserError: neither.
+    """
+    folder = Path(folder)
+    folder = folder / "sae" if (folder / "sae" / CONFIG).is_file() else folder
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} holds no {CONFIG}: give an SAE folder, such as <run folder>/sae.")
+    return folder
 
 
 @contextmanager
