@@ -92,7 +92,7 @@ def test_metrics_agree_with_plain_pytorch(run_dir, tiny_lm_folder):
         h = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
         z = torch.relu((h - sae.b_dec[0]) @ sae.W_enc[:, 0].T)
         z = torch.where(z > sae.threshold, z, 0.0)
-        x_hat = (z @ sae.W_dec[:, 0] + sae.b_dec[0]) * (x.std(-1, keepdim=True) + 1e-5) + x.mean(-1, keepdim=True)
+        x_hat = (z @ sae.W_dec[:, 0] + sae.b_dec[0]) * x.std(-1, keepdim=True) + x.mean(-1, keepdim=True)
         clean = log_probs(lambda out: out)
         mine = {
             "fvu": ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item(),

@@ -31,7 +31,7 @@ class LinearSAE(BaseSAE):
         n_latents: f, the size of the dictionary.
         n_sources: s.
         seed: of the initial weights, drawn by a generator of this SAE's own.
-        normalize: `per_token`, `none`, `layer_norm` or `constant_norm` (see saes/normalize.py).
+        normalize: `per_token`, `none` or `constant_norm` (see saes/normalize.py).
         encoder_bias: whether h has b_enc.
         auxk_coefficient: weight of the auxiliary loss; 0 leaves it out.
         k_aux: how many dead latents may explain one row's residual; None is s·d / 2, after Gao et al. 2024, §A.2.

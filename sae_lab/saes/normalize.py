@@ -31,7 +31,8 @@ class Normalizer(nn.Module):
 class PerToken(Normalizer):
     """x -> (x - mean_d x) / (std_d x + 1e-5), each row and source by itself; std is unbiased (d - 1).
 
-    The write-up's normalisation ("input_unit_norm"). A normalised row has mean square (d - 1) / d.
+    The write-up's normalisation ("input_unit_norm"), OpenAI's, and SAELens' layer_norm. As there, what undoes it has
+    no 1e-5: raw = normalised · std + mean. A normalised row has mean square (d - 1) / d.
     """
 
     EPS = 1e-5
@@ -39,16 +40,8 @@ class PerToken(Normalizer):
     def forward(self, x: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b s d"], Context]:
         mean = x.mean(dim=-1, keepdim=True)
         centred = x - mean  # torch.std_mean takes eight times longer than all of this
-        scale = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(x.shape[-1] - 1) + self.EPS
-        return centred / scale, Context(scale, mean)
-
-
-class LayerNorm(PerToken):
-    """PerToken, but x_hat is multiplied by std_d x alone: the `layer_norm` of SAELens, and OpenAI's."""
-
-    def forward(self, x: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b s d"], Context]:
-        y, context = super().forward(x)
-        return y, context._replace(scale=context.scale - self.EPS)
+        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(x.shape[-1] - 1)
+        return centred / (std + self.EPS), Context(std, mean)
 
 
 class ConstantNorm(Normalizer):
@@ -62,7 +55,6 @@ class ConstantNorm(Normalizer):
 NORMALIZERS: dict[str, type[Normalizer]] = {
     "none": Normalizer,
     "per_token": PerToken,
-    "layer_norm": LayerNorm,
     "constant_norm": ConstantNorm,
 }
 
