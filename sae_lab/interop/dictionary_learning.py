@@ -1,9 +1,10 @@
 """dictionary_learning: config.json and ae.pt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sae_lab.errors import UserError
@@ -13,8 +14,11 @@ from sae_lab.interop.tensors import (
     build,
     fold_decoder_norm,
     need,
+    parts,
     read_json,
     read_pickle,
+    write_json,
+    write_pickle,
 )
 from sae_lab.saes.base import BaseSAE
 
@@ -113,3 +117,76 @@ def take_k(t: Tensors, trainer: dict[str, Any]) -> int:
     if said is not None and said != k:
         raise UserError(f"{t.source} has k={k} and its {CONFIG} k={said}: correct {CONFIG}.")
     return k
+
+
+CLASSES = {
+    "VanillaSAE": "AutoEncoder",
+    "GatedSAE": "GatedAutoEncoder",
+    "JumpReLUSAE": "JumpReluAutoEncoder",
+    "TopKSAE": "AutoEncoderTopK",
+    "MatryoshkaTopKSAE": "AutoEncoderTopK",
+    "BatchTopKSAE": "BatchTopKSAE",
+    "MatryoshkaSAE": "MatryoshkaBatchTopKSAE",
+}
+
+
+def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
+    """A folder that `load_dictionary` loads, of an SAE of rows that nobody normalises.
+
+    Raises:
+        UserError: dictionary_learning has no form for it, or a k that is not whole.
+    """
+    name, k = CLASSES.get(type(sae).__name__, ""), sae.config.get("k") or 0
+    with parts(sae, CLASSES, ("none",), "dictionary_learning") as t:
+        theirs = WRITERS[name](t, sae)
+    said = {"dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.n_latents}
+    said |= {
+        "lm_name": provenance.get("model", {}).get("name"),
+        "submodule_name": (provenance.get("sites") or [None])[0],
+    }
+    if "TopK" in name:
+        if k != int(k):
+            raise UserError(f"dictionary_learning has no form for k={k}: its k is whole.")
+        theirs["k"] = torch.tensor(int(k), dtype=torch.int)
+        said["k"] = int(k)
+    write_pickle(folder / WEIGHTS, theirs)
+    write_json(folder / CONFIG, {"trainer": said, "buffer": {"ctx_len": provenance.get("data", {}).get("seq_len")}})
+
+
+def to_linears(t: Tensors, b_dec: str, b_enc: str = "encoder.bias") -> dict[str, Tensor]:
+    theirs = {"encoder.weight": t.take("W_enc", None, None), "decoder.weight": t.take("W_dec", None, None).T}
+    return theirs | {b_enc: t.take("b_enc", None), b_dec: t.take("b_dec", None)}
+
+
+def to_matrices(t: Tensors) -> dict[str, Tensor]:
+    names = {"W_dec": 2, "b_enc": 1, "b_dec": 1}
+    return {"W_enc": t.take("W_enc", None, None).T} | {name: t.take(name, *[None] * n) for name, n in names.items()}
+
+
+def to_gated(t: Tensors, sae: BaseSAE) -> dict[str, Tensor]:
+    magnitude = {"r_mag": t.take("r_mag", None), "mag_bias": t.take("b_mag", None)}
+    return to_linears(t, "decoder_bias", "gate_bias") | magnitude
+
+
+def to_jumprelu(t: Tensors, sae: BaseSAE) -> dict[str, Tensor]:
+    """Their encoder takes x, ours x - b_dec."""
+    theirs = to_matrices(t) | {"threshold": t.take("thresholds", None)}
+    return theirs | {"b_enc": theirs["b_enc"] - theirs["b_dec"] @ theirs["W_enc"]}
+
+
+def to_topk(t: Tensors, sae: BaseSAE) -> dict[str, Tensor]:
+    return to_linears(t, "b_dec") | {"threshold": torch.tensor(-1.0)}  # -1: never estimated
+
+
+def to_matryoshka(t: Tensors, sae: Any) -> dict[str, Tensor]:
+    return to_matrices(t) | {"threshold": t.take("threshold"), "group_sizes": torch.tensor(sae.sizes)}
+
+
+WRITERS: dict[str, Callable[[Tensors, Any], dict[str, Tensor]]] = {
+    "AutoEncoder": lambda t, sae: to_linears(t, "bias"),
+    "GatedAutoEncoder": to_gated,
+    "JumpReluAutoEncoder": to_jumprelu,
+    "AutoEncoderTopK": to_topk,
+    "BatchTopKSAE": lambda t, sae: to_linears(t, "b_dec") | {"threshold": t.take("threshold")},
+    "MatryoshkaBatchTopKSAE": to_matryoshka,
+}

@@ -1,5 +1,6 @@
 """SAELens: cfg.json and sae_weights.safetensors, of version 6 and of those before it."""
 
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +14,11 @@ from sae_lab.interop.tensors import (
     fold_decoder_norm,
     fold_scale,
     need,
+    parts,
     read_json,
     read_safetensors,
+    write_json,
+    write_safetensors,
 )
 from sae_lab.saes.base import BaseSAE
 
@@ -28,7 +32,21 @@ CLASSES = {
     "batchtopk": "BatchTopKSAE",
     "matryoshka_batchtopk": "MatryoshkaSAE",
 }
-NORMALIZE = {"none": "none", "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+ARCHITECTURES = {
+    "VanillaSAE": "standard",
+    "GatedSAE": "gated",
+    "JumpReLUSAE": "jumprelu",
+    "TopKSAE": "topk",
+    "MatryoshkaTopKSAE": "topk",
+    "BatchTopKSAE": "jumprelu",  # deployed, a batch-wise rule is a threshold
+    "MatryoshkaSAE": "jumprelu",
+}
+NORMALIZE = {"none": "none", "layer_norm": "per_token", "constant_norm_rescale": "constant_norm"}
+NORMALIZED = {ours: theirs for theirs, ours in NORMALIZE.items()}
+VERSION = "6.54.12"
+"""Of the library whose format `write` follows and that it is checked against."""
+RESIDUAL = re.compile(r"(?:transformer\.h|model\.layers|gpt_neox\.layers)\.(\d+)")
+"""The modules whose output TransformerLens calls blocks.<i>.hook_resid_post."""
 SCALED = "expected_average_only_in"
 SCALER = "activation_scaler.json"
 """Where a training run keeps the factor of its inputs."""
@@ -127,3 +145,58 @@ def read_weights(file: Path, config: Mapping[str, Any], name: str, normalize: st
         if "scaling_factor" in t.left and bool((t.left["scaling_factor"] == 1).all()):
             t.drop("scaling_factor")
     return build(name, ours, **arguments)
+
+
+def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
+    """A folder that SAELens loads, computing the codes that `sae` computes in eval mode.
+
+    Raises:
+        UserError: SAELens has no form for it.
+    """
+    architecture = ARCHITECTURES.get(type(sae).__name__, "")
+    d, f = sae.d_in, sae.n_latents
+    with parts(sae, ARCHITECTURES, NORMALIZED, "SAELens") as t:
+        theirs = {"W_enc": t.take("W_enc", f, d).T, "W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
+        theirs["b_gate" if architecture == "gated" else "b_enc"] = t.take("b_enc", f)
+        if architecture == "gated":
+            theirs |= {name: t.take(name, f) for name in ("r_mag", "b_mag")}
+        if architecture == "jumprelu":
+            theirs["threshold"] = t.take("thresholds", f) if "thresholds" in t.left else t.take("threshold").expand(f)
+    config = {
+        "architecture": architecture,
+        "d_in": d,
+        "d_sae": f,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": NORMALIZED[sae.config["normalize"]],
+        "reshape_activations": "none",
+        "metadata": metadata(provenance) | {"sae_lab_class": type(sae).__name__, "sae_lab_k": sae.config.get("k")},
+    }
+    if architecture == "topk":
+        config |= {"k": sae.config["k"], "rescale_acts_by_decoder_norm": False}
+    write_safetensors(folder / WEIGHTS, theirs)
+    write_json(folder / CONFIG, config)
+
+
+def metadata(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What SAELens wants to know of the activations, in its words; None where the provenance does not say."""
+    data = provenance.get("data", {})
+    site = next(iter(provenance.get("sites", [])), None)
+    residual = RESIDUAL.fullmatch(site or "")
+    processed = provenance.get("model", {}).get("processing", "none") != "none"
+    return {
+        "sae_lens_version": VERSION,
+        "sae_lens_training_version": None,
+        "model_name": provenance.get("model", {}).get("name"),
+        "model_from_pretrained_kwargs": {"fold_ln": True, "center_writing_weights": True} if processed else {},
+        "hook_name": f"blocks.{residual[1]}.hook_resid_post" if residual else site,
+        "hf_hook_name": site if residual else None,
+        "hook_head_index": None,
+        "context_size": data.get("seq_len"),
+        "prepend_bos": True if provenance else None,
+        "exclude_special_tokens": data.get("exclude_bos"),
+        "seqpos_slice": [data["exclude_first"], None] if data.get("exclude_first") else [None],
+        "dataset_path": data.get("path") or data.get("paths") or data.get("_target_"),
+        "sae_lab_commit": provenance.get("commit"),
+    }

@@ -1,9 +1,20 @@
 """EleutherAI's sparsify: cfg.json and sae.safetensors."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sae_lab.errors import UserError
-from sae_lab.interop.tensors import Tensors, build, need, read_json, read_safetensors
+from sae_lab.interop.tensors import (
+    Tensors,
+    build,
+    need,
+    parts,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 from sae_lab.saes.base import BaseSAE
 
 FILES = CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -28,3 +39,18 @@ def read(folder: Path) -> BaseSAE:
         ours = {"W_enc": t.take("encoder.weight", f, d), "b_enc": t.take("encoder.bias", f)}
         ours |= {"W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
     return build("TopKSAE", ours, k=k, normalize="none")
+
+
+def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
+    """A folder that sparsify loads: a TopK SAE of rows that nobody normalises.
+
+    Raises:
+        UserError: sparsify has no form for it.
+    """
+    d, f = sae.d_in, sae.n_latents
+    with parts(sae, ("TopKSAE", "MatryoshkaTopKSAE"), ("none",), "sparsify") as t:
+        theirs = {"encoder.weight": t.take("W_enc", f, d), "encoder.bias": t.take("b_enc", f)}
+        theirs |= {"W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
+    config = {"activation": "topk", "d_in": d, "num_latents": f, "k": sae.config["k"], "normalize_decoder": True}
+    write_safetensors(folder / WEIGHTS, theirs)
+    write_json(folder / CONFIG, config | {"transcode": False, "skip_connection": False})

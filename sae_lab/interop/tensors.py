@@ -9,21 +9,25 @@ differently. For latent i with decoder norm n_i = |W_dec_i|, and every fold leav
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from sae_lab.checkpoint import atomic_file, write_atomically
 from sae_lab.errors import UserError
 from sae_lab.saes.base import BaseSAE
 
 PER_LATENT = ("b_enc", "b_mag", "thresholds")
 """What stands beside h and so has the units of a code, where an SAE has it."""
+
+
+TRAINING_STATE = ("batches_since_fired", "steps", "threshold_updates")
 
 
 class Tensors:
@@ -71,6 +75,34 @@ def build(name: str, tensors: Mapping[str, Tensor], **config: Any) -> BaseSAE:
             if key in tensors:
                 target.copy_(tensors[key].view_as(target))
     return sae.eval()
+
+
+def parts(sae: BaseSAE, classes: Collection[str], normalizers: Collection[str], library: str) -> Tensors:
+    """The tensors by which `sae` computes its codes, without the axis of its one source, to be taken by a writer.
+
+    Raises:
+        UserError: the library has no form for it: another class or normalisation, several sites, groups left out.
+    """
+    name, config = type(sae).__name__, sae.config
+    if name not in classes:
+        raise UserError(f"{library} has no form for a {name}: it has one for {', '.join(classes)}.")
+    if sae.n_sources != 1:
+        raise UserError(f"{library} has no form for an SAE of {sae.n_sources} sites: it has one for one site.")
+    if config["normalize"] not in normalizers:
+        raise UserError(
+            f"{library} has no form for sae.normalize={config['normalize']}: "
+            f"train with sae.normalize={' or '.join(normalizers)}, or export to another format."
+        )
+    if config.get("active_groups") is not None:
+        raise UserError(f"{library} has no form for active_groups={config['active_groups']}: save it with null.")
+    tensors = Tensors(name, {key: t.detach().cpu().squeeze(-2 if t.ndim > 1 else 0) for key, t in state(sae).items()})
+    tensors.drop(*TRAINING_STATE)
+    return tensors
+
+
+def state(sae: BaseSAE) -> dict[str, Tensor]:
+    """Parameters and buffers, with the bias that an SAE may do without."""
+    return {"b_enc": torch.zeros(sae.n_latents), **sae.state_dict()}
 
 
 @torch.no_grad()
@@ -135,3 +167,16 @@ def read_pickle(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__} where a dictionary of tensors is due.")
     return content
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(file, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    write_atomically(file, save({name: t.contiguous() for name, t in tensors.items()}))
+
+
+def write_pickle(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    with atomic_file(file) as f:
+        torch.save({name: t.contiguous() for name, t in tensors.items()}, f)
