@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from conftest import SAE_NAMES, build, planted
+from safetensors.torch import load_file
+from test_load import CASES, FIXTURES, source
 
 from sae_lab import load_sae
 from sae_lab.checkpoint import save_sae
@@ -66,6 +68,16 @@ def test_sparsify_files_compute_the_same(sae, tmp_path):
     x = planted(50)[0]
     sparsify.write(sae.eval(), tmp_path, PROVENANCE)
     torch.testing.assert_close(load_sae(tmp_path).encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_foreign_sae_goes_on_to_sae_lens(case, tmp_path):
+    """In by one format and out by another: the codes stay those of the library that it comes from."""
+    expected = load_file(FIXTURES / case / "expected.safetensors")
+    sae_lens.write(load_sae(source(case)), tmp_path, {})
+    back = load_sae(tmp_path)
+    torch.testing.assert_close(back.encode(expected["x"]), expected["code"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(back.reconstruct(expected["x"]), expected["x_hat"], rtol=1e-5, atol=1e-5)
 
 
 def test_batch_topk_goes_out_as_jumprelu_at_its_threshold(tmp_path):
