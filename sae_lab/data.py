@@ -169,6 +169,12 @@ class ActivationData(L.LightningDataModule):
             )
         return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
 
+    def probe_rows(self, n: int = 16) -> Float[Tensor, "n s d"]:
+        """Activations at n positions of one held-out text row, spread over it: what a saved SAE is checked on."""
+        tokens = self.held_out_rows(self.seq_len)
+        x = self.lm.activations(tokens)[self.keep(tokens)]
+        return x[:: max(1, len(x) // n)][:n]
+
     def train_dataloader(self) -> Batches:
         return Batches(self.stream, self.n_tokens)
 

@@ -28,6 +28,7 @@ from sae_lab.metrics import (
     l0_histogram,
     next_token_log_probs,
 )
+from sae_lab.pursuit import Pursuit
 from sae_lab.saes.activation import with_activation
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import print_files, print_metrics, track
@@ -44,7 +45,7 @@ class Evaluation(NamedTuple):
 class Subject:
     """One SAE under one rule, and the totals gathered for it."""
 
-    def __init__(self, sae: BaseSAE, training_rule: bool, batch_size: int):
+    def __init__(self, sae: BaseSAE | Pursuit, training_rule: bool, batch_size: int):
         self.sae, self.training_rule, self.batch_size = sae, training_rule, batch_size
         self.device = next(sae.parameters()).device
         self.reconstruction = ReconstructionMetrics(sae.n_latents).to(self.device)
@@ -81,7 +82,7 @@ def evaluate(sae: BaseSAE, data: ActivationData) -> Evaluation:
 
 
 @torch.no_grad()
-def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str, Evaluation]:
+def evaluate_all(saes: Mapping[str, BaseSAE | Pursuit], data: ActivationData) -> dict[str, Evaluation]:
     """`evaluate` for several SAEs of the same sites, which share every pass over the language model.
 
     The training rule sees batches of about the training size: whole text rows, from all over the held-out text.
@@ -185,6 +186,16 @@ def evaluate_under(activation: str, sae: BaseSAE, data: ActivationData, calibrat
     return (batch_wise if activation == "batch_topk" else metrics) | {"activation": activation}
 
 
+def compare(sae: BaseSAE, encoder: str, k: int | None, data: ActivationData, run_dir: Path) -> Path:
+    """The SAE's own encoder and a pursuit of its dictionary, side by side in a file of their own."""
+    evaluations = evaluate_all({"own": sae, encoder: Pursuit(sae, encoder, k)}, data)
+    metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
+    print_metrics(metrics["own"] | {"train_mode": metrics[encoder]}, run_dir, ("own", encoder))
+    file = run_dir / f"metrics_{encoder}.json"
+    write_atomically(file, (json.dumps(metrics, indent=2) + "\n").encode())
+    return file
+
+
 def open_run(
     run_dir: Path, device: str, n_eval_tokens: int | None = None
 ) -> tuple[BaseSAE, ActivationData, DictConfig]:
@@ -209,7 +220,8 @@ def open_run(
 def main(cfg: DictConfig) -> None:
     """Repeat the evaluation of a run on its own data; `n_eval_tokens` and `device` may differ.
 
-    With `activation` it is that of another rule, and its metrics go to a file of their own.
+    With another `activation` or `encoder` than the SAE's own, the run's files stay as they are: metrics_<which>.json is
+    added.
     """
     run_dir = Path(cfg.run_dir)
     keep_freed_memory()
@@ -218,6 +230,9 @@ def main(cfg: DictConfig) -> None:
         metrics = evaluate_under(cfg.activation, sae, data, run.calibration_batches)
         print_metrics(metrics, run_dir)
         print_files([write_metrics(metrics, sae, run_dir / f"metrics_{cfg.activation}.json")])
+        return
+    if cfg.encoder != "own":
+        print_files([compare(sae, cfg.encoder, cfg.pursuit.k, data, run_dir)])
         return
     evaluation = evaluate(sae, data)
     print_metrics(evaluation.metrics, run_dir)

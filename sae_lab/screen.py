@@ -78,10 +78,12 @@ def state(trainer: L.Trainer, rate: float) -> str:
     return "  ".join([*parts, f"{rate:,.0f} tokens/s"])
 
 
-def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
+def print_metrics(
+    metrics: dict[str, Any], run_dir: Path, columns: tuple[str, str] = ("deployed", "train mode")
+) -> None:
     """The evaluation as a table: the deployed rule and the training rule side by side."""
     table = Table(title=str(run_dir), title_justify="left")
-    for column in ("metric", "deployed", "train mode"):
+    for column in ("metric", *columns):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, value in metrics.items():
         if isinstance(value, dict | str):

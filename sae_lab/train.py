@@ -5,7 +5,6 @@ import logging
 import math
 import warnings
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from sae_lab.evaluate import calibrate, evaluate, write_results
 from sae_lab.interrupt import StopOnSignal
 from sae_lab.memory import keep_freed_memory
 from sae_lab.module import SAEModule
+from sae_lab.provenance import provenance
 from sae_lab.runs import Run, examine
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import TrainingProgress, print_files, print_metrics
@@ -53,7 +53,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     fit(trainer, module, data, run)
     sae.to(data.lm.device)  # Lightning moves it to the CPU when it is done
     calibrate([sae], data, cfg.calibration_batches)
-    save_sae(sae, run.folder / "sae", provenance(config))
+    save_sae(sae, run.folder / "sae", provenance(config, data.lm), data.probe_rows())
     evaluation = evaluate(sae, data)
     files = write_results(evaluation, sae, run.folder)
     print_metrics(evaluation.metrics, run.folder)
@@ -145,13 +145,6 @@ def hydra_files(cfg: DictConfig) -> dict[str, str]:
         files["hydra.yaml"] = OmegaConf.to_yaml(OmegaConf.masked_copy(OmegaConf.create({"hydra": hydra}), "hydra"))
         files["overrides.yaml"] = OmegaConf.to_yaml(hydra.overrides.task)
     return files
-
-
-def provenance(config: dict[Any, Any]) -> dict[str, Any]:
-    """Where an SAE comes from: its activations, its text, its dials, the versions that made it."""
-    packages = ("sae-lab", "torch", "lightning", "transformers", "transformer_lens", "datasets")
-    keys = ("lm", "data", "optimizer", "schedule", "n_tokens", "batch_size", "seed")
-    return {key: config[key] for key in keys} | {"versions": {name: version(name) for name in packages}}
 
 
 def show_complete(run: Run) -> dict[str, Any]:

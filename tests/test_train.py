@@ -51,7 +51,8 @@ def run_dir(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_every_file(run_dir):
-    files = ["metrics.json", "metrics.csv", "sae/config.json", "sae/sae.safetensors", "checkpoints/last.ckpt"]
+    files = ["metrics.json", "metrics.csv", "checkpoints/last.ckpt"]
+    files += [f"sae/{name}" for name in ("config.json", "sae.safetensors", "probe.safetensors")]
     files += [".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/hydra.yaml", "train.log"]
     files += [f"figures/{name}.png" for name in ("l0_per_token", "latent_density", "training")]
     assert [f for f in files if not (run_dir / f).is_file()] == []
@@ -92,7 +93,7 @@ def test_metrics_agree_with_plain_pytorch(run_dir, tiny_lm_folder):
         h = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
         z = torch.relu((h - sae.b_dec[0]) @ sae.W_enc[:, 0].T)
         z = torch.where(z > sae.threshold, z, 0.0)
-        x_hat = (z @ sae.W_dec[:, 0] + sae.b_dec[0]) * (x.std(-1, keepdim=True) + 1e-5) + x.mean(-1, keepdim=True)
+        x_hat = (z @ sae.W_dec[:, 0] + sae.b_dec[0]) * x.std(-1, keepdim=True) + x.mean(-1, keepdim=True)
         clean = log_probs(lambda out: out)
         mine = {
             "fvu": ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item(),
@@ -258,6 +259,34 @@ def test_evaluate_under_another_activation_writes_a_file_of_its_own(run_dir):
     assert (topk["l0"], topk["l0_std"]) == (16, 0)
     assert topk["fvu"] > own["fvu"]  # what BatchTopK trained
     assert thresholded == own | {"activation": "threshold"}
+
+
+def test_evaluate_compares_a_pursuit_with_the_saes_own_encoder(run_dir):
+    before = (run_dir / "metrics.json").read_bytes()
+    done = run(f"run_dir={run_dir}", "encoder=gradient_pursuit", "pursuit.k=12", module="evaluate")
+    assert done.returncode == 0, done.stderr
+    assert (run_dir / "metrics.json").read_bytes() == before
+    metrics = json.loads((run_dir / "metrics_gradient_pursuit.json").read_text())
+    assert metrics["own"]["fvu"] == pytest.approx(json.loads(before)["fvu"])
+    assert metrics["gradient_pursuit"]["fvu"] < metrics["own"]["fvu"]
+    assert metrics["gradient_pursuit"]["l0"] <= 12
+    refused = run(f"run_dir={run_dir}", "encoder=newton", module="evaluate")
+    assert_one_sentence(refused, "encoder=newton is not known: choose own or one of matching_pursuit")
+
+
+def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
+    done = run(f"run_dir={run_dir}", f"out={tmp_path}", module="export")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    metadata = {name: config["metadata"][name] for name in ("model_name", "hook_name", "context_size", "prepend_bos")}
+    expected = {"model_name": "tiny", "hook_name": "blocks.2.hook_resid_post", "context_size": 64, "prepend_bos": True}
+    assert metadata == expected
+    assert config["metadata"]["dataset_path"] == "sae_lab.data.stdlib"
+    x = torch.randn(20, 128)
+    torch.testing.assert_close(load_sae(tmp_path).encode(x), load_sae(run_dir).encode(x), rtol=1e-5, atol=1e-5)
+    card = (tmp_path / "README.md").read_text()
+    assert "# BatchTopKSAE of tiny at transformer.h.2" in card
+    assert "![training](figures/training.png)" in card
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class LinearSAE(BaseSAE):
         n_latents: f, the size of the dictionary.
         n_sources: s.
         seed: of the initial weights, drawn by a generator of this SAE's own.
-        normalize: `per_token` or `none` (see saes/normalize.py).
+        normalize: `per_token`, `none` or `constant_norm` (see saes/normalize.py).
         encoder_bias: whether h has b_enc.
         hidden: the widths of the hidden layers of an MLP that adds to h (see saes/mlp.py); empty for none.
         tied: whether W_enc and W_dec are one parameter: both have unit rows, and their gradients add up. A saved SAE

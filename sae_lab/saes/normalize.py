@@ -31,7 +31,8 @@ class Normalizer(nn.Module):
 class PerToken(Normalizer):
     """x -> (x - mean_d x) / (std_d x + 1e-5), each row and source by itself; std is unbiased (d - 1).
 
-    The write-up's normalisation ("input_unit_norm"). A normalised row has mean square (d - 1) / d.
+    The write-up's normalisation ("input_unit_norm"), OpenAI's, and SAELens' layer_norm. As there, what undoes it has
+    no 1e-5: raw = normalised · std + mean. A normalised row has mean square (d - 1) / d.
     """
 
     EPS = 1e-5
@@ -39,11 +40,23 @@ class PerToken(Normalizer):
     def forward(self, x: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b s d"], Context]:
         mean = x.mean(dim=-1, keepdim=True)
         centred = x - mean  # torch.std_mean takes eight times longer than all of this
-        scale = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(x.shape[-1] - 1) + self.EPS
-        return centred / scale, Context(scale, mean)
+        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(x.shape[-1] - 1)
+        return centred / (std + self.EPS), Context(std, mean)
 
 
-NORMALIZERS: dict[str, type[Normalizer]] = {"none": Normalizer, "per_token": PerToken}
+class ConstantNorm(Normalizer):
+    """x -> x sqrt(d) / |x|, each row and source by itself: the `constant_norm_rescale` of SAELens."""
+
+    def forward(self, x: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b s d"], Context]:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+        return x / scale.clamp_min(torch.finfo(x.dtype).tiny), Context(scale, 0.0)
+
+
+NORMALIZERS: dict[str, type[Normalizer]] = {
+    "none": Normalizer,
+    "per_token": PerToken,
+    "constant_norm": ConstantNorm,
+}
 
 
 def normalizer(name: str) -> Normalizer:

@@ -9,7 +9,7 @@ from sae_lab import selection
 from sae_lab.auxk import auxk
 from sae_lab.errors import UserError
 from sae_lab.saes import BatchTopKSAE, TopKSAE
-from sae_lab.saes.normalize import PerToken
+from sae_lab.saes.normalize import ConstantNorm, PerToken
 from sae_lab.sparse import l0_per_row, smallest_positive
 
 A = torch.tensor([[3, 0.5, 0, 2], [0.2, 0.1, 0.9, 0], [0, 4, 0.3, 0.7]])
@@ -60,7 +60,16 @@ def test_golden_d_per_token_normalisation():
     y, context = normalizer(x)
     torch.testing.assert_close(y.square().mean(-1), torch.full((50, 1), 0.998691 + 7e-6), rtol=0, atol=1e-5)
     torch.testing.assert_close(y.norm(dim=-1), torch.full((50, 1), 27.6948), rtol=0, atol=1e-3)
+    torch.testing.assert_close(normalizer.undo(y, context) + 1e-5 * y, x, rtol=0, atol=5e-6)
+
+
+def test_golden_d_constant_norm():
+    x = torch.randn(50, 1, 768, generator=torch.Generator().manual_seed(0)) * 7 + 3
+    normalizer = ConstantNorm()
+    y, context = normalizer(x)
+    torch.testing.assert_close(y.norm(dim=-1), torch.full((50, 1), 768**0.5), rtol=1e-6, atol=0)
     torch.testing.assert_close(normalizer.undo(y, context), x)
+    assert not normalizer(torch.zeros(1, 1, 4))[0].any()
 
 
 def test_threshold_estimate_is_bias_corrected_from_the_first_batch():

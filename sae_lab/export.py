@@ -1,0 +1,110 @@
+"""A run -> its SAE in the files of another library, with a model card: `python -m sae_lab.export run_dir=...`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from sae_lab.checkpoint import CONFIG, PROBE, WEIGHTS, sae_folder, write_atomically
+from sae_lab.cli import entry_point
+from sae_lab.errors import UserError
+from sae_lab.interop import FORMATS, load_sae
+from sae_lab.saes.base import BaseSAE
+from sae_lab.screen import figure, print_files
+
+OURS = "sae_lab"
+WRITERS = {name: format.write for name, format in FORMATS.items() if hasattr(format, "write")}
+
+
+def export(run_dir: Path, format: str, out: Path) -> list[Path]:
+    """Write the run's SAE, its figures and a card into `out`; returns the files.
+
+    Raises:
+        UserError: an unknown format, no SAE in the run, or one that the format has no form for.
+    """
+    if format not in (*WRITERS, OURS):
+        raise UserError(f"format={format} is not known: choose one of {', '.join((*WRITERS, OURS))}.")
+    source = sae_folder(run_dir)
+    sae = load_sae(source)
+    description = json.loads((source / CONFIG).read_text())
+    out.mkdir(parents=True, exist_ok=True)
+    if format == OURS:
+        copy([source / name for name in (CONFIG, WEIGHTS, PROBE)], out)
+    else:
+        WRITERS[format](sae, out, description["provenance"])
+    copy(sorted((run_dir / "figures").glob("*.png")), out / "figures")
+    write_atomically(out / "README.md", card(sae, description["provenance"], run_dir, format).encode())
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def copy(files: list[Path], folder: Path) -> None:
+    for file in files:
+        if file.is_file():
+            write_atomically(folder / file.name, file.read_bytes())
+
+
+def card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: str) -> str:
+    """The model card: what the SAE is, where it was trained, its metrics, figures and config."""
+    header = {"tags": ["sparse-autoencoder", "interpretability", format], "library_name": "sae_lab"}
+    model, sites = provenance.get("model", {}).get("name"), ", ".join(provenance.get("sites", []))
+    lines = ["---", yaml.safe_dump(header).strip(), "---", "", f"# {type(sae).__name__} of {model} at {sites}", ""]
+    lines += [f"{sae.n_latents:,} latents, activations of width {sae.d_in}, in the files of {format}. Load it with", ""]
+    lines += [
+        "```python",
+        "from sae_lab import load_sae",
+        "",
+        'sae = load_sae("<this folder or repository>")',
+        "```",
+        "",
+    ]
+    lines += [f"Text: `{provenance.get('data')}`.", "", f"BOS: `{provenance.get('bos')}`.", ""]
+    lines += [*metrics_table(run_dir / "metrics.json"), ""]
+    lines += [f"![{file.stem}](figures/{file.name})" for file in sorted((run_dir / "figures").glob("*.png"))]
+    config_file = run_dir / ".hydra" / "config.yaml"
+    if config_file.is_file():
+        lines += ["", "## Config", "", "```yaml", OmegaConf.to_yaml(OmegaConf.load(config_file)).strip(), "```"]
+    return "\n".join([*lines, ""])
+
+
+def metrics_table(file: Path) -> list[str]:
+    """metrics.json as Markdown, the names as in sae_lab/metrics.py; nothing where a run has none yet."""
+    if not file.is_file():
+        return []
+    metrics = json.loads(file.read_text())
+    rows = [f"| {name} | {figure(value)} |" for name, value in metrics.items() if isinstance(value, int | float)]
+    return ["## Metrics on held-out text", "", "| metric | value |", "|---|---|", *rows]
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload a folder to the hub, making the repository if need be; returns its address.
+
+    Raises:
+        UserError: the hub cannot be reached or refuses; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder))
+    except Exception as e:  # network errors come from whichever HTTP library huggingface_hub uses
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(
+            f"{folder} is written, but was not pushed to {repository} ({reason}): "
+            f"log in with `hf auth login` and type `hf upload {repository} {folder}`."
+        ) from e
+
+
+@entry_point("export")
+def main(cfg: DictConfig) -> None:
+    run_dir = Path(cfg.run_dir)
+    out = Path(cfg.out or run_dir / "export" / cfg.format)
+    print_files(export(run_dir, cfg.format, out))
+    if cfg.push_to_hub:
+        print(push(out, cfg.push_to_hub))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""SAEs of other libraries, in and out: files are the interface, and none of those libraries is imported.
+
+One file a format, each with `FILES`, by which a folder is known, `read` (-> one of our SAEs, computing the same codes
+and reconstructions) and, where something of ours can be said in it exactly, `write`. What a format says and we cannot
+is refused, as are tensors that nobody asked for.
+"""
+
+from pathlib import Path
+
+import torch
+
+from sae_lab import checkpoint
+from sae_lab.errors import UserError
+from sae_lab.interop import dictionary_learning, gemma_scope, hub, openai, sae_lens, sparsify
+from sae_lab.interop.tensors import fold_decoder_norm as fold
+from sae_lab.saes.base import BaseSAE
+
+FORMATS = {
+    "sae_lens": sae_lens,
+    "sparsify": sparsify,
+    "dictionary_learning": dictionary_learning,
+    "gemma_scope": gemma_scope,
+}
+
+
+def load_sae(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    sae_id: str | None = None,
+    fold_decoder_norm: bool = False,
+) -> BaseSAE:
+    """The SAE of a file, a folder or the hub, in eval mode, with the codes that the library it comes from computes.
+
+    Args:
+        source: a run folder or SAE folder of ours; a folder of SAELens, sparsify, dictionary_learning or Gemma Scope; a
+            file of OpenAI's; `user/repository` on the hub; or a release of SAELens, where sae-lens is installed.
+        sae_id: which SAE of a release, or which folder of a repository.
+        fold_decoder_norm: give W_dec rows of unit norm, which training here assumes, and the codes their units.
+
+    Raises:
+        UserError: nothing of the kind is there, or a file that is broken, incomplete or not expressible exactly.
+    """
+    sae = read(source, sae_id)
+    if fold_decoder_norm:
+        if type(sae).__name__ not in FOLDABLE:
+            raise UserError(f"{type(sae).__name__} compares latents, so folding its norms would change its choice.")
+        fold(sae)
+    return sae.eval().to(device)
+
+
+FOLDABLE = ("VanillaSAE", "GatedSAE", "JumpReLUSAE")
+
+
+def read(source: str | Path, sae_id: str | None) -> BaseSAE:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return openai.read(path)
+    if path.is_dir():
+        return read_folder(path / (sae_id or ""))
+    if str(source).startswith(("/", ".", "~")):
+        raise UserError(f"{source} is no folder or file: give an SAE folder, such as <run folder>/sae.")
+    entry = hub.find(str(source), sae_id)
+    folder = hub.download(entry)
+    if is_format(folder, sae_lens.FILES):
+        return sae_lens.read(folder, entry.overrides, entry.scale)
+    return read_folder(folder)
+
+
+def read_folder(folder: Path) -> BaseSAE:
+    for format in FORMATS.values():
+        if is_format(folder, format.FILES):
+            return format.read(folder)
+    return checkpoint.load_sae(folder)
+
+
+def is_format(folder: Path, files: tuple[str, ...]) -> bool:
+    return all((folder / file).is_file() for file in files)

@@ -1,0 +1,56 @@
+"""EleutherAI's sparsify: cfg.json and sae.safetensors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_lab.errors import UserError
+from sae_lab.interop.tensors import (
+    Tensors,
+    build,
+    need,
+    parts,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
+from sae_lab.saes.base import BaseSAE
+
+FILES = CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+
+
+def read(folder: Path) -> BaseSAE:
+    """The TopK SAE of a sparsify folder: h = (x - b_dec) W_encᵀ + b_enc, and W_dec stored as ours is, (f, d).
+
+    Raises:
+        UserError: what Tensors raises, a transcoder, or another activation than topk.
+    """
+    file = folder / CONFIG
+    config = read_json(file)
+    if config.get("transcode") or config.get("skip_connection"):
+        raise UserError(f"{file} describes a transcoder, which reads one site and writes another: no SAE here does.")
+    activation = config.get("activation", "topk")
+    if activation != "topk" or config.get("signed"):
+        raise UserError(f"{file} has the activation {activation!r}, signed or not: known here is topk of positives.")
+    d, k = need(config, "d_in", file), need(config, "k", file)
+    f = config.get("num_latents") or d * need(config, "expansion_factor", file)
+    with Tensors(folder / WEIGHTS, read_safetensors(folder / WEIGHTS)) as t:
+        ours = {"W_enc": t.take("encoder.weight", f, d), "b_enc": t.take("encoder.bias", f)}
+        ours |= {"W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
+    return build("TopKSAE", ours, k=k, normalize="none")
+
+
+def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
+    """A folder that sparsify loads: a TopK SAE of rows that nobody normalises.
+
+    Raises:
+        UserError: sparsify has no form for it.
+    """
+    d, f = sae.d_in, sae.n_latents
+    with parts(sae, ("TopKSAE", "MatryoshkaTopKSAE"), ("none",), "sparsify") as t:
+        theirs = {"encoder.weight": t.take("W_enc", f, d), "encoder.bias": t.take("b_enc", f)}
+        theirs |= {"W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
+    config = {"activation": "topk", "d_in": d, "num_latents": f, "k": sae.config["k"], "normalize_decoder": True}
+    write_safetensors(folder / WEIGHTS, theirs)
+    write_json(folder / CONFIG, config | {"transcode": False, "skip_connection": False})

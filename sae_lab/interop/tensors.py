@@ -1,0 +1,184 @@
+"""What every format shares: files read without running code, each tensor used once, and the folding rules.
+
+An SAE of another library is built as one of ours with that library's weights, then folded where it computes its codes
+differently. For latent i with decoder norm n_i = |W_dec_i|, and every fold leaving x_hat as it was:
+
+    add_input_bias      h = x W_encᵀ + b  ->  (x - b_dec) W_encᵀ + b',  b' = b + W_enc b_dec          codes stay
+    fold_scale          x was multiplied by s first: W_enc s, W_dec / s, b_dec / s                    codes stay
+    fold_decoder_norm   W_dec_i / n_i; W_enc_i, biases and threshold of latent i times n_i     code_i is n_i code_i
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from sae_lab.checkpoint import atomic_file, write_atomically
+from sae_lab.errors import UserError
+from sae_lab.saes.base import BaseSAE
+
+PER_LATENT = ("b_enc", "b_mag", "thresholds")
+"""What stands beside h and so has the units of a code, where an SAE has it."""
+
+
+TRAINING_STATE = ("batches_since_fired", "steps", "threshold_updates")
+
+
+class Tensors:
+    """The tensors of a file, to be taken by name and shape until none is left: `with Tensors(file, tensors) as t`.
+
+    Raises:
+        UserError: a tensor is missing or of another shape, or one is left over at the end.
+    """
+
+    def __init__(self, source: Any, tensors: Mapping[str, Tensor]):
+        self.source, self.left = source, dict(tensors)
+
+    def take(self, name: str, *shape: int | None) -> Tensor:
+        """The tensor of this name in float32; None stands for any size."""
+        if name not in self.left:
+            raise UserError(f"{self.source} has no tensor {name!r} (it has {', '.join(self.left)}): get it again.")
+        tensor = self.left.pop(name)
+        sizes = list(tensor.shape)
+        if len(sizes) != len(shape) or any(want not in (None, size) for size, want in zip(sizes, shape, strict=True)):
+            due = tuple("any" if size is None else size for size in shape)
+            raise UserError(f"the tensor {name!r} of {self.source} has shape {tuple(sizes)} where {due} is due.")
+        return tensor.detach().float()
+
+    def drop(self, *names: str) -> None:
+        """Tensors that only training reads, where they are there."""
+        for name in names:
+            self.left.pop(name, None)
+
+    def __enter__(self) -> "Tensors":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None and self.left:
+            raise UserError(
+                f"{self.source} has tensors of unknown meaning, {', '.join(self.left)}: it cannot be expressed exactly."
+            )
+
+
+def build(name: str, tensors: Mapping[str, Tensor], **config: Any) -> BaseSAE:
+    """The SAE of class `name`, its parameters set to `tensors` (W_enc and W_dec as (f, d))."""
+    n_latents, d_in = tensors["W_dec"].shape
+    sae = BaseSAE.from_config(name, {"d_in": d_in, "n_latents": n_latents, "encoder_bias": True, **config})
+    with torch.no_grad():
+        for key, target in sae.state_dict().items():
+            if key in tensors:
+                target.copy_(tensors[key].view_as(target))
+    return sae.eval()
+
+
+def parts(sae: BaseSAE, classes: Collection[str], normalizers: Collection[str], library: str) -> Tensors:
+    """The tensors by which `sae` computes its codes, without the axis of its one source, to be taken by a writer.
+
+    Raises:
+        UserError: the library has no form for it: another class or normalisation, several sites, groups left out.
+    """
+    name, config = type(sae).__name__, sae.config
+    if name not in classes:
+        raise UserError(f"{library} has no form for a {name}: it has one for {', '.join(classes)}.")
+    if sae.n_sources != 1:
+        raise UserError(f"{library} has no form for an SAE of {sae.n_sources} sites: it has one for one site.")
+    if config["normalize"] not in normalizers:
+        raise UserError(
+            f"{library} has no form for sae.normalize={config['normalize']}: "
+            f"train with sae.normalize={' or '.join(normalizers)}, or export to another format."
+        )
+    if config["hidden"]:
+        raise UserError(f"{library} has no form for an encoder with an MLP (sae.hidden={config['hidden']}).")
+    if config.get("active_groups") is not None:
+        raise UserError(f"{library} has no form for active_groups={config['active_groups']}: save it with null.")
+    tensors = Tensors(name, {key: t.detach().cpu().squeeze(-2 if t.ndim > 1 else 0) for key, t in state(sae).items()})
+    tensors.drop(*TRAINING_STATE)
+    return tensors
+
+
+def state(sae: BaseSAE) -> dict[str, Tensor]:
+    """Parameters and buffers, with the bias that an SAE may do without."""
+    return {"b_enc": torch.zeros(sae.n_latents), **sae.state_dict()}
+
+
+@torch.no_grad()
+def add_input_bias(sae: Any) -> None:
+    """For weights that take x itself: ours take x - b_dec."""
+    shift = sae.W_enc.flatten(1) @ sae.b_dec.flatten()
+    sae.b_enc += shift
+    if hasattr(sae, "b_mag"):
+        sae.b_mag += sae.r_mag.exp() * shift
+
+
+@torch.no_grad()
+def fold_scale(sae: Any, scale: float) -> None:
+    """For weights that take s x and give s x_hat."""
+    sae.W_enc *= scale
+    sae.W_dec /= scale
+    sae.b_dec /= scale
+
+
+@torch.no_grad()
+def fold_decoder_norm(sae: Any) -> None:
+    """Give every row of W_dec unit norm. The codes change units; a rule that compares latents would choose others."""
+    norms: Float[Tensor, " f"] = sae.W_dec.flatten(1).norm(dim=1).clamp_min(1e-8)
+    sae.W_dec /= norms.view(-1, 1, 1)
+    sae.W_enc *= norms.view(-1, 1, 1)
+    for name in PER_LATENT:
+        if getattr(sae, name, None) is not None:
+            getattr(sae, name).mul_(norms)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+        assert isinstance(content, dict)
+    except (OSError, ValueError, AssertionError) as e:
+        raise UserError(f"{file} cannot be read as a JSON object ({type(e).__name__}): get it again.") from e
+    return content
+
+
+def need(config: Mapping[str, Any], key: str, file: Any) -> Any:
+    if config.get(key) is None:
+        raise UserError(f"{file} does not say {key!r}: it is incomplete, get it again.")
+    return config[key]
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{file} cannot be read as safetensors ({' '.join(str(e).split())}): get it again.") from e
+
+
+def read_pickle(file: Path) -> dict[str, Any]:
+    """A file of torch.save, refusing all that is not data."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch.load raises whatever the broken part does
+        raise UserError(
+            f"{file} is not read: it is broken, or a pickle that would run code; convert it to safetensors "
+            f"where you trust it ({type(e).__name__})."
+        ) from e
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__} where a dictionary of tensors is due.")
+    return content
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(file, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    write_atomically(file, save({name: t.contiguous() for name, t in tensors.items()}))
+
+
+def write_pickle(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    with atomic_file(file) as f:
+        torch.save({name: t.contiguous() for name, t in tensors.items()}, f)

@@ -1,0 +1,68 @@
+"""The folders of write_exports.py, loaded by the libraries themselves: codes and x_hat as ours, or an exit code of 1.
+
+Runs in the environment of requirements.txt, where sae_lab is not installed.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from dictionary_learning.utils import load_dictionary
+from sae_lens import SAE
+from safetensors.torch import load_file
+from sparsify import SparseCoder
+
+TOLERANCE = 1e-5
+
+
+def sae_lens(folder: Path):
+    sae = SAE.load_from_disk(folder)
+    return sae.encode, sae.decode
+
+
+def dictionary_learning(folder: Path):
+    sae = load_dictionary(str(folder), "cpu")[0]
+    return sae.encode, sae.decode
+
+
+def sparsify(folder: Path):
+    sae = SparseCoder.load_from_disk(folder)
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        out = sae.encode(x)
+        return torch.zeros(len(x), sae.num_latents).scatter(1, out.top_indices, out.top_acts)
+
+    every = torch.arange(sae.num_latents)
+    return encode, lambda code: sae.decode(code, every.expand(len(code), -1))
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, relative to the root mean square of what is expected."""
+    return ((a - b).abs().max() / b.square().mean().sqrt()).item()
+
+
+@torch.no_grad()
+def main(root: Path) -> int:
+    worst, n = 0.0, 0
+    for load in (sae_lens, dictionary_learning, sparsify):
+        for file in sorted((root / load.__name__).glob("*/expected.safetensors")):
+            encode, decode = load(file.parent)
+            expected = load_file(file)
+            for rows in ("random", "real"):
+                x, code, x_hat = (expected[f"{rows}.{name}"] for name in ("x", "code", "x_hat"))
+                theirs = encode(x)
+                errors = error(theirs, code), error(decode(theirs), x_hat)
+                l0 = (theirs > 0).sum() / (code > 0).sum()
+                good = max(errors) < TOLERANCE and abs(l0 - 1) < 0.01
+                worst, n = max(worst, *errors), n + 1
+                name = f"{load.__name__}/{file.parent.name}"
+                figures = f"code {errors[0]:.1e}  x_hat {errors[1]:.1e}  l0 {l0:.4f}"
+                print(f"{'ok  ' if good else 'FAIL'} {name:45} {rows:7} {figures}")
+                if not good:
+                    return 1
+    print(f"{n} comparisons agree, the worst to {worst:.1e}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

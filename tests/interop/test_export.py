@@ -1,0 +1,181 @@
+"""What we write in other formats, read back; what has no form there is refused; the card and the push."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SAE_NAMES, build, planted
+from safetensors.torch import load_file
+from test_load import CASES, FIXTURES, source
+
+from sae_lab import load_sae
+from sae_lab.checkpoint import save_sae
+from sae_lab.errors import UserError
+from sae_lab.export import export, push
+from sae_lab.interop import dictionary_learning, sae_lens, sparsify
+from sae_lab.saes import MatryoshkaTopKSAE
+
+PROVENANCE = {
+    "model": {"name": "gpt2", "revision": None, "processing": "none"},
+    "sites": ["transformer.h.7"],
+    "bos": {"id": 50256, "policy": "first in every row"},
+    "data": {"seq_len": 128, "exclude_bos": True, "exclude_first": 0, "path": "Skylion007/openwebtext"},
+}
+PROCESSED = {"fold_ln": True, "center_writing_weights": True}
+
+
+def trained(name: str, *overrides: str):
+    """An SAE whose every tensor is of its own, biases and thresholds included."""
+    sae = build(name, *overrides)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, parameter in sae.named_parameters():
+            if key not in ("W_enc", "W_dec"):
+                parameter.copy_(0.2 * torch.rand(parameter.shape, generator=generator))
+    sae(planted(64)[0])
+    return sae.eval()
+
+
+PLAIN = [name for name in SAE_NAMES if hasattr(build(name), "W_dec")]  # a routed SAE has no form elsewhere
+
+
+@pytest.mark.parametrize("normalize", ["none", "per_token", "constant_norm"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_sae_lens_files_compute_the_same(name, normalize, tmp_path):
+    sae, x = trained(name, f"sae.normalize={normalize}"), 3 * planted(50)[0] + 1
+    sae_lens.write(sae, tmp_path, PROVENANCE)
+    back = load_sae(tmp_path)
+    torch.testing.assert_close(back.encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(back.reconstruct(x), sae.reconstruct(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_dictionary_learning_files_compute_the_same(name, tmp_path):
+    sae, x = trained(name, "sae.normalize=none"), planted(50)[0]
+    dictionary_learning.write(sae, tmp_path, PROVENANCE)
+    back = load_sae(tmp_path)
+    assert type(back) is type(sae)
+    torch.testing.assert_close(back.encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(back.reconstruct(x), sae.reconstruct(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sae",
+    [trained("topk", "sae.normalize=none"), MatryoshkaTopKSAE(k=4, d_in=16, n_latents=64, normalize="none")],
+    ids=["topk", "matryoshka_topk"],
+)
+def test_sparsify_files_compute_the_same(sae, tmp_path):
+    x = planted(50)[0]
+    sparsify.write(sae.eval(), tmp_path, PROVENANCE)
+    torch.testing.assert_close(load_sae(tmp_path).encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_foreign_sae_goes_on_to_sae_lens(case, tmp_path):
+    """In by one format and out by another: the codes stay those of the library that it comes from."""
+    expected = load_file(FIXTURES / case / "expected.safetensors")
+    sae_lens.write(load_sae(source(case)), tmp_path, {})
+    back = load_sae(tmp_path)
+    torch.testing.assert_close(back.encode(expected["x"]), expected["code"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(back.reconstruct(expected["x"]), expected["x_hat"], rtol=1e-5, atol=1e-5)
+
+
+def test_batch_topk_goes_out_as_jumprelu_at_its_threshold(tmp_path):
+    sae = trained("batch_topk", "sae.normalize=none")
+    sae_lens.write(sae, tmp_path, PROVENANCE)
+    config, back = json.loads((tmp_path / "cfg.json").read_text()), load_sae(tmp_path)
+    assert config["architecture"] == "jumprelu"
+    assert config["metadata"]["sae_lab_class"] == "BatchTopKSAE"
+    assert torch.equal(back.thresholds, sae.threshold.expand(64))
+
+
+@pytest.mark.parametrize(
+    ("sites", "processing", "hook", "hf_hook", "kwargs"),
+    [
+        (["transformer.h.7"], "none", "blocks.7.hook_resid_post", "transformer.h.7", {}),
+        (["gpt_neox.layers.3"], "none", "blocks.3.hook_resid_post", "gpt_neox.layers.3", {}),
+        (["model.layers.3.mlp"], "none", "model.layers.3.mlp", None, {}),
+        (["blocks.8.hook_resid_pre"], "layer norms folded", "blocks.8.hook_resid_pre", None, PROCESSED),
+    ],
+)
+def test_metadata_says_where_the_activations_come_from(sites, processing, hook, hf_hook, kwargs):
+    said = sae_lens.metadata(PROVENANCE | {"sites": sites, "model": {"name": "gpt2", "processing": processing}})
+    assert (said["hook_name"], said["hf_hook_name"], said["model_from_pretrained_kwargs"]) == (hook, hf_hook, kwargs)
+    assert (said["model_name"], said["context_size"], said["prepend_bos"]) == ("gpt2", 128, True)
+    assert (said["dataset_path"], said["exclude_special_tokens"]) == ("Skylion007/openwebtext", True)
+
+
+@pytest.mark.parametrize(
+    ("write", "sae", "sentence"),
+    [
+        (sparsify.write, build("batch_topk"), "sparsify has no form for a BatchTopKSAE"),
+        (sparsify.write, build("topk"), "no form for sae.normalize=per_token: train with sae.normalize=none"),
+        (dictionary_learning.write, build("batch_topk", "k=1.5", "sae.normalize=none"), "k=1.5: its k is whole"),
+        (sae_lens.write, build("topk", n_sources=2), "an SAE of 2 sites"),
+        (sae_lens.write, build("matryoshka", "sae.active_groups=1"), "active_groups=1: save it with null"),
+    ],
+)
+def test_what_has_no_form_there_is_refused(write, sae, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        write(sae.eval(), tmp_path, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_that_the_format_does_not_know_stops_the_export(tmp_path):
+    sae = build("topk")
+    sae.register_buffer("gain", torch.ones(64))
+    with pytest.raises(UserError, match="unknown meaning, gain"):
+        sae_lens.write(sae.eval(), tmp_path, {})
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """What a run leaves behind, in small."""
+    folder = tmp_path / "run"
+    save_sae(trained("batch_topk"), folder / "sae", PROVENANCE, probe_rows=planted(16)[0])
+    (folder / "metrics.json").write_text('{"fvu": 0.125, "n_eval_tokens": 2048, "train_mode": {}}')
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra" / "config.yaml").write_text("k: 4\n")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "latent_density.png").write_bytes(b"png")
+    return folder
+
+
+@pytest.mark.parametrize("format", ["sae_lens", "sae_lab"])
+def test_an_export_has_weights_figures_and_a_card(format, run_dir, tmp_path):
+    export(run_dir, format, tmp_path / "out")
+    x = planted(20, seed=1)[0]
+    torch.testing.assert_close(load_sae(tmp_path / "out").encode(x), load_sae(run_dir).encode(x))
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ("# BatchTopKSAE of gpt2 at transformer.h.7", "| fvu | 0.125 |", "| n_eval_tokens | 2,048 |", "k: 4"):
+        assert part in card
+    assert "![latent_density](figures/latent_density.png)" in card
+    assert (tmp_path / "out" / "figures" / "latent_density.png").read_bytes() == b"png"
+    assert (tmp_path / "out" / "probe.safetensors").is_file() == (format == "sae_lab")
+
+
+def test_a_push_uploads_the_folder(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo, exist_ok: done.append(repo))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **what: done.append(what) or "address")
+    assert push(tmp_path, "me/sae") == "address"
+    assert done == ["me/sae", {"repo_id": "me/sae", "folder_path": tmp_path}]
+
+
+def test_without_network_the_folder_is_written_and_the_push_says_so(run_dir):
+    command = [sys.executable, "-m", "sae_lab.export", f"run_dir={run_dir}", "push_to_hub=me/sae"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "is written, but was not pushed to me/sae" in done.stderr
+    assert load_sae(run_dir / "export" / "sae_lens").n_latents == 64
+
+
+def test_an_unknown_format_is_refused(run_dir, tmp_path):
+    with pytest.raises(UserError, match="format=onnx is not known: choose one of sae_lens, sparsify, dictionary_learn"):
+        export(run_dir, "onnx", tmp_path / "out")

@@ -1,0 +1,204 @@
+"""SAEs that other libraries wrote (see write_fixtures.py), and files that must fail with one sentence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sae_lab import load_sae
+from sae_lab.checkpoint import save_sae
+from sae_lab.errors import UserError
+from sae_lab.interop import hub, sae_lens
+from sae_lab.pursuit import Pursuit
+from sae_lab.sparse import l0_per_row
+
+FIXTURES = Path(__file__).parent / "fixtures"
+CASES = sorted(str(p.parent.relative_to(FIXTURES)) for p in FIXTURES.glob("*/*/expected.safetensors"))
+
+
+def source(case: str) -> Path:
+    """What load_sae is given: the folder, or the one file that OpenAI's format is."""
+    folder = FIXTURES / case
+    return next(folder.glob("*.pt")) if case.startswith("openai") else folder
+
+
+def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_codes_and_reconstructions_are_the_librarys(case, tmp_path):
+    expected = load_file(FIXTURES / case / "expected.safetensors")
+    sae = load_sae(source(case))
+    assert_same(sae.encode(expected["x"]), expected["code"])
+    assert_same(sae.reconstruct(expected["x"]), expected["x_hat"])
+    assert 0 < l0_per_row(expected["code"]).sum() < expected["code"].numel()
+    again = load_sae(save_sae(sae, tmp_path))
+    assert torch.equal(again.reconstruct(expected["x"]), sae.reconstruct(expected["x"]))
+
+
+def test_there_is_a_fixture_of_every_kind():
+    assert len(CASES) == 31
+    assert {case.split("/")[0] for case in CASES} == {
+        "sae_lens", "dictionary_learning", "sparsify", "gemma_scope", "openai"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["sae_lens/standard", "sae_lens/gated_uncentred", "sae_lens/jumprelu"])
+def test_folding_the_decoder_norm_scales_codes_and_keeps_x_hat(case):
+    """P-62: on demand, with biases and thresholds."""
+    expected = load_file(FIXTURES / case / "expected.safetensors")
+    norms = load_sae(source(case)).W_dec.detach().flatten(1).norm(dim=1)
+    sae = load_sae(source(case), fold_decoder_norm=True)
+    torch.testing.assert_close(sae.W_dec.flatten(1).norm(dim=1), torch.ones(16))
+    assert_same(sae.encode(expected["x"]), expected["code"] * norms)
+    assert_same(sae.reconstruct(expected["x"]), expected["x_hat"])
+
+
+def test_norms_are_not_folded_where_that_would_change_the_choice():
+    with pytest.raises(UserError, match="TopKSAE compares latents"):
+        load_sae(source("sae_lens/topk"), fold_decoder_norm=True)
+
+
+def test_a_foreign_sae_is_pursued():
+    """A dictionary with rows of any norm: a pursuit of as many latents reconstructs better than its encoder."""
+    expected = load_file(FIXTURES / "sae_lens/topk/expected.safetensors")
+    found = Pursuit(load_sae(source("sae_lens/topk")), "orthogonal_matching_pursuit")
+    errors = [(y - expected["x"]).square().sum() for y in (found.autoencode(expected["x"])[0], expected["x_hat"])]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def edit(folder: Path, file: str, **change) -> None:
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | change))
+
+
+def retensor(folder: Path, change, file: str = "sae_weights.safetensors") -> None:
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file)
+
+
+def repickle(folder: Path, change) -> None:
+    state = torch.load(folder / "ae.pt", weights_only=True)
+    change(state)
+    torch.save(state, folder / "ae.pt")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("/tmp/sae_lab_bomb"),))
+
+
+SL, SP, DL, GS = "sae_lens/standard", "sparsify/topk", "dictionary_learning/BatchTopKSAE", "gemma_scope/jumprelu"
+
+
+@pytest.mark.parametrize(
+    ("case", "break_it", "sentence"),
+    [
+        (SL, lambda f: retensor(f, lambda t: t.update(W_skip=torch.ones(8, 8))), "unknown meaning, W_skip"),
+        (SL, lambda f: retensor(f, lambda t: t.update(scaling_factor=torch.full((16,), 2.0))), "scaling_factor"),
+        (SL, lambda f: retensor(f, lambda t: t.pop("b_enc")), "no tensor 'b_enc'"),
+        (SL, lambda f: retensor(f, lambda t: t.update(b_enc=torch.ones(15))), r"shape \(15,\) where \(16,\)"),
+        (SL, lambda f: retensor(f, lambda t: t.update(W_enc=t["W_dec"] + 0)), r"shape \(16, 8\) where"),
+        (SL, lambda f: edit(f, "cfg.json", architecture="abstopk"), "the architecture 'abstopk': known here are"),
+        (SL, lambda f: edit(f, "cfg.json", architecture="jumprelu_skip_transcoder"), "describes a transcoder"),
+        (SL, lambda f: edit(f, "cfg.json", metadata={}, activation_fn="tanh-relu"), "the activation 'tanh-relu'"),
+        (SL, lambda f: edit(f, "cfg.json", normalize_activations="covariance_whitening"), "no exact counterpart"),
+        (SL, lambda f: edit(f, "cfg.json", normalize_activations="expected_average_only_in"), "that it does not hold"),
+        (SL, lambda f: (f / "cfg.json").write_text("{"), "cannot be read as a JSON object"),
+        (SL, lambda f: (f / "sae_weights.safetensors").write_bytes(b"1234"), "cannot be read as safetensors"),
+        (SL, lambda f: (f / "sae_weights.safetensors").unlink(), "holds no config.json"),
+        (SP, lambda f: edit(f, "cfg.json", transcode=True), "describes a transcoder"),
+        (SP, lambda f: edit(f, "cfg.json", activation="groupmax"), "the activation 'groupmax'"),
+        (SP, lambda f: retensor(f, lambda t: t.update(x=torch.ones(1)), "sae.safetensors"), "unknown meaning, x"),
+        (DL, lambda f: edit(f, "config.json", trainer={"dict_class": "os.system"}), "the class 'os.system': known"),
+        (DL, lambda f: edit(f, "config.json", trainer={"dict_class": "BatchTopKSAE", "k": 5}), "k=4 and its .* k=5"),
+        (DL, lambda f: repickle(f, lambda t: t.pop("threshold")), "no tensor 'threshold'"),
+        (DL, lambda f: repickle(f, lambda t: t.update(extra=torch.ones(1))), "unknown meaning, extra"),
+        (DL, lambda f: torch.save({"b_dec": Bomb()}, f / "ae.pt"), "a pickle that would run code"),
+        (GS, lambda f: np.savez(f / "params.npz", W_dec=np.array([Bomb()], dtype=object)), "as plain arrays"),
+    ],
+)  # fmt: skip
+def test_files_that_must_fail(case, break_it, sentence, tmp_path):
+    folder = shutil.copytree(FIXTURES / case, tmp_path / "sae")
+    break_it(folder)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_sae(folder)
+    assert "\n" not in str(caught.value)
+    assert not Path("/tmp/sae_lab_bomb").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"activation": "Tanh"}, "the activation Tanh"),
+        ({"activation_state_dict": {"k": 4, "postact_fn": "Identity"}}, "TopK .*Identity"),
+        ({"activation_state_dict": {}}, "does not say 'k'"),
+    ],
+)
+def test_openai_files_of_another_activation_fail(change, sentence, tmp_path):
+    torch.save(torch.load(source("openai/topk"), weights_only=True) | change, tmp_path / "8.pt")
+    with pytest.raises(UserError, match=sentence):
+        load_sae(tmp_path / "8.pt")
+
+
+def test_a_transcoder_of_gemma_scope_is_known_by_its_path(tmp_path):
+    shutil.copytree(FIXTURES / GS, tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1")
+    with pytest.raises(UserError, match="is a transcoder"):
+        load_sae(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1")
+
+
+TABLE = """
+with-factor:
+  repo_id: somebody/saes
+  saes: [{id: one, path: standard_scaled, norm_scaling_factor: 0.7}]
+other-format:
+  repo_id: somebody/others
+  conversion_func: llama_scope
+  saes: [{id: one, path: one}]
+"""
+
+
+@pytest.fixture
+def releases(tmp_path, monkeypatch):
+    """A release table where an installed sae-lens would have it, and a hub that holds the fixtures."""
+    (tmp_path / "sae_lens").mkdir()
+    (tmp_path / "sae_lens" / "pretrained_saes.yaml").write_text(TABLE)
+    (tmp_path / "sae_lens" / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copytree(FIXTURES / "sae_lens" / "standard_scaled", tmp_path / "hub" / "standard_scaled")
+    (tmp_path / "hub" / "standard_scaled" / sae_lens.SCALER).unlink()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: str(tmp_path / "hub"))
+
+
+def test_a_release_is_looked_up_without_importing_sae_lens(releases):
+    """P-63: its norm_scaling_factor is folded."""
+    expected = load_file(FIXTURES / "sae_lens/standard_scaled/expected.safetensors")
+    assert_same(load_sae("with-factor", sae_id="one").encode(expected["x"]), expected["code"])
+
+
+@pytest.mark.parametrize(
+    ("name", "sae_id", "sentence"),
+    [
+        ("with-factor", "two", "has no SAE 'two': give sae_id=<one of one>"),
+        ("with-factor", None, "has no SAE None"),
+        ("other-format", "one", "converts by llama_scope"),
+        ("nothing", None, "no folder, file or release"),
+        ("./nothing", None, "is no folder or file"),
+        ("somebody/saes", "standard_scaled", "that it does not hold"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_said(releases, name, sae_id, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_sae(name, sae_id=sae_id)
+
+
+def test_a_hub_out_of_reach_is_said(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="cannot be fetched from the hub"):
+        hub.download(hub.Entry("somebody/nothing", "x", {}, None))

@@ -1,0 +1,65 @@
+"""Trained SAEs of every architecture in every format that has a form for them, for check_exports.py to load.
+
+    python tests/interop/write_exports.py /tmp/exports
+    /tmp/peers/bin/python tests/interop/check_exports.py /tmp/exports
+
+Each SAE sees 100 batches of the bundled model's activations. A folder <format>/<sae>-<normalize>/ holds the export and
+expected.safetensors: for random and for real activations x, what our SAE makes of them.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import SAE_NAMES, build, compose
+
+from sae_lab.errors import UserError
+from sae_lab.export import WRITERS
+from sae_lab.provenance import provenance
+from sae_lab.saes.base import BaseSAE
+
+
+def train(sae: BaseSAE, batches: list[torch.Tensor]) -> BaseSAE:
+    adam = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    for x in batches:
+        loss = torch.stack(list(sae.losses(sae(x)).values())).sum()
+        adam.zero_grad()
+        loss.backward()
+        sae.before_step()
+        adam.step()
+        sae.after_step()
+    return sae.eval()
+
+
+@torch.no_grad()
+def expected(sae: BaseSAE, real: torch.Tensor) -> dict[str, torch.Tensor]:
+    rows = {"random": torch.randn(200, real.shape[-1], generator=torch.Generator().manual_seed(0)), "real": real[:, 0]}
+    out = {}
+    for name, x in rows.items():
+        out |= {f"{name}.x": x.clone(), f"{name}.code": sae.encode(x), f"{name}.x_hat": sae.reconstruct(x)}
+    return out
+
+
+if __name__ == "__main__":
+    out, cfg = Path(sys.argv[1]), compose("data.block_tokens=102_400", "n_tokens=102_400", "lm.device=cpu")
+    data = instantiate(cfg.data, lm=instantiate(cfg.lm))
+    stream = data.new_stream()
+    batches = [next(stream) for _ in range(100)]
+    said = provenance(OmegaConf.to_container(compose("hydra.job.chdir=false"), resolve=False), data.lm)
+    said["data"] = OmegaConf.to_container(cfg.data, resolve=True)
+    for name in [name for name in SAE_NAMES if hasattr(build(name), "W_dec")]:
+        for normalize in ("none", "per_token", "constant_norm"):
+            sae = train(build(name, "k=16", f"sae.normalize={normalize}", d_in=128, n_latents=512), batches)
+            for format, write in WRITERS.items():
+                folder = out / format / f"{name}-{normalize}"
+                try:
+                    write(sae, folder, said)
+                except UserError as e:
+                    print(f"{format}/{name}-{normalize}: {e}")
+                    continue
+                save_file(expected(sae, data.probe_rows(128)), folder / "expected.safetensors")
