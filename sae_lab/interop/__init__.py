@@ -22,6 +22,9 @@ FORMATS = {
     "gemma_scope": gemma_scope,
 }
 
+FOLDABLE = ("VanillaSAE", "GatedSAE", "JumpReLUSAE")
+"""The classes in which each latent decides by itself whether it is active."""
+
 
 def load_sae(
     source: str | Path,
@@ -47,9 +50,6 @@ def load_sae(
             raise UserError(f"{type(sae).__name__} compares latents, so folding its norms would change its choice.")
         fold(sae)
     return sae.eval().to(device)
-
-
-FOLDABLE = ("VanillaSAE", "GatedSAE", "JumpReLUSAE")
 
 
 def read(source: str | Path, sae_id: str | None) -> BaseSAE:
