@@ -1,7 +1,8 @@
 """Text -> frozen language model -> shuffled batches of activations, as a LightningDataModule that owns its place."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import lightning as L
@@ -10,17 +11,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sae_lab.buffer import Chunk, ShuffledBlocks
+from sae_lab.buffer import Chunk, ShuffledBlocks, Source
 from sae_lab.errors import UserError
 from sae_lab.lm.base import LanguageModel
+from sae_lab.prefetch import Prefetched
 from sae_lab.text import HELD_OUT, TRAIN, Documents, FileDocuments, HubDocuments, StdlibDocuments, TextRows
 
 
 class Harvest:
-    """Runs the language model over text rows: a `buffer.Source` of activations, one chunk a forward pass."""
+    """Runs the language model over text rows: a `buffer.Source` of activations, one chunk a forward pass.
 
-    def __init__(self, lm: LanguageModel, rows: TextRows, keep: Callable[[Tensor], Tensor], lm_batch_rows: int):
-        self.lm, self.rows, self.keep, self.lm_batch_rows = lm, rows, keep, lm_batch_rows
+    It holds `turn` while it does: hooks and tokenizer serve one thread at a time.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, rows: TextRows, keep: Callable[[Tensor], Tensor], lm_batch_rows: int, turn: Lock
+    ):
+        self.lm, self.rows, self.keep, self.lm_batch_rows, self.turn = lm, rows, keep, lm_batch_rows, turn
 
     def state_dict(self) -> dict[str, Any]:
         return self.rows.state_dict()
@@ -28,14 +35,16 @@ class Harvest:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows.load_state_dict(state)
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Generator[Chunk, None, None]:
         while True:
-            state = self.rows.state_dict()
-            tokens = take_rows(self.rows, self.lm_batch_rows)
-            if len(tokens) == 0:
-                return
-            activations = self.lm.activations(tokens)
-            yield Chunk(state, activations[self.keep(tokens).to(activations.device)])
+            with self.turn:
+                state = self.rows.state_dict()
+                tokens = take_rows(self.rows, self.lm_batch_rows)
+                if len(tokens) == 0:
+                    return
+                activations = self.lm.activations(tokens)
+                rows = activations[self.keep(tokens).to(activations.device)]
+            yield Chunk(state, rows, tokens)
 
 
 class Batches:
@@ -61,10 +70,11 @@ class ActivationData(L.LightningDataModule):
         batch_size: rows of activations (tokens) in a training batch.
         n_tokens: activations to train on; the run is `n_tokens // batch_size` steps.
         block_tokens: activations that are shuffled together; the memory of a block is
-            block_tokens · s · d · bytes of `lm.dtype`, twice that while a block is gathered.
+            block_tokens · s · d · bytes of `lm.dtype`, twice that with prefetch.
         lm_batch_rows: text rows in one forward pass of the language model.
         exclude_bos: leave out every BOS token.
         exclude_first: leave out the first n positions of each row.
+        prefetch: harvest the next block in a thread while one trains, which changes no row; "auto" does on a GPU.
         repeat: start the text over where it ends before n_tokens; otherwise the run ends there.
         n_eval_tokens, n_val_tokens: held-out tokens for the evaluation after training and for validation during it.
         seed: of the order of documents and of the shuffling.
@@ -85,6 +95,7 @@ class ActivationData(L.LightningDataModule):
         lm_batch_rows: int,
         exclude_bos: bool,
         exclude_first: int,
+        prefetch: bool | str,
         repeat: bool,
         n_eval_tokens: int,
         n_val_tokens: int,
@@ -99,6 +110,8 @@ class ActivationData(L.LightningDataModule):
             raise UserError(f"seq_len={seq_len} is longer than the context of {lm.name}: give {lm.context} or less.")
         if not isinstance(repeat, bool):
             raise UserError(f"data.repeat={repeat} must be true or false.")
+        if not isinstance(prefetch, bool) and prefetch != "auto":
+            raise UserError(f"data.prefetch={prefetch} is not known: choose true, false or auto.")
         if n_tokens < batch_size:
             raise UserError(f"n_tokens={n_tokens} is less than one batch of batch_size={batch_size}: raise n_tokens.")
         if exclude_first + exclude_bos >= seq_len:
@@ -108,7 +121,9 @@ class ActivationData(L.LightningDataModule):
         self.block_tokens, self.lm_batch_rows = int(block_tokens), lm_batch_rows
         self.exclude_bos, self.exclude_first = exclude_bos, exclude_first
         self.n_eval_tokens, self.n_val_tokens = int(n_eval_tokens), int(n_val_tokens)
-        self.stream = self.new_stream()
+        self.prefetch = prefetch is True or (prefetch == "auto" and lm.device.type == "cuda")
+        self.lm_turn = Lock()
+        self.stream = self.new_stream(self.prefetch)
         self._validation: list[Tensor] | None = None
 
     @property
@@ -128,17 +143,25 @@ class ActivationData(L.LightningDataModule):
     def text(self, split: str, repeat: bool) -> TextRows:
         return TextRows(self.documents(split), self.lm.tokenizer, self.seq_len, self.lm.bos_id, repeat)
 
-    def new_stream(self) -> ShuffledBlocks:
+    def source(self) -> Source:
+        """The activations to train on, in order, from their beginning."""
+        return Harvest(self.lm, self.text(TRAIN, self.repeat), self.keep, self.lm_batch_rows, self.lm_turn)
+
+    def new_stream(self, prefetch: bool = False) -> ShuffledBlocks:
         """The training stream from its beginning."""
-        harvest = Harvest(self.lm, self.text(TRAIN, self.repeat), self.keep, self.lm_batch_rows)
-        return ShuffledBlocks(harvest, self.block_tokens, self.batch_size, self.seed)
+        source = self.source()
+        if prefetch:
+            ahead = max(1, self.block_tokens // (self.lm_batch_rows * self.seq_len))
+            source = Prefetched(source, ahead, self.lm.device)
+        return ShuffledBlocks(source, self.block_tokens, self.batch_size, self.seed)
 
     def held_out_rows(self, n_tokens: int) -> Int[Tensor, "n t"]:
         """Held-out text rows, from the beginning of the split, at least one and at most a pass; n_tokens in all.
 
         Their order is mixed (the same way every time), so that neighbouring rows come from different documents.
         """
-        rows = take_rows(self.text(HELD_OUT, repeat=False), max(1, n_tokens // self.seq_len))
+        with self.lm_turn:
+            rows = take_rows(self.text(HELD_OUT, repeat=False), max(1, n_tokens // self.seq_len))
         if len(rows) == 0:
             raise UserError(
                 f"the held-out text is shorter than one row of seq_len={self.seq_len} tokens: give more text."
@@ -151,7 +174,8 @@ class ActivationData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         if self._validation is None:
             chunks = self.held_out_rows(self.n_val_tokens).split(self.lm_batch_rows)
-            rows = torch.cat([self.lm.activations(tokens)[self.keep(tokens)] for tokens in chunks])
+            with self.lm_turn:
+                rows = torch.cat([self.lm.activations(tokens)[self.keep(tokens)] for tokens in chunks])
             self._validation = list(rows.split(self.batch_size))
         return DataLoader(self._validation, batch_size=None)  # type: ignore[arg-type]
 
@@ -163,6 +187,12 @@ class ActivationData(L.LightningDataModule):
             if batch is None:
                 return
             yield batch
+
+    def teardown(self, stage: str) -> None:
+        self.stream.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.stream.close()
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict()

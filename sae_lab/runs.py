@@ -19,6 +19,7 @@ FREE = (
     "run_dir",
     "logger",
     "lm.device",
+    "data.prefetch",
     "trainer.accelerator",
     "trainer.checkpoint_every",
     "trainer.log_every",
