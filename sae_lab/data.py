@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sae_lab.buffer import Chunk, ShuffledBlocks, Source
+from sae_lab.cache import Cache, CachedRows, lm_key, refuse_other
 from sae_lab.errors import UserError
 from sae_lab.lm.base import LanguageModel
 from sae_lab.prefetch import Prefetched
@@ -86,7 +87,7 @@ class ActivationData(L.LightningDataModule):
     def __init__(
         self,
         lm: LanguageModel,
-        documents: Callable[[str], Documents],
+        documents: Callable[[str], Documents] | None,
         *,
         seq_len: int,
         batch_size: int,
@@ -141,6 +142,7 @@ class ActivationData(L.LightningDataModule):
         return kept & (tokens != self.lm.bos_id) if self.exclude_bos else kept
 
     def text(self, split: str, repeat: bool) -> TextRows:
+        assert self.documents is not None
         return TextRows(self.documents(split), self.lm.tokenizer, self.seq_len, self.lm.bos_id, repeat)
 
     def source(self) -> Source:
@@ -155,13 +157,17 @@ class ActivationData(L.LightningDataModule):
             source = Prefetched(source, ahead, self.lm.device)
         return ShuffledBlocks(source, self.block_tokens, self.batch_size, self.seed)
 
+    def held_out_text(self, n: int) -> Int[Tensor, "n t"]:
+        """The first n text rows of the held-out split, or as many as it has."""
+        return take_rows(self.text(HELD_OUT, repeat=False), n)
+
     def held_out_rows(self, n_tokens: int) -> Int[Tensor, "n t"]:
         """Held-out text rows, from the beginning of the split, at least one and at most a pass; n_tokens in all.
 
         Their order is mixed (the same way every time), so that neighbouring rows come from different documents.
         """
         with self.lm_turn:
-            rows = take_rows(self.text(HELD_OUT, repeat=False), max(1, n_tokens // self.seq_len))
+            rows = self.held_out_text(max(1, n_tokens // self.seq_len))
         if len(rows) == 0:
             raise UserError(
                 f"the held-out text is shorter than one row of seq_len={self.seq_len} tokens: give more text."
@@ -199,6 +205,57 @@ class ActivationData(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.stream.load_state_dict(state_dict)
+
+
+class CachedData(ActivationData):
+    """`data=cached`: the same batches from activations that `sae_lab.harvest` put on disk; held-out text still runs.
+
+    Args:
+        path: the cache's folder or fsspec URL.
+        stream: as in ActivationData; `seq_len` and the excluded positions are those of the harvest.
+
+    Raises:
+        UserError: no finished cache, one of another language model or other settings (the keys that differ are
+            named), less held-out text in it than is asked for, a damaged file.
+    """
+
+    # Relative distance between the cache's first rows and the model's: rounding, and other kernels, stay below.
+    TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+
+    def __init__(self, lm: LanguageModel, path: str, **stream: Any):
+        self.cache = Cache(path)
+        super().__init__(lm, documents=None, **stream)
+        here = lm_key(lm) | {"seq_len": self.seq_len}
+        here |= {"data.exclude_bos": self.exclude_bos, "data.exclude_first": self.exclude_first}
+        refuse_other(self.cache.store, self.cache.manifest, here, "use what it was harvested with, or harvest anew.")
+        self._compare_first_rows()
+
+    def _compare_first_rows(self) -> None:
+        """Refuse a model that computes other activations, whatever its flags: what no key names shows here."""
+        shard = self.cache.shard(0)
+        tokens = shard.tokens[: self.lm_batch_rows].long()
+        x = self.lm.activations(tokens)[self.keep(tokens).to(self.lm.device)].float().cpu()
+        x, cached = x[: len(shard.activations)], shard.activations[: len(x)].float()
+        distance = ((x - cached).norm() / cached.norm()).item()
+        key = self.cache.manifest.key
+        if not distance <= max(self.TOLERANCE[key["dtype"]], self.TOLERANCE.get(key["lm.dtype"], 0)):
+            raise UserError(
+                f"{self.cache.store.url} holds activations that this language model does not compute "
+                f"(they differ by {distance:.1%}): use the lm.* keys that it was harvested with, or harvest anew."
+            )
+
+    def source(self) -> Source:
+        chunk_rows = self.lm_batch_rows * self.seq_len
+        return CachedRows(self.cache, chunk_rows, self.seed, self.repeat, self.lm.device)
+
+    def held_out_text(self, n: int) -> Int[Tensor, "n t"]:
+        rows = self.cache.held_out()
+        if n > len(rows) and not self.cache.manifest.held_out_whole:
+            raise UserError(
+                f"{self.cache.store.url} holds {rows.numel()} held-out tokens: ask for no more in data.n_eval_tokens "
+                "and data.n_val_tokens, or harvest with a larger data.n_eval_tokens."
+            )
+        return rows[:n]
 
 
 def take_rows(rows: Iterator[list[int]], n: int) -> Int[Tensor, "n t"]:
