@@ -1,11 +1,11 @@
 """Kill runs anywhere and start them again until they are done: `python tests/kill_anywhere.py runs=20 seed=0`.
 
 Every run must end with the bits of one that was never stopped: parameters, buffers, optimizer state, place in the
-stream, metrics.json and SAE file; and its training log holds no row that the other's does not hold (a row is missing
-where a run was stopped between a checkpoint and the log of that step). Runs take turns in data (streamed, cached), prefetch (on, off), signal
-(SIGKILL, SIGTERM, SIGINT) and place: any moment, or within a refill of the block, the writing of a checkpoint, a
-validation, the calibration, the evaluation. Runs are forked from a process that has imported all, so that most of
-their time is work.
+stream, metrics.json and SAE file. Its training log may lack a row (where it was stopped between a checkpoint and the
+log of the same step) but hold none that the other does not. Runs take turns in data (streamed, cached), prefetch (on,
+off), signal (SIGKILL, SIGTERM, SIGINT) and place: any moment, or within a refill of the block, the writing of a
+checkpoint, a validation, the calibration, the evaluation. Runs are forked from a process that has imported all, so
+that most of their time is work.
 """
 
 import itertools
