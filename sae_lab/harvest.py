@@ -145,9 +145,9 @@ class Harvester:
         if self.data.prefetch:
             source = Prefetched(source, 4, self.data.lm.device)
         with TokenProgress("harvesting", self.n_tokens, manifest.rows) as bar:
-            for chunks in self._shards(source, self.n_tokens - manifest.rows, bar.advance):
+            for chunks in self.shards(source, self.n_tokens - manifest.rows, bar.advance):
                 left = self.n_tokens - manifest.rows
-                manifest.shards.append(self._write(f"shard-{len(manifest.shards):05d}.safetensors", chunks, left))
+                manifest.shards.append(self.write_shard(f"shard-{len(manifest.shards):05d}.safetensors", chunks, left))
                 manifest.complete = manifest.rows == self.n_tokens
                 manifest.write(self.store)
         if not manifest.complete:
@@ -169,7 +169,7 @@ class Harvester:
             take_rows(rows, last.text_rows)
         return rows.state_dict()
 
-    def _shards(self, source: Source, n_rows: int, advance: Callable[[int], None]) -> Iterator[list[Chunk]]:
+    def shards(self, source: Source, n_rows: int, advance: Callable[[int], None]) -> Iterator[list[Chunk]]:
         """Chunks of the source, on the CPU and in the cache's dtype, a shard at a time, until there are n_rows."""
         chunks: list[Chunk] = []
         gathered = given = 0
@@ -185,7 +185,7 @@ class Harvester:
         if gathered:
             yield chunks
 
-    def _write(self, file: str, chunks: list[Chunk], limit: int) -> Shard:
+    def write_shard(self, file: str, chunks: list[Chunk], limit: int) -> Shard:
         rows = torch.cat([chunk.rows for chunk in chunks])[:limit]
         if not rows.isfinite().all():
             raise UserError(f"activations of {list(self.data.lm.sites)} do not fit {self.dtype}: give dtype=bfloat16.")
@@ -202,8 +202,8 @@ class Harvester:
             log.warning("%s is damaged or missing: making it again.", shard.file)
             source = self.data.source()
             source.load_state_dict(shard.begin)
-            chunks = next(self._shards(source, shard.rows, lambda n: None))
-            manifest.shards[i] = self._write(shard.file, chunks, shard.rows)
+            chunks = next(self.shards(source, shard.rows, lambda n: None))
+            manifest.shards[i] = self.write_shard(shard.file, chunks, shard.rows)
             manifest.write(self.store)
 
 
