@@ -113,10 +113,11 @@ def run_to_end(overrides: list[str], log: Path, kills: list[Kill] = ()) -> list[
 def result(folder: Path) -> dict[str, Any]:
     """All that must be the same."""
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "ActivationData", "CachedData")
+    kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
     log = pd.read_csv(folder / "metrics.csv").drop(columns="tokens_per_second", errors="ignore")
     rows = {repr(row) for row in log[sorted(log)].itertuples(index=False)}
-    return {key: checkpoint[key] for key in kept if key in checkpoint} | {
+    return {key: checkpoint[key] for key in kept} | {
+        "place": checkpoint.get("ActivationData") or checkpoint["CachedData"],
         "metrics.json": (folder / "metrics.json").read_bytes(),
         "sae.safetensors": (folder / "sae" / "sae.safetensors").read_bytes(),
         "metrics.csv": rows,
