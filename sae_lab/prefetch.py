@@ -36,11 +36,12 @@ class Prefetched:
         reader = Reader(iter(self.source), self.n_chunks, self.device)
         reader.start()
         atexit.register(reader.stop, EXIT_SECONDS)
+        unregister = atexit.unregister  # held here: at the interpreter's end the module may go before this generator
         try:
             yield from reader.chunks()
         finally:
             reader.stop()
-            atexit.unregister(reader.stop)
+            unregister(reader.stop)
 
 
 class Reader(threading.Thread):
