@@ -97,7 +97,7 @@ def build_sae(cfg: DictConfig, device: str) -> LinearSAE:
 
 
 def training_step(
-    sae: LinearSAE, cfg: DictConfig, x: Tensor, forward: Callable[[LinearSAE, Tensor], SAEOutput] = nn.Module.__call__
+    sae: BaseSAE, cfg: DictConfig, x: Tensor, forward: Callable[[Any, Tensor], SAEOutput] = nn.Module.__call__
 ) -> Step:
     """A whole training step, as the module does it."""
     optimizer = build_optimizer(cfg)([{"params": list(sae.parameters())}])

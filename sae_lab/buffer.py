@@ -1,24 +1,25 @@
 """Shuffling: consecutive rows in, batches of mixed rows out; nothing lost, nothing twice, its place can be saved."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
 class Chunk(NamedTuple):
-    """Some consecutive rows, and the source's state from which the same rows come again."""
+    """Some consecutive rows, the source's state from which they come again, and the text they come from, if any."""
 
     state: dict[str, Any]
     rows: Float[Tensor, "n s d"]
+    tokens: Int[Tensor, "r t"] | None = None
 
 
 class Source(Protocol):
     """Rows in order, in chunks; deterministic, and able to start at any chunk that it has given before."""
 
-    def __iter__(self) -> Iterator[Chunk]: ...
+    def __iter__(self) -> Generator[Chunk, None, None]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -31,7 +32,7 @@ class ShuffledBlocks:
     Block number n is permuted by a generator seeded with (seed, n), so the batches are a function of (source, seed).
     The state is the place where the block begins (the state of the chunk that holds its first row, and how many rows
     of that chunk came before), the block's number, and how many of its batches have been given. Where the source
-    ends, the last batch may be smaller.
+    ends, the last batch may be smaller. All blocks take their turn in the memory of one.
     """
 
     def __init__(self, source: Source, block_rows: int, batch_size: int, seed: int):
@@ -39,12 +40,17 @@ class ShuffledBlocks:
         self.block_rows = max(1, block_rows // batch_size) * batch_size
         self._begin: tuple[dict[str, Any], int] = (source.state_dict(), 0)
         self._number = self._given = 0
-        self._reopen()
+        self._chunks: Generator[Chunk, None, None] | None = None
+        self.close()
 
-    def _reopen(self) -> None:
-        self._chunks: Iterator[Chunk] | None = None
+    def close(self) -> None:
+        """Let go of the source and of the block; the next batch, if one is asked for, is still the next one."""
+        if self._chunks is not None:
+            self._chunks.close()
+        self._chunks = None
         self._chunk: Chunk | None = None  # the chunk being read, and how many of its rows have been read
         self._used = 0
+        self._memory: Tensor | None = None
         self._block: Tensor | None = None
         self._batches: tuple[Tensor, ...] = ()
 
@@ -60,7 +66,7 @@ class ShuffledBlocks:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._begin = (state["chunk"], state["skip"])
         self._number, self._given = state["block"], state["given"]
-        self._reopen()
+        self.close()
 
     def __iter__(self) -> "ShuffledBlocks":
         return self
@@ -78,20 +84,22 @@ class ShuffledBlocks:
 
     def _refill(self) -> None:
         """Gather one block from the source and permute it. Raises StopIteration where nothing is left."""
-        parts: list[Tensor] = []
-        missing = self.block_rows
-        while missing and self._open_chunk() is not None:
+        filled = 0
+        while filled < self.block_rows and self._open_chunk() is not None:
             assert self._chunk is not None
-            if not parts:
+            if filled == 0:
                 self._begin = self._place()
-            parts.append(self._chunk.rows[self._used : self._used + missing])
-            self._used += len(parts[-1])
-            missing -= len(parts[-1])
-        if not parts:
+            rows = self._chunk.rows[self._used : self._used + self.block_rows - filled]
+            if self._memory is None:
+                self._memory = rows.new_empty(self.block_rows, *rows.shape[1:])
+            self._memory[filled : filled + len(rows)] = rows
+            self._used += len(rows)
+            filled += len(rows)
+        if self._memory is None or filled == 0:
             raise StopIteration
-        self._block = torch.cat(parts)
+        self._block = self._memory[:filled]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._number)
-        self._batches = torch.randperm(len(self._block), generator=generator).split(self.batch_size)
+        self._batches = torch.randperm(filled, generator=generator).split(self.batch_size)
 
     def _open_chunk(self) -> Chunk | None:
         """The chunk that holds the next row; None at the end of the source, whose last chunk stays open."""

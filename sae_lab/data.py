@@ -1,8 +1,9 @@
 """Text -> frozen language model -> shuffled batches of activations, as a LightningDataModule that owns its place."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import lightning as L
@@ -11,9 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sae_lab.buffer import Chunk, ShuffledBlocks
+from sae_lab.buffer import Chunk, ShuffledBlocks, Source
+from sae_lab.cache import Cache, CachedRows, lm_key, refuse_other
 from sae_lab.errors import UserError
 from sae_lab.lm.base import LanguageModel
+from sae_lab.prefetch import Prefetched
 from sae_lab.text import (
     HELD_OUT,
     TRAIN,
@@ -27,10 +30,15 @@ from sae_lab.text import (
 
 
 class Harvest:
-    """Runs the language model over text rows: a `buffer.Source` of activations, one chunk a forward pass."""
+    """Runs the language model over text rows: a `buffer.Source` of activations, one chunk a forward pass.
 
-    def __init__(self, lm: LanguageModel, rows: TextRows, keep: Callable[[Tensor], Tensor], lm_batch_rows: int):
-        self.lm, self.rows, self.keep, self.lm_batch_rows = lm, rows, keep, lm_batch_rows
+    It holds `turn` while it does: hooks and tokenizer serve one thread at a time.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, rows: TextRows, keep: Callable[[Tensor], Tensor], lm_batch_rows: int, turn: Lock
+    ):
+        self.lm, self.rows, self.keep, self.lm_batch_rows, self.turn = lm, rows, keep, lm_batch_rows, turn
 
     def state_dict(self) -> dict[str, Any]:
         return self.rows.state_dict()
@@ -38,14 +46,16 @@ class Harvest:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows.load_state_dict(state)
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Generator[Chunk, None, None]:
         while True:
-            state = self.rows.state_dict()
-            tokens = take_rows(self.rows, self.lm_batch_rows)
-            if len(tokens) == 0:
-                return
-            activations = self.lm.activations(tokens)
-            yield Chunk(state, activations[self.keep(tokens).to(activations.device)])
+            with self.turn:
+                state = self.rows.state_dict()
+                tokens = take_rows(self.rows, self.lm_batch_rows)
+                if len(tokens) == 0:
+                    return
+                activations = self.lm.activations(tokens)
+                rows = activations[self.keep(tokens).to(activations.device)]
+            yield Chunk(state, rows, tokens)
 
 
 class Batches:
@@ -78,11 +88,12 @@ class ActivationData(L.LightningDataModule):
         batch_size: rows of activations (tokens) in a training batch.
         n_tokens: activations to train on, exactly; the last batch holds what is left for it.
         block_tokens: activations that are shuffled together; the memory of a block is
-            block_tokens · s · d · bytes of `lm.dtype`, twice that while a block is gathered.
+            block_tokens · s · d · bytes of `lm.dtype`, twice that with prefetch.
         lm_batch_rows: text rows in one forward pass of the language model.
         exclude_bos: leave out every BOS token.
         exclude_first: leave out the first n positions of each row.
         pack: rows may cross documents; otherwise what does not fill a row of its own is left out.
+        prefetch: harvest the next block in a thread while one trains, which changes no row; "auto" does on a GPU.
         repeat: start the text over where it ends before n_tokens; otherwise the run ends there.
         n_eval_tokens, n_val_tokens: held-out tokens for the evaluation after training and for validation during it.
         seed: of the order of documents and of the shuffling.
@@ -94,7 +105,7 @@ class ActivationData(L.LightningDataModule):
     def __init__(
         self,
         lm: LanguageModel,
-        documents: Callable[[str], Documents],
+        documents: Callable[[str], Documents] | None,
         *,
         seq_len: int,
         batch_size: int,
@@ -104,6 +115,7 @@ class ActivationData(L.LightningDataModule):
         exclude_bos: bool,
         exclude_first: int,
         pack: bool,
+        prefetch: bool | str,
         repeat: bool,
         n_eval_tokens: int,
         n_val_tokens: int,
@@ -119,6 +131,8 @@ class ActivationData(L.LightningDataModule):
         for name, flag in {"repeat": repeat, "pack": pack}.items():
             if not isinstance(flag, bool):
                 raise UserError(f"data.{name}={flag} must be true or false.")
+        if not isinstance(prefetch, bool) and prefetch != "auto":
+            raise UserError(f"data.prefetch={prefetch} is not known: choose true, false or auto.")
         if n_tokens < batch_size:
             raise UserError(f"n_tokens={n_tokens} is less than one batch of batch_size={batch_size}: raise n_tokens.")
         if exclude_first + exclude_bos >= seq_len:
@@ -128,7 +142,9 @@ class ActivationData(L.LightningDataModule):
         self.block_tokens, self.lm_batch_rows = int(block_tokens), lm_batch_rows
         self.exclude_bos, self.exclude_first = exclude_bos, exclude_first
         self.n_eval_tokens, self.n_val_tokens = int(n_eval_tokens), int(n_val_tokens)
-        self.stream = self.new_stream()
+        self.prefetch = prefetch is True or (prefetch == "auto" and lm.device.type == "cuda")
+        self.lm_turn = Lock()
+        self.stream = self.new_stream(self.prefetch)
         self._validation: list[Tensor] | None = None
 
     @property
@@ -150,19 +166,32 @@ class ActivationData(L.LightningDataModule):
         return kept & (tokens != self.lm.bos_id) if self.exclude_bos else kept
 
     def text(self, split: str, repeat: bool) -> TextRows:
+        assert self.documents is not None
         return TextRows(self.documents(split), self.lm.tokenizer, self.seq_len, self.lm.bos_id, repeat, self.pack)
 
-    def new_stream(self) -> ShuffledBlocks:
+    def source(self) -> Source:
+        """The activations to train on, in order, from their beginning."""
+        return Harvest(self.lm, self.text(TRAIN, self.repeat), self.keep, self.lm_batch_rows, self.lm_turn)
+
+    def new_stream(self, prefetch: bool = False) -> ShuffledBlocks:
         """The training stream from its beginning."""
-        harvest = Harvest(self.lm, self.text(TRAIN, self.repeat), self.keep, self.lm_batch_rows)
-        return ShuffledBlocks(harvest, self.block_tokens, self.batch_size, self.seed)
+        source = self.source()
+        if prefetch:
+            ahead = max(1, self.block_tokens // (self.lm_batch_rows * self.seq_len))
+            source = Prefetched(source, ahead, self.lm.device)
+        return ShuffledBlocks(source, self.block_tokens, self.batch_size, self.seed)
+
+    def held_out_text(self, n: int) -> Int[Tensor, "n t"]:
+        """The first n text rows of the held-out split, or as many as it has."""
+        return take_rows(self.text(HELD_OUT, repeat=False), n)
 
     def held_out_rows(self, n_tokens: int) -> Int[Tensor, "n t"]:
         """Held-out text rows, from the beginning of the split, at least one and at most a pass; n_tokens in all.
 
         Their order is mixed (the same way every time), so that neighbouring rows come from different documents.
         """
-        rows = take_rows(self.text(HELD_OUT, repeat=False), max(1, n_tokens // self.seq_len))
+        with self.lm_turn:
+            rows = self.held_out_text(max(1, n_tokens // self.seq_len))
         if len(rows) == 0:
             raise UserError(
                 f"the held-out text is shorter than one row of seq_len={self.seq_len} tokens: give more text."
@@ -181,7 +210,8 @@ class ActivationData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         if self._validation is None:
             chunks = self.held_out_rows(self.n_val_tokens).split(self.lm_batch_rows)
-            rows = torch.cat([self.lm.activations(tokens)[self.keep(tokens)] for tokens in chunks])
+            with self.lm_turn:
+                rows = torch.cat([self.lm.activations(tokens)[self.keep(tokens)] for tokens in chunks])
             self._validation = list(rows.split(self.batch_size))
         return DataLoader(self._validation, batch_size=None)  # type: ignore[arg-type]
 
@@ -194,11 +224,68 @@ class ActivationData(L.LightningDataModule):
                 return
             yield batch
 
+    def teardown(self, stage: str) -> None:
+        self.stream.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.stream.close()
+
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.stream.load_state_dict(state_dict)
+
+
+class CachedData(ActivationData):
+    """`data=cached`: the same batches from activations that `sae_lab.harvest` put on disk; held-out text still runs.
+
+    Args:
+        path: the cache's folder or fsspec URL.
+        stream: as in ActivationData; `seq_len` and the excluded positions are those of the harvest.
+
+    Raises:
+        UserError: no finished cache, one of another language model or other settings (the keys that differ are
+            named), less held-out text in it than is asked for, a damaged file.
+    """
+
+    # Relative distance between the cache's first rows and the model's: rounding, and other kernels, stay below.
+    TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+
+    def __init__(self, lm: LanguageModel, path: str, **stream: Any):
+        self.cache = Cache(path)
+        super().__init__(lm, documents=None, **stream)
+        here = lm_key(lm) | {"seq_len": self.seq_len}
+        here |= {f"data.{name}": getattr(self, name) for name in ("exclude_bos", "exclude_first", "pack")}
+        refuse_other(self.cache.store, self.cache.manifest, here, "use what it was harvested with, or harvest anew.")
+        self._compare_first_rows()
+
+    def _compare_first_rows(self) -> None:
+        """Refuse a model that computes other activations, whatever its flags: what no key names shows here."""
+        shard = self.cache.shard(0)
+        tokens = shard.tokens[: self.lm_batch_rows].long()
+        x = self.lm.activations(tokens)[self.keep(tokens).to(self.lm.device)].float().cpu()
+        x, cached = x[: len(shard.activations)], shard.activations[: len(x)].float()
+        distance = ((x - cached).norm() / cached.norm()).item()
+        key = self.cache.manifest.key
+        if not distance <= max(self.TOLERANCE[key["dtype"]], self.TOLERANCE.get(key["lm.dtype"], 0)):
+            raise UserError(
+                f"{self.cache.store.url} holds activations that this language model does not compute "
+                f"(they differ by {distance:.1%}): use the lm.* keys that it was harvested with, or harvest anew."
+            )
+
+    def source(self) -> Source:
+        chunk_rows = self.lm_batch_rows * self.seq_len
+        return CachedRows(self.cache, chunk_rows, self.seed, self.repeat, self.lm.device)
+
+    def held_out_text(self, n: int) -> Int[Tensor, "n t"]:
+        rows = self.cache.held_out()
+        if n > len(rows) and not self.cache.manifest.held_out_whole:
+            raise UserError(
+                f"{self.cache.store.url} holds {rows.numel()} held-out tokens: ask for no more in data.n_eval_tokens "
+                "and data.n_val_tokens, or harvest with a larger data.n_eval_tokens."
+            )
+        return rows[:n]
 
 
 def take_rows(rows: Iterator[list[int]], n: int) -> Int[Tensor, "n t"]:

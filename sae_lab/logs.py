@@ -1,6 +1,7 @@
 """Where training figures go: metrics.csv, one row a logging step, and W&B."""
 
 import csv
+import io
 import uuid
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from sae_lab.checkpoint import write_atomically
 
 
 class CSVLog(Logger):
@@ -43,9 +46,10 @@ class CSVLog(Logger):
         columns = ["step", *sorted({name for r in self._rows for name in r} - {"step"})]
         if first or columns != self._columns:
             self._columns = columns
-            self._write(self._rows, "w")
+            write_atomically(self.path, self._text(self._rows, header=True).encode())
         else:
-            self._write([row], "a")
+            with self.path.open("a", newline="") as f:
+                f.write(self._text([row]))
 
     def _earlier(self, step: int) -> list[dict[str, Any]]:
         """The rows of the file, if there is one, from before this step."""
@@ -55,12 +59,13 @@ class CSVLog(Logger):
             rows = [{name: value for name, value in r.items() if value} for r in csv.DictReader(f)]
         return [r for r in rows if float(r["step"]) < step]
 
-    def _write(self, rows: list[dict[str, Any]], how: str) -> None:
-        with self.path.open(how, newline="") as f:
-            writer = csv.DictWriter(f, self._columns)
-            if how == "w":
-                writer.writeheader()
-            writer.writerows(rows)
+    def _text(self, rows: list[dict[str, Any]], header: bool = False) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns)
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
 
 
 def wandb_log(save_dir: str, **options: Any) -> WandbLogger:

@@ -3,7 +3,7 @@
 import ctypes
 import sys
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 
 
 def keep_freed_memory() -> None:
@@ -17,5 +17,6 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
+        mallopt(M_ARENA_MAX, 1)  # a thread's own arena is cut into 64 MB: a chunk just over 32 MB would take all of one
         mallopt(M_TRIM_THRESHOLD, -1)
         mallopt(M_TOP_PAD, 256 * 2**20)

@@ -23,6 +23,7 @@ FREE = (
     "logger",
     "lm.device",
     "lm.device_map",
+    "data.prefetch",
     "trainer.accelerator",
     "trainer.checkpoint_every",
     "trainer.log_every",

@@ -20,6 +20,37 @@ def track(items: Sequence[T], description: str) -> Iterable[T]:
     return rich_track(items, description, console=console, transient=True) if console.is_terminal else items
 
 
+class TokenProgress:
+    """Tokens done, tokens/s and the time left: a live bar on a terminal, else a line soon and every `seconds` then."""
+
+    def __init__(self, description: str, total: int, done: int, seconds: float = 15.0):
+        self.description, self.total, self.done, self.seconds = description, total, done, seconds
+        self._first, self._start = done, time.perf_counter()
+        self._said = self._start - seconds + 3.0
+        columns = [TextColumn(description), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens")]
+        columns += [TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeRemainingColumn()]
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("", total=total, completed=done, rate=0.0)
+
+    def __enter__(self) -> "TokenProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def advance(self, n: int) -> None:
+        self.done = min(self.total, self.done + n)
+        now = time.perf_counter()
+        rate = (self.done - self._first) / (now - self._start)
+        self._bar.update(self._task, completed=self.done, rate=rate)
+        if not console.is_terminal and now - self._said > self.seconds:
+            self._said = now
+            left = (self.total - self.done) / rate
+            said = f"{self.description} {self.done:,}/{self.total:,} tokens  {rate:,.0f} tokens/s  {left:.0f} s left"
+            print(said, flush=True)
+
+
 class TrainingProgress(L.Callback):
     """Steps, loss, l0, dead share, tokens/s and ETA: a live bar on a terminal, a line every `seconds` elsewhere."""
 

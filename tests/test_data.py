@@ -1,5 +1,6 @@
 """The stream from text to batches: which positions reach the SAE, how much, and in what order after a resume."""
 
+import threading
 from functools import partial
 
 import pytest
@@ -34,6 +35,7 @@ class Echo:
     """A language model whose activation at a token is the token's id (twice: d = 2), so rows can be told apart."""
 
     name, sites, d, bos_id, context, tokenizer = "echo", ("a", "b"), 2, 0, 200, WordIds()
+    device = torch.device("cpu")
 
     def activations(self, tokens):
         return tokens[:, :, None, None].expand(-1, -1, 2, 2).float()
@@ -48,6 +50,7 @@ SETTINGS = {
     "exclude_bos": False,
     "exclude_first": 0,
     "pack": True,
+    "prefetch": False,
     "repeat": True,
     "n_eval_tokens": 18,
     "n_val_tokens": 12,
@@ -131,6 +134,17 @@ def test_calibration_repeats_the_first_training_batches_and_moves_nothing():
     assert len(list(d.calibration_batches(100))) == d.n_steps
 
 
+def test_prefetch_changes_no_batch_and_validation_may_run_beside_it():
+    plain, ahead = data(), data(prefetch=True)
+    for _ in range(100):
+        batch = next(plain.stream)
+        assert torch.equal(next(ahead.stream), batch)
+        ahead.held_out_rows(18)
+    ahead.teardown("fit")
+    assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+    assert not data(prefetch="auto").prefetch  # on a CPU
+
+
 def test_a_resumed_stream_continues_exactly_across_passes():
     stream = data(n_documents=3).stream
     whole = [next(stream) for _ in range(30)]  # several passes over three short documents
@@ -147,6 +161,7 @@ def test_a_resumed_stream_continues_exactly_across_passes():
     ("changes", "sentence"),
     [
         ({"n_tokens": 3}, "less than one batch"),
+        ({"prefetch": "yes"}, "data.prefetch=yes is not known: choose true, false or auto"),
         ({"seq_len": 201}, "longer than the context of echo: give 200 or less"),
         ({"exclude_first": 6}, "leaves nothing of a row"),
         ({"exclude_first": 5, "exclude_bos": True}, "leaves nothing of a row"),

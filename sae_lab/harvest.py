@@ -1,0 +1,232 @@
+"""A language model -> activations on disk: `python -m sae_lab.harvest n_tokens=2_000_000 cache_dir=outputs/cache`."""
+
+import functools
+import inspect
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import xxhash
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from safetensors.torch import save
+
+from sae_lab.buffer import Chunk, Source
+from sae_lab.cache import (
+    HELD_OUT_FILE,
+    Manifest,
+    Shard,
+    as_bytes,
+    lm_key,
+    piece_checksums,
+    refuse_other,
+)
+from sae_lab.cli import entry_point
+from sae_lab.data import ActivationData, take_rows
+from sae_lab.errors import UserError
+from sae_lab.memory import keep_freed_memory
+from sae_lab.prefetch import Prefetched
+from sae_lab.screen import TokenProgress
+from sae_lab.store import Store
+from sae_lab.text import HELD_OUT, TRAIN, Documents
+
+log = logging.getLogger(__name__)
+
+
+class Harvester:
+    """Fills the folder of a cache, shard by shard. Whenever it is stopped, what is whole stays and it goes on there.
+
+    Args:
+        data: language model, text, and the positions that are kept; `data.n_eval_tokens` of held-out text go along.
+        path: a folder, or any fsspec URL.
+        n_tokens: rows of activations, exactly; fewer where the text ends before (`data.repeat=false`).
+        shard_tokens: rows in a shard, to a pass of the language model more; a shard is gathered in memory.
+        dtype: of the cache: float32, float16, bfloat16, or auto: the language model's.
+
+    Raises:
+        UserError: another cache lies there, the folder cannot be written, no text, rows that `dtype` cannot hold.
+    """
+
+    def __init__(self, data: ActivationData, path: str, n_tokens: int, shard_tokens: int, dtype: str = "auto"):
+        self.data, self.store = data, Store(path)
+        self.n_tokens, self.shard_tokens = n_tokens, shard_tokens
+        lm_dtype: torch.dtype = next(data.lm.model.parameters()).dtype
+        if dtype not in ("auto", "float32", "float16", "bfloat16"):
+            raise UserError(f"dtype={dtype} is not known: choose float32, float16, bfloat16 or auto.")
+        self.dtype = lm_dtype if dtype == "auto" else getattr(torch, dtype)
+        self.key = lm_key(data.lm) | self._data_key()
+
+    def _data_key(self) -> dict[str, Any]:
+        """What of the text decides the activations; the first rows stand for what no argument names."""
+        data = self.data
+        if data.documents is None:
+            raise UserError("a cache is harvested from text: choose another data=..., such as data=stdlib.")
+        first = take_rows(data.text(TRAIN, repeat=False), data.lm_batch_rows)
+        return {
+            "seq_len": data.seq_len,
+            "n_tokens": self.n_tokens,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "data.exclude_bos": data.exclude_bos,
+            "data.exclude_first": data.exclude_first,
+            "data.pack": data.pack,
+            "data.repeat": data.repeat,
+            **{f"data.{name}": value for name, value in described(data.documents).items()},
+            "data.first_rows": xxhash.xxh3_64_hexdigest(as_bytes(first)),
+        }
+
+    def build(self, rebuild: bool = False) -> Manifest:
+        """Harvest what is missing; with `rebuild`, check every shard first and make damaged ones again."""
+        manifest = self._read(start_over=rebuild)
+        if manifest is None or rebuild or not manifest.complete:
+            with self.store.locked():
+                self.store.sweep()
+                manifest = self._read(start_over=rebuild) or self._begin()
+                if rebuild:
+                    self._mend(manifest)
+                if not manifest.complete:
+                    self._extend(manifest)
+        log.info("%s is complete: %s tokens in %d shards.", self.store.url, f"{manifest.rows:,}", len(manifest.shards))
+        return manifest
+
+    def verify(self) -> None:
+        """Check every byte of every shard that is there.
+
+        Raises:
+            UserError: naming the damaged and missing ones.
+        """
+        manifest = self._read()
+        damaged = [shard.file for shard in manifest.shards if not self._is_whole(shard)] if manifest else []
+        if damaged:
+            raise UserError(f"{self.store.url}: damaged: {', '.join(damaged)}; rebuild=true makes them again.")
+        log.info("%s: %d shards, all whole.", self.store.url, len(manifest.shards) if manifest else 0)
+
+    def _is_whole(self, shard: Shard) -> bool:
+        if not self.store.exists(shard.file) or self.store.size(shard.file) != shard.size:
+            return False
+        return xxhash.xxh3_128_hexdigest(self.store.read(shard.file)) == shard.checksum
+
+    def _read(self, start_over: bool = False) -> Manifest | None:
+        """This cache's manifest, None where there is none, or a damaged one that is not to be kept."""
+        try:
+            manifest = Manifest.read(self.store)
+        except UserError:
+            if start_over:
+                return None
+            raise
+        if manifest is not None:
+            refuse_other(self.store, manifest, self.key, "choose another cache_dir=...")
+        return manifest
+
+    def _begin(self) -> Manifest:
+        """Say what is going to be written, and write the held-out text and an empty manifest."""
+        data = self.data
+        bytes_per_token = len(data.lm.sites) * data.d_in * self.dtype.itemsize
+        log.info(
+            "%s: %s tokens x %d sites x %d x %s = %.2f GB%s.",
+            *(self.store.url, f"{self.n_tokens:,}", len(data.lm.sites), data.d_in, self.key["dtype"]),
+            *(self.n_tokens * bytes_per_token / 1e9, self._free()),
+        )
+        wanted = max(1, data.n_eval_tokens // data.seq_len)
+        held_out = take_rows(data.text(HELD_OUT, repeat=False), wanted)
+        self.store.write(HELD_OUT_FILE, save({"tokens": held_out.int()}))
+        manifest = Manifest(data.lm.name, self.key, held_out_whole=len(held_out) < wanted)
+        manifest.write(self.store)
+        return manifest
+
+    def _free(self) -> str:
+        folder = self.store.folder
+        return "" if folder is None else f" ({shutil.disk_usage(folder).free / 1e9:.1f} GB are free there)"
+
+    def _extend(self, manifest: Manifest) -> None:
+        """Shard after shard, the manifest after each, from the end of the last one to n_tokens or the text's end."""
+        source: Source = self.data.source()
+        source.load_state_dict(self._place(manifest))
+        if self.data.prefetch:
+            source = Prefetched(source, 4, self.data.lm.device)
+        with TokenProgress("harvesting", self.n_tokens, manifest.rows) as bar:
+            for chunks in self.shards(source, self.n_tokens - manifest.rows, bar.advance):
+                left = self.n_tokens - manifest.rows
+                manifest.shards.append(self.write_shard(f"shard-{len(manifest.shards):05d}.safetensors", chunks, left))
+                manifest.complete = manifest.rows == self.n_tokens
+                manifest.write(self.store)
+        if not manifest.complete:
+            self._text_ended(manifest)
+
+    def _text_ended(self, manifest: Manifest) -> None:
+        if manifest.rows == 0:
+            raise UserError(f"the text is shorter than one row of seq_len={self.data.seq_len} tokens: give more text.")
+        log.warning("The text ended after %s of %s tokens.", f"{manifest.rows:,}", f"{self.n_tokens:,}")
+        manifest.complete = True
+        manifest.write(self.store)
+
+    def _place(self, manifest: Manifest) -> dict[str, Any]:
+        """The text's state after the last shard."""
+        rows = self.data.text(TRAIN, self.data.repeat)
+        if manifest.shards:
+            last = manifest.shards[-1]
+            rows.load_state_dict(last.begin)
+            take_rows(rows, last.text_rows)
+        return rows.state_dict()
+
+    def shards(self, source: Source, n_rows: int, advance: Callable[[int], None]) -> Iterator[list[Chunk]]:
+        """Chunks of the source, on the CPU and in the cache's dtype, a shard at a time, until there are n_rows."""
+        chunks: list[Chunk] = []
+        gathered = given = 0
+        stream = iter(source)
+        while given + gathered < n_rows and (chunk := next(stream, None)) is not None:
+            chunks.append(chunk._replace(rows=chunk.rows.to("cpu", self.dtype)))
+            gathered += len(chunk.rows)
+            advance(len(chunk.rows))
+            if gathered >= self.shard_tokens:
+                yield chunks
+                given, gathered, chunks = given + gathered, 0, []
+        stream.close()
+        if gathered:
+            yield chunks
+
+    def write_shard(self, file: str, chunks: list[Chunk], limit: int) -> Shard:
+        rows = torch.cat([chunk.rows for chunk in chunks])[:limit]
+        if not rows.isfinite().all():
+            raise UserError(f"activations of {list(self.data.lm.sites)} do not fit {self.dtype}: give dtype=bfloat16.")
+        tokens = torch.cat([chunk.tokens for chunk in chunks if chunk.tokens is not None]).int()
+        content = save({"activations": rows, "tokens": tokens, "checksums": piece_checksums(rows)})
+        self.store.write(file, content)
+        checksum = xxhash.xxh3_128_hexdigest(content)
+        return Shard(file, len(rows), len(tokens), chunks[0].state, len(content), checksum)
+
+    def _mend(self, manifest: Manifest) -> None:
+        for i, shard in enumerate(manifest.shards):
+            if self._is_whole(shard):
+                continue
+            log.warning("%s is damaged or missing: making it again.", shard.file)
+            source = self.data.source()
+            source.load_state_dict(shard.begin)
+            chunks = next(self.shards(source, shard.rows, lambda n: None))
+            manifest.shards[i] = self.write_shard(shard.file, chunks, shard.rows)
+            manifest.write(self.store)
+
+
+def described(documents: Callable[[str], Documents]) -> dict[str, Any]:
+    """Class and arguments of a partial, as plain values."""
+    if not isinstance(documents, functools.partial):
+        return {"documents": getattr(documents, "__qualname__", repr(documents))}
+    arguments = inspect.signature(documents.func).bind_partial(*documents.args, **documents.keywords).arguments
+    return {"documents": documents.func.__name__} | arguments
+
+
+@entry_point("harvest")
+def main(cfg: DictConfig) -> None:
+    """Build the cache, or what is missing of it; `verify=true` only checks it, `rebuild=true` also mends it."""
+    keep_freed_memory()
+    data: ActivationData = instantiate(cfg.data, lm=instantiate(cfg.lm))
+    harvester = Harvester(data, cfg.cache_dir, cfg.n_tokens, cfg.shard_tokens, cfg.dtype)
+    if cfg.verify:
+        harvester.verify()
+    else:
+        harvester.build(cfg.rebuild)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,421 @@
+"""The cache on disk: what it holds, what it refuses, how it is read, and what becomes of it when things go wrong."""
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from fakes import Follow, UniqueWords
+
+from sae_lab import store
+from sae_lab.cache import PIECE, Cache, CachedRows
+from sae_lab.data import ActivationData, CachedData, take_rows
+from sae_lab.errors import UserError
+from sae_lab.harvest import Harvester
+
+CPU = torch.device("cpu")
+SETTINGS = {
+    "seq_len": 8,
+    "batch_size": 16,
+    "n_tokens": 512,
+    "block_tokens": 300,
+    "lm_batch_rows": 4,
+    "exclude_bos": True,
+    "exclude_first": 0,
+    "pack": True,
+    "prefetch": False,
+    "repeat": False,
+    "n_eval_tokens": 160,
+    "n_val_tokens": 80,
+    "seed": 0,
+}
+N = 600  # rows of the caches below, in shards of about 200
+
+
+def text(lm=None, n_documents: int = 90, **changes) -> ActivationData:
+    return ActivationData(lm or Follow(), partial(UniqueWords, n_documents=n_documents), **(SETTINGS | changes))
+
+
+def harvester(path, n_tokens: int = N, dtype: str = "auto", **changes) -> Harvester:
+    return Harvester(text(**changes), str(path), n_tokens, shard_tokens=200, dtype=dtype)
+
+
+def cached(path, lm=None, **changes) -> CachedData:
+    return CachedData(lm or Follow(), str(path), **(SETTINGS | changes))
+
+
+@pytest.fixture
+def whole(tmp_path) -> Path:
+    harvester(tmp_path / "whole").build()
+    return tmp_path / "whole"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+
+
+def streamed_rows(**changes) -> torch.Tensor:
+    return torch.cat([chunk.rows for chunk in text(**changes).source()])
+
+
+# ---- contents
+
+
+def test_a_cache_holds_the_streams_rows_in_order_exactly_as_many_as_asked_for(whole):
+    cache = Cache(str(whole))
+    rows = torch.cat([cache.piece(i) for i in range(cache.n_pieces)])
+    assert torch.equal(rows, streamed_rows()[:N])
+    assert [shard.rows >= 200 for shard in cache.manifest.shards] == [True, True, False]
+    tokens = torch.cat([cache.shard(i).tokens for i in range(3)])
+    assert torch.equal(tokens.flatten()[tokens.flatten() != 0][:N].float(), rows[:, 0, 0])
+    assert torch.equal(cache.held_out().int(), take_rows(text().text("held_out", False), 20).int())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_each_dtype_keeps_the_rows_to_its_precision(tmp_path, dtype):
+    harvester(tmp_path, dtype=dtype).build()
+    cache = Cache(str(tmp_path))
+    rows = torch.cat([cache.piece(i) for i in range(cache.n_pieces)])
+    assert rows.dtype == getattr(torch, dtype)
+    assert torch.equal(rows, streamed_rows()[:N].to(rows.dtype))
+    assert cached(tmp_path).d_in == 3
+
+
+def test_rows_that_the_dtype_cannot_hold_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"do not fit torch\.float16: give dtype=bfloat16"):
+        harvester(tmp_path, dtype="float16", lm=Follow(scale=1000.0)).build()
+
+
+def test_text_that_ends_ends_the_cache(tmp_path, caplog):
+    manifest = harvester(tmp_path, n_tokens=10**6).build()
+    assert manifest.complete
+    assert manifest.rows == len(streamed_rows())
+    assert f"The text ended after {manifest.rows:,} of 1,000,000 tokens" in caplog.text
+
+
+def test_a_remote_cache_is_the_same(whole, monkeypatch, tmp_path):
+    monkeypatch.setattr(store, "COPIES", tmp_path / "copies")
+    harvester("memory://there/cache").build()
+    there = fsspec.filesystem("memory")
+    assert {Path(p).name: there.cat_file(p) for p in there.ls("/there/cache", detail=False)} == files(whole)
+    ours, theirs = cached(whole), cached("memory://there/cache")
+    for _ in range(30):
+        assert torch.equal(next(ours.stream), next(theirs.stream))
+    there.rm("/there", recursive=True)
+
+
+# ---- reading
+
+
+def test_a_pass_gives_every_row_once_in_an_order_of_its_own(whole):
+    passes, stream = [], CachedRows(Cache(str(whole)), 256, 0, True, CPU)
+    chunks = iter(stream)
+    for _ in range(3):
+        rows = torch.empty(0, 2, 3)
+        while len(rows) < N:
+            rows = torch.cat([rows, next(chunks).rows])
+        passes.append(rows[:, 0, 0].tolist())
+    assert [sorted(ids) for ids in passes] == [sorted(streamed_rows()[:N, 0, 0].tolist())] * 3
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_the_first_rows_of_a_pass_come_from_all_shards(whole):
+    cache = Cache(str(whole))
+    ends = [shard.rows for shard in cache.manifest.shards]
+    shards = [set(part[:, 0, 0].tolist()) for part in streamed_rows()[:N].split(ends)]
+    firsts = [next(iter(CachedRows(cache, 3 * PIECE, seed, True, CPU))).rows[:, 0, 0].tolist() for seed in range(8)]
+    assert any(all(shard & set(first) for shard in shards) for first in firsts)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_resumed_run_reads_on_exactly(whole, prefetch):
+    plain = cached(whole, repeat=True)
+    batches = [next(plain.stream) for _ in range(100)]  # more than two passes
+    for given in range(0, 100, 7):
+        before = cached(whole, repeat=True, prefetch=prefetch)
+        for _ in range(given):
+            next(before.stream)
+        after = cached(whole, repeat=True, prefetch=not prefetch)
+        after.load_state_dict(before.state_dict())
+        assert torch.equal(next(after.stream), batches[given])
+        before.teardown("fit")
+        after.teardown("fit")
+
+
+def test_held_out_rows_are_those_of_the_stream(whole):
+    assert torch.equal(cached(whole).held_out_rows(80), text().held_out_rows(80))
+    with pytest.raises(UserError, match="holds 160 held-out tokens: ask for no more"):
+        cached(whole).held_out_rows(1000)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"seq_len": 9}, "seq_len is 8 there and 9 here"),
+        ({"exclude_bos": False}, "data.exclude_bos is True there and False here"),
+        ({"exclude_first": 1}, "data.exclude_first is 0 there and 1 here"),
+        ({"lm": Follow(scale=1.1)}, r"does not compute \(they differ by 10.0%\)"),
+    ],
+)
+def test_a_run_of_other_settings_is_refused(whole, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        cached(whole, **changes)
+
+
+def test_a_run_of_another_model_is_refused(whole):
+    for name, value in {"sites": ("a", "c"), "bos_id": 1}.items():
+        lm = Follow()
+        setattr(lm, name, value)
+        with pytest.raises(UserError, match=f"of lm.name=follow \\(lm.{name} is .* there and .* here"):
+            cached(whole, lm)
+    lm = Follow()
+    lm.model.weight.data += 1
+    with pytest.raises(UserError, match=r"lm\.weights is"):
+        cached(whole, lm)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"n_documents": 91}, "data.n_documents is 90 there and 91 here"),
+        ({"seed": 1}, "data.first_rows"),
+        ({"n_tokens": 601}, "n_tokens is 600 there and 601 here"),
+        ({"dtype": "bfloat16"}, "dtype is float32 there and bfloat16 here"),
+        ({"exclude_first": 3}, "data.exclude_first is 0 there and 3 here"),
+    ],
+)
+def test_a_harvest_of_other_settings_is_refused_and_leaves_the_cache(whole, changes, key):
+    before = files(whole)
+    if "seed" in changes:
+        other = harvester(whole)
+        other.data.documents = partial(UniqueWords, n_documents=90, seed=1)
+        other.key |= other._data_key()
+        key = r"data\.first_rows is .* data\.seed is None there and 1 here"
+    else:
+        other = harvester(whole, **changes)
+    with pytest.raises(UserError, match=key):
+        other.build()
+    assert files(whole) == before
+
+
+def test_a_run_notices_that_its_cache_was_exchanged(whole, tmp_path):
+    state = cached(whole).state_dict()
+    harvester(tmp_path / "other", n_tokens=500).build()
+    with pytest.raises(UserError, match="is not the cache that this run began with"):
+        list(stream_from(cached(tmp_path / "other"), state))
+
+
+def stream_from(data: CachedData, state):
+    data.load_state_dict(state)
+    return data.stream
+
+
+def test_no_cache_and_an_unfinished_one_are_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="holds no cache: make one with"):
+        cached(tmp_path / "none")
+    stopped(tmp_path, monkeypatch, after=2)
+    with pytest.raises(UserError, match=r"is unfinished, with 2[0-9]{2} of 600 tokens"):
+        cached(tmp_path)
+
+
+# ---- faults
+
+
+def stopped(folder: Path, monkeypatch, after: int, error: BaseException | None = None) -> None:
+    """A harvest whose disk refuses every write after the first `after` files."""
+    real, written = store.write_atomically, []
+
+    def write(path: Path, content: bytes) -> None:
+        if len(written) >= after + 2:  # held-out text and the empty manifest
+            raise error or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path.name)
+        real(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "write_atomically", write)
+        with pytest.raises((UserError, KeyboardInterrupt)):
+            harvester(folder).build()
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_a_stopped_harvest_continues_to_the_same_files(whole, tmp_path, monkeypatch, after):
+    stopped(tmp_path / "stopped", monkeypatch, after, KeyboardInterrupt())
+    harvester(tmp_path / "stopped").build()
+    assert files(tmp_path / "stopped") == files(whole)
+
+
+def build_and_die_in_write(folder: str, n: int) -> None:
+    """Killed by SIGKILL half-way through the n-th file."""
+    real, written = os.fsync, []
+
+    def fsync(fd: int) -> None:
+        written.append(fd)
+        if len(written) == n:
+            os.ftruncate(fd, os.fstat(fd).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(fd)
+
+    os.fsync = fsync
+    harvester(folder).build()
+
+
+@pytest.mark.parametrize("n", [3, 4, 7])
+def test_a_harvest_killed_within_a_file_continues_to_the_same_files(whole, tmp_path, n):
+    process = get_context("fork").Process(target=build_and_die_in_write, args=(str(tmp_path / "killed"), n))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert any(p.name.startswith(".") and p.name != ".lock" for p in (tmp_path / "killed").iterdir())
+    harvester(tmp_path / "killed").build()
+    left = files(tmp_path / "killed")
+    assert {name: left.get(name) for name in files(whole)} == files(whole)
+
+
+@pytest.mark.parametrize("where", ["first rows", "last rows", "checksums", "header"])
+def test_a_flipped_bit_is_found_named_and_mended(whole, where):
+    before, shard = files(whole), whole / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    first, end = header["activations"]["data_offsets"]
+    at = {"first rows": first, "last rows": end - 1, "checksums": header["checksums"]["data_offsets"][0], "header": -1}
+    content[start + at[where]] ^= 16
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-00001.safetensors is damaged: harvest it again with rebuild=true"):
+        list(cached(whole).stream)
+    with pytest.raises(UserError, match=r"damaged: shard-00001\.safetensors; rebuild=true makes them again"):
+        harvester(whole).verify()
+    harvester(whole).build(rebuild=True)
+    assert files(whole) == before
+    harvester(whole).verify()
+
+
+def test_a_missing_and_a_cut_shard_are_found_and_mended(whole):
+    before = files(whole)
+    (whole / "shard-00000.safetensors").unlink()
+    (whole / "shard-00002.safetensors").write_bytes(before["shard-00002.safetensors"][:-1])
+    with pytest.raises(UserError, match=r"shard-00000.* is damaged"):
+        cached(whole)
+    with pytest.raises(UserError, match=r"damaged: shard-00000\.safetensors, shard-00002\.safetensors;"):
+        harvester(whole).verify()
+    harvester(whole).build(rebuild=True)
+    assert files(whole) == before
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_truncated_manifest_is_named_and_mended(whole, share):
+    before = files(whole)
+    manifest = before["manifest.json"]
+    (whole / "manifest.json").write_bytes(manifest[: int(share * len(manifest))])
+    for use in (lambda: cached(whole), lambda: harvester(whole).build()):
+        with pytest.raises(UserError, match=r"manifest.json is damaged .*rebuild=true"):
+            use()
+    harvester(whole).build(rebuild=True)
+    assert files(whole) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of 24 kB, where this process may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "none", folder], capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_ends_in_one_sentence_and_can_continue(whole, small_disk):
+    with pytest.raises(UserError, match=r"^The disk of .* is full: make room, and the same command continues\.$"):
+        harvester(small_disk).build()
+    assert not [p for p in small_disk.iterdir() if p.name.startswith(".shard")]
+    subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+    harvester(small_disk).build()
+    assert files(small_disk) == files(whole)
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_a_disk_that_is_full_at_any_file_can_continue(whole, tmp_path, monkeypatch, after):
+    stopped(tmp_path / "full", monkeypatch, after)
+    harvester(tmp_path / "full").build()
+    assert files(tmp_path / "full") == files(whole)
+
+
+def test_a_read_only_folder_is_named_and_a_whole_cache_in_it_is_used(whole, small_disk):
+    for name, content in files(whole).items():
+        subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+        (small_disk / name).write_bytes(content)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert harvester(small_disk).build().complete
+    assert len(list(cached(small_disk).stream)) == 38
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\): choose another cache_dir="):
+        harvester(small_disk / "new").build()
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*choose another cache_dir="):
+        harvester(tmp_path / "file" / "cache").build()
+    with pytest.raises(UserError, match=r"cannot be opened .*give a folder, or a URL that fsspec knows"):
+        harvester("nowhere://cache")
+
+
+def build_and_count(folder: str, counts: str) -> None:
+    builder = harvester(folder)
+    calls, real = [], builder.data.lm.activations
+    builder.data.lm.activations = lambda tokens: calls.append(1) or real(tokens)
+    logging.basicConfig(level=logging.INFO, filename=f"{counts}/{os.getpid()}.log", force=True)
+    builder.build()
+    Path(counts, str(os.getpid())).write_text(str(len(calls)))
+
+
+def test_eight_processes_build_it_once_and_the_others_say_that_they_wait(whole, tmp_path):
+    (tmp_path / "counts").mkdir()
+    arguments = (str(tmp_path / "shared"), str(tmp_path / "counts"))
+    processes = [get_context("fork").Process(target=build_and_count, args=arguments) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 8
+    counts = sorted(int(p.read_text()) for p in (tmp_path / "counts").iterdir() if p.suffix == "")
+    assert counts[:7] == [0] * 7
+    assert counts[7] > 0
+    assert files(tmp_path / "shared") == files(whole)
+
+
+def test_a_process_waits_while_another_one_builds(tmp_path):
+    builder = harvester(tmp_path / "shared")
+    (tmp_path / "shared").mkdir()
+    context = get_context("fork")
+    held, free = context.Event(), context.Event()
+
+    def hold() -> None:
+        with store.Store(tmp_path / "shared").locked():
+            held.set()
+            free.wait()
+
+    process = context.Process(target=hold)
+    process.start()
+    held.wait()
+    waiting = context.Process(target=build_and_count, args=(builder.store.url, str(tmp_path)))
+    waiting.start()
+    waiting.join(1.0)
+    assert waiting.is_alive()
+    assert not (tmp_path / "shared" / "manifest.json").exists()
+    free.set()
+    waiting.join()
+    process.join()
+    assert waiting.exitcode == 0
+    assert "Another process is at work" in (tmp_path / f"{waiting.pid}.log").read_text()
