@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,14 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 
 from sae_lab.errors import Interrupted, UserError
 
+
 # Job folders are named by their overrides, which may hold paths: a name must stay one folder, of a length disks take.
-OmegaConf.register_new_resolver("folder_name", lambda text: text.replace("/", "_")[:200], replace=True)
+def folder_name(text: str) -> str:
+    name = text.replace("/", "_")
+    return name if len(name) <= 200 else f"{name[:191]}-{zlib.crc32(name.encode()):08x}"
+
+
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 PACKAGE = Path(__file__).resolve().parent
 # An installed wheel carries conf/ inside the package; a checkout keeps it at the top.
