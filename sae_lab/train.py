@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -21,42 +24,59 @@ from sae_lab.checkpoint import AtomicCheckpointIO, save_sae
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
 from sae_lab.errors import UserError
-from sae_lab.evaluate import evaluate, write_results
+from sae_lab.evaluate import evaluate_all, write_results
 from sae_lab.interrupt import StopOnSignal
 from sae_lab.memory import keep_freed_memory
 from sae_lab.module import SAEModule
 from sae_lab.runs import Run, examine
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import TrainingProgress, print_files, print_metrics
+from sae_lab.sweep import failure_recorded
 
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class Member:
+    """One SAE on its way: what was asked for, its run folder, and what trains it."""
+
+    cfg: DictConfig
+    run: Run
+    sae: BaseSAE
+    module: SAEModule
+    trainer: L.Trainer
+
+
 def train(cfg: DictConfig) -> dict[str, Any]:
     """One run, from wherever its folder stands to its metrics."""
-    check_dials(cfg)
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
-    run = examine(Path(cfg.run_dir), config, cfg.resume)
+    run = open_run(cfg)
     if run.complete:
         return show_complete(run)
+    data = build_data(cfg)
+    callbacks = [StopOnSignal(run.last_checkpoint), TrainingProgress()]
+    member = build_member(cfg, run, build_sae(cfg, data), data, callbacks)
+    with run.begin(hydra_files(cfg)):  # all that can be wrong with the config has shown by now
+        fit(member, data)
+        [metrics] = finish([member], data)
+    return metrics
+
+
+def open_run(cfg: DictConfig) -> Run:
+    """The folder of this run, and how far it has come."""
+    check_dials(cfg)
+    return examine(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
+
+
+def build_data(cfg: DictConfig) -> ActivationData:
     keep_freed_memory()
-    data: ActivationData = instantiate(cfg.data, lm=instantiate(cfg.lm))
-    sae = build_sae(cfg, data)
+    return instantiate(cfg.data, lm=instantiate(cfg.lm))
+
+
+def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, callbacks: list[Callback]) -> Member:
     schedule = partial(instantiate(cfg.schedule), n_steps=data.n_steps)
     module = SAEModule({"sae": sae}, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
-    trainer: L.Trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps)
-    run.begin(hydra_files(cfg))  # all that can be wrong with the config has shown by now
-    trainer.loggers = [instantiate(node) for node in cfg.logger.values()]
-    fit(trainer, module, data, run)
-    sae.to(data.lm.device)  # Lightning moves it to the CPU when it is done
-    calibrate([sae], data, cfg.calibration_batches)
-    save_sae(sae, run.folder / "sae", provenance(config))
-    evaluation = evaluate(sae, data)
-    files = write_results(evaluation, sae, run.folder)
-    print_metrics(evaluation.metrics, run.folder)
-    print_files([run.folder / "sae", *files])
-    return evaluation.metrics
+    trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps, callbacks=callbacks)
+    return Member(cfg, run, sae, module, trainer)
 
 
 def check_dials(cfg: DictConfig) -> None:
@@ -81,6 +101,7 @@ def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:
 def build_trainer(
     run_dir: Path,
     n_steps: int,
+    callbacks: list[Callback],
     accelerator: str,
     precision: str,
     checkpoint_every: int,
@@ -99,7 +120,6 @@ def build_trainer(
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoints = run_dir / "checkpoints"
     saving = ModelCheckpoint(checkpoints, "last", every_n_train_steps=checkpoint_every, enable_version_counter=False)
-    callbacks: list[Callback] = [saving, StopOnSignal(checkpoints / "last.ckpt"), TrainingProgress()]
     noise = "does not have many workers|dataloader is not resumable|LeafSpec|Checkpoint directory .* exists"
     warnings.filterwarnings("ignore", message=f".*({noise}).*")
     try:
@@ -113,7 +133,7 @@ def build_trainer(
             log_every_n_steps=min(log_every, n_steps),
             num_sanity_val_steps=0,
             logger=False,
-            callbacks=callbacks,
+            callbacks=[saving, *callbacks],
             plugins=[AtomicCheckpointIO()],
             default_root_dir=run_dir,
             enable_progress_bar=False,
@@ -124,13 +144,31 @@ def build_trainer(
         raise UserError(f"the trainer cannot be built: {' '.join(str(e).split())}") from e
 
 
-def fit(trainer: L.Trainer, module: SAEModule, data: ActivationData, run: Run) -> None:
+def fit(member: Member, data: ActivationData) -> None:
     """Train to the end of the stream, from the folder's checkpoint where there is one; leave one of the last step."""
+    run, trainer = member.run, member.trainer
     log.info("training %d steps of %d tokens in %s", data.n_steps, data.batch_size, run.folder)
-    trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
+    if run.step:
+        log.info("continuing from step %d of %s", run.step, run.checkpoint)
+    trainer.loggers = [instantiate(node) for node in member.cfg.logger.values()]
+    trainer.fit(member.module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
     if trainer.global_step < data.n_steps:
         log.warning("the text ended at step %d of %d (data.repeat=false)", trainer.global_step, data.n_steps)
-    trainer.save_checkpoint(run.folder / "checkpoints" / "last.ckpt")
+    trainer.save_checkpoint(run.last_checkpoint)
+
+
+def finish(members: Sequence[Member], data: ActivationData) -> list[dict[str, Any]]:
+    """Calibrate, save, evaluate: members of one stream together. Returns the metrics of each."""
+    saes = [member.sae.to(data.lm.device) for member in members]  # Lightning moved them to the CPU when it was done
+    calibrate(saes, data, members[0].cfg.calibration_batches)
+    for member, sae in zip(members, saes, strict=True):
+        save_sae(sae, member.run.folder / "sae", provenance(member.cfg))
+    evaluations = evaluate_all({str(member.run.folder): member.sae for member in members}, data)
+    for member, evaluation in zip(members, evaluations.values(), strict=True):
+        files = write_results(evaluation, member.sae, member.run.folder)
+        print_metrics(evaluation.metrics, member.run.folder)
+        print_files([member.run.folder / "sae", *files])
+    return [evaluation.metrics for evaluation in evaluations.values()]
 
 
 def calibrate(saes: Sequence[BaseSAE], data: ActivationData, n_batches: int) -> None:
@@ -150,10 +188,12 @@ def hydra_files(cfg: DictConfig) -> dict[str, str]:
     return files
 
 
-def provenance(config: dict[Any, Any]) -> dict[str, Any]:
+def provenance(cfg: DictConfig) -> dict[str, Any]:
     """Where an SAE comes from: its activations, its text, its dials, the versions that made it."""
     packages = ("sae-lab", "torch", "lightning", "transformers", "transformer_lens", "datasets")
     keys = ("lm", "data", "optimizer", "schedule", "n_tokens", "batch_size", "seed")
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
     return {key: config[key] for key in keys} | {"versions": {name: version(name) for name in packages}}
 
 
@@ -167,7 +207,11 @@ def show_complete(run: Run) -> dict[str, Any]:
 
 @entry_point("train")
 def main(cfg: DictConfig) -> float:
-    return train(cfg)["fvu"]
+    if HydraConfig.get().mode == RunMode.RUN:
+        return train(cfg)["fvu"]
+    with failure_recorded(Path(cfg.run_dir)):  # one job's failure must not end a sweep
+        return train(cfg)["fvu"]
+    return math.nan
 
 
 if __name__ == "__main__":
