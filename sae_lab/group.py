@@ -6,7 +6,9 @@ members take their step one after the other, in one thread. So a member computes
 leaves the same files, from which it can be continued alone or in another group.
 """
 
+import json
 import logging
+import math
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,6 +40,7 @@ from sae_lab.train import (
     fit,
     hydra_files,
     open_run,
+    score,
     show_complete,
 )
 
@@ -53,6 +56,11 @@ class Job(NamedTuple):
     @property
     def folder(self) -> Path:
         return Path(self.cfg.run_dir)
+
+    def score(self) -> float:
+        """What `train` returns of it once it is done; nan where it has failed."""
+        metrics = self.folder / "metrics.json"
+        return score(json.loads(metrics.read_text()), self.cfg.goal_l0) if metrics.is_file() else math.nan
 
 
 def read_job(cfg: DictConfig) -> Job:

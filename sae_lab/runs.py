@@ -19,6 +19,7 @@ LOCK, FAILED = ".lock", "failed.txt"
 FREE = (
     "resume",
     "run_dir",
+    "goal_l0",
     "logger",
     "lm.device",
     "trainer.accelerator",

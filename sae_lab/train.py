@@ -82,7 +82,7 @@ def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, 
 def check_dials(cfg: DictConfig) -> None:
     """Refuse a dial that is no number or too small for its meaning; `null` passes where the config has it."""
     least = {"k": 0, "expansion": 0, "n_latents": 1, "n_tokens": 1, "batch_size": 1, "seq_len": 2, "seed": 0}
-    least |= {"max_grad_norm": 0, "calibration_batches": 1, "optimizer.lr": 0}
+    least |= {"max_grad_norm": 0, "goal_l0": 0, "calibration_batches": 1, "optimizer.lr": 0}
     least |= {f"trainer.{name}": 1 for name in ("checkpoint_every", "validate_every", "log_every")}
     for key, smallest in least.items():
         value = OmegaConf.select(cfg, key)
@@ -205,12 +205,17 @@ def show_complete(run: Run) -> dict[str, Any]:
     return metrics
 
 
+def score(metrics: dict[str, Any], goal_l0: float | None) -> float:
+    """What a search minimises: fvu, or the distance of l0 to its goal."""
+    return metrics["fvu"] if goal_l0 is None else abs(metrics["l0"] - goal_l0)
+
+
 @entry_point("train")
 def main(cfg: DictConfig) -> float:
     if HydraConfig.get().mode == RunMode.RUN:
-        return train(cfg)["fvu"]
+        return score(train(cfg), cfg.goal_l0)
     with failure_recorded(Path(cfg.run_dir)):  # one job's failure must not end a sweep
-        return train(cfg)["fvu"]
+        return score(train(cfg), cfg.goal_l0)
     return math.nan
 
 

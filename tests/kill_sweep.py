@@ -1,4 +1,4 @@
-"""Must-show: a sweep killed by SIGKILL at random moments, and relaunched, ends equal to an uninterrupted one to the bit.
+"""A sweep killed by SIGKILL at random moments, and relaunched each time, ends equal to an uninterrupted one to the bit.
 
     python tests/kill_sweep.py FOLDER [kills] [launcher]
 

@@ -119,7 +119,7 @@ def test_one_bad_job_costs_the_others_nothing(tmp_path, launcher):
     assert "Traceback" not in done.stderr
     folders = plan(tmp_path / "sweep")
     assert [f.name.split(",")[1:3] for f in folders] == [
-        [f"k={k}", f"optimizer.lr={lr}"] for k in (4, 8) for lr in ("1e-3", "1e30")
+        [f"k={k}", f"optimizer.lr={lr}"] for k in (4, 8) for lr in ("0.001", "1e+30")
     ]
     assert [standing(f)[0] for f in folders] == ["complete", "failed"] * 2
     assert "4 jobs: 2 complete, 2 failed." in done.stdout

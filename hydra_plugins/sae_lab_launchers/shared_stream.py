@@ -1,6 +1,5 @@
 """`hydra/launcher=shared_stream`: the jobs of a sweep that want the same activations share one pass over the LM."""
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ class SharedStreamLauncher(Launcher):
         jobs = [r.return_value for r in returns]
         train_jobs([job for job in jobs if job is not None], self.max_members)
         for r, job in zip(returns, jobs, strict=True):
-            r.return_value = math.nan if job is None else fvu(job.folder)
+            r.return_value = math.nan if job is None else job.score()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         return returns
 
@@ -61,9 +60,3 @@ class SharedStreamLauncher(Launcher):
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
-
-
-def fvu(folder: Path) -> float:
-    """What `train` returns of a run: its fvu, or nan where it has failed."""
-    metrics = folder / "metrics.json"
-    return json.loads(metrics.read_text())["fvu"] if metrics.is_file() else math.nan
