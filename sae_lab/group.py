@@ -78,17 +78,17 @@ def train_jobs(jobs: list[Job], max_members: int | None = None) -> None:
         max_members: SAEs in a group; None takes as many as the memory holds.
     """
     with log_files([job.folder for job in jobs]):
-        for group in by_stream(jobs):
+        for (step, _), group in by_stream(jobs).items():
             while group:
-                group = train_group(group, max_members)
+                group = train_group(group, step, max_members)
 
 
-def by_stream(jobs: list[Job]) -> list[list[Job]]:
-    """The jobs that are not complete, those together that want the same batches next: of the same place in one stream.
+def by_stream(jobs: list[Job]) -> dict[tuple[int, str], list[Job]]:
+    """The jobs that are not complete, by step and stream: those together that want the same batches next.
 
     What a batch holds is decided by `lm` and `data` alone.
     """
-    groups: dict[str, list[Job]] = {}
+    groups: dict[tuple[int, str], list[Job]] = {}
     for job in jobs:
         with of_member(job.folder), failure_recorded(job.folder):
             run = open_run(job.cfg)
@@ -96,11 +96,11 @@ def by_stream(jobs: list[Job]) -> list[list[Job]]:
                 show_complete(run)
                 continue
             stream = OmegaConf.masked_copy(job.cfg, ["lm", "data", "calibration_batches"])
-            groups.setdefault(f"{run.step} {OmegaConf.to_yaml(stream, sort_keys=True)}", []).append(job)
-    return list(groups.values())
+            groups.setdefault((run.step, OmegaConf.to_yaml(stream, sort_keys=True)), []).append(job)
+    return groups
 
 
-def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
+def train_group(jobs: list[Job], step: int, max_members: int | None) -> list[Job]:
     """Train and evaluate as many of these jobs, from the first on, as there is room for; the others are returned."""
     try:
         data = build_data(jobs[0].cfg)
@@ -114,6 +114,9 @@ def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
             job = waiting.pop(0)
             with of_member(job.folder), failure_recorded(job.folder):
                 member = open_member(job, data, signals, first=not members)
+                if member.run.complete or member.run.step != step:
+                    log.info("%s has gone on in another process", job.folder)
+                    continue
                 folders.enter_context(member.run.begin(job.hydra))
                 members.append(member)
         log.info("%d SAEs share one pass over %s", len(members), data.lm.name)

@@ -2,8 +2,8 @@
 
     python tests/kill_sweep.py FOLDER [kills] [launcher]
 
-Runs the sweep once in FOLDER/whole; then in FOLDER/killed, killing it after a random time (of a whole sweep's time) as
-often as asked, and lets the last launch run to its end. Prints what each launch left, and says whether all is equal.
+Runs a sweep in FOLDER/killed, killing it as often as asked, and then to its end; and once in FOLDER/whole. Prints what
+each launch left, and whether all is equal.
 """
 
 import hashlib
@@ -56,31 +56,34 @@ def plain(tree):
     return [plain(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
+def kill_at_random(process: subprocess.Popen, root: Path, chance: random.Random) -> None:
+    """Some time after a random number of checkpoints has been written."""
+
+    def written() -> set[tuple[Path, int]]:
+        return {(path, path.stat().st_mtime_ns) for path in root.glob("*/checkpoints/last.ckpt")}
+
+    before, enough, new = written(), chance.randint(1, 8), set[tuple[Path, int]]()
+    while process.poll() is None and len(new) < enough:
+        new |= written() - before
+        time.sleep(0.005)
+    time.sleep(chance.uniform(0, 0.1))
+    process.kill()
+    process.wait()
+
+
 def main(root: Path, kills: int = 10, launcher: str = "shared_stream", seed: int = 0) -> bool:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    start = time.perf_counter()
-    subprocess.run(command(root, root / "whole", launcher), check=True, **quiet)
-    whole = time.perf_counter() - start
-    chance, finished = random.Random(seed), dict[Path, int]()
+    killed, chance, finished = root / "killed", random.Random(seed), dict[Path, int]()
     for i in range(kills):
-        process = subprocess.Popen(command(root, root / "killed", launcher), **quiet)
-        try:
-            process.wait(whole * chance.uniform(0.3, 0.9))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        standings = [standing(folder) for folder in plan(root / "killed")]
-        print(i, Counter(status for status, _ in standings), [detail for _, detail in standings if detail], flush=True)
-        done = {
-            f / "metrics.json": (f / "metrics.json").stat().st_mtime_ns
-            for f in plan(root / "killed")
-            if (f / "metrics.json").is_file()
-        }
-        assert all(done[path] == at for path, at in finished.items()), "a finished job was run again"
+        kill_at_random(subprocess.Popen(command(root, killed, launcher), **quiet), killed, chance)
+        jobs = [standing(folder) for folder in plan(killed)]
+        print(i, dict(Counter(status for status, _ in jobs)), [detail for _, detail in jobs], flush=True)
+        done = {path: path.stat().st_mtime_ns for path in killed.glob("*/metrics.json")}
+        assert finished.items() <= done.items(), "a finished job was run again"
         finished = done
-    subprocess.run(command(root, root / "killed", launcher), check=True, **quiet)
-    pairs = [(root / "whole" / folder.name, folder) for folder in plan(root / "killed")]
-    equal = [fingerprint(a) == fingerprint(b) for a, b in pairs]
+    for folder in ("killed", "whole"):
+        subprocess.run(command(root, root / folder, launcher), check=True, **quiet)
+    equal = [fingerprint(root / "whole" / folder.name) == fingerprint(folder) for folder in plan(killed)]
     print(f"{sum(equal)} of {len(equal)} jobs are equal to the bit after {kills} kills")
     return len(equal) == 4 and all(equal)
 

@@ -13,7 +13,7 @@ from conftest import compose
 
 from sae_lab.buffer import ShuffledBlocks
 from sae_lab.errors import Interrupted
-from sae_lab.group import by_stream, has_room, read_job, train_jobs
+from sae_lab.group import by_stream, has_room, read_job, train_group, train_jobs
 from sae_lab.lm.base import LanguageModel
 from sae_lab.sweep import standing
 from sae_lab.train import train
@@ -121,7 +121,10 @@ def test_members_at_different_steps_regroup(alone, tmp_path, monkeypatch):
     assert steps == [6, 6]
     assert standing(tmp_path / "vanilla") == ("interrupted", "step 6/12")
     jobs = [read_job(config(tmp_path / name, *overrides)) for name, overrides in MEMBERS.items()]
-    assert [[job.folder.name for job in group] for group in by_stream(jobs)] == [["batch_topk", "vanilla"], ["gated"]]
+    assert [[job.folder.name for job in group] for group in by_stream(jobs).values()] == [
+        ["batch_topk", "vanilla"],
+        ["gated"],
+    ]
     train_jobs(jobs)
     for name in MEMBERS:
         assert_same_run(alone / name, tmp_path / name)
@@ -165,6 +168,15 @@ def test_a_config_that_is_wrong_fails_by_itself(alone, tmp_path):
     train_jobs(jobs)
     assert standing(tmp_path / "k")[1].startswith("k=9999 must lie between 1 and the dictionary's 256 latents")
     assert_same_run(alone / "topk", tmp_path / "topk")
+
+
+def test_a_job_that_another_process_has_done_meanwhile_is_left_alone(tmp_path):
+    job = read_job(config(tmp_path / "topk", *MEMBERS["topk"]))
+    [(step, _)] = by_stream([job])
+    train(config(tmp_path / "topk", *MEMBERS["topk"]))
+    before = (tmp_path / "topk" / "metrics.json").stat().st_mtime_ns
+    assert train_group([job], step, None) == []
+    assert (tmp_path / "topk" / "metrics.json").stat().st_mtime_ns == before
 
 
 def test_max_members_splits_a_group(alone, tmp_path, caplog):

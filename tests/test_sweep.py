@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import hydra
+import kill_sweep
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
@@ -142,6 +143,11 @@ def test_the_plan_has_the_folders_that_hydra_will_make(tmp_path):
         assert planned(config) == ["0", "1", "2", "3"]
         config.hydra.sweeper._target_ = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
         assert planned(config) == []
+
+
+@pytest.mark.parametrize("launcher", ["basic", "shared_stream"])
+def test_a_sweep_that_is_killed_ends_equal_to_the_bit(tmp_path, launcher):
+    assert kill_sweep.main(tmp_path, kills=2, launcher=launcher)
 
 
 def test_counted(tmp_path):
