@@ -136,9 +136,9 @@ def test_one_bad_job_costs_the_others_nothing(tmp_path, launcher):
 
 def test_the_plan_has_the_folders_that_hydra_will_make(tmp_path):
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = ["sae=topk,gated", "k=3,4", "resume=auto", "data.paths=[a/b]", f"hydra.sweep.dir={tmp_path}"]
+        overrides = ["sae=topk,gated", "k=3,4", "resume=auto", "lm.sites=[a/b]", f"hydra.sweep.dir={tmp_path}"]
         config = GlobalHydra.instance().hydra.compose_config("train", overrides, run_mode=RunMode.MULTIRUN)
-        assert planned(config) == [f"data.paths=[a_b],k={k},sae={sae}" for sae in ("topk", "gated") for k in (3, 4)]
+        assert planned(config) == [f"k={k},lm.sites=[a_b],sae={sae}" for sae in ("topk", "gated") for k in (3, 4)]
         config.hydra.sweep.subdir = "${hydra:job.num}"
         assert planned(config) == ["0", "1", "2", "3"]
         config.hydra.sweeper._target_ = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
