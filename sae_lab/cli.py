@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,17 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 
 from sae_lab.errors import Interrupted, UserError
 
+
 # Job folders are named by their overrides, which may hold paths: a name must stay one folder, of a length disks take.
-OmegaConf.register_new_resolver("folder_name", lambda text: text.replace("/", "_")[:200], replace=True)
+def folder_name(text: str) -> str:
+    name = text.replace("/", "_")
+    return name if len(name) <= 200 else f"{name[:191]}-{zlib.crc32(name.encode()):08x}"
+
+
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+# What a preset of conf/hydra/ is built on, and the extra of this package that installs it.
+EXTRAS = {"launcher/ray": "ray", "launcher/submitit_slurm": "slurm", "sweeper/optuna": "optuna"}
 
 PACKAGE = Path(__file__).resolve().parent
 # An installed wheel carries conf/ inside the package; a checkout keeps it at the top.
@@ -99,6 +109,10 @@ def explain(error: BaseException, config_name: str, overrides: list[str]) -> str
             return f"{key} has no value: give {key}=..."
         if isinstance(e, InterpolationKeyError):
             return _one_line(e)
+        missing = re.search(r"In 'hydra/(.*?)': Could not (?:find|load) 'hydra/(.*?)'", str(e))
+        if missing and missing[2] in EXTRAS:
+            preset = missing[1].replace("/", "=", 1)
+            return f"hydra/{preset} needs a package that is not installed: pip install 'sae-lab[{EXTRAS[missing[2]]}]'."
         unknown = re.search(r"Could not override '([^']+)'", str(e))
         if unknown:
             return _unknown_key(unknown[1], config_name, overrides)

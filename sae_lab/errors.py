@@ -5,6 +5,10 @@ class UserError(Exception):
     """A mistake in the input (a key, a path, a site, a file); entry points print its one sentence and no traceback."""
 
 
+class Busy(UserError):
+    """A run folder in which another process trains."""
+
+
 class Interrupted(BaseException):
     """SIGINT or SIGTERM arrived; a checkpoint was saved first. The exit code is the shell's for that signal.
 

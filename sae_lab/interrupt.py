@@ -10,42 +10,66 @@ import lightning as L
 from sae_lab.errors import Interrupted
 
 
-class StopOnSignal(L.Callback):
-    """The first SIGINT or SIGTERM ends the run after the current step with a checkpoint; a second one at once."""
+class Signals:
+    """Notes the first SIGINT or SIGTERM as `received`, to be acted on once it is `due`; a second ends the process."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, checkpoint: Path):
-        self.checkpoint = checkpoint
-        self._received: int | None = None
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.due: int | None = None
         self._handlers: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Here, and not in setup: Lightning has by now registered its own SIGTERM handler, which saves nothing.
-        self._handlers = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+    def listen(self) -> None:
+        """From now on; again where other code has put its handlers in between."""
+        before: dict[int, Any] = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+        self._handlers = self._handlers or before
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self._received is not None:
-            raise Interrupted("Stopped at once by a second signal; the last checkpoint stands.", signum)
-        self._received = signum
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if self._received is not None:
-            trainer.save_checkpoint(self.checkpoint)
-            name = signal.Signals(self._received).name
-            raise Interrupted(
-                f"Stopped by {name} at step {trainer.global_step} of {trainer.max_steps}, saved as {self.checkpoint}: "
-                "the same command into the same folder continues.",
-                self._received,
-            )
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """As it was before the first `listen`."""
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
         self._handlers = {}
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise Interrupted("Stopped at once by a second signal; the last checkpoint stands.", signum)
+        self.received = signum
+
+
+class SaveWhenDue(L.Callback):
+    """Saves a checkpoint after the step in which a signal is due."""
+
+    def __init__(self, checkpoint: Path, signals: Signals):
+        self.checkpoint, self.signals = checkpoint, signals
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if self.signals.due is not None:
+            trainer.save_checkpoint(self.checkpoint)
+
+
+class StopOnSignal(SaveWhenDue):
+    """The first SIGINT or SIGTERM ends the run after the current step with a checkpoint; a second one at once."""
+
+    def __init__(self, checkpoint: Path):
+        super().__init__(checkpoint, Signals())
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Here, and not in setup: Lightning has by now registered its own SIGTERM handler, which saves nothing.
+        self.signals.listen()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: Any) -> None:
+        due = self.signals.due = self.signals.received
+        super().on_train_batch_end(trainer, pl_module, *batch)
+        if due is not None:
+            raise Interrupted(
+                f"Stopped by {signal.Signals(due).name} at step {trainer.global_step} of {trainer.max_steps}, saved as "
+                f"{self.checkpoint}: the same command into the same folder continues.",
+                due,
+            )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.signals.restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.signals.restore()

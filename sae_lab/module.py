@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae_lab.errors import UserError
 from sae_lab.metrics import ReconstructionMetrics, batch_fvu
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.sparse import l0_per_row
@@ -68,11 +69,24 @@ class SAEModule(L.LightningModule):
             loss = torch.stack(list(terms.values())).sum()
             total = total + loss
             if logging:
+                self.refuse_unless_finite(loss)
                 self.log_as(name, training_row(sae, out, terms, loss))
         self.tokens += len(x)
         if logging:
             self.log_dict({"tokens": self.tokens.float(), "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
         return total
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for _, sae in self.members():
+            self.refuse_unless_finite(torch.stack([p.detach().abs().max() for p in sae.parameters()]).max())
+
+    def refuse_unless_finite(self, value: Tensor) -> None:
+        """Looked at when something is logged or saved, and not more often: a GPU would have to be waited for."""
+        if not value.isfinite():
+            raise UserError(
+                f"training has diverged by step {self.trainer.global_step} (a loss or a weight is {value.item()}): "
+                "lower optimizer.lr, or set max_grad_norm."
+            )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for _, sae in self.members():

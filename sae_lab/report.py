@@ -18,6 +18,8 @@ from rich.table import Table
 from sae_lab import plots
 from sae_lab.cli import entry_point
 from sae_lab.errors import UserError
+from sae_lab.sweep import Standing, all_jobs, counted, job_folders, name_in, standing, standings
+from sae_lab.sweep import show as show_standings
 
 RESOLVED = ("sae", "k", "expansion", "n_latents", "seed")
 # The columns of the table for people, and how each is written; report.csv has every column with every digit.
@@ -35,11 +37,16 @@ COMPARED = ("nmse", "ce_degradation")
 @entry_point("report")
 def main(cfg: DictConfig) -> None:
     folder = Path(cfg.sweep_dir)
+    jobs = standings(folder, all_jobs(folder))
+    if {job.status for job in jobs} != {"complete"}:
+        show_standings(jobs)
+    if not begun(folder):
+        return
     table = collect(folder)
     figures = draw(table, folder)
     written = [folder / "report.csv", folder / "report.md", *figures]
     table.to_csv(written[0], index=False)
-    written[1].write_text(markdown(table, folder, figures), encoding="utf-8")
+    written[1].write_text(markdown(table, jobs, folder, figures), encoding="utf-8")
     show(table, written)
 
 
@@ -91,24 +98,17 @@ def collect(sweep_dir: Path | str) -> pd.DataFrame:
 
     The settings (every column between `job` and `status`) are the keys that any job overrode, filled in from its config
     where a job did not, and the resolved sae, k (blank for an SAE that takes none), expansion, n_latents and seed.
-    `status` is complete once metrics.json is there, else incomplete. What an SAE scores under its batch-wise rule is in
-    `train_mode/<metric>`.
+    `status` is that of sweep.py; a job that has not begun has no row. What an SAE scores under its batch-wise rule is
+    in `train_mode/<metric>`.
     """
     root = Path(sweep_dir)
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder: give sweep_dir=... the folder of a sweep or of one run.")
-    jobs = [read_job(folder) for folder in job_folders(root)]
-    if not jobs:
-        raise UserError(
-            f"{root} holds no run (a folder with .hydra/config.yaml): give sweep_dir=... the folder of a sweep, "
-            f"such as multirun/<date>/<time>, or of one run."
-        )
+    jobs = [read_job(folder) for folder in begun(root)]
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
     rows = []
     for job in jobs:
-        name = job.folder.relative_to(root).as_posix() if job.folder != root else root.resolve().name
         settings = {key: job.setting(key) for key in keys} | job.resolved()
-        rows.append({"job": name} | settings | {"status": "complete" if job.metrics else "incomplete"} | job.metrics)
+        status = {"status": standing(job.folder)[0]}
+        rows.append({"job": name_in(root, job.folder)} | settings | status | job.metrics)
     columns = dict.fromkeys(column for row in rows for column in row)
     return pd.DataFrame({column: _series([row.get(column) for row in rows]) for column in columns})
 
@@ -119,22 +119,9 @@ def _series(values: list[Any]) -> pd.Series:
     return pd.Series(values, dtype="Int64" if whole else None)
 
 
-def job_folders(root: Path) -> list[Path]:
-    """Every run folder at or below `root`, in the order in which people count (2 before 10)."""
-    return sorted(_runs(root), key=lambda f: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in _parts(f)])
-
-
-def _runs(folder: Path) -> Iterator[Path]:
-    if (folder / ".hydra" / "config.yaml").is_file():
-        yield folder  # what lies below a run is its own
-        return
-    for child in folder.iterdir():
-        if child.is_dir() and not child.name.startswith("."):
-            yield from _runs(child)
-
-
-def _parts(folder: Path) -> list[str]:
-    return re.findall(r"\d+|\D+", folder.as_posix())
+def begun(root: Path) -> list[Path]:
+    """The jobs that have a config to show."""
+    return [folder for folder in job_folders(root) if (folder / ".hydra" / "config.yaml").is_file()]
 
 
 def read_job(folder: Path) -> Job:
@@ -321,22 +308,15 @@ def _rounded(value: float, form: str) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-4 else f"{value:{form}}"
 
 
-def counted(table: pd.DataFrame) -> str:
-    """How many jobs there are, and which of them have no metrics yet."""
-    missing = table.loc[table["status"] == "incomplete", "job"]
-    jobs = f"{len(table)} job{'s' if len(table) > 1 else ''}"
-    if missing.empty:
-        return f"{jobs}, complete."
-    return f"{jobs}, {len(missing)} incomplete (no metrics.json) and left out: {'; '.join(missing)}."
-
-
-def markdown(table: pd.DataFrame, folder: Path, figures: list[Path]) -> str:
-    """report.md: the table, the figures by relative path, and what was the same for every job."""
+def markdown(table: pd.DataFrame, jobs: list[Standing], folder: Path, figures: list[Path]) -> str:
+    """report.md: the table, the figures by relative path, what was the same for every job, and who is missing."""
     cells = headline(table)
     rows = [list(cells.columns), ["---"] * len(cells.columns), *cells.to_numpy().tolist()]
     same = [c for c in settings(table) if c not in cells and c != "expansion" and table[c].nunique(dropna=False) == 1]
     dials = ", ".join(f"`{c}={_text(table[c].iloc[0])}`" for c in same)
-    parts = [f"# {folder.resolve().name}", counted(table)]
+    parts = [f"# {folder.resolve().name}", counted(jobs)]
+    missing = [f"- {job.job}: {job.status} {job.detail}".rstrip() for job in jobs if job.status != "complete"]
+    parts += ["\n".join(missing)] if missing else []
     parts += [f"{'The same for every job' if len(table) > 1 else 'Its settings'}: {dials}."] if dials else []
     parts += ["\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)]
     parts += ["Every setting and metric, with every digit: [report.csv](report.csv)."]
@@ -357,7 +337,6 @@ def show(table: pd.DataFrame, written: list[Path]) -> None:
     console.width = max(console.width, needed)
     if len(cells):
         console.print(grid)
-    console.print(counted(table), highlight=False)
     for path in written:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
 

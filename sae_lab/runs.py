@@ -1,25 +1,28 @@
 """A run folder: whose config it holds, how far the run has come, and what to do about it."""
 
-import logging
+import fcntl
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from omegaconf import OmegaConf
 
 from sae_lab.checkpoint import check_readable, write_atomically
-from sae_lab.errors import UserError
+from sae_lab.errors import Busy, UserError
 
-log = logging.getLogger(__name__)
+LOCK, FAILED = ".lock", "failed.txt"
 
 # What a run leaves in its folder, and a run that starts again removes.
-OURS = ("checkpoints", "sae", "figures", "tensorboard", "wandb", "metrics.json", "metrics.csv")
+OURS = ("checkpoints", "sae", "figures", "tensorboard", "wandb", "metrics.json", "metrics.csv", FAILED)
 
 # What may change when a run is continued: where and how it runs, not what it computes.
 FREE = (
     "resume",
     "run_dir",
+    "goal_l0",
     "logger",
     "lm.device",
     "lm.device_map",
@@ -33,18 +36,54 @@ FREE = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder; `checkpoint` is where to continue from (None: start), `complete` means: metrics.json is there."""
+    """A run folder; `complete` means: metrics.json is there; `step` is where to continue from (0: start)."""
 
     folder: Path
-    checkpoint: Path | None
+    step: int
     complete: bool
 
-    def begin(self, files: dict[str, str]) -> None:
-        """Make the folder this run's: clear what an earlier run left if this one starts, and write `.hydra/`."""
-        if self.checkpoint is None:
-            clear(self.folder)
-        for name, text in files.items():
-            write_atomically(self.folder / ".hydra" / name, text.encode())
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """What to continue from."""
+        return self.last_checkpoint if self.step else None
+
+    @contextmanager
+    def begin(self, files: dict[str, str]) -> Iterator[None]:
+        """Make the folder this run's: clear what an earlier run left if this one starts, and write `.hydra/`.
+
+        Raises:
+            Busy: another process trains in it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / LOCK).open("wb") as lock:
+            if not take(lock):
+                raise Busy(f"another process trains in {self.folder}: wait for it, or choose another hydra.run.dir.")
+            if self.checkpoint is None:
+                clear(self.folder)
+            for name, text in files.items():
+                write_atomically(self.folder / ".hydra" / name, text.encode())
+            yield
+
+
+def take(lock: BinaryIO) -> bool:
+    """Lock an open file until it is closed, by whatever end of this process; False where another one holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process trains in this folder."""
+    if not (folder / LOCK).is_file():
+        return False
+    with (folder / LOCK).open("rb") as lock:
+        return not take(lock)
 
 
 def examine(folder: Path, config: Any, resume: str) -> Run:
@@ -55,21 +94,19 @@ def examine(folder: Path, config: Any, resume: str) -> Run:
     """
     if resume not in ("auto", "never"):
         raise UserError(f"resume={resume} is not known: choose auto (continue where the folder stands) or never.")
-    checkpoint = folder / "checkpoints" / "last.ckpt"
+    checkpoint = Run(folder, 0, False).last_checkpoint
     complete = (folder / "metrics.json").is_file()
     config_file = folder / ".hydra" / "config.yaml"
     if resume == "never" or not (checkpoint.is_file() or complete):  # nothing was learnt yet: any config may start
         foreign = [name for name in OURS if (folder / name).exists()]
         if foreign and not config_file.is_file():
             raise UserError(f"{folder} is no run's, but holds {', '.join(foreign)}: choose another hydra.run.dir.")
-        return Run(folder, None, False)
+        return Run(folder, 0, False)
     step = 0 if complete else check_readable(checkpoint, "delete it to start again, or type resume=never.")
     if not config_file.is_file():
         raise UserError(f"{folder} has lost its .hydra/config.yaml: put it back, or type resume=never to start again.")
     refuse_other_config(folder, OmegaConf.to_container(OmegaConf.load(config_file)), config)
-    if not complete:
-        log.info("continuing from step %d of %s", step, checkpoint)
-    return Run(folder, checkpoint, complete)
+    return Run(folder, step, complete)
 
 
 def clear(folder: Path) -> None:

@@ -51,7 +51,22 @@ class TokenProgress:
             print(said, flush=True)
 
 
-class TrainingProgress(L.Callback):
+class Throughput(L.Callback):
+    """Logs tokens_per_second."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start, self._tokens, self.rate = time.perf_counter(), 0, 0.0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        self._tokens += len(batch)
+        self.rate = self._tokens / (time.perf_counter() - self._start)
+        if (i + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log("tokens_per_second", self.rate)
+
+
+class TrainingProgress(Throughput):
     """Steps, loss, l0, dead share, tokens/s and ETA: a live bar on a terminal, a line every `seconds` elsewhere."""
 
     def __init__(self, seconds: float = 15.0):
@@ -59,8 +74,8 @@ class TrainingProgress(L.Callback):
         self._bar: Progress | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start, self._first_step, self._said = time.perf_counter(), trainer.global_step, time.perf_counter()
-        self._tokens = 0
+        super().on_train_start(trainer, pl_module)
+        self._said = time.perf_counter()
         if console.is_terminal:
             columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")]
             self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
@@ -70,20 +85,14 @@ class TrainingProgress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
-        self._tokens += len(batch)
-        now = time.perf_counter()
-        rate = self._tokens / (now - self._start)
-        if (i + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            pl_module.log("tokens_per_second", rate)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, i)
         if self._bar is not None:
-            self._bar.update(self._task, completed=trainer.global_step, state=state(trainer, rate))
-        elif now - self._said > self.seconds:
-            self._said = now
-            left = (trainer.max_steps - trainer.global_step) * (now - self._start)
-            left /= max(1, trainer.global_step - self._first_step)
-            print(
-                f"step {trainer.global_step}/{trainer.max_steps}  {state(trainer, rate)}  {left:.0f} s left", flush=True
-            )
+            self._bar.update(self._task, completed=trainer.global_step, state=state(trainer, self.rate))
+        elif time.perf_counter() - self._said > self.seconds:
+            self._said = time.perf_counter()
+            left = (trainer.max_steps - trainer.global_step) * len(batch) / self.rate
+            step = f"step {trainer.global_step}/{trainer.max_steps}"
+            print(f"{step}  {state(trainer, self.rate)}  {left:.0f} s left", flush=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()

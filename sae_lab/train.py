@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -20,7 +23,7 @@ from sae_lab.checkpoint import AtomicCheckpointIO, load_sae, save_sae
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
 from sae_lab.errors import UserError
-from sae_lab.evaluate import calibrate, evaluate, write_results
+from sae_lab.evaluate import calibrate, evaluate_all, write_results
 from sae_lab.interrupt import StopOnSignal
 from sae_lab.memory import keep_freed_memory
 from sae_lab.module import SAEModule
@@ -28,44 +31,62 @@ from sae_lab.provenance import provenance
 from sae_lab.runs import Run, examine
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import TrainingProgress, print_files, print_metrics
+from sae_lab.sweep import failure_recorded
 
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class Member:
+    """One SAE on its way: what was asked for, its run folder, and what trains it."""
+
+    cfg: DictConfig
+    run: Run
+    sae: BaseSAE
+    module: SAEModule
+    trainer: L.Trainer
+
+
 def train(cfg: DictConfig) -> dict[str, Any]:
     """One run, from wherever its folder stands to its metrics."""
-    check_dials(cfg)
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
-    run = examine(Path(cfg.run_dir), config, cfg.resume)
+    run = open_run(cfg)
     if run.complete:
         return show_complete(run)
+    data = build_data(cfg)
+    callbacks = [StopOnSignal(run.last_checkpoint), TrainingProgress()]
+    member = build_member(cfg, run, build_sae(cfg, data), data, callbacks)
+    with run.begin(hydra_files(cfg)):  # all that can be wrong with the config has shown by now
+        fit(member, data)
+        [metrics] = finish([member], data)
+    return metrics
+
+
+def open_run(cfg: DictConfig) -> Run:
+    """The folder of this run, and how far it has come."""
+    check_dials(cfg)
+    return examine(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
+
+
+def build_data(cfg: DictConfig) -> ActivationData:
     keep_freed_memory()
-    data: ActivationData = instantiate(cfg.data, lm=instantiate(cfg.lm))
-    sae = build_sae(cfg, data)
-    if cfg.init_from is not None and run.checkpoint is None:
+    return instantiate(cfg.data, lm=instantiate(cfg.lm))
+
+
+def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, callbacks: list[Callback]) -> Member:
+    if cfg.init_from is not None and not run.step:
         sae.start_from(load_sae(cfg.init_from))
     schedule = partial(instantiate(cfg.schedule), n_steps=data.n_steps)
     module = SAEModule({"sae": sae}, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
-    trainer: L.Trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps)
-    run.begin(hydra_files(cfg))  # all that can be wrong with the config has shown by now
-    trainer.loggers = [instantiate(node) for node in cfg.logger.values()]
-    fit(trainer, module, data, run)
-    sae.to(data.lm.device)  # Lightning moves it to the CPU when it is done
-    calibrate([sae], data, cfg.calibration_batches)
-    save_sae(sae, run.folder / "sae", provenance(config, data.lm), data.probe_rows())
-    evaluation = evaluate(sae, data)
-    files = write_results(evaluation, sae, run.folder)
-    print_metrics(evaluation.metrics, run.folder)
-    print_files([run.folder / "sae", *files])
-    return evaluation.metrics
+    trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps, callbacks=callbacks)
+    return Member(cfg, run, sae, module, trainer)
 
 
 def check_dials(cfg: DictConfig) -> None:
     """Refuse a dial that is no number, no whole one where only that makes sense, or too small; `null` passes."""
     whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seq_len": 2, "seed": 0, "calibration_batches": 1}
     whole |= {f"trainer.{name}": 1 for name in ("checkpoint_every", "validate_every", "log_every")}
-    for key, least in (whole | {"k": 0, "expansion": 0, "max_grad_norm": 0, "optimizer.lr": 0}).items():
+    dials = whole | {"k": 0, "expansion": 0, "max_grad_norm": 0, "goal_l0": 0, "optimizer.lr": 0}
+    for key, least in dials.items():
         value = OmegaConf.select(cfg, key)
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if value is not None and not (number and value >= least and (key not in whole or value == int(value))):
@@ -85,6 +106,7 @@ def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:
 def build_trainer(
     run_dir: Path,
     n_steps: int,
+    callbacks: list[Callback],
     accelerator: str,
     precision: str,
     checkpoint_every: int,
@@ -103,7 +125,6 @@ def build_trainer(
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoints = run_dir / "checkpoints"
     saving = ModelCheckpoint(checkpoints, "last", every_n_train_steps=checkpoint_every, enable_version_counter=False)
-    callbacks: list[Callback] = [saving, StopOnSignal(checkpoints / "last.ckpt"), TrainingProgress()]
     noise = "does not have many workers|dataloader is not resumable|LeafSpec|Checkpoint directory .* exists"
     warnings.filterwarnings("ignore", message=f".*({noise}).*")
     try:
@@ -117,7 +138,7 @@ def build_trainer(
             log_every_n_steps=min(log_every, n_steps),
             num_sanity_val_steps=0,
             logger=False,
-            callbacks=callbacks,
+            callbacks=[saving, *callbacks],
             plugins=[AtomicCheckpointIO()],
             default_root_dir=run_dir,
             enable_progress_bar=False,
@@ -128,13 +149,33 @@ def build_trainer(
         raise UserError(f"the trainer cannot be built: {' '.join(str(e).split())}") from e
 
 
-def fit(trainer: L.Trainer, module: SAEModule, data: ActivationData, run: Run) -> None:
+def fit(member: Member, data: ActivationData) -> None:
     """Train to the end of the stream, from the folder's checkpoint where there is one; leave one of the last step."""
+    run, trainer = member.run, member.trainer
     log.info("training %d steps of %d tokens in %s", data.n_steps, data.batch_size, run.folder)
-    trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
+    if run.step:
+        log.info("continuing from step %d of %s", run.step, run.checkpoint)
+    trainer.loggers = [instantiate(node) for node in member.cfg.logger.values()]
+    trainer.fit(member.module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
     if trainer.global_step < data.n_steps:
         log.warning("the text ended at step %d of %d (data.repeat=false)", trainer.global_step, data.n_steps)
-    trainer.save_checkpoint(run.folder / "checkpoints" / "last.ckpt")
+    trainer.save_checkpoint(run.last_checkpoint)
+
+
+def finish(members: Sequence[Member], data: ActivationData) -> list[dict[str, Any]]:
+    """Calibrate, save, evaluate: members of one stream together. Returns the metrics of each."""
+    saes = [member.sae.to(data.lm.device) for member in members]  # Lightning moved them to the CPU when it was done
+    calibrate(saes, data, members[0].cfg.calibration_batches)
+    for member, sae in zip(members, saes, strict=True):
+        config = OmegaConf.to_container(member.cfg, resolve=True)
+        assert isinstance(config, dict)
+        save_sae(sae, member.run.folder / "sae", provenance(config, data.lm), data.probe_rows())
+    evaluations = evaluate_all({str(member.run.folder): member.sae for member in members}, data)
+    for member, evaluation in zip(members, evaluations.values(), strict=True):
+        files = write_results(evaluation, member.sae, member.run.folder)
+        print_metrics(evaluation.metrics, member.run.folder)
+        print_files([member.run.folder / "sae", *files])
+    return [evaluation.metrics for evaluation in evaluations.values()]
 
 
 def hydra_files(cfg: DictConfig) -> dict[str, str]:
@@ -155,9 +196,18 @@ def show_complete(run: Run) -> dict[str, Any]:
     return metrics
 
 
+def score(metrics: dict[str, Any], goal_l0: float | None) -> float:
+    """What a search minimises: fvu, or the distance of l0 to its goal."""
+    return metrics["fvu"] if goal_l0 is None else abs(metrics["l0"] - goal_l0)
+
+
 @entry_point("train")
 def main(cfg: DictConfig) -> float:
-    return train(cfg)["fvu"]
+    if HydraConfig.get().mode == RunMode.RUN:
+        return score(train(cfg), cfg.goal_l0)
+    with failure_recorded(Path(cfg.run_dir)):  # one job's failure must not end a sweep
+        return score(train(cfg), cfg.goal_l0)
+    return math.nan
 
 
 if __name__ == "__main__":

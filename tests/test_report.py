@@ -11,6 +11,7 @@ import yaml
 
 from sae_lab import plots, report
 from sae_lab.errors import UserError
+from sae_lab.sweep import all_jobs, standings
 
 D_IN = 64
 CLASSES = {"topk": "TopKSAE", "batch_topk": "BatchTopKSAE"}
@@ -23,7 +24,14 @@ def write_job(folder: Path, *overrides: str, done: bool = True, config: dict | N
     dials |= {key: given[key] if key == "sae" else int(given[key]) for key in dials if key in given}
     k, expansion, seed = (int(dials[key]) for key in ("k", "expansion", "seed"))
     sae = {"_target_": f"sae_lab.saes.{dials['sae']}.{CLASSES[str(dials['sae'])]}", "k": k}
-    whole = {"k": k, "expansion": expansion, "n_latents": None, "seed": seed, "sae": sae, "optimizer": {"lr": 0.001}}
+    whole = {"n_tokens": 1000, "batch_size": 1000} | {
+        "k": k,
+        "expansion": expansion,
+        "n_latents": None,
+        "seed": seed,
+        "sae": sae,
+        "optimizer": {"lr": 0.001},
+    }
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(whole | (config or {})))
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
@@ -50,7 +58,7 @@ def sweep(tmp_path) -> Path:
 def test_collect_has_a_row_a_job_in_counting_order(sweep):
     table = report.collect(sweep)
     assert table["job"].tolist() == ["0", "1", "2", "3", "4", "5", "6", "7", "9", "10", "11"]
-    assert table["status"].tolist() == ["complete"] * 9 + ["incomplete", "complete"]
+    assert table["status"].tolist() == ["complete"] * 9 + ["interrupted", "complete"]
 
 
 def test_collect_columns_are_overrides_resolved_dials_status_metrics(sweep):
@@ -94,9 +102,9 @@ def test_collect_finds_jobs_in_nested_folders_and_none_inside_a_job(tmp_path):
 
 def test_a_folder_that_holds_no_run_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"nowhere is not a folder: give sweep_dir="):
-        report.collect(tmp_path / "nowhere")
+        all_jobs(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds no run .*: give sweep_dir="):
-        report.collect(tmp_path)
+        all_jobs(tmp_path)
 
 
 def test_a_metrics_file_that_is_cut_off_is_named(tmp_path):
@@ -272,12 +280,20 @@ def test_rounded(value, text):
     assert report._rounded(value, ".4f") == text
 
 
+def markdown(folder: Path, *figures: Path) -> str:
+    jobs = standings(folder, all_jobs(folder))
+    return report.markdown(report.collect(folder), jobs, folder, list(figures))
+
+
 def test_markdown_embeds_the_figures_and_names_incomplete_jobs(sweep):
     write_job(sweep / "12", "k=8", "expansion=16", "name='a|b'", config={"name": "a|b"})
-    text = report.markdown(report.collect(sweep), sweep, [sweep / "figures" / "frontier.png"])
+    (sweep / "13").mkdir()
+    (sweep / "13" / "failed.txt").write_text("k=0: raise k.\n")
+    text = markdown(sweep, sweep / "figures" / "frontier.png")
     lines = text.splitlines()
     assert lines[0] == f"# {sweep.name}"
-    assert "12 jobs, 1 incomplete (no metrics.json) and left out: 10." in lines
+    assert "13 jobs: 11 complete, 1 interrupted, 1 failed." in lines
+    assert {"- 10: interrupted step 0/1", "- 13: failed k=0: raise k."} < set(lines)
     assert "![frontier](figures/frontier.png)" in lines
     rows = [line for line in lines if line.startswith("|")]
     assert len(rows) == 2 + 11
@@ -287,9 +303,9 @@ def test_markdown_embeds_the_figures_and_names_incomplete_jobs(sweep):
 def test_markdown_says_what_all_jobs_share(tmp_path):
     for i, k in enumerate((8, 16)):
         write_job(tmp_path / f"{i}", f"k={k}", "n_tokens=1000000", config={"n_tokens": 1000000})
-    text = report.markdown(report.collect(tmp_path), tmp_path, [])
+    text = markdown(tmp_path)
     assert "The same for every job: `n_tokens=1000000`, `seed=0`." in text
-    assert "2 jobs, complete." in text
+    assert "2 jobs: 2 complete." in text
 
 
 def test_show_never_cuts_a_number(sweep, capsys):

@@ -5,8 +5,8 @@ import torch
 from conftest import compose
 from omegaconf import OmegaConf
 
-from sae_lab.errors import UserError
-from sae_lab.runs import Run, examine, flat
+from sae_lab.errors import Busy, UserError
+from sae_lab.runs import Run, examine, flat, is_running
 from sae_lab.train import hydra_files
 
 
@@ -15,7 +15,8 @@ def open_run(folder, *overrides) -> Run:
     cfg = compose(f"run_dir={folder}", *overrides)
     run = examine(folder, OmegaConf.to_container(cfg, resolve=True), cfg.resume)
     if not run.complete:
-        run.begin(hydra_files(cfg))
+        with run.begin(hydra_files(cfg)):
+            pass
     return run
 
 
@@ -79,7 +80,19 @@ def test_never_clears_what_the_earlier_run_left_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("{}")
     run = open_run(tmp_path, "k=3", "resume=never")
     assert (run.checkpoint, run.complete) == (None, False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".hydra", "notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".hydra", ".lock", "notes.txt"]
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    run = Run(tmp_path, 0, False)
+    assert not is_running(tmp_path)
+    with run.begin({}):
+        assert is_running(tmp_path)
+        with pytest.raises(Busy, match="another process trains in"), run.begin({}):
+            pass
+    assert not is_running(tmp_path)
+    with run.begin({}):
+        pass
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])

@@ -1,0 +1,226 @@
+"""Runs that share a stream: each equals the same run alone to the bit, whatever the others are and do."""
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import compose
+
+from sae_lab.buffer import ShuffledBlocks
+from sae_lab.errors import Interrupted
+from sae_lab.group import by_stream, has_room, read_job, train_group, train_jobs
+from sae_lab.lm.base import LanguageModel
+from sae_lab.sweep import standing
+from sae_lab.train import train
+
+N_STEPS = 12
+SMALL = [
+    f"n_tokens={N_STEPS * 128}",
+    "batch_size=128",
+    "seq_len=32",
+    "expansion=2",
+    "data.block_tokens=512",
+    "data.lm_batch_rows=4",
+    "data.n_eval_tokens=256",
+    "data.n_val_tokens=128",
+    "calibration_batches=3",
+    "trainer.validate_every=5",
+    "trainer.checkpoint_every=4",
+    "trainer.log_every=3",
+]
+# Architectures, widths, rates, schedules, clipping, precision and intervals differ; text and language model do not.
+MEMBERS = {
+    "topk": ["sae=topk", "k=4", "optimizer.lr=3e-3"],
+    "batch_topk": ["sae=batch_topk", "k=8", "expansion=3", "schedule=warmup_decay", "sae.dead_after=2"],
+    "vanilla": ["sae=vanilla", "n_latents=100", "max_grad_norm=0.01", "sae.seed=5", "trainer.checkpoint_every=2"],
+    "gated": ["sae=gated", "optimizer.betas=[0.5,0.9]", "trainer.precision=bf16-mixed"],
+}
+BAD = ["sae=vanilla", "optimizer.lr=1e30"]
+
+
+def config(folder: Path, *overrides: str):
+    return compose(*SMALL, *overrides, f"run_dir={folder}")
+
+
+def together(root: Path, *names: str, **options) -> None:
+    train_jobs([read_job(config(root / name, *MEMBERS.get(name, BAD))) for name in names], **options)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """Every member's run, by itself."""
+    root = tmp_path_factory.mktemp("alone")
+    for name, overrides in MEMBERS.items():
+        train(config(root / name, *overrides))
+    return root
+
+
+def assert_same_run(theirs: Path, ours: Path) -> None:
+    """Weights, metrics, the whole checkpoint but for paths, and the training log but for speed."""
+    for file in ("metrics.json", "sae/sae.safetensors", "figures/l0_per_token.csv"):
+        assert (theirs / file).read_bytes() == (ours / file).read_bytes(), file
+    a, b = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (theirs, ours))
+    assert a.keys() == b.keys()
+    for key in a.keys() - {"callbacks"}:
+        assert equal(a[key], b[key]), key
+    logs = [pd.read_csv(f / "metrics.csv").drop(columns="tokens_per_second") for f in (theirs, ours)]
+    pd.testing.assert_frame_equal(*logs)
+
+
+def equal(a, b) -> bool:
+    """Nested containers and tensors, to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def test_a_member_equals_the_same_run_alone(alone, tmp_path):
+    together(tmp_path, *MEMBERS)
+    for name in MEMBERS:
+        assert_same_run(alone / name, tmp_path / name)
+
+
+def test_a_group_costs_the_language_model_passes_of_one_run(tmp_path, monkeypatch):
+    calls = {"activations": 0, "logits": 0}
+    for method in calls:
+        original = getattr(LanguageModel, method)
+
+        def counting(*args, _method=method, _original=original, **kwargs):
+            calls[_method] += 1
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(LanguageModel, method, counting)
+    together(tmp_path / "one", "topk")
+    one = dict(calls)
+    together(tmp_path / "three", "topk", "batch_topk", "vanilla")
+    assert one["activations"] > 10
+    assert calls["activations"] == 2 * one["activations"]
+    # Per batch of the evaluation: clean, zero, mean, and one for each SAE and rule; BatchTopK has two rules.
+    batches = one["logits"] // 4
+    assert calls["logits"] == one["logits"] + batches * (3 + 4)
+
+
+def test_members_at_different_steps_regroup(alone, tmp_path, monkeypatch):
+    """One complete, two stopped at the same step, one new."""
+    together(tmp_path, "topk")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "topk").rglob("*") if p.is_file() and p.suffix != ".log"}
+    stop_at_batch(monkeypatch, 6)
+    with pytest.raises(Interrupted, match="Stopped by SIGTERM, 2 SAEs are saved"):
+        together(tmp_path, "batch_topk", "vanilla")
+    monkeypatch.undo()
+    steps = [torch.load(tmp_path / n / "checkpoints/last.ckpt")["global_step"] for n in ("batch_topk", "vanilla")]
+    assert steps == [6, 6]
+    assert standing(tmp_path / "vanilla") == ("interrupted", "step 6/12")
+    jobs = [read_job(config(tmp_path / name, *overrides)) for name, overrides in MEMBERS.items()]
+    assert [[job.folder.name for job in group] for group in by_stream(jobs).values()] == [
+        ["batch_topk", "vanilla"],
+        ["gated"],
+    ]
+    train_jobs(jobs)
+    for name in MEMBERS:
+        assert_same_run(alone / name, tmp_path / name)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def stop_at_batch(monkeypatch, n: int) -> None:
+    """A SIGTERM to this process while the n-th batch is drawn."""
+    draw, drawn = ShuffledBlocks.__next__, []
+
+    def stopping(self):
+        drawn.append(None)
+        if len(drawn) == n:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(self)
+
+    monkeypatch.setattr(ShuffledBlocks, "__next__", stopping)
+
+
+def test_what_a_group_leaves_is_continued_alone(alone, tmp_path, monkeypatch):
+    stop_at_batch(monkeypatch, 7)
+    with pytest.raises(Interrupted):
+        together(tmp_path, "topk", "batch_topk")
+    monkeypatch.undo()
+    train(config(tmp_path / "batch_topk", *MEMBERS["batch_topk"]))
+    assert_same_run(alone / "batch_topk", tmp_path / "batch_topk")
+
+
+def test_a_member_that_diverges_leaves_and_the_others_go_on(alone, tmp_path):
+    together(tmp_path, "topk", "bad", "vanilla")
+    status, reason = standing(tmp_path / "bad")
+    assert status == "failed"
+    assert "loss" in reason
+    assert "lower optimizer.lr" in reason
+    for name in ("topk", "vanilla"):
+        assert_same_run(alone / name, tmp_path / name)
+
+
+def test_a_config_that_is_wrong_fails_by_itself(alone, tmp_path):
+    jobs = [read_job(config(tmp_path / "topk", *MEMBERS["topk"])), read_job(config(tmp_path / "k", "k=9999"))]
+    train_jobs(jobs)
+    assert standing(tmp_path / "k")[1].startswith("k=9999 must lie between 1 and the dictionary's 256 latents")
+    assert_same_run(alone / "topk", tmp_path / "topk")
+
+
+def test_a_job_that_another_process_has_done_meanwhile_is_left_alone(tmp_path):
+    job = read_job(config(tmp_path / "topk", *MEMBERS["topk"]))
+    [(step, _)] = by_stream([job])
+    train(config(tmp_path / "topk", *MEMBERS["topk"]))
+    before = (tmp_path / "topk" / "metrics.json").stat().st_mtime_ns
+    assert train_group([job], step, None) == []
+    assert (tmp_path / "topk" / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_max_members_splits_a_group(alone, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        together(tmp_path, "topk", "batch_topk", "vanilla", max_members=2)
+    assert [r.args[0] for r in caplog.records if "share one pass" in r.msg] == [2, 1]
+    assert_same_run(alone / "vanilla", tmp_path / "vanilla")
+
+
+def test_the_memory_that_is_free_sizes_a_group():
+    class OfSize:
+        def __init__(self, n: int):
+            self.sae = torch.nn.Linear(n, 1, bias=False)
+
+    members = [OfSize(100), OfSize(300)]
+    assert has_room([], 0, None)
+    assert not has_room(members, 2 * 16 * 700, None)
+    assert has_room(members, 2 * 16 * 700 + 2, None)
+    assert not has_room(members, 10**9, 2)
+
+
+def test_each_member_has_a_log_of_its_own(tmp_path):
+    root = logging.getLogger()
+    hydras = logging.FileHandler(tmp_path / "train.log", delay=True)
+    root.addHandler(hydras)
+    level = root.level
+    root.setLevel(logging.INFO)
+    try:
+        for name in ("topk", "vanilla"):
+            (tmp_path / name).mkdir()
+        together(tmp_path, "topk", "vanilla")
+    finally:
+        root.removeHandler(hydras)
+        root.setLevel(level)
+    said = {name: (tmp_path / name / "train.log").read_text() for name in ("topk", "vanilla")}
+    for name, text in said.items():
+        assert f"training {N_STEPS} steps of 128 tokens in {tmp_path / name}\n" in text
+        assert text.count("training") == 1
+        assert "2 SAEs share one pass over tiny" in text
+    assert not (tmp_path / "train.log").exists()
+
+
+def test_resume_never_starts_again(alone, tmp_path):
+    together(tmp_path, "topk")
+    stale = json.loads((tmp_path / "topk" / "metrics.json").read_text())
+    train_jobs([read_job(config(tmp_path / "topk", *MEMBERS["topk"], "resume=never", "seed=1"))])
+    assert json.loads((tmp_path / "topk" / "metrics.json").read_text()) != stale
