@@ -35,7 +35,7 @@ from sae_lab.memory import keep_freed_memory
 from sae_lab.module import SAEModule
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.linear import LinearSAE
-from sae_lab.screen import TrainingProgress, console
+from sae_lab.screen import console
 from sae_lab.sparse import Code
 
 WARM = 2
@@ -192,8 +192,7 @@ def interleaved(steps: dict[str, Step], sae: BaseSAE, cfg: DictConfig, x: Tensor
     n_steps = WARM + cfg.repeats + 1
     accelerator = "cuda" if x.is_cuda else "cpu"
     options = {"accelerator": accelerator, "precision": cfg.precision, "checkpoint_every": 10**9}
-    trainer = instantiate(cfg.trainer)(run_dir=Path(cfg.run_dir), n_steps=n_steps, **options)
-    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, TrainingProgress)]  # its rate: of everything
+    trainer = instantiate(cfg.trainer)(run_dir=Path(cfg.run_dir), n_steps=n_steps, callbacks=[], **options)
     trainer.fit(module, stream)
     return {name: 1e3 * statistics.median(seconds[WARM:]) for name, seconds in stream.seconds.items()}
 

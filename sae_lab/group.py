@@ -156,7 +156,14 @@ class SharedStream:
     """A stream as its members see it: who asks for a batch waits until all have asked."""
 
     def __init__(self, stream: ShuffledBlocks):
-        self.stream = stream
+        self.stream, self.batch_size = stream, stream.batch_size
+
+    @property
+    def n_given(self) -> int:
+        return self.stream.n_given
+
+    def close(self) -> None:
+        """Nothing: the stream outlives the member whose Trainer ends first."""
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict()
@@ -164,9 +171,14 @@ class SharedStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state)
 
-    def __iter__(self) -> Iterator[Float[Tensor, "b s d"]]:
-        while (batch := getcurrent().parent.switch()) is not None:
-            yield batch
+    def __iter__(self) -> "SharedStream":
+        return self
+
+    def __next__(self) -> Float[Tensor, "b s d"]:
+        batch = getcurrent().parent.switch()
+        if batch is None:
+            raise StopIteration
+        return batch
 
 
 def train_in_step(members: list[Member], data: ActivationData, signals: Signals) -> None:
@@ -189,6 +201,7 @@ def train_in_step(members: list[Member], data: ActivationData, signals: Signals)
                 run.switch(batch)
     finally:
         signals.restore()
+        stream.close()
         data.stream = stream
     if signals.received is not None:
         name, saved = signal.Signals(signals.received).name, f"{len(members)} SAEs are saved"

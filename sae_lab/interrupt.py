@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM while training: finish the step, save a checkpoint, leave."""
 
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -11,12 +12,17 @@ from sae_lab.errors import Interrupted
 
 
 class Signals:
-    """Notes the first SIGINT or SIGTERM as `received`, to be acted on once it is `due`; a second ends the process."""
+    """Notes the first SIGINT or SIGTERM as `received`, to be acted on once it is `due`; a later one ends the process.
+
+    A repeat within ECHO seconds is the same wish: `timeout make demo` sends it to make, which passes it on, and to us.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    ECHO = 2.0
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._time = 0.0
         self.due: int | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -32,9 +38,10 @@ class Signals:
         self._handlers = {}
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise Interrupted("Stopped at once by a second signal; the last checkpoint stands.", signum)
-        self.received = signum
+        if self.received is None:
+            self.received, self._time = signum, time.monotonic()
+        elif time.monotonic() - self._time > self.ECHO:
+            raise Interrupted("Stopped at once by a second signal; what was saved before stands.", signum)
 
 
 class SaveWhenDue(L.Callback):

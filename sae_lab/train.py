@@ -166,10 +166,11 @@ def finish(members: Sequence[Member], data: ActivationData) -> list[dict[str, An
     """Calibrate, save, evaluate: members of one stream together. Returns the metrics of each."""
     saes = [member.sae.to(data.lm.device) for member in members]  # Lightning moved them to the CPU when it was done
     calibrate(saes, data, members[0].cfg.calibration_batches)
+    probe_rows = data.probe_rows()
     for member, sae in zip(members, saes, strict=True):
         config = OmegaConf.to_container(member.cfg, resolve=True)
         assert isinstance(config, dict)
-        save_sae(sae, member.run.folder / "sae", provenance(config, data.lm), data.probe_rows())
+        save_sae(sae, member.run.folder / "sae", provenance(config, data.lm), probe_rows)
     evaluations = evaluate_all({str(member.run.folder): member.sae for member in members}, data)
     for member, evaluation in zip(members, evaluations.values(), strict=True):
         files = write_results(evaluation, member.sae, member.run.folder)

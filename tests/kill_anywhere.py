@@ -44,7 +44,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {  # where it is called, its name, and
     "checkpoint": (AtomicCheckpointIO, "save_checkpoint", 8),
     "validation": (ActivationData, "val_dataloader", 1),
     "calibration": (sae_lab.train, "calibrate", 1),
-    "evaluation": (sae_lab.train, "evaluate", 1),
+    "evaluation": (sae_lab.train, "evaluate_all", 1),
 }
 
 

@@ -104,16 +104,5 @@ def test_somebody_elses_folder_is_not_cleared(tmp_path, resume):
     assert (tmp_path / "figures" / "paper.png").is_file()
 
 
-def test_a_refused_folder_is_not_said_to_be_continued(tmp_path, caplog):
-    open_run(tmp_path)
-    leave_checkpoint(tmp_path)
-    caplog.set_level("INFO")
-    with pytest.raises(UserError):
-        open_run(tmp_path, "seed=1")
-    assert caplog.text == ""
-    open_run(tmp_path)
-    assert "continuing from step 7" in caplog.text
-
-
 def test_flat():
     assert flat({"a": {"b": 1, "c": {}}, "d": [1, 2]}) == {"a.b": 1, "a.c": {}, "d": [1, 2]}

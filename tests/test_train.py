@@ -257,7 +257,7 @@ def test_evaluate_under_another_activation_writes_a_file_of_its_own(run_dir):
     del own["train_mode"]
     topk, thresholded = (json.loads((run_dir / f"metrics_{name}.json").read_text()) for name in ("topk", "threshold"))
     assert (topk["l0"], topk["l0_std"]) == (16, 0)
-    assert topk["fvu"] > own["fvu"]  # what BatchTopK trained
+    assert topk["fvu"] != own["fvu"] == pytest.approx(topk["fvu"], rel=0.2)
     assert thresholded == own | {"activation": "threshold"}
 
 
