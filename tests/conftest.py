@@ -52,6 +52,17 @@ def planted(n: int, d_in: int = 16, n_features: int = 24, active: int = 3, n_sou
     return (strengths @ directions).view(n, n_sources, d_in), directions.view(n_features, n_sources, d_in)
 
 
+def equal(a, b) -> bool:
+    """Nested containers and tensors, to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
 @pytest.fixture(params=SAE_NAMES)
 def sae_name(request) -> str:
     return request.param

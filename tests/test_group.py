@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import compose
+from conftest import compose, equal
 
 from sae_lab.buffer import ShuffledBlocks
 from sae_lab.errors import Interrupted
@@ -70,17 +70,6 @@ def assert_same_run(theirs: Path, ours: Path) -> None:
         assert equal(a[key], b[key]), key
     logs = [pd.read_csv(f / "metrics.csv").drop(columns="tokens_per_second") for f in (theirs, ours)]
     pd.testing.assert_frame_equal(*logs)
-
-
-def equal(a, b) -> bool:
-    """Nested containers and tensors, to the bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def test_a_member_equals_the_same_run_alone(alone, tmp_path):

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SAE_NAMES
+from conftest import SAE_NAMES, equal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_lab import load_sae
@@ -191,17 +191,6 @@ def test_a_stopped_run_continues_to_the_same_bits(run_dir, tmp_path, stop):
     assert equal(whole["optimizer_states"], resumed["optimizer_states"])
     logs = [pd.read_csv(f / "metrics.csv").drop(columns="tokens_per_second") for f in (run_dir, folder)]
     pd.testing.assert_frame_equal(*logs)
-
-
-def equal(a, b) -> bool:
-    """Nested containers and tensors, to the bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def test_a_complete_run_says_so_and_changes_nothing(run_dir):
