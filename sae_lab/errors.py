@@ -20,6 +20,11 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signum
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def checked_word(name: str, word: str, *known: str) -> str:
     """`word`, the value of the setting `name`, if it is one of those known.
 

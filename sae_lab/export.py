@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.checkpoint import CONFIG, PROBE, WEIGHTS, sae_folder, write_atomically
 from sae_lab.cli import entry_point
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, first_line
 from sae_lab.interop import FORMATS, load_sae
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import figure, print_files
@@ -90,7 +90,7 @@ def push(folder: Path, repository: str) -> str:
         api.create_repo(repository, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder))
     except Exception as e:  # network errors come from whichever HTTP library huggingface_hub uses
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        reason = first_line(e)
         raise UserError(
             f"{folder} is written, but was not pushed to {repository} ({reason}): "
             f"log in with `hf auth login` and type `hf upload {repository} {folder}`."

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -282,7 +282,7 @@ def load_rows(path: str, **options: Any):
         cause: BaseException = e
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        reason = first_line(cause)
         if "data_files" in options:
             raise UserError(f"the files of data.paths cannot be read as {path}: {reason}") from e
         raise UserError(

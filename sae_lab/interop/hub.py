@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, first_line
 
 CONVERSIONS = (None, "gemma_2", "sparsify", "dictionary_learning_1")
 """The conversions of SAELens' release table whose files a reader of this package knows; None is its own format."""
@@ -67,7 +67,7 @@ def download(entry: Entry) -> Path:
     try:
         root = snapshot_download(entry.repo_id, allow_patterns=f"{entry.path}/*" if entry.path else None)
     except Exception as e:  # network errors come from whichever HTTP library huggingface_hub uses
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        reason = first_line(e)
         raise UserError(
             f"{entry.repo_id} cannot be fetched from the hub ({reason}): download it, and give its folder."
         ) from e

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, first_line
 from sae_lab.lm.base import LanguageModel
 from sae_lab.text import HUB_TIMEOUT
 
@@ -150,7 +150,7 @@ def check_hub(name: str, revision: str | None) -> None:
             "correct lm.name=..., or log in with `hf auth login` if it is private."
         ) from e
     except Exception as e:  # network errors come from whichever HTTP library huggingface_hub uses
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        reason = first_line(e)
         raise UserError(
             f"{name} is neither a local folder nor in the Hugging Face cache, and the hub cannot be reached "
             f"({reason}): use lm=tiny, give lm.name=<local folder>, or download it first with `hf download {name}`."
