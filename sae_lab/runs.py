@@ -15,8 +15,8 @@ from sae_lab.errors import Busy, UserError
 
 LOCK, FAILED = ".lock", "failed.txt"
 
-# What a run leaves in its folder, and a run that starts again removes.
-OURS = ("checkpoints", "sae", "figures", "tensorboard", "wandb", "metrics.json", "metrics.csv", FAILED)
+# What a run leaves in its folder, beside `.hydra/`, and a run that starts again removes.
+OURS = ("checkpoints", "sae", "figures", "tensorboard", "wandb", "metrics.json", "metrics.csv")
 
 # What may change when a run is continued: where and how it runs, not what it computes.
 FREE = (
@@ -111,7 +111,7 @@ def examine(folder: Path, config: Any, resume: str) -> Run:
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
-    for path in (*(folder / name for name in (*OURS, ".hydra")), *folder.glob("metrics_*.json")):
+    for path in (*(folder / name for name in (*OURS, ".hydra", FAILED)), *folder.glob("metrics_*.json")):
         if path.is_dir():
             shutil.rmtree(path)
         else:

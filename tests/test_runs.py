@@ -104,5 +104,11 @@ def test_somebody_elses_folder_is_not_cleared(tmp_path, resume):
     assert (tmp_path / "figures" / "paper.png").is_file()
 
 
+def test_a_job_that_failed_before_it_began_may_be_run_by_itself(tmp_path):
+    (tmp_path / "failed.txt").write_text("out of memory")
+    assert open_run(tmp_path).checkpoint is None
+    assert not (tmp_path / "failed.txt").exists()
+
+
 def test_flat():
     assert flat({"a": {"b": 1, "c": {}}, "d": [1, 2]}) == {"a.b": 1, "a.c": {}, "d": [1, 2]}
