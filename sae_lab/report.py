@@ -135,12 +135,13 @@ def draw_frontier(done: pd.DataFrame, figures: Path) -> list[Path]:
 
 def draw_l0(done: pd.DataFrame, folder: Path) -> list[Path]:
     """How many latents are active on a token: for each line its largest dictionary, at every k."""
-    files = folder / done["job"] / "figures" / "l0_per_token.csv"
-    kept = done.assign(file=files)[files.map(Path.is_file)]
+    files = [folder / job / "figures" / "l0_per_token.csv" for job in done["job"]]
+    kept = done.assign(file=files)[[file.is_file() for file in files]]
     if kept.empty:
         return []
     kept = kept[kept["n_latents"] == kept.groupby("line")["n_latents"].transform("max")]
-    tables = [pd.read_csv(job.file).assign(line=job.line, k=job.k) for job in kept.itertuples()]
+    which = zip(kept["file"], kept["line"], kept["k"], strict=True)
+    tables = [pd.read_csv(file).assign(line=line, k=k) for file, line, k in which]
     return [plots.l0_by_line(pd.concat(tables), folder / "figures" / "l0_per_token.png")]
 
 
@@ -176,7 +177,7 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
         groups = done.groupby(twins, dropna=False, sort=False)
         cells = groups.size().rename("seeds").reset_index()
         for metric in metrics:
-            cells[metric] = groups[metric].agg(lambda v, form=HEADLINES[metric]: _mean_and_spread(v, form)).tolist()
+            cells[metric] = [_mean_and_spread(values, HEADLINES[metric]) for _, values in groups[metric]]
         return cells.assign(**{c: cells[c].map(_text) for c in [*twins, "seeds"]})
     cells = done[chosen].map(_text).assign(**{m: done[m].map(partial(_rounded, form=HEADLINES[m])) for m in metrics})
     # Last, because it is long; left out where it would only repeat the settings.
