@@ -211,6 +211,13 @@ def test_draw_has_a_figure_for_every_slice_of_the_sweep(sweep):
     assert all(f.is_file() for f in figures)
 
 
+def test_the_comparisons_draw_both_rules(sweep, monkeypatch):
+    lines = []
+    monkeypatch.setattr(plots, "against", lambda table, path, *_: lines.append(set(table["line"])) or path)
+    report.draw(report.collect(sweep), sweep)
+    assert all({"TopK", "TopK, batch-wise", "BatchTopK", "BatchTopK, batch-wise"} <= names for names in lines)
+
+
 def test_draw_counts_complete_jobs_only(tmp_path):
     for i, k in enumerate((8, 16)):
         write_job(tmp_path / f"{i}", f"k={k}", done=k == 8)
