@@ -76,7 +76,7 @@ def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, 
     if cfg.init_from is not None and not run.step:
         sae.start_from(load_sae(cfg.init_from))
     schedule = partial(instantiate(cfg.schedule), n_steps=data.n_steps)
-    module = SAEModule({"sae": sae}, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
+    module = SAEModule(sae, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
     trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps, callbacks=callbacks)
     return Member(cfg, run, sae, module, trainer)
 
