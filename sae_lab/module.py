@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae_lab.distributed import average, average_gradients, world_size
 from sae_lab.errors import UserError
 from sae_lab.metrics import ReconstructionMetrics, batch_fvu
 from sae_lab.saes.base import BaseSAE, SAEOutput
@@ -16,6 +17,8 @@ from sae_lab.sparse import l0_per_row
 
 class SAEModule(L.LightningModule):
     """resample -> forward -> backward -> project gradients -> clip -> optimizer step -> project parameters (SPEC §3.2)
+
+    Of several processes each calls it on its share of the batch; gradients are averaged before anything looks at them.
 
     Args:
         sae: what is trained.
@@ -50,13 +53,16 @@ class SAEModule(L.LightningModule):
         out = self.sae(x)
         terms = self.sae.losses(out)
         loss = torch.stack(list(terms.values())).sum()
-        self.tokens += len(x)
+        self.tokens += len(x) * world_size()
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.refuse_unless_finite(loss)
             row = training_row(self.sae, out, terms, loss)
+            self.refuse_unless_finite(row["loss"])
             lr = self.trainer.optimizers[0].param_groups[0]["lr"]
             self.log_dict(row | {"tokens": self.tokens.float(), "lr": lr})
         return loss
+
+    def on_after_backward(self) -> None:
+        average_gradients(self.sae.parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.refuse_unless_finite(torch.stack([p.detach().abs().max() for p in self.sae.parameters()]).max())
@@ -99,8 +105,8 @@ def forget(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: Int[
 @torch.no_grad()
 def training_row(sae: BaseSAE, out: SAEOutput, terms: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
     """What the training log says of one SAE at one step."""
-    row = {"loss": loss.detach()} | {f"loss/{name}": term.detach() for name, term in terms.items()}
-    row |= {"fvu": batch_fvu(out.target, out.x_hat), "l0": l0_per_row(out.code).float().mean()}
+    row = {"loss": average(loss)} | {f"loss/{name}": average(term) for name, term in terms.items()}
+    row |= {"fvu": batch_fvu(out.target, out.x_hat), "l0": average(l0_per_row(out.code).float().mean())}
     sources = zip(out.target.split(1, dim=1), out.x_hat.split(1, dim=1), strict=True)
     row |= {f"fvu_{i}": batch_fvu(*pair) for i, pair in enumerate(sources)} if out.target.shape[1] > 1 else {}
     dead = sae.dead()
