@@ -24,7 +24,7 @@ from sae_lab.errors import UserError
 from sae_lab.interrupt import Signals
 
 HOST = "127.0.0.1"
-GRACE = 30.0  # seconds that rank 0 has to notice by itself that another one is gone
+GRACE = 30.0  # seconds between the end of one process and that of what waits for it
 
 
 class Child:
@@ -87,7 +87,8 @@ def attended(children: list[Child]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:  # what torch raises then
-        reason = failure(children, 5.0)
+        lost = isinstance(e, dist.DistError) or "gloo" in str(e)
+        reason = failure(children, GRACE if lost else 0.0)
         if reason is None:
             raise
         raise UserError(reason) from e
