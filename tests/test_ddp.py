@@ -294,6 +294,13 @@ def assert_same_sae(theirs: Path, ours: Path) -> None:
     assert names[0] == names[1]
 
 
+def command(cwd: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """The real thing, where it would leave a folder that it makes by mistake."""
+    line = [sys.executable, "-m", "sae_lab.train", *overrides]
+    env = os.environ | {"PYTHONPATH": str(CONF.parent)}
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=cwd, env=env)
+
+
 def others() -> list[psutil.Process]:
     """The processes above rank 0 that this one has started."""
     return [p for p in psutil.Process().children(recursive=True) if "sae_lab.ranks" in p.cmdline()]
@@ -308,35 +315,20 @@ def test_alone_stopped_by_a_signal_and_continued_by_the_command(alone, tmp_path,
     assert others() == []
     assert not dist.is_initialized()
     assert not list(folder.glob("rank_*"))
-    overrides = [*SMALL, *MEMBERS["batch_topk"], *SETTINGS]
-    done = subprocess.run(
-        [sys.executable, "-m", "sae_lab.train", *overrides, f"hydra.run.dir={folder}"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(CONF.parent)},
-    )
+    done = command(tmp_path, *SMALL, *MEMBERS["batch_topk"], *SETTINGS, f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
-    assert "continuing from step 7" in done.stdout
+    assert "continuing from step 7" in done.stderr
     assert_same_sae(alone / "batch_topk", folder)
     assert [p.name for p in tmp_path.iterdir()] == ["batch_topk"]  # no other process made a folder of its own
 
 
 def test_in_a_sweep(alone, tmp_path):
-    overrides = [*SMALL, *SETTINGS, "sae=topk,batch_topk", "k=4", "hydra.sweep.subdir='${hydra:runtime.choices.sae}'"]
-    done = subprocess.run(
-        [sys.executable, "-m", "sae_lab.train", "-m", *overrides, f"hydra.sweep.dir={tmp_path / 'sweep'}"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(CONF.parent)},
-    )
+    jobs = ["sae=topk,batch_topk", "k=4", "hydra.sweep.subdir='${hydra:runtime.choices.sae}'"]
+    done = command(tmp_path, "-m", *SMALL, *SETTINGS, *jobs, f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {p.name for p in (tmp_path / "sweep").iterdir()} == {*MEMBERS, "jobs.txt", "multirun.yaml"}
     assert [p.name for p in tmp_path.iterdir()] == ["sweep"]
-    assert done.stdout.count("training 12 steps") == len(MEMBERS)
+    assert done.stderr.count("training 12 steps") == len(MEMBERS)
     for name in MEMBERS:
         assert_same_sae(alone / name, tmp_path / "sweep" / name)
 
