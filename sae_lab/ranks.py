@@ -41,8 +41,8 @@ class Child:
         code = self.process.poll()
         if code is None:
             return None
-        words = self.log.read_text(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(words) if line.strip()), f"exit code {code}")
+        said = self.log.read_text(errors="replace").strip() or f"exit code {code}"
+        last = said.splitlines()[-1].removeprefix(f"[rank{self.rank}]: ")  # torch marks a traceback's lines so
         return f"process {self.rank} of {self.n} ended early ({last}): see {self.log}; the same command continues."
 
     def end(self) -> None:
