@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae_lab.distributed import least
 from sae_lab.matmul import linear
 from sae_lab.selection import Pieces, Preactivations, kth_largest, sortable, top_of_batch
 
@@ -83,4 +84,5 @@ def least_of_rows(h: Float[Tensor, "n n_dead"], k: int) -> Float[Tensor, "n 1"]:
 def least_of_batch(h: Pieces, k: int) -> Tensor:
     """What the k · b largest positive entries of the whole batch reach."""
     values = top_of_batch(h, k).values
-    return values.amin() if len(values) else values.new_zeros(())
+    smallest = least(values.amin() if len(values) else values.new_tensor(torch.inf))
+    return smallest.masked_fill(smallest.isinf(), 0)

@@ -193,7 +193,7 @@ class Stream:
 def interleaved(steps: dict[str, Step], sae: BaseSAE, cfg: DictConfig, x: Tensor) -> dict[str, float]:
     """Median milliseconds of each step, and of a training step of `sae` in the Lightning loop."""
     stream = Stream(x, steps, cfg.repeats)
-    module = SAEModule({"sae": sae}, build_optimizer(cfg), partial(instantiate(cfg.schedule), n_steps=10**6))
+    module = SAEModule(sae, build_optimizer(cfg), partial(instantiate(cfg.schedule), n_steps=10**6))
     n_steps = WARM + cfg.repeats + 1
     accelerator = "cuda" if x.is_cuda else "cpu"
     options = {"accelerator": accelerator, "precision": cfg.precision, "checkpoint_every": 10**9}

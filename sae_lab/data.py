@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from functools import partial
+from itertools import islice
 from threading import Lock
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from sae_lab.buffer import Chunk, ShuffledBlocks, Source
 from sae_lab.cache import Cache, CachedRows, lm_key, refuse_other
+from sae_lab.distributed import rank, receive, share, world_size
 from sae_lab.errors import UserError
 from sae_lab.lm.base import LanguageModel
 from sae_lab.prefetch import Prefetched
@@ -32,7 +35,8 @@ from sae_lab.text import (
 class Harvest:
     """Runs the language model over text rows: a `buffer.Source` of activations, one chunk a forward pass.
 
-    It holds `turn` while it does: hooks and tokenizer serve one thread at a time.
+    It holds `turn` while it does: hooks and tokenizer serve one thread at a time. Of several processes each reads all
+    of the text, but runs the model on every n-th chunk only, and leaves the others' rows for `Shared` to fetch.
     """
 
     def __init__(
@@ -47,21 +51,63 @@ class Harvest:
         self.rows.load_state_dict(state)
 
     def __iter__(self) -> Generator[Chunk, None, None]:
-        while True:
-            with self.turn:
-                state = self.rows.state_dict()
-                tokens = take_rows(self.rows, self.lm_batch_rows)
-                if len(tokens) == 0:
-                    return
-                activations = self.lm.activations(tokens)
-                rows = activations[self.keep(tokens).to(activations.device)]
-            yield Chunk(state, rows, tokens)
+        while texts := self._read(world_size()):
+            for i, (state, tokens) in enumerate(texts):
+                mine = i == rank() or len(texts) < world_size()  # at the end of the text all run what is left
+                yield Chunk(state, self._activations(tokens) if mine else self._elsewhere(tokens), tokens)
+
+    def _read(self, n: int) -> list[tuple[dict[str, Any], Int[Tensor, "r t"]]]:
+        """The text of the next n chunks, or of as many as there are, and where each begins."""
+        with self.turn:
+            texts = [(self.rows.state_dict(), take_rows(self.rows, self.lm_batch_rows)) for _ in range(n)]
+        return [(state, tokens) for state, tokens in texts if len(tokens)]
+
+    def _activations(self, tokens: Int[Tensor, "r t"]) -> Float[Tensor, "n s d"]:
+        with self.turn:
+            activations = self.lm.activations(tokens)
+            return activations[self.keep(tokens).to(activations.device)]
+
+    def _elsewhere(self, tokens: Int[Tensor, "r t"]) -> Float[Tensor, "n s d"]:
+        """A tensor without memory, in the shape of what another process computes."""
+        return torch.empty(int(self.keep(tokens).sum()), len(self.lm.sites), self.lm.d, device="meta")
+
+
+class Shared:
+    """A `buffer.Source` that several processes harvest together: each comes to have all chunks, in the same order."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.source.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.source.load_state_dict(state)
+
+    def __iter__(self) -> Generator[Chunk, None, None]:
+        with closing(iter(self.source)) as chunks:
+            while group := list(islice(chunks, world_size())):
+                yield from self._fetched(group)
+
+    def _fetched(self, group: list[Chunk]) -> list[Chunk]:
+        """The chunks with the rows that others have computed: the r-th comes from rank r."""
+        if not any(chunk.rows.is_meta for chunk in group):
+            return group
+        own = group[rank()].rows.contiguous()
+        rows = [
+            own if i == rank() else torch.empty_like(chunk.rows, dtype=own.dtype, device=own.device)
+            for i, chunk in enumerate(group)
+        ]
+        for i, chunk_rows in enumerate(rows):
+            receive(chunk_rows, i)
+        return [chunk._replace(rows=chunk_rows) for chunk, chunk_rows in zip(group, rows, strict=True)]
 
 
 class Batches:
     """What Lightning iterates over: n_rows rows of the stream, the last batch with what is left of them.
 
-    It has a length, without which Lightning would read one batch ahead.
+    Of several processes each gets its share of every batch. It has a length, without which Lightning would read one
+    batch ahead.
     """
 
     def __init__(self, stream: ShuffledBlocks, n_rows: int):
@@ -75,7 +121,10 @@ class Batches:
             batch = next(self.stream, None)
             if batch is None:
                 return
-            yield batch[:left]
+            mine = share(batch[:left])
+            if len(mine) == 0:
+                return
+            yield mine
 
 
 class ActivationData(L.LightningDataModule):
@@ -179,7 +228,7 @@ class ActivationData(L.LightningDataModule):
         if prefetch:
             ahead = max(1, self.block_tokens // (self.lm_batch_rows * self.seq_len))
             source = Prefetched(source, ahead, self.lm.device)
-        return ShuffledBlocks(source, self.block_tokens, self.batch_size, self.seed)
+        return ShuffledBlocks(Shared(source), self.block_tokens, self.batch_size, self.seed)
 
     def held_out_text(self, n: int) -> Int[Tensor, "n t"]:
         """The first n text rows of the held-out split, or as many as it has."""
@@ -212,6 +261,7 @@ class ActivationData(L.LightningDataModule):
             chunks = self.held_out_rows(self.n_val_tokens).split(self.lm_batch_rows)
             with self.lm_turn:
                 rows = torch.cat([self.lm.activations(tokens)[self.keep(tokens)] for tokens in chunks])
+            rows = rows.tensor_split(world_size())[rank()]
             self._validation = list(rows.split(self.batch_size))
         return DataLoader(self._validation, batch_size=None)  # type: ignore[arg-type]
 

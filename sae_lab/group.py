@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sae_lab.buffer import ShuffledBlocks
 from sae_lab.data import ActivationData
-from sae_lab.errors import Interrupted
+from sae_lab.errors import Interrupted, UserError
 from sae_lab.interrupt import SaveWhenDue, Signals
 from sae_lab.progress import Throughput, TrainingProgress
 from sae_lab.runs import FAILED
@@ -92,6 +92,8 @@ def by_stream(jobs: list[Job]) -> dict[tuple[int, str], list[Job]]:
     for job in jobs:
         with of_member(job.folder), failure_recorded(job.folder):
             run = open_run(job.cfg)
+            if job.cfg.trainer.devices > 1:
+                raise UserError("hydra/launcher=shared_stream trains in one process: leave it out, or trainer=ddp.")
             if run.complete:
                 show_complete(run)
                 continue

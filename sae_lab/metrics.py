@@ -36,12 +36,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
+from sae_lab.distributed import average, total
 from sae_lab.sparse import Code, fire_counts, l0_per_row
 
 
 def batch_fvu(x: Float[Tensor, "b s d"], x_hat: Float[Tensor, "b s d"]) -> Tensor:
     """fvu of one batch, by itself: for training curves."""
-    return (x - x_hat).float().square().sum() / (x - x.mean(dim=0)).float().square().sum()
+    mean = average(x.mean(dim=0))
+    return total((x - x_hat).float().square().sum()) / total((x - mean).float().square().sum())
 
 
 class ReconstructionMetrics(Metric):
@@ -90,8 +92,8 @@ class ReconstructionMetrics(Metric):
             "cosine": (weight * F.cosine_similarity(x, x_hat, dim=-1)).sum(dim=0),
             "n_covered": weight.sum(dim=0),
         }
-        for name, total in totals.items():
-            setattr(self, name, getattr(self, name) + total)
+        for name, value in totals.items():
+            setattr(self, name, getattr(self, name) + value)
         l0 = l0_per_row(code).double()
         self.l0_sum += l0.sum()
         self.l0_squared += l0.square().sum()

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sae_lab.distributed import world_size
 from sae_lab.screen import console
 
 
@@ -21,7 +22,7 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
-        self._tokens += len(batch)
+        self._tokens += len(batch) * world_size()
         self.rate = self._tokens / (time.perf_counter() - self._start)
         if (i + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("tokens_per_second", self.rate)
@@ -51,7 +52,7 @@ class TrainingProgress(Throughput):
             self._bar.update(self._task, completed=trainer.global_step, state=state(trainer, self.rate))
         elif time.perf_counter() - self._said > self.seconds:
             self._said = time.perf_counter()
-            left = (trainer.max_steps - trainer.global_step) * len(batch) / self.rate
+            left = (trainer.max_steps - trainer.global_step) * len(batch) * world_size() / self.rate
             step = f"step {trainer.global_step}/{trainer.max_steps}"
             print(f"{step}  {state(trainer, self.rate)}  {left:.0f} s left", flush=True)
 

@@ -28,6 +28,7 @@ FREE = (
     "lm.device_map",
     "data.prefetch",
     "trainer.accelerator",
+    "trainer.devices",
     "trainer.checkpoint_every",
     "trainer.log_every",
     "trainer.validate_every",
@@ -111,7 +112,8 @@ def examine(folder: Path, config: Any, resume: str) -> Run:
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
-    for path in (*(folder / name for name in (*OURS, ".hydra", FAILED)), *folder.glob("metrics_*.json")):
+    named = [folder / name for name in (*OURS, ".hydra", FAILED)]
+    for path in (*named, *folder.glob("metrics_*.json"), *folder.glob("rank_*.log")):
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_lab.distributed import concatenated, least, world_size
 from sae_lab.matmul import linear
 from sae_lab.sparse import Pattern, SparseCode
 from sae_lab.threads import one_thread
@@ -53,13 +54,15 @@ def top_of_batch(h: Pieces, k: float) -> SparseCode:
     """The floor(k·b) largest entries of relu(h) over the whole batch.
 
     Only entries above a bound are gathered. The first piece shows the one that about 1.5·k entries a row exceed;
-    should fewer than k·b exceed it in the end, h is walked again with a lower bound.
+    should fewer than k·b exceed it in the end, h is walked again with a lower bound. Where the batch is shared out
+    among processes, each keeps those of the whole batch's that lie on its rows.
     """
     for margin in (1.5, 12, 96, math.inf):
         found = gather(h, partial(bound_of_batch, m=margin * k))
-        n = int(k * found.n_rows)
-        if len(found.values) >= n:
-            return found.keep(largest(found.values, n)).code()
+        values, own = concatenated(found.values)
+        n = int(k * found.n_rows * world_size())
+        if len(values) >= n:
+            return found.keep(largest(values, n)[own]).code()
     return found.code()
 
 
@@ -113,7 +116,7 @@ def bound_of_batch(piece: Float[Tensor, "n f"], bound: Tensor | None, m: float) 
         return bound
     sample = sortable(piece[:: 1 + len(piece) // SAMPLE_ROWS]).flatten()
     rank = m * len(sample) / piece.shape[1]
-    return kth_largest(sample, max(1, int(rank))).clamp_min(0) if rank < len(sample) else sample.new_zeros(())
+    return least(kth_largest(sample, max(1, int(rank))).clamp_min(0) if rank < len(sample) else sample.new_zeros(()))
 
 
 def bound_of_rows(piece: Float[Tensor, "n f"], k: int) -> Tensor:

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lab.checkpoint import atomic_file, load_sae, save_sae
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
+from sae_lab.distributed import rank
 from sae_lab.errors import UserError
 from sae_lab.evaluate import calibrate, evaluate_all, write_results
 from sae_lab.interrupt import StopOnSignal
@@ -30,6 +31,7 @@ from sae_lab.memory import keep_freed_memory
 from sae_lab.module import SAEModule
 from sae_lab.progress import TrainingProgress
 from sae_lab.provenance import provenance
+from sae_lab.ranks import ranks
 from sae_lab.runs import Run, examine
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import print_files, print_metrics
@@ -58,9 +60,19 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     callbacks = [StopOnSignal(run.last_checkpoint), TrainingProgress()]
     member = build_member(cfg, run, build_sae(cfg, data), data, callbacks)
     with run.begin(hydra_files(cfg)):  # all that can be wrong with the config has shown by now
-        fit(member, data)
+        with ranks(run.folder, cfg.trainer.devices):
+            fit(member, data)
         [metrics] = finish([member], data)
     return metrics
+
+
+def train_along(folder: Path) -> None:
+    """Train the run in `folder` as another rank than 0, which has begun it and writes all files."""
+    cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    data = build_data(cfg)
+    run = examine(folder, OmegaConf.to_container(cfg), "auto")
+    fit(build_member(cfg, run, build_sae(cfg, data), data, []), data)
 
 
 def open_run(cfg: DictConfig) -> Run:
@@ -78,7 +90,7 @@ def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, 
     if cfg.init_from is not None and not run.step:
         sae.start_from(load_sae(cfg.init_from))
     schedule = partial(instantiate(cfg.schedule), n_steps=data.n_steps)
-    module = SAEModule({"sae": sae}, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
+    module = SAEModule(sae, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
     trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps, callbacks=callbacks)
     return Member(cfg, run, sae, module, trainer)
 
@@ -86,13 +98,16 @@ def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, 
 def check_dials(cfg: DictConfig) -> None:
     """Refuse a dial that is no number, no whole one where only that makes sense, or too small; `null` passes."""
     whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seq_len": 2, "seed": 0, "calibration_batches": 1}
-    whole |= {f"trainer.{name}": 1 for name in ("checkpoint_every", "validate_every", "log_every")}
+    whole |= {f"trainer.{name}": 1 for name in ("devices", "checkpoint_every", "validate_every", "log_every")}
     dials = whole | {"k": 0, "expansion": 0, "max_grad_norm": 0, "goal_l0": 0, "optimizer.lr": 0}
     for key, least in dials.items():
         value = OmegaConf.select(cfg, key)
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if value is not None and not (number and value >= least and (key not in whole or value == int(value))):
             raise UserError(f"{key}={value} must be a {'whole ' if key in whole else ''}number of at least {least}.")
+    for key in ("batch_size", "n_tokens"):
+        if (cfg[key] or 0) % (cfg.trainer.devices or 1):
+            raise UserError(f"{key}={cfg[key]} cannot be shared out equally: give a multiple of trainer.devices.")
     if cfg.init_from is None and OmegaConf.select(cfg, "sae.frozen_decoder"):
         raise UserError("sae.frozen_decoder=true would freeze a random dictionary: give init_from=<folder of an SAE>.")
 
@@ -118,6 +133,7 @@ def build_trainer(
     n_steps: int,
     callbacks: list[Callback],
     accelerator: str,
+    devices: int,
     precision: str,
     checkpoint_every: int,
     validate_every: int,
@@ -129,18 +145,21 @@ def build_trainer(
     estimate the number of steps.
 
     Raises:
-        UserError: an accelerator that is not there, an unknown precision, an interval that is not positive.
+        UserError: more devices than there are, an unknown precision, an interval that is not positive.
     """
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    gpu, found = accelerator in ("cuda", "gpu"), torch.cuda.device_count()
+    if devices > 1 and accelerator != "cpu" and not (gpu and devices <= found):
+        raise UserError(f"trainer.devices={devices} exceeds the {found} GPUs: give fewer, or trainer.accelerator=cpu.")
     checkpoints = run_dir / "checkpoints"
     saving = ModelCheckpoint(checkpoints, "last", every_n_train_steps=checkpoint_every, enable_version_counter=False)
-    noise = "does not have many workers|dataloader is not resumable|LeafSpec|Checkpoint directory .* exists"
+    noise = "does not have many workers|dataloader is not resumable|LeafSpec|sync_dist|Checkpoint directory .* exists"
     warnings.filterwarnings("ignore", message=f".*({noise}).*")
     try:
         return L.Trainer(
             accelerator=accelerator,
-            devices=1,
+            devices=[rank()] if gpu else 1,
             precision=precision,  # type: ignore[arg-type]
             max_epochs=1,
             max_steps=n_steps,
@@ -148,7 +167,8 @@ def build_trainer(
             log_every_n_steps=min(log_every, n_steps),
             num_sanity_val_steps=0,
             logger=False,
-            callbacks=[saving, *callbacks],
+            callbacks=[saving, *callbacks] if rank() == 0 else callbacks,
+            enable_checkpointing=rank() == 0,
             plugins=[AtomicCheckpointIO()],
             default_root_dir=run_dir,
             enable_progress_bar=False,
@@ -165,11 +185,13 @@ def fit(member: Member, data: ActivationData) -> None:
     log.info("training %d steps of %d tokens in %s", data.n_steps, data.batch_size, run.folder)
     if run.step:
         log.info("continuing from step %d of %s", run.step, run.checkpoint)
-    trainer.loggers = [instantiate(node) for node in member.cfg.logger.values()]
+    if rank() == 0:
+        trainer.loggers = [instantiate(node) for node in member.cfg.logger.values()]
     trainer.fit(member.module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
     if trainer.global_step < data.n_steps:
         log.warning("the text ended at step %d of %d (data.repeat=false)", trainer.global_step, data.n_steps)
-    trainer.save_checkpoint(run.last_checkpoint)
+    if rank() == 0:
+        trainer.save_checkpoint(run.last_checkpoint)
 
 
 def finish(members: Sequence[Member], data: ActivationData) -> list[dict[str, Any]]:

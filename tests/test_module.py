@@ -1,4 +1,4 @@
-"""The training step: what happens in which order, and that members of a group train as if they were alone."""
+"""The training step: what happens in which order, and that a run which stopped goes on."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ BATCHES = [planted(32, seed=i)[0] for i in range(N_STEPS)]
 
 
 def fit(
-    saes: dict[str, BaseSAE],
+    sae: BaseSAE,
     max_grad_norm: float | None = None,
     fused: bool = True,
     batches=BATCHES,
@@ -25,7 +25,7 @@ def fit(
     **trainer,
 ) -> SAEModule:
     module = SAEModule(
-        saes,
+        sae,
         partial(torch.optim.Adam, lr=1e-2, fused=fused),
         partial(warmup_decay, n_steps=N_STEPS, warmup=0.25, decay=0.5),
         max_grad_norm,
@@ -43,23 +43,10 @@ def fit(
     return module
 
 
-def test_a_member_of_a_group_equals_the_same_sae_alone():
-    def make() -> dict[str, BaseSAE]:
-        small = {"n_latents": 32}
-        return {"a": build("topk"), "b": build("batch_topk", "seed=3", **small), "c": build("vanilla", n_latents=80)}
-
-    group = fit(make(), max_grad_norm=0.05)
-    for name, sae in make().items():
-        alone = fit({name: sae}, max_grad_norm=0.05)
-        mine, theirs = group.saes[name].state_dict(), alone.saes[name].state_dict()
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-        assert not torch.equal(mine["W_enc"], make()[name].state_dict()["W_enc"])
-
-
 @pytest.mark.parametrize("max_grad_norm", [None, 0.05])
 def test_the_step_is_project_clip_adam_renormalise(sae_name, max_grad_norm):
     """Against a loop written out by hand (the order of SPEC §3.2), with the same schedule."""
-    trained = fit({"sae": build(sae_name)}, max_grad_norm).saes["sae"]
+    trained = fit(build(sae_name), max_grad_norm).sae
     sae = build(sae_name)
     adam = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True)
     for i, x in enumerate(BATCHES):
@@ -80,7 +67,7 @@ def test_the_step_is_project_clip_adam_renormalise(sae_name, max_grad_norm):
 
 
 def test_constraints_hold_with_gradient_accumulation():
-    sae = fit({"sae": build("topk")}, accumulate_grad_batches=3).saes["sae"]
+    sae = fit(build("topk"), accumulate_grad_batches=3).sae
     torch.testing.assert_close(sae.W_dec.flatten(1).norm(dim=1), torch.ones(64), rtol=0, atol=1e-6)
 
 
@@ -95,12 +82,12 @@ STATEFUL = [
 
 @pytest.mark.parametrize("settings", STATEFUL, ids=" ".join)
 def test_a_run_that_stopped_and_went_on_equals_one_that_did_not(settings, tmp_path):
-    def make() -> dict[str, BaseSAE]:
+    def make() -> BaseSAE:
         sae = build(*settings)
         with torch.no_grad():
             if sae.b_enc is not None:
                 sae.b_enc[:20] = -10.0  # dead, for resampling
-        return {"sae": sae}
+        return sae
 
     whole = fit(make())
     fit(make(), batches=BATCHES[:6]).trainer.save_checkpoint(tmp_path / "half.ckpt")
@@ -110,7 +97,7 @@ def test_a_run_that_stopped_and_went_on_equals_one_that_did_not(settings, tmp_pa
     moments = [module.trainer.optimizers[0].state_dict()["state"] for module in (resumed, whole)]
     for i, state in moments[1].items():
         assert all(torch.equal(moments[0][i][key], state[key]) for key in state)
-    sae = whole.saes["sae"]
+    sae = whole.sae
     assert sae.steps == N_STEPS
     assert sae.b_enc is None or (sae.b_enc[:20] > -1).all()  # it was resampled
 
@@ -129,8 +116,8 @@ def test_the_optimizer_forgets_the_rows_that_were_rewritten():
 
 
 def test_a_checkpoint_holds_the_saes_and_nothing_else():
-    module = fit({"sae": build("batch_topk")})
-    assert {name.split(".")[0] for name in module.state_dict()} == {"saes", "tokens"}
+    module = fit(build("batch_topk"))
+    assert {name.split(".")[0] for name in module.state_dict()} == {"sae", "tokens"}
 
 
 @pytest.mark.parametrize(

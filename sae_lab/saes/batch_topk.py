@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.distributed import average, least
 from sae_lab.errors import checked_word
 from sae_lab.saes.sparse_linear import SparseLinearSAE
 from sae_lab.selection import Pieces, above, top_of_batch
@@ -61,7 +62,7 @@ class BatchTopKSAE(SparseLinearSAE):
             # At this rate the estimate is the exponential mean divided by 1 - (1 - RATE)^n: no bias towards its start.
             self._count(code, lambda n: self.RATE / (1 - (1 - self.RATE) ** n))
         else:
-            excess = l0_per_row(code).float().mean() / self.current_k - 1
+            excess = average(l0_per_row(code).float().mean()) / self.current_k - 1
             self.threshold *= 1 + self.quantile_rate * excess.clamp_max(1)
             self.threshold_updates += 1
         super().observe(code)
@@ -80,7 +81,7 @@ class BatchTopKSAE(SparseLinearSAE):
 
     def _count(self, code: Code, rate: Callable[[Tensor], Tensor]) -> None:
         """Move the threshold towards this batch's smallest active value; a batch without one tells nothing."""
-        smallest = smallest_positive(code).to(self.threshold)
+        smallest = least(smallest_positive(code)).to(self.threshold)
         known = smallest.isfinite()
         self.threshold_updates += known
         weight = rate(self.threshold_updates.clamp_min(1).to(self.threshold)) * known

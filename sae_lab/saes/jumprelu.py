@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sae_lab.distributed import average
 from sae_lab.errors import UserError, checked_word
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
@@ -80,7 +81,7 @@ class JumpReLUSAE(PenalizedLinearSAE):
             return (4 * out.code.float()).tanh().sum(dim=-1).mean()
         assert out.h is not None
         l0 = mean_l0(out.h, self.thresholds, self.bandwidth)
-        return l0 if self.k is None or self.penalty == "l0" else (l0 / self.k - 1).square()
+        return l0 if self.k is None or self.penalty == "l0" else (average(l0) / self.k - 1).square()
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sae_lab import losses, sparse
 from sae_lab.auxk import auxk
+from sae_lab.distributed import anywhere
 from sae_lab.errors import UserError, checked_word
 from sae_lab.matmul import linear
 from sae_lab.saes.base import BaseSAE, SAEOutput
@@ -171,7 +172,7 @@ class LinearSAE(BaseSAE):
     @torch.no_grad()
     def observe(self, code: Code) -> None:
         """Update the state that training keeps, from the code of one training batch."""
-        self.batches_since_fired.add_(1).masked_fill_(fired(code), 0)
+        self.batches_since_fired.add_(1).masked_fill_(anywhere(fired(code)), 0)
         self.steps += 1
 
     def dead(self) -> Bool[Tensor, " f"]:

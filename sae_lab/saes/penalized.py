@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae_lab.distributed import concatenated
 from sae_lab.errors import UserError
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.saes.resample import SCALE, directions
@@ -41,6 +42,7 @@ class PenalizedLinearSAE(LinearSAE):
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
         if not self.resample_every or (step := int(self.steps)) == 0 or step % self.resample_every:
             return []
+        x, _ = concatenated(x)
         dead, alive = self.dead().nonzero().squeeze(-1)[: len(x)], ~self.dead()
         if len(dead) == 0 or not alive.any():
             return []

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sae_lab.distributed import average
 from sae_lab.errors import UserError, checked_word
 from sae_lab.matmul import linear
 from sae_lab.saes.base import BaseSAE, SAEOutput
@@ -98,8 +99,8 @@ class RouteSAE(BaseSAE):
         return self.inner(weighted(rows, r if self.training and self.routing == "soft" else self.deployed(r)))
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
-        mean_square = out.target.float().square().mean()
-        return {name: term / mean_square for name, term in self.inner.losses(out).items()}
+        mean_square = average(out.target.float().square().mean())
+        return {name: average(term) / mean_square for name, term in self.inner.losses(out).items()}
 
     def route(self, x: Tensor) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b s"], Context]:
         """Raw activations -> the row that is deployed, the weights of the sites in it, and what undoes normalising."""

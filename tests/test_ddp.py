@@ -1,0 +1,394 @@
+"""Two processes that train one SAE: the rows, the choice, the weights and the files are those of one process."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import SAE_NAMES, build, dictionary, equal
+from safetensors.torch import load_file
+from test_data import Echo, data
+from test_group import SMALL, config, stop_at_batch
+from test_module import BATCHES, fit
+
+from sae_lab import ranks
+from sae_lab.auxk import least_of_batch
+from sae_lab.buffer import ShuffledBlocks
+from sae_lab.cli import CONF
+from sae_lab.distributed import anywhere, average, concatenated, least, rank, share, total, world_size
+from sae_lab.errors import Interrupted, UserError
+from sae_lab.group import read_job, train_jobs
+from sae_lab.ranks import HOST, Child
+from sae_lab.selection import top_of_batch
+from sae_lab.sweep import standing
+from sae_lab.train import build_data, build_member, build_sae, hydra_files, open_run, train, train_along
+from sae_lab.train import fit as fit_run
+
+TWO = ["trainer=ddp", "trainer.accelerator=cpu"]
+
+
+def join(number: int, port: int) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore(HOST, port, 2, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=2)
+
+
+@pytest.fixture(scope="module")
+def both() -> Iterator[Callable[..., list[Any]]]:
+    """both(function, *arguments): what it returns in each of two processes that know each other."""
+    store = dist.TCPStore(HOST, 0, 2, is_master=True, wait_for_workers=False)
+    start = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")  # fork spares the imports
+    pools = [
+        concurrent.futures.ProcessPoolExecutor(1, start, initializer=join, initargs=(number, store.port))
+        for number in range(2)
+    ]
+
+    def call(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        futures = [pool.submit(function, *arguments) for pool in pools]
+        done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+        for future in done:
+            future.result()  # raises before the other one, which may wait for it, is asked
+        return [future.result() for future in futures]
+
+    yield call
+    for pool in pools:
+        for process in pool._processes.values():
+            process.kill()
+        pool.shutdown()
+
+
+# --- what they tell each other
+
+
+def exchange() -> dict[str, Any]:
+    mine = torch.arange(3.0) + 10 * rank()
+    w = torch.tensor(2.0, requires_grad=True)
+    (average(w * mine.mean()) ** 2).backward()
+    ragged, own = concatenated(mine[: 1 + 2 * rank()])
+    nothing, _ = concatenated(mine[:0].short())
+    return {
+        "world": (world_size(), rank()),
+        "total": total(mine),
+        "least": least(mine.to(torch.int16) * (1 - 2 * rank())),
+        "anywhere": anywhere(mine > 11),
+        "gradient": w.grad,
+        "ragged": (ragged, own.start, own.stop),
+        "nothing": nothing.shape,
+        "share": share(torch.arange(7)),
+    }
+
+
+def test_what_processes_tell_each_other(both):
+    first, second = both(exchange)
+    assert (first["world"], second["world"]) == ((2, 0), (2, 1))
+    for got in (first, second):
+        assert got["total"].tolist() == [10, 12, 14]
+        assert got["least"].tolist() == [-10, -11, -12]
+        assert got["anywhere"].tolist() == [False, False, True]
+        assert got["ragged"][0].tolist() == [0, 10, 11, 12]
+        assert got["nothing"] == (0,)
+    # d (w · 6)² / dw = 2 · 12 · 6, as the mean over the ranks of 2 · 12 · (their own mean)
+    assert [got["gradient"].item() for got in (first, second)] == [2 * 12 * 1, 2 * 12 * 11]
+    assert [got["ragged"][1:] for got in (first, second)] == [(0, 1), (1, 4)]
+    assert [got["share"].tolist() for got in (first, second)] == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_alone_nothing_is_touched():
+    x = torch.randn(5)
+    assert all(y is x for y in (total(x), least(x), anywhere(x), average(x), concatenated(x)[0]))
+    assert torch.equal(share(x), x)
+
+
+# --- the choice among all entries
+
+
+def chosen(h: torch.Tensor, k: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return top_of_batch([share(h)], k).to_dense(), least_of_batch([share(h)], int(k))
+
+
+def test_the_largest_of_the_batch_are_chosen_wherever_they_lie(both):
+    generator = torch.Generator().manual_seed(0)
+    ties = torch.randint(-3, 4, (32, 48), generator=generator).float()
+    lopsided = torch.randn(32, 48, generator=generator)
+    lopsided[16:] *= 20
+    nothing = lopsided.clone()
+    nothing[:16] = -1
+    scarce = torch.where(torch.rand(32, 48, generator=generator) < 0.01, 1.0, -1.0)
+    for h in (ties, lopsided, nothing, scarce, lopsided.bfloat16()):
+        for k in (1, 4, 7.37):
+            codes, bounds = zip(*both(chosen, h, k), strict=True)
+            assert torch.equal(torch.cat(codes), top_of_batch([h], k).to_dense())
+            assert [bound.item() for bound in bounds] == 2 * [least_of_batch([h], int(k)).item()]
+
+
+# --- the rows
+
+
+class Counting(Echo):
+    runs = 0
+
+    def activations(self, tokens):
+        self.runs += len(tokens)
+        return super().activations(tokens)
+
+
+def batches_of(state: dict | None, n: int, changes: dict) -> tuple[list[torch.Tensor], dict, int]:
+    """The next n batches of a stream, where it then stands, and how many text rows the language model was run on."""
+    d = data(**changes)
+    d.lm = d.stream.source.source.lm = Counting()
+    if state is not None:
+        d.load_state_dict(state)
+    batches = [batch for _, batch in zip(range(n), d.train_dataloader(), strict=False)]
+    return batches, d.state_dict(), d.lm.runs
+
+
+@pytest.mark.parametrize("changes", [{}, {"exclude_bos": True}, {"repeat": False, "n_tokens": 10_000}], ids=str)
+def test_the_shares_are_the_batches_of_one_process(both, changes):
+    whole, _, runs = batches_of(None, 10_000, changes)
+    half, state, _ = batches_of(None, 6, changes)
+    shares, _, theirs = zip(*both(batches_of, None, 10_000, changes), strict=True)
+    n = 2 * (len(whole[-1]) // 2)
+    for parts, batch in zip(zip(*shares, strict=True), [*whole[:-1], whole[-1][:n]], strict=True):
+        assert torch.equal(torch.cat(parts), batch)
+    assert runs <= sum(theirs) <= runs + 4  # no text row twice, but for the next chunk of each
+    # From one process to two and back, in the middle of a block.
+    continued, states, _ = zip(*both(batches_of, state, 3, changes), strict=True)
+    assert equal(states[0], states[1])
+    rest, _, _ = batches_of(states[0], 1, changes)
+    got = [*half, *(torch.cat(parts) for parts in zip(*continued, strict=True)), *rest]
+    assert all(torch.equal(a, b) for a, b in zip(got, whole[:10], strict=True))
+
+
+def test_the_rows_are_the_same_while_the_next_are_harvested(both):
+    shares, _, _ = zip(*both(batches_of_prefetching, 8), strict=True)
+    whole, _, _ = batches_of(None, 8, {})
+    for parts, batch in zip(zip(*shares, strict=True), whole, strict=True):
+        assert torch.equal(torch.cat(parts), batch)
+
+
+def batches_of_prefetching(n: int) -> tuple[list[torch.Tensor], dict, int]:
+    d = data(prefetch=True)
+    try:
+        return [batch for _, batch in zip(range(n), d.train_dataloader(), strict=False)], {}, 0
+    finally:
+        d.stream.close()
+
+
+# --- the weights
+
+DEAD = "sae.dead_after=2"
+TRAINED = [
+    *((name,) for name in SAE_NAMES),
+    ("topk", DEAD),
+    ("batch_topk", DEAD, "sae.auxk_selection=batch", "sae.k_aux=2"),
+    ("batch_topk", "sae.quantile=running", "sae.k_warmup=8"),
+    ("vanilla", DEAD, "sae.resample_every=4"),
+    ("gated", DEAD, "sae.resample_every=3", "sae.hidden=[8]"),
+    ("topk", "sae.tied=true"),
+]
+
+
+def trained(settings: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """A run on this process's shares, with some latents dead from the start."""
+    sae = build(*settings)
+    inner = dictionary(sae)
+    with torch.no_grad():
+        inner.W_enc[:20] *= 0.01
+        if inner.b_enc is not None:
+            inner.b_enc[:20] = -10.0
+    return fit(sae, max_grad_norm=0.05, batches=[share(x) for x in BATCHES]).sae.state_dict()
+
+
+@pytest.mark.parametrize("settings", TRAINED, ids=" ".join)
+def test_two_processes_train_the_sae_of_one(both, settings):
+    alone, (first, second) = trained(settings), both(trained, settings)
+    assert equal(first, second)
+    for name, value in alone.items():
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# --- a run that stops and goes on
+
+
+def run_part(folder: Path, fail_at: int | None) -> None:
+    """A run's training as two processes do it; with `fail_at`, both fail when they draw that batch."""
+    cfg = config(folder, *TWO, "sae=batch_topk", DEAD)
+    draw, drawn = ShuffledBlocks.__next__, []
+
+    def failing(self):
+        drawn.append(None)
+        if len(drawn) == fail_at:
+            raise ArithmeticError
+        return draw(self)
+
+    ShuffledBlocks.__next__ = failing
+    try:
+        if rank() == 0:
+            run, d = open_run(cfg), build_data(cfg)
+            with run.begin(hydra_files(cfg)):
+                dist.barrier()
+                fit_run(build_member(cfg, run, build_sae(cfg, d), d, []), d)
+        else:
+            dist.barrier()
+            train_along(folder)
+    except ArithmeticError:
+        assert fail_at is not None
+    finally:
+        ShuffledBlocks.__next__ = draw
+    dist.barrier()
+
+
+def test_a_run_that_stopped_and_went_on_equals_one_that_did_not(both, tmp_path):
+    both(run_part, tmp_path / "whole", None)
+    both(run_part, tmp_path / "parts", 7)
+    assert torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt")["global_step"] == 4
+    both(run_part, tmp_path / "parts", None)
+    whole, parts = (torch.load(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "parts"))
+    assert whole["global_step"] == 12
+    for key in whole.keys() - {"callbacks"}:
+        assert equal(whole[key], parts[key]), key
+    logs = [pd.read_csv(tmp_path / name / "metrics.csv") for name in ("whole", "parts")]
+    pd.testing.assert_frame_equal(*logs)
+
+
+# --- the command
+
+MEMBERS = {"topk": ["sae=topk", "k=4"], "batch_topk": ["sae=batch_topk", "k=4"]}
+SETTINGS = [*TWO, DEAD]
+HYDRAS = {".hydra/hydra.yaml", ".hydra/overrides.yaml"}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The runs of one process."""
+    root = tmp_path_factory.mktemp("alone")
+    for name, overrides in MEMBERS.items():
+        train(config(root / name, *overrides, *SETTINGS, "trainer.devices=1"))
+    return root
+
+
+def assert_same_sae(theirs: Path, ours: Path) -> None:
+    """Weights, thresholds, counters and training log to rounding; the same files."""
+    a, b = (load_file(folder / "sae" / "sae.safetensors") for folder in (theirs, ours))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
+    logs = [pd.read_csv(folder / "metrics.csv").drop(columns="tokens_per_second") for folder in (theirs, ours)]
+    pd.testing.assert_frame_equal(*logs, rtol=1e-4)
+    assert logs[0]["loss/auxk"].max() > 0
+    names = [
+        {p.relative_to(folder).as_posix() for p in folder.rglob("*")} - {"train.log"} - HYDRAS
+        for folder in (theirs, ours)
+    ]
+    assert names[0] == names[1]
+
+
+def command(cwd: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """The real thing, where it would leave a folder that it makes by mistake."""
+    line = [sys.executable, "-m", "sae_lab.train", *overrides]
+    env = os.environ | {"PYTHONPATH": str(CONF.parent)}
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=cwd, env=env)
+
+
+def others() -> list[psutil.Process]:
+    """The processes above rank 0 that this one has started."""
+    return [p for p in psutil.Process().children(recursive=True) if "sae_lab.ranks" in p.cmdline()]
+
+
+def test_alone_stopped_by_a_signal_and_continued_by_the_command(alone, tmp_path, monkeypatch):
+    folder = tmp_path / "batch_topk"
+    stop_at_batch(monkeypatch, 7)
+    with pytest.raises(Interrupted, match="Stopped by SIGTERM at step 7 of 12"):
+        train(config(folder, *MEMBERS["batch_topk"], *SETTINGS))
+    monkeypatch.undo()
+    assert others() == []
+    assert not dist.is_initialized()
+    assert not list(folder.glob("rank_*"))
+    done = command(tmp_path, *SMALL, *MEMBERS["batch_topk"], *SETTINGS, f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    assert "continuing from step 7" in done.stderr
+    assert_same_sae(alone / "batch_topk", folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["batch_topk"]  # no other process made a folder of its own
+
+
+def test_in_a_sweep(alone, tmp_path):
+    jobs = ["sae=topk,batch_topk", "k=4", "hydra.sweep.subdir='${hydra:runtime.choices.sae}'"]
+    done = command(tmp_path, "-m", *SMALL, *SETTINGS, *jobs, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {p.name for p in (tmp_path / "sweep").iterdir()} == {*MEMBERS, "jobs.txt", "multirun.yaml"}
+    assert [p.name for p in tmp_path.iterdir()] == ["sweep"]
+    assert done.stderr.count("training 12 steps") == len(MEMBERS)
+    for name in MEMBERS:
+        assert_same_sae(alone / name, tmp_path / "sweep" / name)
+
+
+# --- when something goes wrong
+
+
+def test_the_failure_of_another_process_is_told(tmp_path):
+    """Its folder holds no config: it joins, and fails while rank 0 waits for it."""
+    told = r"process 1 of 2 ended early \(FileNotFoundError.*rank_1.log; the same command continues"
+    with pytest.raises(UserError, match=told), ranks.ranks(tmp_path, 2):
+        total(torch.ones(1))
+    assert "Traceback" in (tmp_path / "rank_1.log").read_text()
+    assert others() == []
+    assert world_size() == 1
+
+
+def test_other_processes_leave_signals_to_rank_0_and_go_with_it(tmp_path):
+    store = dist.TCPStore(HOST, 0, 2, is_master=True, wait_for_workers=False)
+    child = Child(tmp_path, 1, 2, store.port)
+    ranks.wait_until_ready(store, [child])
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        child.process.send_signal(signum)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.process.wait(0.5)
+    child.end()
+    assert child.process.returncode == 0
+    assert not child.log.exists()
+
+
+def test_rank_0_does_not_wait_for_ever(monkeypatch, capfd):
+    class Gone:
+        def failure(self) -> str:
+            return "process 1 of 2 ended early"
+
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(ranks, "GRACE", 0.01)
+    ranks.leave_if_stuck([Gone()], threading.Event())
+    assert codes == [1]
+    assert capfd.readouterr().err == "process 1 of 2 ended early\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["batch_size=127"], "batch_size=127 cannot be shared out equally: give a multiple of trainer.devices"),
+        (["n_tokens=1023"], "n_tokens=1023 cannot be shared out equally"),
+        (["trainer.devices=0"], "trainer.devices=0 must be a whole number of at least 1"),
+        (["trainer.accelerator=cuda", "trainer.devices=64"], "trainer.devices=64 exceeds the . GPUs: give fewer, or"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(tmp_path, overrides, words):
+    with pytest.raises(UserError, match=words):
+        train(config(tmp_path / "run", *TWO, *overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_shared_stream_is_one_process(tmp_path):
+    train_jobs([read_job(config(tmp_path / "run", *TWO))])
+    status, reason = standing(tmp_path / "run")
+    assert status == "failed"
+    assert reason == "hydra/launcher=shared_stream trains in one process: leave it out, or trainer=ddp."
