@@ -106,7 +106,8 @@ class Shared:
 class Batches:
     """What Lightning iterates over: n_rows rows of the stream, the last batch with what is left of them.
 
-    Of several processes each gets its share of every batch. It has a length, without which Lightning would read one batch ahead.
+    Of several processes each gets its share of every batch. It has a length, without which Lightning would read one
+    batch ahead.
     """
 
     def __init__(self, stream: ShuffledBlocks, n_rows: int):
