@@ -13,7 +13,6 @@ import json
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from sae_lab.checkpoint import write_atomically
 from sae_lab.cli import entry_point
+from sae_lab.clock import now
 from sae_lab.matmul import linear
 from sae_lab.memory import keep_freed_memory
 from sae_lab.module import SAEModule
@@ -172,17 +172,12 @@ class Stream:
     def __iter__(self) -> Iterator[Tensor]:
         for _ in range(WARM + self.repeats + 1):  # Lightning takes the first two batches at once
             for name, step in self.others.items():
-                start = self.now()
+                start = now(self.x.device)
                 step()
-                self.seconds[name].append(self.now() - start)
-            start = self.now()
+                self.seconds[name].append(now(self.x.device) - start)
+            start = now(self.x.device)
             yield self.x
-            self.seconds["lightning_step"].append(self.now() - start)
-
-    def now(self) -> float:
-        if self.x.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+            self.seconds["lightning_step"].append(now(self.x.device) - start)
 
 
 def interleaved(steps: dict[str, Step], sae: BaseSAE, cfg: DictConfig, x: Tensor) -> dict[str, float]:

@@ -13,7 +13,7 @@ from sae_lab import load_sae
 from sae_lab.checkpoint import save_sae
 from sae_lab.errors import UserError
 from sae_lab.interop import hub, sae_lens
-from sae_lab.pursuit import Pursuit
+from sae_lab.saes import PursuitSAE
 from sae_lab.sparse import l0_per_row
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -67,7 +67,7 @@ def test_norms_are_not_folded_where_that_would_change_the_choice():
 def test_a_foreign_sae_is_pursued():
     """A dictionary with rows of any norm: a pursuit of as many latents reconstructs better than its encoder."""
     expected = load_file(FIXTURES / "sae_lens/topk/expected.safetensors")
-    found = Pursuit(load_sae(source("sae_lens/topk")), "orthogonal_matching_pursuit")
+    found = PursuitSAE.of(load_sae(source("sae_lens/topk")), "orthogonal_matching_pursuit")
     errors = [(y - expected["x"]).square().sum() for y in (found.autoencode(expected["x"])[0], expected["x_hat"])]
     assert errors[0] < 0.5 * errors[1]
 
