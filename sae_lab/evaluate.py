@@ -115,9 +115,7 @@ def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str,
         if data.lm.models:
             drawn["relative_norm"] = diffing.latents(subject.sae.directions(), subject.reconstruction.density())
             metrics |= diffing.class_counts(drawn["relative_norm"])
-        evaluations[name] = Evaluation(
-            metrics | {"train_mode": train_mode}, drawn, subject.n_rows / subject.seconds
-        )
+        evaluations[name] = Evaluation(metrics | {"train_mode": train_mode}, drawn, subject.n_rows / subject.seconds)
     return evaluations
 
 

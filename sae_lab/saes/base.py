@@ -196,5 +196,5 @@ def check_room(sae: BaseSAE, other: BaseSAE) -> None:
             place = "no such parameter" if here is None else f"{here}"
             raise UserError(
                 f"the parameter {name} {there} of a {type(other).__name__} has no place in this {type(sae).__name__} "
-                f"({place}): choose the class and the settings that have one."
+                f"({place}): choose the class and the settings that have one, such as sae.encoder_bias=true for b_enc."
             )

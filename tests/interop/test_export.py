@@ -39,7 +39,9 @@ def trained(name: str, *overrides: str):
     return sae.eval()
 
 
-PLAIN = [name for name in SAE_NAMES if hasattr(build(name), "W_enc")]  # a routed one and a search have no form elsewhere
+PLAIN = [
+    name for name in SAE_NAMES if hasattr(build(name), "W_enc")
+]  # a routed one and a search have no form elsewhere
 
 
 @pytest.mark.parametrize("normalize", ["none", "per_token", "constant_norm"])

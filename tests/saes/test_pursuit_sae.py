@@ -99,8 +99,14 @@ def test_a_dictionary_learns_from_its_codes_where_it_started_from():
 
 def test_mistakes_get_one_sentence():
     for case, sentence in [
-        (lambda: PursuitSAE(k=4, d_in=16, n_latents=64, method="newton"), "sae.method=newton is not known: choose one of matching_purs"),
-        (lambda: PursuitSAE(k=65, d_in=16, n_latents=64), r"k=65 must be a whole number from 1 to the dictionary's 64 latents"),
+        (
+            lambda: PursuitSAE(k=4, d_in=16, n_latents=64, method="newton"),
+            "sae.method=newton is not known: choose one of matching_purs",
+        ),
+        (
+            lambda: PursuitSAE(k=65, d_in=16, n_latents=64),
+            r"k=65 must be a whole number from 1 to the dictionary's 64 latents",
+        ),
         (lambda: PursuitSAE(k=1.5, d_in=16, n_latents=64), r"k=1\.5 must be a whole number"),
         (lambda: PursuitSAE.of(build("vanilla"), "matching_pursuit"), r"no k of its own: give pursuit\.k="),
         (lambda: PursuitSAE.of(build("route"), "matching_pursuit", 4), "RouteSAE has no W_dec to search in"),
