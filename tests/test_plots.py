@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from sae_lab import plots
+from sae_lab.plots import run, style
+from sae_lab.plots import sweep as sweeps
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def test_a_line_has_one_colour_in_every_figure_of_a_table(drawn, path):
 
 
 def test_lines_past_the_palette_still_differ():
-    looks = plots._looks([f"line {i}" for i in range(3 * len(plots.PALETTE))])
+    looks = sweeps._looks([f"line {i}" for i in range(3 * len(style.PALETTE))])
     assert len({(look["color"], look["linestyle"]) for look in looks.values()}) == len(looks)
 
 
@@ -111,6 +113,18 @@ def test_frontier_averages_seeds_and_sizes_markers_by_dictionary(drawn, path):
     assert len(areas) == 2
     labels = [text.get_text().strip() for text in drawn[0].legends[0].get_texts()]
     assert labels == ["TopK", "BatchTopK", "Dictionary size (latents)", "512", "1,024"]
+
+
+def test_l0_by_line_adds_up_seeds_and_marks_bos(drawn, path):
+    rows = [("TopK", 8, 8, 1, 99), ("TopK", 8, 8, 1, 99), ("BatchTopK", 8, 6, 0, 50), ("BatchTopK", 8, 10, 2, 48)]
+    rows += [("BatchTopK", 16, 16, 1, 99)]
+    plots.l0_by_line(pd.DataFrame(rows, columns=["line", "k", "l0", "bos", "other"]), path)
+    first, second = drawn[0].axes
+    (stairs,) = first.patches
+    assert stairs.get_data().values[8] == pytest.approx(100)  # % of the tokens
+    assert [patch.get_data().values[6] for patch in second.patches] == pytest.approx([50, 0])
+    assert [line.get_xdata().tolist() for line in second.lines] == [[10], [16]]  # mean L0 of BOS
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["k = 8", "k = 16"]
 
 
 def test_by_job_puts_each_job_at_its_value(drawn, path):
@@ -144,7 +158,7 @@ def test_l0_per_token_cuts_a_long_tail_and_says_so(drawn, path):
 
 @pytest.mark.parametrize("l0", [[0], [1], [16], [3, 4000], [0, 1, 2]])
 def test_l0_bins_cover_whole_numbers(l0):
-    edges = plots._l0_bins(np.array(l0, float), np.ones(len(l0)))
+    edges = run._l0_bins(np.array(l0, float), np.ones(len(l0)))
     assert edges[0] <= min(l0) < max(l0) + 1 <= edges[-1] + 0.5
     assert len(edges) <= 83
     assert set((edges + 0.5) % 1) == {0}
@@ -182,7 +196,7 @@ def log_table() -> pd.DataFrame:
 def test_training_curves_overlay_validation_and_leave_out_empty_panels(drawn, path):
     plots.training_curves(log_table(), path)
     visible = [axes for axes in drawn[0].axes if axes.get_visible()]
-    assert [axes.get_ylabel() for axes in visible] == [plots.PANELS[i][0] for i in range(3)]
+    assert [axes.get_ylabel() for axes in visible] == [run.PANELS[i][0] for i in range(3)]
     loss, fvu, l0 = visible
     assert [line.get_xydata().tolist() for line in fvu.lines] == [
         [[1000, 0.9], [2000, 0.5], [3000, 0.4]],
@@ -223,13 +237,13 @@ def test_a_figure_is_200_dpi_and_leaves_no_state_behind(path):
     plots.latent_density(pd.DataFrame({"density": [0.1, 0.2]}), path)
     assert dict(matplotlib.rcParams) == before
     image = imread(path)
-    assert abs(image.shape[1] - 200 * plots.COLUMN) < 40
+    assert abs(image.shape[1] - 200 * style.COLUMN) < 40
 
 
 def test_the_palette_tells_lines_apart_without_colour():
-    grey = sorted(np.dot(to_rgb(colour), [0.2126, 0.7152, 0.0722]) for colour in plots.PALETTE[:3])
+    grey = sorted(np.dot(to_rgb(colour), [0.2126, 0.7152, 0.0722]) for colour in style.PALETTE[:3])
     assert min(np.diff(grey)) > 0.02
-    assert len(set(plots.MARKERS)) == len(plots.PALETTE)
+    assert len(set(sweeps.MARKERS)) == len(style.PALETTE)
 
 
 def test_relative_norm_draws_each_class_in_its_place(drawn, path):

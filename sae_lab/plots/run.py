@@ -1,0 +1,179 @@
+"""A run's own figures: its training, its L0 a token, its latents' densities, whose features they are."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from sae_lab import diffing
+from sae_lab.plots.style import COLUMN, INK, LABELS, MUTED, PAGE, PALETTE, PLAIN, has_values, legend_below, page
+
+# The panels of a training log: label, its column in training and in validation.
+PANELS = (
+    ("Reconstruction loss", "loss/reconstruction", ""),
+    (LABELS["fvu"], "fvu", "val/fvu"),
+    ("L0 (latents per token)", "l0", "val/l0"),
+    ("Dead latents (share)", "dead_share", ""),
+)
+
+
+def training_curves(table: pd.DataFrame, path: Path) -> Path:
+    """Reconstruction loss, FVU, L0 and the share of dead latents against tokens, one panel each; validation as dots.
+
+    `table` is a run's metrics.csv; a panel without data is left out, and a log without any leaves one empty panel.
+    """
+    panels = [p for p in PANELS if has_values(table, "tokens") and (has_values(table, p[1]) or has_values(table, p[2]))]
+    tokens = _tokens(table) if panels else np.empty(0)
+    columns = min(2, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // 2))
+    dots = {"color": PALETTE[1], "marker": "o", "markersize": 3, "linewidth": 0.8, "label": "validation"}
+    with page(path, rows, columns, (COLUMN if columns == 1 else PAGE, 0.6 + 1.8 * rows)) as (figure, axes):
+        for axis, (label, training, validation) in zip(axes, panels, strict=False):
+            _curve(axis, tokens, table, training, color=PALETTE[0], linewidth=1, label="training")
+            _curve(axis, tokens, table, validation, **dots)
+            axis.set_ylabel(label)
+            _loss_scale(axis)
+            axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        for axis in axes[max(1, len(panels)) :]:
+            axis.set_visible(False)
+        for axis in axes[: len(panels) or 1][-columns:]:
+            axis.set_xlabel("Training tokens")
+        if not panels:
+            axes[0].set_title("nothing was logged")
+        legend_below(figure, least=2)
+    return path
+
+
+def l0_per_token(table: pd.DataFrame, path: Path, k: float | None = None) -> Path:
+    """How many latents are active on a token: share of tokens (%) against L0, BOS positions told apart.
+
+    `table` has the columns l0, bos, other (numbers of tokens). 99.9 % of the tokens fit on the x axis.
+    """
+    l0, bos, other = (table[c].to_numpy(float) for c in ("l0", "bos", "other"))
+    total = (bos + other).sum()
+    mean = (l0 * (bos + other)).sum() / total
+    edges = _l0_bins(l0, bos + other)
+    with page(path) as (figure, (axes,)):
+        base = np.zeros(len(edges) - 1)
+        for name, count, colour in (("BOS", bos, PALETTE[1]), ("other tokens", other, PALETTE[0])):
+            share = 100 * np.histogram(l0, edges, weights=count)[0] / total
+            axes.bar(edges[:-1], share, np.diff(edges), bottom=base, align="edge", color=colour, label=name)
+            base += share
+        axes.axvline(mean, color=INK, linestyle="--", linewidth=1, label=f"mean = {mean:.1f}")
+        if k is not None:
+            axes.axvline(k, color=MUTED, linestyle=":", linewidth=1.2, label=f"k = {k:g}")
+        axes.set(xlabel=LABELS["l0"], ylabel="Share of tokens (%)", xlim=(edges[0], edges[-1]))
+        axes.grid(axis="x", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        beyond = l0[(l0 >= edges[-1]) & (bos + other > 0)]
+        if beyond.size:
+            axes.set_title(f"not shown: the last 0.1 % of tokens, up to L0 = {beyond.max():,.0f}", color=MUTED, size=7)
+        legend_below(figure)
+    return path
+
+
+def latent_density(table: pd.DataFrame, path: Path) -> Path:
+    """On what share of tokens each latent fires: a histogram over log10 of the share; dead latents are counted apart.
+
+    `table` has the column density, one row a latent.
+    """
+    density = table["density"].to_numpy(float)
+    alive = np.log10(density[density > 0])
+    dead = density.size - alive.size
+    with page(path) as (figure, (axes,)):
+        if alive.size:
+            # Quarters of a decade, on whole quarters: two SAEs' figures have the same bins.
+            edges = np.arange(np.floor(alive.min() * 4), np.floor(alive.max() * 4) + 2) / 4
+            axes.hist(alive, edges, color=PALETTE[0], edgecolor="white", linewidth=0.4)
+            median = float(np.median(alive))
+            axes.axvline(median, color=INK, linestyle="--", linewidth=1, label=f"median = {_power(10**median)}")
+            legend_below(figure)
+        axes.set_title(f"{dead:,} of {density.size:,} latents are dead ({dead / density.size:.1%})")
+        axes.set(xlabel="Density (share of tokens on which a latent fires)", ylabel="Number of latents")
+        if not alive.size:
+            axes.set(xlim=(-6, 0), ylim=(0, 1))
+        axes.grid(axis="x", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"$10^{{{x:g}}}$"))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.yaxis.set_major_formatter(PLAIN)
+    return path
+
+
+def relative_norm(table: pd.DataFrame, path: Path) -> Path:
+    """Whose feature each latent is: a histogram over |W_dec_B| / (|W_dec_A| + |W_dec_B|), a colour for each class.
+
+    `table` is that of `diffing.latents`. Latents that never fire are counted in the title and not drawn.
+    """
+    alive = table[table["density"] > 0]
+    edges = np.linspace(0, 1, 51)  # the bounds of the classes are edges
+    colours = {**dict(zip(diffing.CLASSES, PALETTE[:3], strict=True)), diffing.BETWEEN: "#BBBBBB"}
+    names = {"base_only": "base only", "shared": "shared", "tuned_only": "fine-tuned only", "between": "between"}
+    with page(path) as (figure, (axes,)):
+        for name, colour in colours.items():
+            ratio = alive["relative_norm"][alive["class"] == name]
+            axes.hist(
+                ratio, edges, color=colour, edgecolor="white", linewidth=0.4, label=f"{names[name]}: {len(ratio):,}"
+            )
+        for bound in sorted({bound for bounds in diffing.CLASSES.values() for bound in bounds} - {0.0, 1.0}):
+            axes.axvline(bound, color=MUTED, linestyle=":", linewidth=0.8)
+        axes.set(
+            xlabel="Decoder norm in the fine-tuned model (share of both models')",
+            ylabel="Number of latents",
+            xlim=(0, 1),
+        )
+        axes.set_yscale("symlog", linthresh=10)
+        dead = len(table) - len(alive)
+        axes.set_title(f"{dead:,} of {len(table):,} latents never fire and are left out")
+        axes.yaxis.set_major_formatter(PLAIN)
+        axes.grid(axis="x", visible=False)
+        legend_below(figure)
+    return path
+
+
+def _l0_bins(l0: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Edges of at most about 80 bins around whole numbers, up to the L0 that 99.9 % of the tokens do not exceed."""
+    order = np.argsort(l0)
+    below = np.cumsum(tokens[order]) / tokens.sum()
+    top = l0[order][np.searchsorted(below, 0.999)]
+    low = l0[tokens > 0].min()
+    margin = max(5.0, 0.1 * (top - low))
+    low = 0 if low <= max(top / 2, margin) else np.floor(low - margin)
+    width = np.ceil((top + margin - low) / 80)
+    return np.arange(low - 0.5, top + margin + width, width)
+
+
+def _tokens(table: pd.DataFrame) -> np.ndarray:
+    """Tokens seen at each row; a validation row may hold the step alone, and takes its tokens from its neighbours."""
+    known = table.dropna(subset=["tokens"]).sort_values("step")
+    missing = np.interp(table["step"], known["step"], known["tokens"])
+    return table["tokens"].fillna(pd.Series(missing, table.index)).to_numpy(float)
+
+
+def _curve(axes: Axes, tokens: np.ndarray, table: pd.DataFrame, column: str, **look: Any) -> None:
+    if has_values(table, column):
+        curve = pd.DataFrame({"x": tokens, "y": table[column].to_numpy(float)}).dropna().sort_values("x", kind="stable")
+        few = {"marker": "."} if len(curve) < 20 else {}  # a line through one point is invisible
+        axes.plot(curve["x"], curve["y"], **(few | look))
+
+
+def _loss_scale(axes: Axes) -> None:
+    """A log y axis where the curves span a decade or more, else a linear one from 0."""
+    y = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+    if 0 < 10 * y.min() <= y.max():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(PLAIN)
+    elif y.min() >= 0:
+        axes.set_ylim(0, 1.06 * y.max() or 1)
+
+
+def _power(x: float) -> str:
+    """x in the notation of the axis: 0.0031 → 3.1·10⁻³."""
+    mantissa, exponent = f"{x:.1e}".split("e")
+    return f"${mantissa}\\cdot10^{{{int(exponent)}}}$"
