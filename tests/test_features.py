@@ -31,13 +31,13 @@ def test_gather_finds_every_activation(name):
 
 def test_top_contexts_are_the_strongest_activations_of_the_text():
     """Recomputed from the text: the strongest of each stretch of 3 tokens, in order, and where they stand."""
-    data, latents = ActivationData(Echo(), Numbers, **SETTINGS), torch.tensor([3, 4, 11])
-    sae = build("topk", d_in=2, n_latents=16, n_sources=2).eval()
+    data, latents = ActivationData(Echo(), Numbers, **SETTINGS), torch.arange(16)
+    sae = build("vanilla", d_in=2, n_latents=16, n_sources=2).eval()
     found = gather(sae, data, latents, n_tokens=30)
     code = sae.encode(Echo().activations(found.tokens).flatten(0, 1)).detach()[:, latents]
     code *= data.keep(found.tokens).flatten().unsqueeze(1)
-    assert (code > 0).any(dim=0).sum() > 1
-    for row, values in zip(describe(found, 3, n_top=4, n_random=0, context=1), code.T, strict=True):
+    assert (code > 0).any(dim=0).sum() > 3
+    for row, values in zip(describe(found, 16, n_top=4, n_random=0, context=1), code.T, strict=True):
         best = values.view(-1, 3).max(dim=1).values.sort(descending=True).values[:4]
         best = best[best > 0].tolist()
         assert [e["activations"][e["centre"]] for e in row["top"]] == pytest.approx(best, abs=1e-4)
