@@ -1,4 +1,4 @@
-"""SAE folders (config.json + sae.safetensors) and Lightning checkpoints that appear whole or not at all."""
+"""SAE folders (config.json + sae.safetensors), files that appear whole or not at all, and a checkpoint's soundness."""
 
 import json
 import os
@@ -10,7 +10,6 @@ from typing import Any, BinaryIO
 
 import torch
 from jaxtyping import Float
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -106,14 +105,6 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def write_atomically(path: Path, content: bytes) -> None:
     with atomic_file(path) as f:
         f.write(content)
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own goes through a temporary file in /tmp, whose move to another disk is a copy, not a rename."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        with atomic_file(Path(path)) as f:
-            torch.save(checkpoint, f)
 
 
 def check_readable(checkpoint: Path, remedy: str) -> int:

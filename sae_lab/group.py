@@ -28,8 +28,8 @@ from sae_lab.buffer import ShuffledBlocks
 from sae_lab.data import ActivationData
 from sae_lab.errors import Interrupted
 from sae_lab.interrupt import SaveWhenDue, Signals
+from sae_lab.progress import Throughput, TrainingProgress
 from sae_lab.runs import FAILED
-from sae_lab.screen import Throughput, TrainingProgress
 from sae_lab.sweep import failure_recorded, record_failure
 from sae_lab.train import (
     Member,

@@ -15,11 +15,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lab.checkpoint import AtomicCheckpointIO, save_sae
+from sae_lab.checkpoint import atomic_file, save_sae
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
 from sae_lab.errors import UserError
@@ -28,10 +29,11 @@ from sae_lab.interop import load_sae
 from sae_lab.interrupt import StopOnSignal
 from sae_lab.memory import keep_freed_memory
 from sae_lab.module import SAEModule
+from sae_lab.progress import TrainingProgress
 from sae_lab.provenance import provenance
 from sae_lab.runs import Run, examine
 from sae_lab.saes.base import BaseSAE
-from sae_lab.screen import TrainingProgress, print_files, print_metrics
+from sae_lab.screen import print_files, print_metrics
 from sae_lab.sweep import failure_recorded
 
 log = logging.getLogger(__name__)
@@ -120,6 +122,14 @@ def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:
     if n_latents < 1:
         raise UserError(f"expansion={cfg.expansion} of width {data.d_in} leaves no latent: raise expansion.")
     return instantiate(cfg.sae, d_in=data.d_in, n_latents=n_latents, n_sources=data.n_sources)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own goes through a temporary file in /tmp, whose move to another disk is a copy, not a rename."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        with atomic_file(Path(path)) as f:
+            torch.save(checkpoint, f)
 
 
 def build_trainer(

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes started here: the workers share the cores
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub's library is imported; no test may depend on a network
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for test_sparse_triton.py; read once, when Lightning imports triton
 

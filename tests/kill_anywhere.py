@@ -30,7 +30,6 @@ import sae_lab.evaluate
 import sae_lab.harvest
 import sae_lab.train
 from sae_lab.buffer import ShuffledBlocks
-from sae_lab.checkpoint import AtomicCheckpointIO
 from sae_lab.data import ActivationData
 
 SHARED = ["seq_len=32"]
@@ -41,7 +40,7 @@ TINY = [
 ]
 PLACES: dict[str, tuple[Any, str, int]] = {  # where it is called, its name, and how often about it is called in a run
     "refill": (ShuffledBlocks, "_refill", 7),
-    "checkpoint": (AtomicCheckpointIO, "save_checkpoint", 8),
+    "checkpoint": (sae_lab.train.AtomicCheckpointIO, "save_checkpoint", 8),
     "validation": (ActivationData, "val_dataloader", 1),
     "calibration": (sae_lab.train, "calibrate", 1),
     "evaluation": (sae_lab.train, "evaluate_all", 1),

@@ -8,19 +8,20 @@ each launch left, and whether all is equal.
 
 import hashlib
 import random
-import subprocess
+import signal
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import torch
+from shell import Forked, run
 
 from sae_lab.runs import Run
 from sae_lab.sweep import plan, standing
 
 DIALS = """# @package _global_
-n_tokens: 24_576
+n_tokens: 12_288
 batch_size: 256
 seq_len: 32
 expansion: 2
@@ -30,12 +31,12 @@ trainer: {log_every: 5, validate_every: 20, checkpoint_every: 5}
 """
 
 
-def command(root: Path, folder: Path, launcher: str) -> list[str]:
+def overrides(root: Path, folder: Path, launcher: str) -> list[str]:
     (root / "experiment").mkdir(parents=True, exist_ok=True)
     (root / "experiment" / "killed.yaml").write_text(DIALS)
     dials = ["experiment=killed", "sae=topk,vanilla", "optimizer.lr=1e-3,3e-3"]
     where = [f"hydra.sweep.dir={folder}", f"hydra/launcher={launcher}"]
-    return [sys.executable, "-m", "sae_lab.train", f"--config-dir={root}", "-m", *dials, *where]
+    return [f"--config-dir={root}", "-m", *dials, *where]
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -56,33 +57,33 @@ def plain(tree):
     return [plain(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
-def kill_at_random(process: subprocess.Popen, root: Path, chance: random.Random) -> None:
+def kill_at_random(process: Forked, root: Path, chance: random.Random) -> None:
     """Some time after a random number of checkpoints has been written."""
 
     def written() -> set[tuple[Path, int]]:
         return {(path, path.stat().st_mtime_ns) for path in root.glob("*/checkpoints/last.ckpt")}
 
     before, enough, new = written(), chance.randint(1, 8), set[tuple[Path, int]]()
-    while process.poll() is None and len(new) < enough:
+    while process.running and len(new) < enough:
         new |= written() - before
         time.sleep(0.005)
     time.sleep(chance.uniform(0, 0.1))
-    process.kill()
-    process.wait()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
 
 
 def main(root: Path, kills: int = 10, launcher: str = "shared_stream", seed: int = 0) -> bool:
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     killed, chance, finished = root / "killed", random.Random(seed), dict[Path, int]()
     for i in range(kills):
-        kill_at_random(subprocess.Popen(command(root, killed, launcher), **quiet), killed, chance)
+        kill_at_random(Forked(*overrides(root, killed, launcher)), killed, chance)
         jobs = [standing(folder) for folder in plan(killed)]
         print(i, dict(Counter(status for status, _ in jobs)), [detail for _, detail in jobs], flush=True)
         done = {path: path.stat().st_mtime_ns for path in killed.glob("*/metrics.json")}
         assert finished.items() <= done.items(), "a finished job was run again"
         finished = done
     for folder in ("killed", "whole"):
-        subprocess.run(command(root, root / folder, launcher), check=True, **quiet)
+        done = run(*overrides(root, root / folder, launcher))
+        assert done.returncode == 0, done.stderr
     equal = [fingerprint(root / "whole" / folder.name) == fingerprint(folder) for folder in plan(killed)]
     print(f"{sum(equal)} of {len(equal)} jobs are equal to the bit after {kills} kills")
     return len(equal) == 4 and all(equal)

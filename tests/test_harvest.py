@@ -3,15 +3,16 @@
 import json
 
 import pytest
-from test_train import SMALL, assert_one_sentence, run
+from shell import run
+from test_train import N_EVAL, SMALL, assert_one_sentence
 
-CACHE = ["n_tokens=10_000", "shard_tokens=4_096", "seq_len=64", "data.n_eval_tokens=8_192"]
+CACHE = ["n_tokens=10_000", "shard_tokens=4_096", "seq_len=64", f"data.n_eval_tokens={N_EVAL}"]
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("harvest") / "cache"
-    done = run(*CACHE, f"cache_dir={folder}", module="harvest")
+    done = run(*CACHE, f"cache_dir={folder}", module="harvest", shell=True)
     assert done.returncode == 0, done.stderr
     assert "10,000 tokens x 1 sites x 128 x float32 = 0.01 GB" in done.stderr
     assert "is complete: 10,000 tokens in 3 shards" in done.stderr
@@ -23,7 +24,7 @@ def test_a_run_trains_from_it_and_is_evaluated_on_the_same_text(cache, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "All of the cache was read: it starts over in a new order (pass 2)." in done.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["n_eval_tokens"] == 8192
+    assert metrics["n_eval_tokens"] == N_EVAL
     assert metrics["fvu"] < 1
 
 

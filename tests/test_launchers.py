@@ -2,11 +2,11 @@
 
 import importlib.util
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from shell import run
 from test_sweep import SMALL
 
 from sae_lab.sweep import plan, standing
@@ -32,8 +32,7 @@ def sweep(root: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     (root / "experiment").mkdir()
     (root / "experiment" / "small.yaml").write_text(SMALL)
     where = [f"--config-dir={root}", "-m", "experiment=small", f"hydra.sweep.dir={root / 'sweep'}"]
-    command = [sys.executable, "-m", "sae_lab.train", *where, *overrides]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run(*where, *overrides, shell=True)  # Ray's and submitit's workers start as this process did
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -41,9 +40,7 @@ def test_a_preset_that_is_not_installed_names_its_extra(preset):
     plugin, extra = PRESETS[preset]
     if installed(plugin):
         pytest.skip(f"{plugin} is installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "sae_lab.train", "-m", preset, "k=3,4"], capture_output=True, text=True, check=False
-    )
+    done = run("-m", preset, "k=3,4")
     assert done.returncode == 1
     sentence = f"train: {preset} needs a package that is not installed: pip install 'sae-lab[{extra}]'."
     assert done.stderr.splitlines() == [sentence]

@@ -144,7 +144,7 @@ def test_a_constant_schedule_is_one():
     assert {warmup_decay(i, 10, 0.0, 0.0) for i in range(11)} == {1.0}
 
 
-def test_the_log_tells_the_sources_apart():
+def test_the_log_tells_the_sources_apart_and_counts_the_dead():
     sae, x = build("topk", n_sources=2), planted(64, n_sources=2)[0] * torch.tensor([[[1.0], [3.0]]])
     out = sae(x)
     terms = sae.losses(out)
@@ -152,5 +152,8 @@ def test_the_log_tells_the_sources_apart():
     for i in range(2):
         error, spread = out.target - out.x_hat, out.target - out.target.mean(0)
         torch.testing.assert_close(row[f"fvu_{i}"], error[:, i].square().sum() / spread[:, i].square().sum())
+    sae.batches_since_fired[:8] = sae.dead_after  # P-11: just dead, for the log as for the auxiliary loss
+    sae.batches_since_fired[8:] = sae.dead_after - 1
+    assert training_row(sae, out, terms, terms["reconstruction"])["dead_share"] == 8 / 64
     route = build("route", n_sources=2)
     assert "fvu_0" not in training_row(route, route(x), terms, terms["reconstruction"])

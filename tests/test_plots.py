@@ -124,7 +124,8 @@ def test_l0_by_line_adds_up_seeds_and_marks_bos(drawn, path):
     assert stairs.get_data().values[8] == pytest.approx(100)  # % of the tokens
     assert [patch.get_data().values[6] for patch in second.patches] == pytest.approx([50, 0])
     assert [line.get_xdata().tolist() for line in second.lines] == [[10], [16]]  # mean L0 of BOS
-    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["k = 8", "k = 16"]
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels == ["k = 8", "mean at BOS positions", "k = 16"]
 
 
 def test_by_job_puts_each_job_at_its_value(drawn, path):

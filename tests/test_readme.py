@@ -47,7 +47,7 @@ def test_the_readmes_sae_works_from_folders_of_its_users(own_sae, tmp_path):
     }.items():
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(text)
-    quick = ["experiment=quick_test", "n_tokens=20_000", "data.n_eval_tokens=4096", "hydra.run.dir=own"]
+    quick = ["experiment=quick_test", "n_tokens=8_192", "data.n_eval_tokens=1024", "hydra.run.dir=own"]
     trained = in_folder(tmp_path, "-m", "sae_lab.train", "--config-dir", "my_conf", "sae=relative", *quick)
     assert trained.returncode == 0, trained.stderr
     metrics = (tmp_path / "own" / "metrics.json").read_text()

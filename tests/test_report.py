@@ -1,13 +1,12 @@
 """A sweep's folders become a table with the right rows, columns and numbers, and the figures that the sweep has."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+from shell import run
 
 from sae_lab import plots, report
 from sae_lab.errors import UserError
@@ -211,6 +210,13 @@ def test_draw_has_a_figure_for_every_slice_of_the_sweep(sweep):
     assert all(f.is_file() for f in figures)
 
 
+def test_the_comparisons_draw_both_rules(sweep, monkeypatch):
+    lines = []
+    monkeypatch.setattr(plots, "against", lambda table, path, *_: lines.append(set(table["line"])) or path)
+    report.draw(report.collect(sweep), sweep)
+    assert all({"TopK", "TopK, batch-wise", "BatchTopK", "BatchTopK, batch-wise"} <= names for names in lines)
+
+
 def test_draw_counts_complete_jobs_only(tmp_path):
     for i, k in enumerate((8, 16)):
         write_job(tmp_path / f"{i}", f"k={k}", done=k == 8)
@@ -348,14 +354,9 @@ def test_show_never_cuts_a_number(sweep, capsys):
     assert f"{sweep}/report.csv" in said.replace("\n", "")
 
 
-def run_report(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "sae_lab.report", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
 def test_the_command_writes_the_report_and_nothing_else(sweep, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("cwd")
-    done = run_report(f"sweep_dir={sweep}", cwd=elsewhere)
+    done = run(f"sweep_dir={sweep}", module="report", shell=True, cwd=elsewhere)
     assert done.returncode == 0, done.stderr
     assert list(elsewhere.iterdir()) == []
     written = {p.name for p in sweep.iterdir() if not p.name.isdigit()}
@@ -364,12 +365,12 @@ def test_the_command_writes_the_report_and_nothing_else(sweep, tmp_path_factory)
     assert "report.md" in done.stdout
     # A second report reads the same jobs, and is the same.
     before = (sweep / "report.md").read_bytes()
-    assert run_report(f"sweep_dir={sweep}", cwd=elsewhere).returncode == 0
+    assert run(f"sweep_dir={sweep}", module="report", cwd=elsewhere).returncode == 0
     assert (sweep / "report.md").read_bytes() == before
 
 
 def test_the_command_tells_a_missing_folder_in_one_sentence(tmp_path):
-    done = run_report("sweep_dir=nowhere", cwd=tmp_path)
+    done = run("sweep_dir=nowhere", module="report", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("report: nowhere is not a folder")
     assert len(done.stderr.splitlines()) == 1

@@ -1,7 +1,6 @@
 """What a sweep's folder says of its jobs, and what a failing job costs the others."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import hydra
@@ -10,6 +9,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from shell import run
 
 from sae_lab.cli import CONF, folder_name
 from sae_lab.errors import Busy, UserError
@@ -32,8 +32,7 @@ def sweep(root: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     (root / "experiment").mkdir(exist_ok=True)
     (root / "experiment" / "small.yaml").write_text(SMALL)
     small = [f"--config-dir={root}", "-m", "experiment=small", f"hydra.sweep.dir={root / 'sweep'}"]
-    command = [sys.executable, "-m", "sae_lab.train", *small, *overrides]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run(*small, *overrides)
 
 
 def leave_run(folder: Path, n_logged: int = 0, rate: float = 50.0) -> Run:

@@ -1,16 +1,15 @@
 """The stages run at a tiny size and are written down; how fast anything is, is not tested."""
 
 import json
-import subprocess
-import sys
+
+from shell import run
 
 STAGES = ["forward", "harvest", "cache write", "cache read", "step", "streaming", "cached"]
 TINY = ["slice_tokens=2_048", "slices=1", "expansion=1", "data.block_tokens=2_048", "lm.device=cpu", "seq_len=32"]
 
 
 def test_the_command_writes_every_stage(tmp_path):
-    command = [sys.executable, "-m", "sae_lab.throughput", *TINY, "data.prefetch=true", f"hydra.run.dir={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run(*TINY, "data.prefetch=true", f"hydra.run.dir={tmp_path}", module="throughput", shell=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "throughput.json").read_text())
     assert list(figures["tokens_per_second"]) == STAGES

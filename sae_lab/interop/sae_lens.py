@@ -1,5 +1,6 @@
 """SAELens: cfg.json and sae_weights.safetensors, of version 6 and of those before it."""
 
+import logging
 import re
 from collections.abc import Mapping
 from itertools import pairwise
@@ -21,6 +22,8 @@ from sae_lab.interop.tensors import (
     write_safetensors,
 )
 from sae_lab.saes.base import BaseSAE
+
+log = logging.getLogger(__name__)
 
 FILES = CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
@@ -81,7 +84,21 @@ def read(folder: Path, overrides: Mapping[str, Any] | None = None, scale: float 
         fold_decoder_norm(sae)
     if not config.get("apply_b_dec_to_input", True):
         add_input_bias(sae)
+    warn_of_processing(config, folder)
     return sae
+
+
+def warn_of_processing(config: Mapping[str, Any], folder: Path) -> None:
+    """Say so where the model that gave the activations was processed, which makes them others than the plain one's."""
+    metadata = config.get("metadata") or {}
+    arguments = config.get("model_from_pretrained_kwargs") or metadata.get("model_from_pretrained_kwargs") or {}
+    processed = [name for name in ("fold_ln", "center_writing_weights") if arguments.get(name)]
+    if processed:
+        log.warning(
+            "%s is an SAE of a model with %s: take its activations with lm=transformer_lens lm.compatibility_mode=true",
+            folder,
+            " and ".join(processed),
+        )
 
 
 def modern(config: dict[str, Any]) -> dict[str, Any]:

@@ -103,8 +103,8 @@ def by_job(table: pd.DataFrame, path: Path, y: Sequence[str], label: str) -> Pat
 def l0_by_line(table: pd.DataFrame, path: Path) -> Path:
     """How many latents are active on a token: share of tokens (%) against L0, a panel a line and a colour a k.
 
-    `table` has the columns line, k, l0, bos, other (numbers of tokens); rows of equal line, k and l0 are added up. A
-    triangle shows the mean L0 of BOS positions. 99.5 % of the tokens fit on the x axis.
+    `table` has the columns line, k, l0, bos, other (numbers of tokens); rows of equal line, k and l0 are added up.
+    99.5 % of the tokens fit on the x axis.
     """
     panels, ks = list(dict.fromkeys(table["line"])), sorted(table["k"].dropna().unique())
     columns = min(3, len(panels))
@@ -115,12 +115,13 @@ def l0_by_line(table: pd.DataFrame, path: Path) -> Path:
             for k, its in table[table["line"] == name].groupby("k", dropna=False):
                 _l0_curve(axis, its, colours.get(k, MUTED), f"k = {k:g}" if k in colours else None)
             axis.set_title(name)
-            axis.set_ylim(bottom=0)
+            axis.set(xlabel=LABELS["l0"], ylim=(0, None))
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         for axis in axes[::columns]:
             axis.set_ylabel("Share of tokens (%)")
-        figure.supxlabel(f"{LABELS['l0']}; triangles: the mean at BOS positions", size=8)
+        if table["bos"].any():
+            axes[0].plot([], [], "^", color=MUTED, label="mean at BOS positions")
         legend_below(figure)
     return path
 

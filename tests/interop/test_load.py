@@ -59,6 +59,18 @@ def test_folding_the_decoder_norm_scales_codes_and_keeps_x_hat(case):
     assert_same(sae.reconstruct(expected["x"]), expected["x_hat"])
 
 
+@pytest.mark.parametrize("version", ["legacy", "modern"])
+def test_a_model_that_was_processed_is_named(version, tmp_path, caplog):
+    """P-65: its activations are others than those of the model as it was published."""
+    folder = shutil.copytree(source(SL), tmp_path / "sae")
+    for centred in (False, True):
+        kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": centred}}
+        config = json.loads((folder / "cfg.json").read_text())
+        edit(folder, "cfg.json", **kwargs if version == "legacy" else {"metadata": config["metadata"] | kwargs})
+        load_sae(folder)
+        assert ("lm.compatibility_mode=true" in caplog.text) == centred
+
+
 def test_norms_are_not_folded_where_that_would_change_the_choice():
     with pytest.raises(UserError, match="TopKSAE compares latents"):
         load_sae(source("sae_lens/topk"), fold_decoder_norm=True)

@@ -15,6 +15,20 @@ def running(**settings) -> BatchTopKSAE:
     return BatchTopKSAE(k=4, d_in=16, n_latents=64, quantile="running", **settings)
 
 
+@pytest.mark.parametrize("shape", [(11, 16), (11, 1, 16), (11, 3, 16)])
+def test_training_keeps_exactly_floor_k_b_entries_whatever_the_axes(shape):
+    """P-07, P-08: b counts rows, and a k that is not whole is rounded down after it was multiplied."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    sae = BatchTopKSAE(k=1.5, d_in=16, n_latents=64, n_sources=shape[1] if len(shape) == 3 else 1)
+    assert l0_per_row(sae(x).code).sum() == 16
+
+
+def test_a_k_as_large_as_the_dictionary_keeps_all_that_is_positive():
+    """P-08."""
+    sae = BatchTopKSAE(k=64, d_in=16, n_latents=64)
+    torch.testing.assert_close(sae(X).code.to_dense(), sae.preactivation(sae.normalizer(X)[0]).relu())
+
+
 def test_the_first_batch_gives_its_own_quantile_and_the_next_what_exceeds_that():
     sae, other = running(), planted(64, seed=1)[0]
     first = sae(X).code

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import build, dictionary, planted
 
 from sae_lab.checkpoint import load_sae, save_sae
@@ -139,9 +140,27 @@ def test_a_latent_dies_exactly_after_dead_after_batches(sae, x):
         assert sae.dead()[silent].all() == (n >= 3)
 
 
-def test_activations_of_another_shape_are_refused(sae):
+def test_the_dead_stay_dead_through_files_and_devices(sae, tmp_path):
+    """P-12: what an SAE remembers is a buffer; a tensor that is none would not move, nor be saved."""
+    dictionary(sae).batches_since_fired[:8] = 100
+    assert load_sae(save_sae(sae, tmp_path)).dead().nonzero().flatten().tolist() == list(range(8))
+    assert [v for module in sae.modules() for v in vars(module).values() if isinstance(v, torch.Tensor)] == []
+    assert sae.to("meta").dead().is_meta
+
+
+def test_a_latent_starts_out_writing_what_it_reads(sae):
+    """P-56: each row of W_dec begins as the row of W_enc, at unit norm."""
+    W_enc, W_dec = dictionary(sae).W_enc.flatten(1), dictionary(sae).W_dec.flatten(1)
+    torch.testing.assert_close(W_dec, F.normalize(W_enc, dim=1))
+
+
+@pytest.mark.parametrize("more", [(0, -1), (1, 0), (2, 0)], ids=str)
+def test_activations_of_another_shape_are_refused(sae, more):
+    """P-07: an axis too many is never taken for sources, nor a row's tokens for one row."""
     with pytest.raises(UserError, match="takes activations of shape"):
-        sae.encode(torch.zeros(4, sae.n_sources, 15))
+        sae.encode(torch.zeros(4, sae.n_sources + more[0], 16 + more[1]))
+    with pytest.raises(UserError, match="takes activations of shape"):
+        sae(torch.zeros(2, 4, sae.n_sources, 16))
 
 
 def test_rows_without_a_source_axis_mean_the_same(sae_name):

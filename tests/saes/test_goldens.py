@@ -9,7 +9,7 @@ from sae_lab import selection
 from sae_lab.auxk import auxk
 from sae_lab.errors import UserError
 from sae_lab.saes import BatchTopKSAE, TopKSAE
-from sae_lab.saes.normalize import ConstantNorm, PerToken
+from sae_lab.saes.normalize import NORMALIZERS, ConstantNorm, PerToken
 from sae_lab.sparse import l0_per_row, smallest_positive
 
 A = torch.tensor([[3, 0.5, 0, 2], [0.2, 0.1, 0.9, 0], [0, 4, 0.3, 0.7]])
@@ -72,6 +72,17 @@ def test_golden_d_constant_norm():
     assert not normalizer(torch.zeros(1, 1, 4))[0].any()
 
 
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_what_undoes_a_normalisation_belongs_to_its_rows(name):
+    """P-23, P-28: rows that came in between change neither the way back nor the next normalisation."""
+    x, other = (torch.randn(50, 3, 16, generator=torch.Generator().manual_seed(i)) * (7 - 6 * i) + 3 for i in range(2))
+    normalizer = NORMALIZERS[name]()
+    y, context = normalizer(x)
+    normalizer(other)
+    torch.testing.assert_close(normalizer.undo(y, context), x, rtol=1e-4, atol=1e-4)
+    assert torch.equal(normalizer(x)[0], y)
+
+
 def test_threshold_estimate_is_bias_corrected_from_the_first_batch():
     """P-04, P-05: one batch gives its own minimum; a constant minimum gives that constant at every step."""
     sae = BatchTopKSAE(k=1, d_in=2, n_latents=4)
@@ -125,6 +136,7 @@ def test_calibration_is_the_mean_of_the_batches_minima():
 class TestAuxiliaryLoss:
     def sae_and_output(self):
         sae = build("topk", "sae.normalize=none")
+        torch.nn.init.normal_(sae.b_dec, generator=torch.Generator().manual_seed(1))
         sae.batches_since_fired[:20] = 100
         x = torch.randn(32, 1, 16, generator=torch.Generator().manual_seed(0))
         out = sae(x)
@@ -143,7 +155,9 @@ class TestAuxiliaryLoss:
         assert sae.W_dec.grad[:20].norm() > 0
 
     def test_value_is_the_formula(self):
+        """P-10: the sum has no b_dec, which the residual lacks already."""
         sae, out = self.sae_and_output()
+        sae.k_aux = 7
         e = (out.target - out.x_hat).detach()[:, 0]
         h = (out.target[:, 0] - sae.b_dec[0]) @ sae.W_enc[:20, 0].T
         code = torch.zeros(32, 20)
@@ -151,8 +165,15 @@ class TestAuxiliaryLoss:
             for i in h[row].relu().topk(7).indices:
                 code[row, i] = h[row, i].relu()
         expected = (e - code @ sae.W_dec[:20, 0]).square().mean()
-        x = out.target[:, 0] - sae.b_dec[0]
-        torch.testing.assert_close(auxk(x, e, sae.W_enc[:20, 0], None, sae.W_dec[:20, 0], k_aux=7), expected)
+        torch.testing.assert_close(sae.auxk(out), expected)
+
+    def test_it_is_weighted_once_and_can_be_left_out(self):
+        """P-16, P-17."""
+        sae, out = self.sae_and_output()
+        assert sae.auxk(out) > 0
+        torch.testing.assert_close(sae.losses(out)["auxk"], sae.auxk(out) / 32)
+        sae.auxk_coefficient = 0.0
+        assert sae.losses(out).keys() == {"reconstruction"}
 
     @pytest.mark.parametrize("bias", [False, True])
     def test_gradient_is_autograds(self, bias, monkeypatch):

@@ -158,6 +158,19 @@ def test_the_inner_sae_is_a_choice_of_the_command_line():
     assert not build("route").batch_rule
 
 
+@pytest.mark.parametrize("inner", [inner_topk, partial(MatryoshkaSAE, k=3, normalize="none")], ids=["topk", "nested"])
+def test_dead_latents_of_the_inner_sae_learn(inner):
+    """P-44: the auxiliary loss is the inner SAE's, on the routed row."""
+    sae = route(inner=inner)
+    sae.inner.batches_since_fired[:20] = 100
+    out = sae(rows())
+    dead = sae.dead()
+    assert dead.any()
+    sae.losses(out)["auxk"].backward()
+    assert sae.inner.W_enc.grad[dead].norm() > 0
+    assert not sae.inner.W_enc.grad[~dead].any()
+
+
 def test_any_inner_sae_trains():
     sae = route(inner=partial(VanillaSAE, normalize="none"))
     losses = sae.losses(sae(rows()))

@@ -1,0 +1,73 @@
+"""Entry points as a shell starts them, each in a process of its own, but forked from one that has imported them all.
+
+A start by the shell spends 4 s of a processor on imports, most of what a test of a mistake costs. What is forked here
+comes from multiprocessing's fork server: a fresh interpreter, which has imported the entry points and run nothing, so
+that no run sees what a test has done before. `shell=True` starts by `python -m`, for what a fork cannot show.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload([f"sae_lab.{name}" for name in ("train", "group", "report", "throughput")])
+
+
+def run(*overrides: str, module: str = "train", shell: bool = False, **options) -> subprocess.CompletedProcess[str]:
+    """To its end; `options` are those of Forked, or with `shell` of subprocess.run."""
+    if shell:
+        command = [sys.executable, "-m", f"sae_lab.{module}", *overrides]
+        return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    return Forked(*overrides, module=module, **options).communicate()
+
+
+class Forked:
+    """A running entry point.
+
+    Args:
+        cwd: the folder that it runs in; None for this process's.
+        threads: how many torch may use.
+    """
+
+    def __init__(self, *overrides: str, module: str = "train", cwd: Path | None = None, threads: int = 1):
+        self._said = tempfile.TemporaryDirectory()
+        self.overrides = overrides
+        arguments = (f"sae_lab.{module}", overrides, self._said.name, str(cwd or Path.cwd()), threads)
+        self.process = FORKS.Process(target=body, args=arguments)
+        self.process.start()
+
+    @property
+    def running(self) -> bool:
+        return self.process.is_alive()
+
+    def send_signal(self, signum: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signum)
+
+    def communicate(self) -> subprocess.CompletedProcess[str]:
+        """Wait; the exit code and what was said."""
+        self.process.join()
+        assert self.process.exitcode is not None
+        stdout, stderr = (Path(self._said.name, name).read_text() for name in ("stdout", "stderr"))
+        self._said.cleanup()
+        return subprocess.CompletedProcess([*self.overrides], self.process.exitcode, stdout, stderr)
+
+
+def body(module: str, overrides: tuple[str, ...], said: str, cwd: str, threads: int) -> None:
+    """In the new process: an entry point, as `python -m` would start it."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        with Path(said, name).open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(cwd)
+    entry = import_module(module)
+    torch.set_num_threads(threads)
+    sys.argv = [str(entry.__file__), *overrides]
+    entry.main()
