@@ -6,6 +6,8 @@
     step          ours: forward, losses, backward, projection, optimizer, renormalisation
     lightning     ours as `train` runs it: SAEModule in its Trainer, from batches in memory
 
+With `pursuit=gradient_pursuit`, instead: what a search for codes costs (see pursuit.py), in encoder products a step.
+
 All are measured in one process and in turns, so that a machine that others use slows them alike: trust the ratios.
 """
 
@@ -13,7 +15,6 @@ import json
 import resource
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -31,9 +32,12 @@ from torch import Tensor, nn
 
 from sae_lab.checkpoint import write_atomically
 from sae_lab.cli import entry_point
+from sae_lab.clock import now
+from sae_lab.errors import UserError
 from sae_lab.matmul import linear
 from sae_lab.memory import keep_freed_memory
 from sae_lab.module import SAEModule
+from sae_lab.pursuit import METHODS, Dictionary, pursue
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.screen import console
@@ -71,8 +75,47 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
     figures["peak_memory_mb"] = peak
     figures["tokens_per_second"] = 1e3 * cfg.batch_size / times["step"]
     figures["device"] = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    figures["config"] = OmegaConf.to_container(cfg, resolve=True)
+    written(figures, cfg)
     console.print(table(figures))
+    return figures
+
+
+def search(cfg: DictConfig) -> dict[str, Any]:
+    """A pursuit of one batch, with the Gram matrix and without: the figures, on the screen and in benchmark.json."""
+    keep_freed_memory()
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+    if cfg.pursuit not in METHODS:
+        raise UserError(f"pursuit={cfg.pursuit} is not known: choose one of {', '.join(METHODS)}.")
+    y = superposed_rows(cfg.batch_size, cfg.n_sources, cfg.d_in).flatten(1).to(device)
+    rows = torch.randn(cfg.n_latents, y.shape[1], generator=torch.Generator().manual_seed(cfg.seed)).to(device)
+    gram, products = Dictionary(rows), Dictionary(rows, gram=False)
+    steps: dict[str, Step] = {
+        "product": lambda: linear(y, rows),
+        "gram matrix": lambda: Dictionary(rows),
+        "pursuit": lambda: pursue(cfg.pursuit, y, gram, cfg.k),
+        "pursuit without": lambda: pursue(cfg.pursuit, y, products, cfg.k),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(1 + cfg.repeats):
+        for name, step in steps.items():
+            start = now(device)
+            step()
+            seconds[name].append(now(device) - start)
+    ms = {name: 1e3 * statistics.median(times[1:]) for name, times in seconds.items()}
+    figures = {"ms": ms, "products_per_step": {n: ms[n] / ms["product"] / cfg.k for n in ms if n.startswith("pursuit")}}
+    result = Table(title=f"{cfg.pursuit}, d {cfg.d_in}, f {cfg.n_latents}, k {cfg.k}, b {cfg.batch_size}")
+    for column in ("", "ms", "products a step"):
+        result.add_column(column, justify="right" if column else "left")
+    for name, value in ms.items():
+        ratio = figures["products_per_step"].get(name)
+        result.add_row(name, f"{value:,.1f}", "" if ratio is None else f"{ratio:.2f}")
+    console.print(result)
+    return written(figures, cfg)
+
+
+def written(figures: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
+    """The figures with what they are of, as they now stand in benchmark.json."""
+    figures |= {"config": OmegaConf.to_container(cfg, resolve=True)}
     write_atomically(Path(cfg.run_dir) / "benchmark.json", (json.dumps(figures, indent=2) + "\n").encode())
     return figures
 
@@ -177,17 +220,12 @@ class Stream:
     def __iter__(self) -> Iterator[Tensor]:
         for _ in range(WARM + self.repeats + 1):  # Lightning takes the first two batches at once
             for name, step in self.others.items():
-                start = self.now()
+                start = now(self.x.device)
                 step()
-                self.seconds[name].append(self.now() - start)
-            start = self.now()
+                self.seconds[name].append(now(self.x.device) - start)
+            start = now(self.x.device)
             yield self.x
-            self.seconds["lightning_step"].append(self.now() - start)
-
-    def now(self) -> float:
-        if self.x.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+            self.seconds["lightning_step"].append(now(self.x.device) - start)
 
 
 def interleaved(steps: dict[str, Step], sae: BaseSAE, cfg: DictConfig, x: Tensor) -> dict[str, float]:
@@ -228,7 +266,7 @@ def table(figures: dict[str, Any]) -> Table:
 
 @entry_point("benchmark")
 def main(cfg: DictConfig) -> float:
-    return benchmark(cfg)["step_ms"]
+    return benchmark(cfg)["step_ms"] if cfg.pursuit is None else search(cfg)["ms"]["pursuit"]
 
 
 if __name__ == "__main__":

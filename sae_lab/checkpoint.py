@@ -55,11 +55,14 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> BaseSAE:
     try:
         description = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
+        spoilt = [name for name, t in tensors.items() if not t.isfinite().all()]
+        if spoilt:
+            raise ValueError(f"{', '.join(spoilt)} not finite")
         sae = BaseSAE.from_config(description["class"], description["config"])
         sae.load_state_dict(tensors)
         if "probe" in description:
             check_probe(sae.eval(), folder / PROBE)
-    except (OSError, ValueError, KeyError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise UserError(f"the SAE in {folder} cannot be read ({type(e).__name__}: {e}): save or copy it again.") from e
     except RuntimeError as e:  # load_state_dict: missing, unexpected or misshapen tensors
         raise UserError(f"the tensors of {folder / WEIGHTS} do not fit its {CONFIG}: {' '.join(str(e).split())}") from e

@@ -16,6 +16,7 @@ from torch import Tensor
 from sae_lab import diffing, plots
 from sae_lab.checkpoint import load_sae, write_atomically
 from sae_lab.cli import entry_point
+from sae_lab.clock import now
 from sae_lab.data import ActivationData
 from sae_lab.downstream import Replace, constant, spliced_logits, zero
 from sae_lab.errors import UserError
@@ -28,9 +29,10 @@ from sae_lab.metrics import (
     l0_histogram,
     next_token_log_probs,
 )
-from sae_lab.pursuit import Pursuit
+from sae_lab.pursuit import METHODS
 from sae_lab.saes.activation import with_activation
 from sae_lab.saes.base import BaseSAE
+from sae_lab.saes.pursuit import PursuitSAE
 from sae_lab.screen import print_files, print_metrics, track
 from sae_lab.sparse import Code, l0_per_row
 
@@ -40,17 +42,20 @@ class Evaluation(NamedTuple):
 
     metrics: dict[str, Any]
     tables: dict[str, pd.DataFrame]
+    rows_per_second: float
+    """How fast the SAE gave x_hat and codes: encoder and decoder, in turns with the other SAEs of this evaluation."""
 
 
 class Subject:
     """One SAE under one rule, and the totals gathered for it."""
 
-    def __init__(self, sae: BaseSAE | Pursuit, training_rule: bool, batch_size: int):
+    def __init__(self, sae: BaseSAE, training_rule: bool, batch_size: int):
         self.sae, self.training_rule, self.batch_size = sae, training_rule, batch_size
         self.device = next(sae.parameters()).device
         self.reconstruction = ReconstructionMetrics(sae.n_latents).to(self.device)
         self.downstream = DownstreamMetrics()
         self.l0: list[Tensor] = []
+        self.n_rows, self.seconds = 0, 0.0
 
     def autoencode(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Code]]:
         """(x, x_hat, code) under this rule, in equal parts of about a training batch; the SAE's mode stays."""
@@ -58,9 +63,16 @@ class Subject:
         self.sae.train(self.training_rule)
         try:
             for batch in x.to(self.device).tensor_split(max(1, round(len(x) / self.batch_size))):
-                yield batch, *self.sae.autoencode(batch)
+                yield batch, *self.timed(batch)
         finally:
             self.sae.train(before)
+
+    def timed(self, x: Tensor) -> tuple[Tensor, Code]:
+        start = now(self.device)
+        result = self.sae.autoencode(x)
+        self.seconds += now(self.device) - start
+        self.n_rows += len(x)
+        return result
 
     def reconstruct(self, x: Tensor) -> Tensor:
         return torch.cat([x_hat for _, x_hat, _ in self.autoencode(x)])
@@ -82,7 +94,7 @@ def evaluate(sae: BaseSAE, data: ActivationData) -> Evaluation:
 
 
 @torch.no_grad()
-def evaluate_all(saes: Mapping[str, BaseSAE | Pursuit], data: ActivationData) -> dict[str, Evaluation]:
+def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str, Evaluation]:
     """`evaluate` for several SAEs of the same sites, which share every pass over the language model.
 
     The training rule sees batches of about the training size: whole text rows, from all over the held-out text.
@@ -103,7 +115,7 @@ def evaluate_all(saes: Mapping[str, BaseSAE | Pursuit], data: ActivationData) ->
         if data.lm.models:
             drawn["relative_norm"] = diffing.latents(subject.sae.directions(), subject.reconstruction.density())
             metrics |= diffing.class_counts(drawn["relative_norm"])
-        evaluations[name] = Evaluation(metrics | {"train_mode": train_mode}, drawn)
+        evaluations[name] = Evaluation(metrics | {"train_mode": train_mode}, drawn, subject.n_rows / subject.seconds)
     return evaluations
 
 
@@ -187,9 +199,11 @@ def evaluate_under(activation: str, sae: BaseSAE, data: ActivationData, calibrat
 
 
 def compare(sae: BaseSAE, encoder: str, k: int | None, data: ActivationData, run_dir: Path) -> Path:
-    """The SAE's own encoder and a pursuit of its dictionary, side by side in a file of their own."""
-    evaluations = evaluate_all({"own": sae, encoder: Pursuit(sae, encoder, k)}, data)
-    metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
+    """The SAE's own encoder and a pursuit of its dictionary, side by side in a file of their own, with rows/s."""
+    if encoder not in METHODS:
+        raise UserError(f"encoder={encoder} is not known: choose own or one of {', '.join(METHODS)}.")
+    evaluations = evaluate_all({"own": sae, encoder: PursuitSAE.of(sae, encoder, k)}, data)
+    metrics = {name: {"rows_per_second": e.rows_per_second} | e.metrics for name, e in evaluations.items()}
     print_metrics(metrics["own"] | {"train_mode": metrics[encoder]}, run_dir, ("own", encoder))
     file = run_dir / f"metrics_{encoder}.json"
     write_atomically(file, (json.dumps(metrics, indent=2) + "\n").encode())

@@ -59,7 +59,8 @@ def card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: str) -
         "```",
         "",
     ]
-    lines += [f"Text: `{provenance.get('data')}`.", "", f"BOS: `{provenance.get('bos')}`.", ""]
+    for name in ("model", "data", "bos", "versions", "commit"):
+        lines += [f"{name}: `{provenance.get(name)}`", ""]
     lines += [*metrics_table(run_dir / "metrics.json"), ""]
     lines += [f"![{file.stem}](figures/{file.name})" for file in sorted((run_dir / "figures").glob("*.png"))]
     config_file = run_dir / ".hydra" / "config.yaml"

@@ -107,7 +107,7 @@ def describe(
 
 
 def apart(positions: Int[Tensor, " m"], context: int) -> Int[Tensor, " _"]:
-    """The positions, in the order given, without those whose window of 2·context + 1 tokens holds an earlier one."""
+    """The first, in the order given, of each stretch of 2·context + 1 tokens that the text is cut into."""
     cells = (positions // (2 * context + 1)).numpy()
     return positions[np.sort(np.unique(cells, return_index=True)[1])]
 

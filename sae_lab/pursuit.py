@@ -25,16 +25,13 @@ without; the matrix costs as much as f / b products, once for a dictionary.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from sae_lab.errors import UserError
 from sae_lab.matmul import linear
-from sae_lab.saes.base import BaseSAE
 from sae_lab.selection import PIECE
 from sae_lab.sparse import Pattern, SparseCode, dot_products
 
@@ -45,11 +42,11 @@ GRAM_ENTRIES = {"cpu": 2**28, "cuda": 0}
 class Dictionary:
     """The rows of D, of any norm, prepared for pursuits: `unit` rows, their `norms`, the `gram` matrix or None."""
 
-    def __init__(self, rows: Float[Tensor, "f n"]):
+    def __init__(self, rows: Float[Tensor, "f n"], gram: bool = True):
         self.norms = rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
         self.unit = rows / self.norms.unsqueeze(1)
-        fits = len(rows) ** 2 <= GRAM_ENTRIES[rows.device.type]
-        self.gram = linear(self.unit, self.unit) if fits else None
+        gram = gram and len(rows) ** 2 <= GRAM_ENTRIES[rows.device.type]
+        self.gram = linear(self.unit, self.unit) if gram else None
 
     def __len__(self) -> int:
         return len(self.unit)
@@ -166,9 +163,10 @@ def argmax(c: Float[Tensor, "b f"]) -> Int[Tensor, " b"]:
 
 @torch.no_grad()
 def pursue(method: str, y: Float[Tensor, "b n"], dictionary: Dictionary, k: int) -> SparseCode:
-    """The code of each row of y after k steps of `method`, a key of METHODS."""
+    """The code of each row of y after k steps of `method`, a key of METHODS. Autocast is left out: residuals cancel."""
     rows = max(512, PIECE[y.device.type] // len(dictionary))
-    return joined([METHODS[method](piece, dictionary).run(k).code() for piece in y.split(rows)])
+    with torch.autocast(y.device.type, enabled=False):
+        return joined([METHODS[method](piece, dictionary).run(k).code() for piece in y.split(rows)])
 
 
 def joined(codes: list[SparseCode]) -> SparseCode:
@@ -177,47 +175,3 @@ def joined(codes: list[SparseCode]) -> SparseCode:
     latents = torch.cat([code.latents for code in codes])
     pattern = Pattern(F.pad(counts.cumsum(0), (1, 0)), latents, codes[0].n_latents)
     return SparseCode(pattern, torch.cat([code.values for code in codes]))
-
-
-class Pursuit(nn.Module):
-    """An SAE's dictionary, normalisation and b_dec with a pursuit in place of its encoder: k latents a row at most.
-
-    `autoencode` is BaseSAE's, so evaluation takes it for an SAE. The rows that are searched for are the normalised
-    ones. The code is one that the SAE decodes.
-
-    Raises:
-        UserError: no such method, an SAE without a dictionary of its own (a routed one), or a k that it cannot have.
-    """
-
-    sae: Any
-    batch_rule = False
-
-    def __init__(self, sae: BaseSAE, method: str, k: int | None = None):
-        super().__init__()
-        if method not in METHODS:
-            raise UserError(f"encoder={method} is not known: choose own or one of {', '.join(METHODS)}.")
-        if not hasattr(sae, "W_dec"):
-            raise UserError(f"{type(sae).__name__} has no W_dec to search in: give the SAE that it is made of.")
-        k = sae.config.get("k") if k is None else k
-        if k is None or k != int(k) or not 1 <= k <= sae.n_latents:
-            raise UserError(f"pursuit.k={k} must be a whole number from 1 to the dictionary's {sae.n_latents} latents.")
-        self.sae = sae
-        self.method, self.k, self.n_latents = method, int(k), sae.n_latents
-        self.dictionary = Dictionary(self.sae.W_dec.detach().flatten(1))
-
-    @torch.no_grad()
-    def autoencode(self, x: Float[Tensor, "*row d"]) -> tuple[Float[Tensor, "*row d"], SparseCode]:
-        """Raw activations -> (x_hat in raw units, in the shape and dtype of x; code)."""
-        target, context = self.sae.normalizer(self.sae.rows(x))
-        code = pursue(self.method, (target - self.sae.b_dec).flatten(1), self.dictionary, self.k)
-        return self.sae.decode(code, context).view_as(x).to(x.dtype), code
-
-    def covers(self, x: Float[Tensor, "*row d"]) -> None:
-        """None: x_hat is its own at every source, as in BaseSAE."""
-
-    def directions(self) -> Float[Tensor, "f s d"]:
-        return self.sae.directions()
-
-    def encode(self, x: Float[Tensor, "*row d"]) -> Float[Tensor, "b f"]:
-        """Raw activations -> code, as a dense matrix."""
-        return self.autoencode(x)[1].to_dense()

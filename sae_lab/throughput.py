@@ -14,7 +14,6 @@ The stages take turns, a slice each, so that a machine that others use slows the
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -30,6 +29,7 @@ from sae_lab.buffer import ShuffledBlocks
 from sae_lab.cache import Cache, CachedRows
 from sae_lab.checkpoint import write_atomically
 from sae_lab.cli import entry_point
+from sae_lab.clock import now
 from sae_lab.data import ActivationData, take_rows
 from sae_lab.harvest import Harvester
 from sae_lab.memory import keep_freed_memory
@@ -101,12 +101,6 @@ def measured(named: dict[str, Stage], slices: int, device: torch.device) -> dict
             n = stage()
             rates[name].append(n / (now(device) - start))
     return {name: statistics.median(of_slices[1:]) for name, of_slices in rates.items()}
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def table(figures: dict[str, Any]) -> Table:

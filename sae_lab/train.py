@@ -20,12 +20,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lab.checkpoint import atomic_file, load_sae, save_sae
+from sae_lab.checkpoint import atomic_file, save_sae
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
 from sae_lab.distributed import rank
 from sae_lab.errors import UserError
 from sae_lab.evaluate import calibrate, evaluate_all, write_results
+from sae_lab.interop import load_sae
 from sae_lab.interrupt import StopOnSignal
 from sae_lab.memory import keep_freed_memory
 from sae_lab.module import SAEModule
@@ -88,11 +89,29 @@ def build_data(cfg: DictConfig) -> ActivationData:
 
 def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, callbacks: list[Callback]) -> Member:
     if cfg.init_from is not None and not run.step:
-        sae.start_from(load_sae(cfg.init_from))
+        start(sae, cfg.init_from)
     schedule = partial(instantiate(cfg.schedule), n_steps=data.n_steps)
     module = SAEModule(sae, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
     trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps, callbacks=callbacks)
     return Member(cfg, run, sae, module, trainer)
+
+
+@torch.no_grad()
+def start(sae: BaseSAE, source: str) -> None:
+    """Give `sae` the weights of another, of ours or of another library.
+
+    Raises:
+        UserError: they have no place in it, or would not stay as they are: another library's rows of W_dec may have
+            norms that the first step would take away from them.
+    """
+    sae.start_from(load_sae(source))
+    given = [parameter.clone() for parameter in sae.parameters()]
+    sae.after_step()
+    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(given, sae.parameters(), strict=True)):
+        raise UserError(
+            f"{source} has rows of W_dec that are not of unit norm, as training keeps them: give "
+            "sae.frozen_decoder=true, or save what load_sae(..., fold_decoder_norm=True) makes of it and start there."
+        )
 
 
 def check_dials(cfg: DictConfig) -> None:

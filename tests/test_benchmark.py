@@ -9,6 +9,7 @@ import torch
 from conftest import compose
 
 from sae_lab import benchmark
+from sae_lab.errors import UserError
 from sae_lab.sparse import SparseCode
 
 TINY = ["d_in=16", "n_latents=64", "k=4", "batch_size=32", "repeats=2", "device=cpu"]
@@ -36,6 +37,16 @@ def test_an_sae_without_a_dense_formula_is_timed_without_it(tmp_path):
     figures = run(tmp_path, "sae=route", "n_sources=2")
     assert figures["dense_ms"] is None
     assert figures["step_ms"] > 0
+
+
+def test_a_search_is_measured_in_encoder_products_a_step(tmp_path):
+    figures = benchmark.search(configured("pursuit=gradient_pursuit", f"run_dir={tmp_path}"))
+    ms, ratios = figures["ms"], figures["products_per_step"]
+    assert ratios == {name: ms[name] / ms["product"] / 4 for name in ("pursuit", "pursuit without")}
+    assert ms["gram matrix"] > 0
+    assert json.loads((tmp_path / "benchmark.json").read_text())["ms"] == ms
+    with pytest.raises(UserError, match="pursuit=newton is not known: choose one of matching_pursuit"):
+        benchmark.search(configured("pursuit=newton", f"run_dir={tmp_path}"))
 
 
 def configured(*overrides: str):

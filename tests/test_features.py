@@ -14,19 +14,45 @@ from sae_lab.errors import UserError
 from sae_lab.features import Activations, apart, choose, describe, directions, excerpt, gather, write_page
 
 
+class Waves(Echo):
+    """A token's activations are points on circles, so that many latents have something to fire on."""
+
+    def activations(self, tokens):
+        angle = tokens[:, :, None] * torch.tensor([1.0, 3.0])
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+
+def read_text(name: str, latents: torch.Tensor) -> tuple[ActivationData, Activations, torch.Tensor]:
+    """The data, what is gathered of 30 tokens, and, recomputed, each of the latents on each token."""
+    data = ActivationData(Waves(), Numbers, **SETTINGS)
+    sae = build(name, "sae.normalize=none", d_in=2, n_latents=16, n_sources=2).eval()
+    found = gather(sae, data, latents, n_tokens=30)
+    x, keep = data.lm.activations(found.tokens).flatten(0, 1), data.keep(found.tokens).flatten()
+    code = torch.where(keep.unsqueeze(1), sae.encode(x).detach(), 0)[:, latents]
+    assert (code > 0).any(dim=0).sum() > 1
+    return data, found, code
+
+
 @pytest.mark.parametrize("name", SAE_NAMES)
 def test_gather_finds_every_activation(name):
-    data = ActivationData(Echo(), Numbers, **SETTINGS)
-    sae = build(name, d_in=2, n_latents=16, n_sources=2).eval()
-    latents = torch.tensor([3, 4, 11])
-    found = gather(sae, data, latents, n_tokens=30)
+    data, found, expected = read_text(name, torch.tensor([3, 4, 5, 8, 11]))
     assert found.tokens.shape == (5, 6)
-    keep = data.keep(found.tokens).flatten()
-    assert found.n_positions == int(keep.sum())
-    x = Echo().activations(found.tokens).flatten(0, 1)
-    expected = torch.where(keep.unsqueeze(1), sae.encode(x).detach(), 0)[:, latents]
+    assert found.n_positions == int(data.keep(found.tokens).sum())
     mine = torch.zeros_like(expected).index_put((found.positions, found.latents), found.values)
     torch.testing.assert_close(mine, expected)
+
+
+def test_top_contexts_are_the_strongest_activations_of_the_text():
+    """Recomputed from the text: the strongest of each stretch of 3 tokens, in order, and where they stand."""
+    _, found, code = read_text("vanilla", torch.arange(16))
+    for row, values in zip(describe(found, 16, n_top=4, n_random=0, context=1), code.T, strict=True):
+        best = values.view(-1, 3).max(dim=1).values.sort(descending=True).values[:4]
+        best = best[best > 0].tolist()
+        assert [e["activations"][e["centre"]] for e in row["top"]] == pytest.approx(best, abs=1e-4)
+        assert row["max"] == pytest.approx(values.max().item())
+        for e, value in zip(row["top"], best, strict=True):
+            places = (values - value).abs() < 1e-6
+            assert e["tokens"][e["centre"]] in found.tokens.flatten()[places]
 
 
 def activations(entries: list[tuple[int, int, float]]) -> Activations:

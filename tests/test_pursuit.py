@@ -1,15 +1,13 @@
-"""Pursuits against a plain float64 search row by row, SPEC §14's golden values, and an SAE's own encoder."""
+"""Pursuits against a plain float64 search row by row, and SPEC §14's golden values."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SAE_NAMES, build, planted
 
 from sae_lab import pursuit
-from sae_lab.errors import UserError
 from sae_lab.metrics import batch_fvu
-from sae_lab.pursuit import METHODS, Dictionary, Pursuit, pursue
+from sae_lab.pursuit import METHODS, Dictionary, pursue
 from sae_lab.sparse import l0_per_row
 
 D = torch.tensor([[1, 0, 0], [0, 1, 0], [0.6, 0.8, 0], [0, 0.6, 0.8]], dtype=torch.float64)
@@ -147,29 +145,3 @@ def test_pieces_of_rows_change_nothing(monkeypatch):
     whole = [pursue("gradient_pursuit", rows, Dictionary(dictionary), 5).to_dense() for rows in (y[:600], y[600:])]
     monkeypatch.setitem(pursuit.PIECE, "cpu", 0)
     torch.testing.assert_close(pursue("gradient_pursuit", y, Dictionary(dictionary), 5).to_dense(), torch.cat(whole))
-
-
-@pytest.mark.parametrize("n_sources", [1, 3])
-@pytest.mark.parametrize("name", [name for name in SAE_NAMES if hasattr(build(name), "W_dec")])
-def test_beats_the_encoder_of_an_untrained_sae(name, n_sources):
-    """SAE and pursuit share dictionary, normalisation and decoder: same interface, smaller error."""
-    sae = build(name, n_sources=n_sources).eval()
-    x = 5 * planted(50, n_sources=n_sources)[0] + 1
-    found = Pursuit(sae, "gradient_pursuit", k=4)
-    x_hat, code = found.autoencode(x)
-    assert x_hat.shape == x.shape
-    assert code.shape == (50, 64)
-    assert l0_per_row(code).max() <= 4
-    _, context = sae.normalizer(x)
-    torch.testing.assert_close(x_hat, sae.decode(found.encode(x), context))
-    errors = [(x - y).square().sum() for y in (x_hat, sae.reconstruct(x))]
-    assert errors[0] < errors[1]
-
-
-def test_mistakes_get_one_sentence():
-    sae = build("topk")
-    for method, k, sentence in [("newton", 4, "encoder=newton is not known"), ("matching_pursuit", 65, "pursuit.k=65")]:
-        with pytest.raises(UserError, match=sentence):
-            Pursuit(sae, method, k)
-    with pytest.raises(UserError, match=r"pursuit.k=None must be a whole number from 1 to the dictionary's 64"):
-        Pursuit(build("vanilla"), "matching_pursuit")

@@ -6,11 +6,13 @@ is refused, as are tensors that nobody asked for.
 """
 
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
 from sae_lab import checkpoint
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, first_line
 from sae_lab.interop import dictionary_learning, gemma_scope, hub, openai, sae_lens, sparsify
 from sae_lab.interop.tensors import fold_decoder_norm as fold
 from sae_lab.saes.base import BaseSAE
@@ -63,15 +65,22 @@ def read(source: str | Path, sae_id: str | None) -> BaseSAE:
     entry = hub.find(str(source), sae_id)
     folder = hub.download(entry)
     if is_format(folder, sae_lens.FILES):
-        return sae_lens.read(folder, entry.overrides, entry.scale)
+        return read_format(sae_lens, folder, entry.overrides, entry.scale)
     return read_folder(folder)
 
 
 def read_folder(folder: Path) -> BaseSAE:
     for format in FORMATS.values():
         if is_format(folder, format.FILES):
-            return format.read(folder)
+            return read_format(format, folder)
     return checkpoint.load_sae(folder)
+
+
+def read_format(format: ModuleType, folder: Path, *arguments: Any) -> BaseSAE:
+    try:
+        return format.read(folder, *arguments)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:  # a list where a name is due, and the like
+        raise UserError(f"the files in {folder} say what nobody can mean ({first_line(e)}): get them again.") from e
 
 
 def is_format(folder: Path, files: tuple[str, ...]) -> bool:

@@ -34,7 +34,7 @@ class Tensors:
     """The tensors of a file, to be taken by name and shape until none is left: `with Tensors(file, tensors) as t`.
 
     Raises:
-        UserError: a tensor is missing or of another shape, or one is left over at the end.
+        UserError: a tensor is missing, of another shape or not finite, or one is left over at the end.
     """
 
     def __init__(self, source: Any, tensors: Mapping[str, Tensor]):
@@ -45,6 +45,8 @@ class Tensors:
         if name not in self.left:
             raise UserError(f"{self.source} has no tensor {name!r} (it has {', '.join(self.left)}): get it again.")
         tensor = self.left.pop(name)
+        if not isinstance(tensor, Tensor) or not tensor.isfinite().all():
+            raise UserError(f"{name!r} of {self.source} is no tensor of finite numbers: get it again.")
         sizes = list(tensor.shape)
         if len(sizes) != len(shape) or any(want not in (None, size) for size, want in zip(sizes, shape, strict=True)):
             due = tuple("any" if size is None else size for size in shape)

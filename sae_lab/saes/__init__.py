@@ -8,10 +8,12 @@ from pkgutil import iter_modules
 
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.batch_topk import BatchTopKSAE
+from sae_lab.saes.dictionary import DictionarySAE
 from sae_lab.saes.gated import GatedSAE
 from sae_lab.saes.jumprelu import JumpReLUSAE
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.saes.matryoshka import MatryoshkaSAE, MatryoshkaTopKSAE
+from sae_lab.saes.pursuit import PursuitSAE
 from sae_lab.saes.route import RouteSAE
 from sae_lab.saes.topk import TopKSAE
 from sae_lab.saes.vanilla import VanillaSAE
@@ -19,11 +21,13 @@ from sae_lab.saes.vanilla import VanillaSAE
 __all__ = [
     "BaseSAE",
     "BatchTopKSAE",
+    "DictionarySAE",
     "GatedSAE",
     "JumpReLUSAE",
     "LinearSAE",
     "MatryoshkaSAE",
     "MatryoshkaTopKSAE",
+    "PursuitSAE",
     "RouteSAE",
     "SAEOutput",
     "TopKSAE",

@@ -178,18 +178,23 @@ class BaseSAE(nn.Module, ABC):
         return y.to(next(self.parameters()).dtype)
 
 
-def check_room(sae: BaseSAE, other: BaseSAE) -> None:
-    """Raise a UserError unless `sae` has a place of the same shape for every parameter of `other`."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in sae.named_parameters(remove_duplicate=False)}
+def check_sizes(sae: BaseSAE, other: BaseSAE) -> None:
+    """Raise a UserError unless both are about the same numbers of sources, dimensions and latents."""
     for name in ("n_sources", "d_in", "n_latents"):
         there, here = getattr(other, name), getattr(sae, name)
         if there != here:
             raise UserError(f"an SAE with {name}={there} cannot start one with {name}={here}: make them equal.")
+
+
+def check_room(sae: BaseSAE, other: BaseSAE) -> None:
+    """Raise a UserError unless `sae` has a place of the same shape for every parameter of `other`."""
+    check_sizes(sae, other)
+    shapes = {name: tuple(parameter.shape) for name, parameter in sae.named_parameters(remove_duplicate=False)}
     for name, parameter in other.named_parameters():
         there, here = tuple(parameter.shape), shapes.get(name)
         if here != there:
             place = "no such parameter" if here is None else f"{here}"
             raise UserError(
                 f"the parameter {name} {there} of a {type(other).__name__} has no place in this {type(sae).__name__} "
-                f"({place}): choose the class and the settings that have one."
+                f"({place}): choose the class and the settings that have one, such as sae.encoder_bias=true for b_enc."
             )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -39,7 +40,9 @@ def trained(name: str, *overrides: str):
     return sae.eval()
 
 
-PLAIN = [name for name in SAE_NAMES if hasattr(build(name), "W_dec")]  # a routed SAE has no form elsewhere
+PLAIN = [
+    name for name in SAE_NAMES if hasattr(build(name), "W_enc")
+]  # a routed one and a search have no form elsewhere
 
 
 @pytest.mark.parametrize("normalize", ["none", "per_token", "constant_norm"])
@@ -150,6 +153,8 @@ def test_an_export_has_weights_figures_and_a_card(format, run_dir, tmp_path):
     x = planted(20, seed=1)[0]
     torch.testing.assert_close(load_sae(tmp_path / "out").encode(x), load_sae(run_dir).encode(x))
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "'processing': 'none'" in card
+    assert "'path': 'Skylion007/openwebtext'" in card
     for part in ("# BatchTopKSAE of gpt2 at transformer.h.7", "| fvu | 0.125 |", "| n_eval_tokens | 2,048 |", "k: 4"):
         assert part in card
     assert "![latent_density](figures/latent_density.png)" in card
@@ -157,12 +162,24 @@ def test_an_export_has_weights_figures_and_a_card(format, run_dir, tmp_path):
     assert (tmp_path / "out" / "probe.safetensors").is_file() == (format == "sae_lab")
 
 
-def test_a_push_uploads_the_folder(tmp_path, monkeypatch):
-    done = []
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo, exist_ok: done.append(repo))
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **what: done.append(what) or "address")
-    assert push(tmp_path, "me/sae") == "address"
-    assert done == ["me/sae", {"repo_id": "me/sae", "folder_path": tmp_path}]
+def test_what_is_pushed_is_pulled_again(run_dir, tmp_path, monkeypatch):
+    """A hub of folders: the repository has every file of the export, and loads by its name."""
+    hub = tmp_path / "hub"
+
+    def upload(self, repo_id, folder_path):
+        shutil.copytree(folder_path, hub / repo_id, dirs_exist_ok=True)
+        return "address"
+
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo", lambda self, repo, exist_ok: (hub / repo).mkdir(parents=True)
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: str(hub / repo))
+    files = export(run_dir, "sae_lens", tmp_path / "out")
+    assert push(tmp_path / "out", "me/sae") == "address"
+    assert all((hub / "me/sae" / file.relative_to(tmp_path / "out")).is_file() for file in files)
+    x = planted(20, seed=1)[0]
+    torch.testing.assert_close(load_sae("me/sae").encode(x), load_sae(run_dir).encode(x))
 
 
 def test_without_network_the_folder_is_written_and_the_push_says_so(run_dir):

@@ -13,7 +13,7 @@ from sae_lab import load_sae
 from sae_lab.checkpoint import save_sae
 from sae_lab.errors import UserError
 from sae_lab.interop import hub, sae_lens
-from sae_lab.pursuit import Pursuit
+from sae_lab.saes import PursuitSAE
 from sae_lab.sparse import l0_per_row
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -79,7 +79,7 @@ def test_norms_are_not_folded_where_that_would_change_the_choice():
 def test_a_foreign_sae_is_pursued():
     """A dictionary with rows of any norm: a pursuit of as many latents reconstructs better than its encoder."""
     expected = load_file(FIXTURES / "sae_lens/topk/expected.safetensors")
-    found = Pursuit(load_sae(source("sae_lens/topk")), "orthogonal_matching_pursuit")
+    found = PursuitSAE.of(load_sae(source("sae_lens/topk")), "orthogonal_matching_pursuit")
     errors = [(y - expected["x"]).square().sum() for y in (found.autoencode(expected["x"])[0], expected["x_hat"])]
     assert errors[0] < 0.5 * errors[1]
 
@@ -133,6 +133,12 @@ SL, SP, DL, GS = "sae_lens/standard", "sparsify/topk", "dictionary_learning/Batc
         (DL, lambda f: repickle(f, lambda t: t.pop("threshold")), "no tensor 'threshold'"),
         (DL, lambda f: repickle(f, lambda t: t.update(extra=torch.ones(1))), "unknown meaning, extra"),
         (DL, lambda f: torch.save({"b_dec": Bomb()}, f / "ae.pt"), "a pickle that would run code"),
+        (DL, lambda f: repickle(f, lambda t: t.update(b_dec="x")), "'b_dec' of .* is no tensor of finite numbers"),
+        (DL, lambda f: edit(f, "config.json", trainer="x"), "say what nobody can mean"),
+        (SL, lambda f: retensor(f, lambda t: t["W_enc"][0, :1].fill_(torch.nan)), "no tensor of finite numbers"),
+        (SL, lambda f: edit(f, "cfg.json", architecture=["standard"]), "say what nobody can mean"),
+        (SL, lambda f: edit(f, "cfg.json", metadata={}, sae_lens_version="dev"), "say what nobody can mean"),
+        (SP, lambda f: edit(f, "cfg.json", k=100), "k=100 must lie between 1 and the dictionary's 16 latents"),
         (GS, lambda f: np.savez(f / "params.npz", W_dec=np.array([Bomb()], dtype=object)), "as plain arrays"),
     ],
 )  # fmt: skip

@@ -52,7 +52,7 @@ if __name__ == "__main__":
     batches = [next(stream) for _ in range(100)]
     said = provenance(OmegaConf.to_container(compose("hydra.job.chdir=false"), resolve=False), data.lm)
     said["data"] = OmegaConf.to_container(cfg.data, resolve=True)
-    for name in [name for name in SAE_NAMES if hasattr(build(name), "W_dec")]:
+    for name in [name for name in SAE_NAMES if hasattr(build(name), "W_enc")]:
         for normalize in ("none", "per_token", "constant_norm"):
             sae = train(build(name, "k=16", f"sae.normalize={normalize}", d_in=128, n_latents=512), batches)
             for format, write in WRITERS.items():
