@@ -30,6 +30,7 @@ from sae_lab.errors import Interrupted
 from sae_lab.interrupt import SaveWhenDue, Signals
 from sae_lab.runs import FAILED
 from sae_lab.screen import Throughput, TrainingProgress
+from sae_lab.search import score
 from sae_lab.sweep import failure_recorded, record_failure
 from sae_lab.train import (
     Member,
@@ -40,7 +41,6 @@ from sae_lab.train import (
     fit,
     hydra_files,
     open_run,
-    score,
     show_complete,
 )
 

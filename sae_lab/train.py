@@ -31,6 +31,7 @@ from sae_lab.provenance import provenance
 from sae_lab.runs import Run, examine
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import TrainingProgress, print_files, print_metrics
+from sae_lab.search import score
 from sae_lab.sweep import failure_recorded
 
 log = logging.getLogger(__name__)
@@ -195,11 +196,6 @@ def show_complete(run: Run) -> dict[str, Any]:
     print_metrics(metrics, run.folder)
     log.info("%s is complete: type resume=never to train it again.", run.folder)
     return metrics
-
-
-def score(metrics: dict[str, Any], goal_l0: float | None) -> float:
-    """What a search minimises: fvu, or the distance of l0 to its goal."""
-    return metrics["fvu"] if goal_l0 is None else abs(metrics["l0"] - goal_l0)
 
 
 @entry_point("train")
