@@ -36,6 +36,8 @@ class ReachL0Sweeper(Sweeper):
         from sae_lab.errors import UserError  # Hydra imports its plug-ins at every start, `--help` included
         from sae_lab.search import next_guess
 
+        assert self.config is not None
+        assert self.launcher is not None
         if (goal := self.config.goal_l0) is None:
             raise UserError("hydra/sweeper=reach_l0 needs an L0 to reach: give goal_l0=...")
         key, low, high, fixed = one_interval(arguments)
