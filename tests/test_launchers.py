@@ -2,14 +2,16 @@
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from test_sweep import sweep
+from test_sweep import command, sweep
 
 from sae_lab.errors import UserError
 from sae_lab.spread import deal, n_slots
@@ -126,6 +128,20 @@ def test_groups_share_a_stream_each_in_its_slot(tmp_path):
     folders = plan(tmp_path / "sweep")
     assert all("2 SAEs share one pass over tiny" in (f / "train.log").read_text() for f in folders)
     assert_continues(tmp_path, *ours)
+
+
+@needs("hydra_ray_launcher")
+def test_a_signal_reaches_every_group_which_saves(tmp_path):
+    ours = ["sae=vanilla", "k=4,8", "hydra/launcher=shared_stream", "hydra.launcher.parallel=2"]
+    endless = ["n_tokens=1_000_000_000", "trainer.checkpoint_every=1_000_000"]
+    process = subprocess.Popen(command(tmp_path, *ours, *endless), stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob("sweep/*/metrics.csv"))) < 2 and process.poll() is None:
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert [standing(folder)[0] for folder in plan(tmp_path / "sweep")] == ["interrupted"] * 2, said
+    assert all((folder / "checkpoints" / "last.ckpt").is_file() for folder in plan(tmp_path / "sweep")), said
 
 
 @needs("hydra_submitit_launcher")

@@ -27,13 +27,16 @@ trainer: {log_every: 3, validate_every: 10}
 """
 
 
-def sweep(root: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """A sweep of small runs into root/sweep, by the command line."""
+def command(root: Path, *overrides: str) -> list[str]:
+    """A sweep of small runs into root/sweep."""
     (root / "experiment").mkdir(exist_ok=True)
     (root / "experiment" / "small.yaml").write_text(SMALL)
     small = [f"--config-dir={root}", "-m", "experiment=small", f"hydra.sweep.dir={root / 'sweep'}"]
-    command = [sys.executable, "-m", "sae_lab.train", *small, *overrides]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return [sys.executable, "-m", "sae_lab.train", *small, *overrides]
+
+
+def sweep(root: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(root, *overrides), capture_output=True, text=True, check=False)
 
 
 def leave_run(folder: Path, n_logged: int = 0, rate: float = 50.0) -> Run:
