@@ -10,7 +10,7 @@ import torch
 from hydra.core.utils import configure_log
 from omegaconf import OmegaConf
 
-from sae_lab.errors import Interrupted, UserError
+from sae_lab.errors import Interrupted, UserError, first_line
 from sae_lab.group import Job, by_stream, log_files, train_jobs
 from sae_lab.runs import FAILED
 from sae_lab.sweep import record_failure
@@ -105,11 +105,16 @@ def run_on_ray(parts: list[list[Job]], slots: int, max_members: int | None, job_
 def train_part(jobs: list[Job], max_members: int | None, job_logging: Any) -> None:
     """What one process does."""
     configure_log(OmegaConf.create(job_logging))
-    train_jobs(jobs, max_members)
+    try:
+        train_jobs(jobs, max_members)
+    except Interrupted as e:  # by ray.cancel
+        log.warning("%s", e)
 
 
 def record_lost(part: list[Job], error: Exception) -> None:
-    """Record `error` for those jobs that are neither complete nor known to have failed."""
+    """Record `error`, in a line, for those jobs that are neither complete nor known to have failed."""
+    lost = RuntimeError(f"the process of its group was lost: {first_line(getattr(error, 'cause', None) or error)}")
+    lost.__cause__ = error
     for job in part:
         if not ((job.folder / "metrics.json").is_file() or (job.folder / FAILED).is_file()):
-            record_failure(job.folder, error)
+            record_failure(job.folder, lost)

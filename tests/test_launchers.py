@@ -154,7 +154,7 @@ def test_submitit_runs_each_job_in_its_folder(tmp_path):
 @needs("hydra_optuna_sweeper")
 def test_a_search_minimises_its_score_and_continues(tmp_path):
     """What a trial that fails costs the search is itself; the same command makes the same choices."""
-    over = ["sae=vanilla", "optimizer.lr=tag(log,interval(1e-4,1e2))", "hydra.sweeper.n_trials=4"]
+    over = ["optimizer.lr=1e-3,1e30", "k=interval(4,32)", "hydra.sweeper.n_trials=4"]
     done = sweep(tmp_path, "hydra/sweeper=search", *over)
     folders = job_folders(tmp_path / "sweep")
     status = [standing(folder)[0] for folder in folders]
