@@ -14,6 +14,7 @@ import resource
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -53,15 +54,17 @@ Step = Callable[[], Any]
 def benchmark(cfg: DictConfig) -> dict[str, Any]:
     """One size and one SAE: its figures, on the screen and in benchmark.json."""
     keep_freed_memory()
+    warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # it has none on purpose
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     x = superposed_rows(cfg.batch_size, cfg.n_sources, cfg.d_in).to(device)
     make = partial(build_sae, cfg, device)
-    ours = training_step(make(), cfg, x)
+    sae = make()
+    ours = training_step(sae, cfg, x)
     for _ in range(WARM):
         ours()
     peak = peak_memory_mb(device)  # before anything else needs memory: on a CPU it is the process's
     steps = {"floor": floor_step(cfg, x, linear), "torch_floor": floor_step(cfg, x, F.linear), "step": ours}
-    if cfg.dense:
+    if cfg.dense and isinstance(sae, LinearSAE):  # the others have no one dense formula
         steps["dense"] = training_step(make(), cfg, x, dense_forward)
     times = interleaved(steps, make(), cfg, x)
     figures: dict[str, Any] = {f"{name}_ms": times.get(name) for name in NAMES}
@@ -85,14 +88,16 @@ def superposed_rows(n_rows: int, n_sources: int, d_in: int) -> Float[Tensor, "b 
     return (strengths @ directions + noise).view(n_rows, n_sources, d_in)
 
 
-def build_sae(cfg: DictConfig, device: str) -> LinearSAE:
+def build_sae(cfg: DictConfig, device: str) -> BaseSAE:
     """The SAE, with the share of dead latents that is asked for, and no others for as long as this runs."""
-    sae: LinearSAE = instantiate(cfg.sae, d_in=cfg.d_in, n_latents=cfg.n_latents, n_sources=cfg.n_sources)
-    dead = slice(0, int(cfg.dead_share * cfg.n_latents))
-    sae.dead_after = 10**9
-    sae.batches_since_fired[dead] = sae.dead_after
-    with torch.no_grad():
-        sae.W_enc[dead] *= 1e-3  # too weak to be among the k largest
+    sae: BaseSAE = instantiate(cfg.sae, d_in=cfg.d_in, n_latents=cfg.n_latents, n_sources=cfg.n_sources)
+    for part in sae.modules():
+        if isinstance(part, LinearSAE):
+            dead = slice(0, int(cfg.dead_share * cfg.n_latents))
+            part.dead_after = 10**9
+            part.batches_since_fired[dead] = part.dead_after
+            with torch.no_grad():
+                part.W_enc[dead] *= 1e-3  # too weak to be among the k largest
     return sae.to(device)
 
 

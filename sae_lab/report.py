@@ -1,15 +1,12 @@
 """A sweep → one table and the figures: `python -m sae_lab.report sweep_dir=multirun/...`."""
 
-import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
@@ -17,13 +14,13 @@ from rich.table import Table
 
 from sae_lab import plots
 from sae_lab.cli import entry_point
-from sae_lab.errors import UserError
-from sae_lab.sweep import Standing, all_jobs, counted, job_folders, name_in, standing, standings
+from sae_lab.sweep import Standing, all_jobs, counted, standings
 from sae_lab.sweep import show as show_standings
+from sae_lab.table import RESOLVED, begun, collect, settings
 
-RESOLVED = ("sae", "k", "expansion", "n_latents", "seed")
 # The columns of the table for people, and how each is written; report.csv has every column with every digit.
 HEADLINES = {
+    "fvu": ".4f",
     "nmse": ".4f",
     "l0": ".1f",
     "dead_fraction": ".3f",
@@ -50,149 +47,7 @@ def main(cfg: DictConfig) -> None:
     show(table, written)
 
 
-# --- from folders to a table
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one run folder tells: the overrides that made it, their config, and its metrics (empty until it is done)."""
-
-    folder: Path
-    overrides: dict[str, Any]
-    choices: dict[str, Any]
-    config: DictConfig
-    metrics: dict[str, float]
-
-    def setting(self, key: str) -> Any:
-        """The value of a key or of a config group, overridden or not; None where this job has none."""
-        # The config first: there `lr=${k}` has become a number. A group is a mapping there; only its choice has a name.
-        value = OmegaConf.select(self.config, key, throw_on_resolution_failure=False)
-        if value is None or OmegaConf.is_dict(value):
-            value = self.overrides.get(key, self.choices.get(key))
-        return _plain(value)
-
-    def resolved(self) -> dict[str, Any]:
-        """The dials that every sweep turns, from the place that knows best."""
-        dials = {key: self.setting(key) for key in RESOLVED}
-        if dials["sae"] is None:
-            target = OmegaConf.select(self.config, "sae._target_")
-            dials["sae"] = target and target.rpartition(".")[2]
-        if not _takes_k(self.config.get("sae")):
-            dials["k"] = None
-        dials["n_latents"] = self.metrics.get("n_latents", dials["n_latents"])
-        if {"n_latents", "d_in"} <= self.metrics.keys() and "expansion" not in self.overrides:
-            # n_latents may have been given in place of an expansion, whose default then says nothing.
-            dials["expansion"] = _number(self.metrics["n_latents"] / self.metrics["d_in"])
-        return dials
-
-
-def _takes_k(sae: Any) -> bool:
-    """Whether an SAE's config has a k, its own or an inner SAE's: to the others the dial k means nothing."""
-    if not isinstance(sae, DictConfig) or set(sae) == {"_target_"}:
-        return True  # not known
-    return "k" in sae or any(isinstance(node, DictConfig) and "k" in node for node in sae.values())
-
-
-def collect(sweep_dir: Path | str) -> pd.DataFrame:
-    """One row a job: `job`, its settings, `status`, then its metrics.
-
-    The settings (every column between `job` and `status`) are the keys that any job overrode, filled in from its config
-    where a job did not, and the resolved sae, k (blank for an SAE that takes none), expansion, n_latents and seed.
-    `status` is that of sweep.py; a job that has not begun has no row. What an SAE scores under its batch-wise rule is
-    in `train_mode/<metric>`.
-    """
-    root = Path(sweep_dir)
-    jobs = [read_job(folder) for folder in begun(root)]
-    keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
-    rows = []
-    for job in jobs:
-        settings = {key: job.setting(key) for key in keys} | job.resolved()
-        status = {"status": standing(job.folder)[0]}
-        rows.append({"job": name_in(root, job.folder)} | settings | status | job.metrics)
-    columns = dict.fromkeys(column for row in rows for column in row)
-    return pd.DataFrame({column: _series([row.get(column) for row in rows]) for column in columns})
-
-
-def _series(values: list[Any]) -> pd.Series:
-    """Whole numbers stay whole beside a blank: 512, not 512.0."""
-    whole = {type(v) for v in values} == {int, type(None)}
-    return pd.Series(values, dtype="Int64" if whole else None)
-
-
-def begun(root: Path) -> list[Path]:
-    """The jobs that have a config to show."""
-    return [folder for folder in job_folders(root) if (folder / ".hydra" / "config.yaml").is_file()]
-
-
-def read_job(folder: Path) -> Job:
-    hydra = folder / ".hydra"
-    config, runtime = (_load(hydra / name) for name in ("config.yaml", "hydra.yaml"))
-    choices = OmegaConf.select(runtime, "hydra.runtime.choices", throw_on_resolution_failure=False) or {}
-    return Job(
-        folder=folder,
-        overrides=read_overrides(hydra / "overrides.yaml"),
-        choices=dict(choices),
-        config=config,
-        metrics=read_metrics(folder / "metrics.json"),
-    )
-
-
-def read_overrides(path: Path) -> dict[str, Any]:
-    """The overrides of a run; none for one that Python code started, without a command line."""
-    if not path.is_file():
-        return {}
-    overrides = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # `lr=${k}` is a text here
-    assert isinstance(overrides, list), path
-    return parse_overrides([str(o) for o in overrides])
-
-
-def _load(path: Path) -> DictConfig:
-    config = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
-    assert isinstance(config, DictConfig), path
-    return config
-
-
-def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """`k=8`, `+sae.tied=true`, `sae@sae.inner=topk` → {key: value}, by Hydra's own grammar; `~key` → {"~key": True}."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    return {o.get_key_element().lstrip("+"): True if o.is_delete() else o.value() for o in parsed}
-
-
-def read_metrics(path: Path) -> dict[str, float]:
-    """The numbers of a metrics.json, nested ones as outer/inner; none when the file is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(_numbers(json.loads(path.read_text(encoding="utf-8"))))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path} is not JSON ({e}): evaluate that run again, or move its folder away.") from e
-
-
-def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            yield prefix + name, value
-
-
-def _plain(value: Any) -> Any:
-    """A scalar as it is, a list or a mapping as one line of text: what a cell of a table can hold."""
-    if isinstance(value, list | tuple | ListConfig):
-        return f"[{','.join(str(_plain(v)) for v in value)}]"
-    return str(value) if isinstance(value, dict) else value
-
-
-def _number(x: float) -> float:
-    return int(x) if x == int(x) else x
-
-
 # --- from a table to figures
-
-
-def settings(table: pd.DataFrame) -> list[str]:
-    """The columns that say how a job was set up, as against what came out of it."""
-    return list(table.columns[1 : table.columns.get_loc("status")])
 
 
 def lines(table: pd.DataFrame) -> pd.Series:
@@ -220,14 +75,29 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
         return []
     done = done.assign(line=lines(done), architecture=done["sae"].map(str).map(plots.spelled))
     y = [metric for metric in COMPARED if plots.has_values(done, metric)]
-    return (draw_comparisons(done, figures, y) if y else []) + draw_frontier(done, figures)
+    compared = draw_comparisons(done, figures, y) if y else []
+    return compared + draw_frontier(done, figures) + draw_l0(done, folder)
+
+
+def under_both_rules(done: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+    """The jobs under the rule that their SAE is deployed with; then, where the batch-wise rule scores otherwise, that.
+
+    The write-up's third line: is one threshold as good as a choice over the batch?
+    """
+    columns = {f"train_mode/{metric}": metric for metric in metrics if f"train_mode/{metric}" in done}
+    if not columns:
+        return done
+    differs = done[list(columns)].to_numpy() != done[list(columns.values())].to_numpy()
+    again = done[differs.any(axis=1) & done[list(columns)].notna().all(axis=1)]
+    again = again.assign(**{metric: again[column] for column, metric in columns.items()})
+    return pd.concat([done, again.assign(line=again["line"] + ", batch-wise")], ignore_index=True)
 
 
 def draw_comparisons(done: pd.DataFrame, figures: Path, y: list[str]) -> list[Path]:
     """The write-up's two figures wherever the sweep has them: over dictionary sizes at one k, over k at one size."""
-    paths = []
+    paths, both = [], under_both_rules(done, y)
     for fixed, x, name in (("k", "n_latents", "vs_n_latents_k"), ("n_latents", "k", "vs_k_n")):
-        for value, jobs in ((float(str(v)), group) for v, group in done.groupby(fixed)):
+        for value, jobs in ((float(str(v)), group) for v, group in both.groupby(fixed)):
             if jobs[x].nunique() > 1:
                 path = figures / f"nmse_ce_{name}{value:.10g}.png"
                 paths.append(plots.against(done, path, x, y, "line", {fixed: value}))
@@ -263,6 +133,18 @@ def draw_frontier(done: pd.DataFrame, figures: Path) -> list[Path]:
     return []
 
 
+def draw_l0(done: pd.DataFrame, folder: Path) -> list[Path]:
+    """How many latents are active on a token: for each line its largest dictionary, at every k."""
+    files = [folder / job / "figures" / "l0_per_token.csv" for job in done["job"]]
+    kept = done.assign(file=files)[[file.is_file() for file in files]]
+    if kept.empty:
+        return []
+    kept = kept[kept["n_latents"] == kept.groupby("line")["n_latents"].transform("max")]
+    which = zip(kept["file"], kept["line"], kept["k"], strict=True)
+    tables = [pd.read_csv(file).assign(line=line, k=k) for file, line, k in which]
+    return [plots.l0_by_line(pd.concat(tables), folder / "figures" / "l0_per_token.png")]
+
+
 def draw_run(folder: Path) -> list[Path]:
     """One run's own figures, from its tables; those that it drew itself are kept."""
     figures = folder / "figures"
@@ -282,18 +164,28 @@ def draw_run(folder: Path) -> list[Path]:
 
 
 def headline(table: pd.DataFrame) -> pd.DataFrame:
-    """The complete jobs, sorted by sae, k, n_latents, seed: what varies among them and the main metrics, as text."""
+    """The complete jobs, sorted by sae, k, n_latents, seed: what varies among them and the main metrics, as text.
+
+    Jobs that differ in nothing but their seed are one row: how many they are, and mean ± standard deviation.
+    """
     done = table[table["status"] == "complete"].sort_values(["sae", "k", "n_latents", "seed"], kind="stable")
     varies = [c for c in settings(table) if c != "expansion" and table[c].nunique(dropna=False) > 1]
     chosen = list(dict.fromkeys(["sae", "k", "n_latents", *varies]))
-    cells = {c: done[c].map(_text) for c in chosen}
-    cells |= {
-        m: done[m].map(lambda v, form=form: _rounded(v, form))
-        for m, form in HEADLINES.items()
-        if plots.has_values(done, m)
-    }
+    metrics = [m for m in HEADLINES if plots.has_values(done, m)]
+    twins = [c for c in chosen if c != "seed"]
+    if done.duplicated(twins).any():
+        groups = done.groupby(twins, dropna=False, sort=False)
+        cells = groups.size().rename("seeds").reset_index()
+        for metric in metrics:
+            cells[metric] = [_mean_and_spread(values, HEADLINES[metric]) for _, values in groups[metric]]
+        return cells.assign(**{c: cells[c].map(_text) for c in [*twins, "seeds"]})
+    cells = done[chosen].map(_text).assign(**{m: done[m].map(partial(_rounded, form=HEADLINES[m])) for m in metrics})
     # Last, because it is long; left out where it would only repeat the settings.
-    return pd.DataFrame(cells if _named_after_settings(done) else cells | {"job": done["job"]})
+    return cells if _named_after_settings(done) else cells.assign(job=done["job"])
+
+
+def _mean_and_spread(values: pd.Series, form: str) -> str:
+    return _rounded(values.mean(), form) + (f" ± {_rounded(values.std(), form)}" if values.count() > 1 else "")
 
 
 def _text(value: Any) -> str:

@@ -32,8 +32,10 @@ def test_the_command_writes_its_figures(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} <= {"benchmark.json", ".hydra", "benchmark.log"}
 
 
-def test_the_dense_reference_can_be_left_out(tmp_path):
-    assert run(tmp_path, "dense=false", "n_sources=2")["dense_ms"] is None
+def test_an_sae_without_a_dense_formula_is_timed_without_it(tmp_path):
+    figures = run(tmp_path, "sae=route", "n_sources=2")
+    assert figures["dense_ms"] is None
+    assert figures["step_ms"] > 0
 
 
 def configured(*overrides: str):

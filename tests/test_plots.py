@@ -115,6 +115,18 @@ def test_frontier_averages_seeds_and_sizes_markers_by_dictionary(drawn, path):
     assert labels == ["TopK", "BatchTopK", "Dictionary size (latents)", "512", "1,024"]
 
 
+def test_l0_by_line_adds_up_seeds_and_marks_bos(drawn, path):
+    rows = [("TopK", 8, 8, 1, 99), ("TopK", 8, 8, 1, 99), ("BatchTopK", 8, 6, 0, 50), ("BatchTopK", 8, 10, 2, 48)]
+    rows += [("BatchTopK", 16, 16, 1, 99)]
+    plots.l0_by_line(pd.DataFrame(rows, columns=["line", "k", "l0", "bos", "other"]), path)
+    first, second = drawn[0].axes
+    (stairs,) = first.patches
+    assert stairs.get_data().values[8] == pytest.approx(100)  # % of the tokens
+    assert [patch.get_data().values[6] for patch in second.patches] == pytest.approx([50, 0])
+    assert [line.get_xdata().tolist() for line in second.lines] == [[10], [16]]  # mean L0 of BOS
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["k = 8", "k = 16"]
+
+
 def test_by_job_puts_each_job_at_its_value(drawn, path):
     table = pd.DataFrame({"label": ["0: TopK", "1: Gated"], "nmse": [0.25, 0.5]})
     plots.by_job(table, path, ["nmse"], "label")

@@ -12,6 +12,7 @@ import yaml
 from sae_lab import plots, report
 from sae_lab.errors import UserError
 from sae_lab.sweep import all_jobs, standings
+from sae_lab.table import parse_overrides
 
 D_IN = 64
 CLASSES = {"topk": "TopKSAE", "batch_topk": "BatchTopKSAE"}
@@ -124,7 +125,7 @@ def test_parse_overrides_by_hydras_grammar():
         "~logger",
         "x=null",
     ]
-    assert report.parse_overrides(overrides) == {
+    assert parse_overrides(overrides) == {
         "k": 8,
         "optimizer.eps": 1e-8,
         "name": "a b",
@@ -260,10 +261,41 @@ def test_draw_of_one_run_takes_its_own_tables(tmp_path):
 
 def test_headline_is_sorted_rounded_and_without_what_does_not_vary(sweep):
     table = report.collect(sweep)
-    cells = report.headline(table.drop(index=table.index[table["job"] == "11"]))
+    cells = report.headline(table[~table["job"].isin(["9", "11"])])
     assert list(cells) == ["sae", "k", "n_latents", "seed", "nmse", "l0", "ce_degradation", "loss_recovered", "job"]
-    assert cells["job"].tolist() == ["4", "5", "6", "7", "0", "9", "1", "2", "3"]
-    assert cells.iloc[5].tolist() == ["topk", "8", "256", "1", "0.0413", "8.0", "0.0825", "0.9587", "9"]
+    assert cells["job"].tolist() == ["4", "5", "6", "7", "0", "1", "2", "3"]
+    assert cells.iloc[5].tolist() == ["topk", "8", "512", "0", "0.0156", "8.0", "0.0312", "0.9844", "1"]
+
+
+def test_headline_of_several_seeds_has_means_and_standard_deviations(sweep):
+    table = report.collect(sweep)
+    cells = report.headline(table[table["job"] != "11"])
+    assert list(cells) == ["sae", "k", "n_latents", "seeds", "nmse", "l0", "ce_degradation", "loss_recovered"]
+    assert cells.iloc[4].tolist() == (
+        ["topk", "8", "256", "2", "0.0363 ± 0.0071", "8.0 ± 0.0", "0.0725 ± 0.0141", "0.9637 ± 0.0071"]
+    )
+    assert cells.iloc[5].tolist() == ["topk", "8", "512", "1", "0.0156", "8.0", "0.0312", "0.9844"]
+
+
+def test_the_batch_wise_rule_is_a_line_of_its_own_where_it_scores_otherwise(tmp_path):
+    write_job(tmp_path / "0", "k=8", nmse=0.25)
+    write_job(tmp_path / "1", "k=16", nmse=1 / 256)  # half of 1 / 128: as the batch-wise rule
+    done = report.collect(tmp_path).assign(line="BatchTopK")
+    both = report.under_both_rules(done, ["nmse", "ce_degradation"])
+    assert both["line"].tolist() == ["BatchTopK", "BatchTopK", "BatchTopK, batch-wise"]
+    assert both["k"].tolist() == [8, 16, 8]
+    assert both["nmse"].tolist() == [0.25, 1 / 256, 1 / 128]
+
+
+def test_l0_is_drawn_for_the_largest_dictionary_at_every_k(tmp_path, monkeypatch):
+    for i, (k, expansion) in enumerate([(8, 4), (8, 8), (16, 8)]):
+        run = write_job(tmp_path / f"{i}", f"k={k}", f"expansion={expansion}")
+        (run / "figures").mkdir()
+        (run / "figures" / "l0_per_token.csv").write_text(f"l0,bos,other\n{k},{i},100\n")
+    tables = []
+    monkeypatch.setattr(plots, "l0_by_line", lambda table, path: tables.append(table) or path)
+    report.draw(report.collect(tmp_path), tmp_path)
+    assert tables[0][["k", "l0", "bos", "other"]].to_numpy().tolist() == [[8, 8, 1, 100], [16, 16, 2, 100]]
 
 
 def test_headline_leaves_out_folders_that_repeat_the_settings(tmp_path):
@@ -296,7 +328,7 @@ def test_markdown_embeds_the_figures_and_names_incomplete_jobs(sweep):
     assert {"- 10: interrupted step 0/1", "- 13: failed k=0: raise k."} < set(lines)
     assert "![frontier](figures/frontier.png)" in lines
     rows = [line for line in lines if line.startswith("|")]
-    assert len(rows) == 2 + 11
+    assert len(rows) == 2 + 10  # two seeds are one row
     assert "a\\|b" in text
 
 
@@ -311,7 +343,7 @@ def test_markdown_says_what_all_jobs_share(tmp_path):
 def test_show_never_cuts_a_number(sweep, capsys):
     report.show(report.collect(sweep), [sweep / "report.csv"])
     said = capsys.readouterr().out
-    assert "0.0413" in said
+    assert "0.0363 ± 0.0071" in said
     assert "…" not in said
     assert f"{sweep}/report.csv" in said.replace("\n", "")
 

@@ -2,13 +2,14 @@
 
 from sae_lab.plots.run import l0_per_token, latent_density, relative_norm, training_curves
 from sae_lab.plots.style import has_values, spelled
-from sae_lab.plots.sweep import against, by_job, frontier, mean_over_seeds
+from sae_lab.plots.sweep import against, by_job, frontier, l0_by_line, mean_over_seeds
 
 __all__ = [
     "against",
     "by_job",
     "frontier",
     "has_values",
+    "l0_by_line",
     "l0_per_token",
     "latent_density",
     "mean_over_seeds",

@@ -100,6 +100,42 @@ def by_job(table: pd.DataFrame, path: Path, y: Sequence[str], label: str) -> Pat
     return path
 
 
+def l0_by_line(table: pd.DataFrame, path: Path) -> Path:
+    """How many latents are active on a token: share of tokens (%) against L0, a panel a line and a colour a k.
+
+    `table` has the columns line, k, l0, bos, other (numbers of tokens); rows of equal line, k and l0 are added up. A
+    triangle shows the mean L0 of BOS positions. 99.5 % of the tokens fit on the x axis.
+    """
+    panels, ks = list(dict.fromkeys(table["line"])), sorted(table["k"].dropna().unique())
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    colours = dict(zip(ks, PALETTE, strict=False))
+    with page(path, rows, columns, (PAGE if columns > 1 else COLUMN, 0.5 + 1.9 * rows)) as (figure, axes):
+        for axis, name in zip(axes, panels, strict=False):
+            for k, its in table[table["line"] == name].groupby("k", dropna=False):
+                _l0_curve(axis, its, colours.get(k, MUTED), f"k = {k:g}" if k in colours else None)
+            axis.set_title(name)
+            axis.set_ylim(bottom=0)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        for axis in axes[::columns]:
+            axis.set_ylabel("Share of tokens (%)")
+        figure.supxlabel(f"{LABELS['l0']}; triangles: the mean at BOS positions", size=8)
+        legend_below(figure)
+    return path
+
+
+def _l0_curve(axis: Axes, table: pd.DataFrame, colour: str, label: str | None) -> None:
+    tokens = table.assign(tokens=table["bos"] + table["other"]).groupby("l0")[["tokens", "bos"]].sum()
+    tokens = tokens.reindex(range(int(tokens.index.max()) + 2), fill_value=0)
+    share = tokens["tokens"] / tokens["tokens"].sum()
+    end = int((share.cumsum() < 0.995).sum()) + 2
+    axis.stairs(100 * share[:end], np.arange(min(end, len(share)) + 1) - 0.5, color=colour, label=label)
+    if tokens["bos"].any():
+        mean = np.average(tokens.index, weights=tokens["bos"])
+        axis.plot([mean], [0], "^", color=colour, clip_on=False, zorder=3)
+
+
 def _looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and dashes for each name, in order of appearance; the dashes change when the colours run out."""
     unique = list(dict.fromkeys(names))
