@@ -85,7 +85,7 @@ def assert_sweep_of_four(root: Path, done: subprocess.CompletedProcess[str], slo
     """Every job in its folder, never more than `slots` at a time; the one that diverged is told, and no other."""
     assert done.returncode == 1, done.stderr
     folders = plan(root / "sweep")
-    assert [standing(folder)[0] for folder in folders] == ["complete", "failed"] * 2
+    assert [standing(folder)[0] for folder in folders] == ["complete", "failed"] * 2, done.stderr
     assert all("training has diverged" in standing(folder)[1] for folder in folders[1::2])
     assert "4 jobs: 2 complete, 2 failed." in done.stdout
     assert all((folder / "sae" / "sae.safetensors").is_file() for folder in folders[::2])
@@ -158,7 +158,7 @@ def test_a_search_minimises_its_score_and_continues(tmp_path):
     done = sweep(tmp_path, "hydra/sweeper=search", *over)
     folders = job_folders(tmp_path / "sweep")
     status = [standing(folder)[0] for folder in folders]
-    assert len(status) == 4
+    assert len(status) == 4, done.stderr
     assert set(status) == {"complete", "failed"}, done.stdout
     assert done.returncode == 1
     fvu = [json.loads(f.read_text())["fvu"] for f in (tmp_path / "sweep").glob("*/metrics.json")]

@@ -98,7 +98,7 @@ def test_a_search_that_cannot_begin_says_why(over, sentence, monkeypatch):
     from sae_lab.cli import CONF
     from sae_lab.errors import UserError
 
-    sweeper = ReachL0Sweeper(n_trials=3, tolerance=0.05)
+    sweeper = ReachL0Sweeper(n_trials=3, tolerance=0.05)  # without a launcher
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         sweeper.config = GlobalHydra.instance().hydra.compose_config("train", over, run_mode=RunMode.MULTIRUN)
         with pytest.raises(UserError, match=sentence.replace("(", r"\(").replace(")", r"\)")):

@@ -37,10 +37,10 @@ class ReachL0Sweeper(Sweeper):
         from sae_lab.search import next_guess
 
         assert self.config is not None
-        assert self.launcher is not None
         if (goal := self.config.goal_l0) is None:
             raise UserError("hydra/sweeper=reach_l0 needs an L0 to reach: give goal_l0=...")
         key, low, high, fixed = one_interval(arguments)
+        assert self.launcher is not None
         tried: dict[float, float] = {}
         while len(tried) < self.n_trials and (number := next_guess(tried, goal, low, high)) is not None:
             [job] = self.launcher.launch([[*fixed, f"{key}={number}"]], initial_job_idx=len(tried))
