@@ -6,8 +6,12 @@ from hydra.utils import instantiate
 
 from sae_lab.cli import CONF
 
+PRESETS = sorted(
+    p.relative_to(CONF / "experiment").with_suffix("").as_posix() for p in CONF.glob("experiment/**/*.yaml")
+)
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "experiment").glob("*.yaml")))
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_builds_its_sae(name):
     cfg = compose(f"experiment={name}")
     n_latents = cfg.n_latents or cfg.expansion * 128

@@ -1,0 +1,146 @@
+"""Does an SAE find a dictionary that is known? `python -m sae_lab.planted sae=matryoshka`.
+
+Rows are sparse sums of planted directions, in trees: a child is active only where its root is, which is what tempts an
+SAE to merge the two (absorption, Chanin et al. 2024, arXiv 2409.14507; Matryoshka SAEs are to resist: Bussmann et al.
+2025, arXiv 2503.17547). With `n_sites` above one a row's features stand at one site and noise at the others, which a
+router has to find out.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from jaxtyping import Float, Int
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from sae_lab.checkpoint import write_atomically
+from sae_lab.cli import entry_point
+from sae_lab.memory import keep_freed_memory
+from sae_lab.metrics import batch_fvu
+from sae_lab.saes.base import BaseSAE
+from sae_lab.screen import console, print_metrics, track
+from sae_lab.sparse import l0_per_row
+
+FOUND = 0.9
+"""A feature is found where a latent's direction has this cosine with it."""
+
+
+class Rows(NamedTuple):
+    x: Float[Tensor, "b s d"]
+    site: Int[Tensor, " b"]
+    """Where the features of each row stand."""
+
+
+@dataclass(frozen=True)
+class PlantedFeatures:
+    """n_trees roots, each with n_children children; feature i is a root where i < n_trees.
+
+    Each tree of a row's site is active with the same probability, its root with strength 1 to 2. With probability
+    n_children / (n_children + 1) one of the children, all alike, is active as well. `active` features are so on
+    average. Tree t belongs to site t mod n_sites.
+    """
+
+    d_in: int
+    n_trees: int
+    n_children: int
+    active: float
+    n_sites: int = 1
+    noise: float = 0.02
+    seed: int = 0
+
+    @cached_property
+    def directions(self) -> Float[Tensor, "features d"]:
+        """Random unit vectors, each with mean zero over d: normalising a row leaves them as they are."""
+        generator = torch.Generator().manual_seed(self.seed)
+        directions = torch.randn(self.n_trees * (1 + self.n_children), self.d_in, generator=generator)
+        return F.normalize(directions - directions.mean(dim=-1, keepdim=True), dim=-1)
+
+    @property
+    def home(self) -> Int[Tensor, " features"]:
+        """The site of each feature."""
+        trees = torch.arange(self.n_trees)
+        return torch.cat([trees, trees.repeat_interleave(self.n_children)]) % self.n_sites
+
+    def rows(self, n: int, generator: torch.Generator) -> Rows:
+        random = partial(torch.rand, generator=generator)
+        site = torch.randint(self.n_sites, (n,), generator=generator)
+        here = self.home[: self.n_trees] == site.unsqueeze(-1)
+        per_tree = 1 + self.n_children / (self.n_children + 1)
+        root = here & (random(n, self.n_trees) < self.active * self.n_sites / per_tree / self.n_trees)
+        child = (random(n, self.n_trees) * (self.n_children + 1)).long()  # n_children: none
+        children = F.one_hot(child, self.n_children + 1)[..., :-1].bool() & root.unsqueeze(-1)
+        active = torch.cat([root, children.flatten(1)], dim=1)
+        signal = (active * (1 + random(active.shape))) @ self.directions
+        x = torch.randn(n, self.n_sites, self.d_in, generator=generator)
+        x[torch.arange(n), site] = signal + self.noise * x[torch.arange(n), site]
+        return Rows(x, site)
+
+
+def train(sae: BaseSAE, planted: PlantedFeatures, cfg: DictConfig) -> None:
+    """Plain training on fresh rows."""
+    generator = torch.Generator().manual_seed(cfg.seed + 1)
+    optimizer = instantiate(cfg.optimizer)([{"params": [p for p in sae.parameters() if p.requires_grad]}])
+    schedule = LambdaLR(optimizer, partial(instantiate(cfg.schedule), n_steps=cfg.n_steps))
+    sae.train()
+    for _ in track(range(cfg.n_steps), "training on planted features"):
+        optimizer.zero_grad()
+        out = sae(planted.rows(cfg.batch_size, generator).x)
+        torch.stack(list(sae.losses(out).values())).sum().backward()
+        sae.before_step()
+        optimizer.step()
+        sae.after_step()
+        schedule.step()
+    for i in range(20):
+        sae.calibrate(planted.rows(cfg.batch_size, generator).x, i)
+
+
+@torch.no_grad()
+def recovery(sae: BaseSAE, planted: PlantedFeatures, n_rows: int = 8192) -> dict[str, float]:
+    """What of the planted dictionary the SAE has, and how it codes fresh rows under its deployed rule.
+
+    For each feature the largest cosine between it and a latent's decoder direction at its site: `mmcs` is the mean over
+    features, `found` the share above 0.9; both for roots and children by themselves too. `place` of roots and of
+    children: where in the dictionary the found ones' latents stand, 0 first, 1 last, on average: nested dictionaries
+    put what is general first. `routed`: on which share of the rows the site that the SAE covers is the features'.
+    """
+    sae.eval()
+    decoder = F.normalize(sae.directions(), dim=-1)
+    best, latent = torch.einsum("id,fid->if", planted.directions, decoder[:, planted.home]).max(dim=-1)
+    x, site = planted.rows(n_rows, torch.Generator().manual_seed(planted.seed + 10**6))
+    x_hat, code = sae.autoencode(x)
+    rows, covers = torch.arange(n_rows), sae.covers(x)
+    figures = {"mmcs": best.mean(), "found": (best > FOUND).float().mean()}
+    for name, part in (("roots", slice(0, planted.n_trees)), ("children", slice(planted.n_trees, None))):
+        if len(best[part]):
+            figures[f"mmcs_{name}"] = best[part].mean()
+            figures[f"found_{name}"] = (best[part] > FOUND).float().mean()
+            figures[f"place_{name}"] = latent[part][best[part] > FOUND].float().mean() / sae.n_latents
+    figures |= {"l0": l0_per_row(code).float().mean(), "fvu": batch_fvu(x[rows, site], x_hat[rows, site])}
+    if covers is not None:
+        figures["routed"] = covers[rows, site].float().mean()
+    return {name: float(value) for name, value in figures.items()}
+
+
+@entry_point("planted")
+def main(cfg: DictConfig) -> float:
+    keep_freed_memory()
+    planted = PlantedFeatures(seed=cfg.seed, **cfg.planted)
+    sae: BaseSAE = instantiate(cfg.sae, d_in=planted.d_in, n_latents=cfg.n_latents, n_sources=planted.n_sites)
+    train(sae, planted, cfg)
+    figures: dict[str, Any] = recovery(sae, planted)
+    print_metrics(figures, Path(cfg.run_dir))
+    settings = {"config": OmegaConf.to_container(cfg, resolve=True)}
+    write_atomically(Path(cfg.run_dir) / "planted.json", (json.dumps(figures | settings, indent=2) + "\n").encode())
+    console.print(f"  {cfg.run_dir}/planted.json", highlight=False, soft_wrap=True)
+    return figures["mmcs"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The planted rows are what they say, and the recovery counts what is there."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sae_lab.planted import PlantedFeatures, recovery
+from sae_lab.saes.topk import TopKSAE
+
+TREES = PlantedFeatures(d_in=32, n_trees=8, n_children=2, active=2.0, noise=0.0)
+
+
+def rows(planted: PlantedFeatures, n: int = 20_000):
+    return planted.rows(n, torch.Generator().manual_seed(3))
+
+
+def test_directions_are_unit_and_unchanged_by_normalising():
+    directions = TREES.directions
+    assert directions.shape == (24, 32)
+    torch.testing.assert_close(directions.norm(dim=-1), torch.ones(24))
+    torch.testing.assert_close(directions.mean(dim=-1), torch.zeros(24), atol=1e-6, rtol=0)
+
+
+def test_a_child_is_active_only_with_its_root_and_the_mean_is_as_asked():
+    planted = PlantedFeatures(d_in=64, n_trees=8, n_children=2, active=2.0, noise=0.0)
+    x, _ = rows(planted)
+    strengths = x[:, 0] @ torch.linalg.pinv(planted.directions)  # 24 features in 64 dimensions: a row tells them apart
+    active = strengths > 0.5
+    assert strengths[active].min() >= 1 - 1e-4
+    assert strengths[active].max() <= 2 + 1e-4
+    root, children = active[:, :8], active[:, 8:].view(-1, 8, 2)
+    assert not (children.any(dim=-1) & ~root).any()
+    assert children.sum(dim=-1).max() == 1
+    assert active.sum(dim=-1).float().mean() == pytest.approx(2.0, abs=0.05)
+    assert (children.any(dim=-1).sum() / root.sum()).item() == pytest.approx(2 / 3, abs=0.02)
+
+
+def test_features_stand_at_their_site_and_noise_at_the_others():
+    planted = PlantedFeatures(d_in=32, n_trees=6, n_children=1, active=2.0, n_sites=3, noise=0.0)
+    x, site = rows(planted, 3000)
+    assert planted.home.tolist() == [0, 1, 2, 0, 1, 2] * 2
+    for s in range(3):
+        here = x[site == s, s]
+        span = planted.directions[planted.home == s]
+        torch.testing.assert_close(here @ torch.linalg.pinv(span) @ span, here, atol=1e-4, rtol=0)
+        assert x[site != s, s].std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_recovery_of_a_dictionary_that_has_all_roots_and_half_of_the_children():
+    sae = TopKSAE(k=2, d_in=32, n_latents=32, normalize="none")
+    with torch.no_grad():
+        sae.W_dec.zero_()
+        sae.W_dec[:8, 0] = TREES.directions[:8]
+        sae.W_dec[24:32, 0] = TREES.directions[8:16]
+    figures = recovery(sae, TREES, n_rows=256)
+    assert figures["found_roots"] == 1
+    assert figures["mmcs_roots"] == pytest.approx(1)
+    assert figures["found_children"] == 0.5
+    assert figures["found"] == pytest.approx(16 / 24)
+    assert figures["place_roots"] == pytest.approx(3.5 / 32)
+    assert figures["place_children"] == pytest.approx(27.5 / 32)
+    assert "routed" not in figures
+
+
+def test_the_command_recovers_what_it_planted(tmp_path):
+    overrides = ["sae=topk", "planted.n_trees=24", "planted.n_children=0", "planted.active=3", "planted.d_in=32"]
+    overrides += ["n_latents=48", "n_steps=600", "batch_size=256", "optimizer.lr=3e-3", f"hydra.run.dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "-m", "sae_lab.planted", *overrides], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "planted.json").read_text())
+    assert figures["mmcs"] > 0.95
+    assert figures["found"] > 0.9
+    assert figures["config"]["planted"]["n_trees"] == 24
