@@ -199,12 +199,12 @@ def show_complete(run: Run) -> dict[str, Any]:
 
 
 @entry_point("train")
-def main(cfg: DictConfig) -> float:
+def main(cfg: DictConfig) -> float | None:
     if HydraConfig.get().mode == RunMode.RUN:
         return score(train(cfg), cfg.goal_l0)
     with failure_recorded(Path(cfg.run_dir)):  # one job's failure must not end a sweep
         return score(train(cfg), cfg.goal_l0)
-    return math.nan
+    return None  # not nan, over which Optuna's sweeper breaks
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """`hydra/launcher=shared_stream`: the jobs of a sweep that want the same activations share one pass over the LM."""
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +36,7 @@ class SharedStreamLauncher(Launcher):
         job_logging = OmegaConf.to_container(returns[-1].hydra_cfg.hydra.job_logging, resolve=True)
         train_spread([job for job in jobs if job is not None], self.max_members, self.parallel, job_logging)
         for r, job in zip(returns, jobs, strict=True):
-            r.return_value = math.nan if job is None else job.score()
+            r.return_value = None if job is None else job.score()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         return returns
 
