@@ -33,7 +33,9 @@ class SharedStreamLauncher(Launcher):
         log.info("Launching %d jobs on shared streams", len(job_overrides))
         returns = [self.compose(list(job), initial_job_idx + i) for i, job in enumerate(job_overrides)]
         jobs = [r.return_value for r in returns]
-        job_logging = OmegaConf.to_container(returns[-1].hydra_cfg.hydra.job_logging, resolve=True)
+        last = returns[-1].hydra_cfg
+        assert last is not None
+        job_logging = OmegaConf.to_container(last.hydra.job_logging, resolve=True)
         train_spread([job for job in jobs if job is not None], self.max_members, self.parallel, job_logging)
         for r, job in zip(returns, jobs, strict=True):
             r.return_value = None if job is None else job.score()
