@@ -14,6 +14,7 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -29,6 +30,16 @@ def folder_name(text: str) -> str:
 
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+# Hydra's own list for `--help` has the fragments that choices share (`_linear`), which nobody is to choose.
+def choices() -> str:
+    loader = GlobalHydra.instance().config_loader()
+    options = {g: loader.get_group_options(g, ObjectType.CONFIG) for g in loader.list_groups("") if g != "hydra"}
+    return "\n".join(f"{g}: {', '.join(o for o in sorted(options[g]) if o[0] != '_')}" for g in sorted(options))
+
+
+OmegaConf.register_new_resolver("choices", choices, replace=True)
 
 # What a preset of conf/hydra/ is built on, and the extra of this package that installs it.
 EXTRAS = {"launcher/ray": "ray", "launcher/submitit_slurm": "slurm", "sweeper/optuna": "optuna"}

@@ -8,7 +8,6 @@ leaves the same files, from which it can be continued alone or in another group.
 
 import json
 import logging
-import math
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,6 +29,7 @@ from sae_lab.errors import Interrupted, UserError
 from sae_lab.interrupt import SaveWhenDue, Signals
 from sae_lab.progress import Throughput, TrainingProgress
 from sae_lab.runs import FAILED
+from sae_lab.search import score
 from sae_lab.sweep import failure_recorded, record_failure
 from sae_lab.train import (
     Member,
@@ -40,7 +40,6 @@ from sae_lab.train import (
     fit,
     hydra_files,
     open_run,
-    score,
     show_complete,
 )
 
@@ -57,10 +56,10 @@ class Job(NamedTuple):
     def folder(self) -> Path:
         return Path(self.cfg.run_dir)
 
-    def score(self) -> float:
-        """What `train` returns of it once it is done; nan where it has failed."""
+    def score(self) -> float | None:
+        """What a search makes of it once it is done; None where it has failed."""
         metrics = self.folder / "metrics.json"
-        return score(json.loads(metrics.read_text()), self.cfg.goal_l0) if metrics.is_file() else math.nan
+        return score(json.loads(metrics.read_text()), self.cfg.goal_l0) if metrics.is_file() else None
 
 
 def read_job(cfg: DictConfig) -> Job:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from omegaconf import OmegaConf
 
-from sae_lab.checkpoint import check_readable, write_atomically
+from sae_lab.checkpoint import check_readable, remove_unfinished, write_atomically
 from sae_lab.errors import Busy, UserError
 
 LOCK, FAILED = ".lock", "failed.txt"
@@ -65,6 +65,8 @@ class Run:
                 raise Busy(f"another process trains in {self.folder}: wait for it, or choose another hydra.run.dir.")
             if self.checkpoint is None:
                 clear(self.folder)
+            for name in ("checkpoints", "sae", ".hydra"):
+                remove_unfinished(self.folder / name)
             for name, text in files.items():
                 write_atomically(self.folder / ".hydra" / name, text.encode())
             yield

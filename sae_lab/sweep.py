@@ -26,6 +26,7 @@ from sae_lab.cli import explain
 from sae_lab.errors import Busy, UserError
 from sae_lab.runs import FAILED, is_running
 from sae_lab.screen import console
+from sae_lab.search import best
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ PLAN = "jobs.txt"
 
 
 class SweepSummary(Callback):
-    """Notes in `jobs.txt` which jobs a sweep will have; at its end shows a table and exits with 1 if any failed."""
+    """Notes in `jobs.txt` which jobs a sweep will have; at its end shows a table, and exits with 1 if any failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         names = planned(config)
@@ -41,8 +42,11 @@ class SweepSummary(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         root = Path(config.hydra.sweep.dir)
-        jobs = standings(root, plan(root) or job_folders(root))
+        folders = plan(root) or job_folders(root)
+        jobs = standings(root, folders)
         show(jobs)
+        if not grid(config) and (sentence := best(folders, config.get("goal_l0"))):
+            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
         if any(job.status == "failed" for job in jobs):
             sys.exit(1)
 
@@ -52,7 +56,7 @@ def planned(config: DictConfig) -> list[str]:
 
     Composing the config of every job would tell as well, but takes a third of a second each.
     """
-    if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+    if not grid(config):
         return []
     parser = OverridesParser.create()
     overrides = parser.parse_overrides(list(config.hydra.overrides.task))
@@ -69,6 +73,11 @@ def planned(config: DictConfig) -> list[str]:
         names.append(str(OmegaConf.select(job_config, "hydra.sweep.subdir")))
     HydraConfig.instance().cfg = before
     return names
+
+
+def grid(config: DictConfig) -> bool:
+    """Whether all jobs are known from the start; else this is a search."""
+    return config.hydra.sweeper._target_.endswith(".BasicSweeper")
 
 
 def plan(sweep_dir: Path) -> list[Path]:

@@ -36,6 +36,7 @@ from sae_lab.ranks import ranks
 from sae_lab.runs import Run, examine
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import print_files, print_metrics
+from sae_lab.search import score
 from sae_lab.sweep import failure_recorded
 
 log = logging.getLogger(__name__)
@@ -248,18 +249,13 @@ def show_complete(run: Run) -> dict[str, Any]:
     return metrics
 
 
-def score(metrics: dict[str, Any], goal_l0: float | None) -> float:
-    """What a search minimises: fvu, or the distance of l0 to its goal."""
-    return metrics["fvu"] if goal_l0 is None else abs(metrics["l0"] - goal_l0)
-
-
 @entry_point("train")
-def main(cfg: DictConfig) -> float:
+def main(cfg: DictConfig) -> float | None:
     if HydraConfig.get().mode == RunMode.RUN:
         return score(train(cfg), cfg.goal_l0)
     with failure_recorded(Path(cfg.run_dir)):  # one job's failure must not end a sweep
         return score(train(cfg), cfg.goal_l0)
-    return math.nan
+    return None  # not nan, over which Optuna's sweeper breaks
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
-"""Presets on other engines: how many jobs run at once, where their files land, and what to install."""
+"""Launchers on other engines: how many jobs run at once, where their files land, and what to install."""
 
 import importlib.util
+import json
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from shell import run
-from test_sweep import SMALL
+from test_sweep import arguments, sweep
 
-from sae_lab.sweep import plan, standing
+from sae_lab.errors import UserError
+from sae_lab.spread import deal, n_slots
+from sae_lab.sweep import job_folders, plan, standing
 
 PRESETS = {
     "hydra/launcher=gpus": ("hydra_ray_launcher", "ray"),
@@ -28,13 +35,6 @@ def needs(plugin: str):
     )
 
 
-def sweep(root: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    (root / "experiment").mkdir()
-    (root / "experiment" / "small.yaml").write_text(SMALL)
-    where = [f"--config-dir={root}", "-m", "experiment=small", f"hydra.sweep.dir={root / 'sweep'}"]
-    return run(*where, *overrides, shell=True)  # Ray's and submitit's workers start as this process did
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_that_is_not_installed_names_its_extra(preset):
     plugin, extra = PRESETS[preset]
@@ -46,39 +46,122 @@ def test_a_preset_that_is_not_installed_names_its_extra(preset):
     assert done.stderr.splitlines() == [sentence]
 
 
-def assert_sweep_of_four(root: Path, done: subprocess.CompletedProcess[str], at_once: int) -> None:
-    """Every job in its folder, complete, and never more than `at_once` between a log's first and last line."""
-    assert done.returncode == 0, done.stderr
+def test_groups_are_dealt_to_slots():
+    """A group is cut only where slots would be idle."""
+    assert deal([[1, 2, 3, 4, 5]], 2) == [[1, 3, 5], [2, 4]]
+    assert deal([[1, 2], [3]], 4) == [[1], [2], [3]]
+    assert deal([[1, 2], [3], [4]], 2) == [[1, 2], [3], [4]]
+    assert deal([], 2) == []
+
+
+def test_parallel_is_a_number_of_groups(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert n_slots("auto") == 1
+    for wrong in (0, "two", 1.5, True):
+        with pytest.raises(UserError, match=f"hydra.launcher.parallel={wrong} must be auto or a whole number"):
+            n_slots(wrong)
+    monkeypatch.setattr("sae_lab.spread.ray_is_installed", lambda: False)
+    with pytest.raises(UserError, match=r"parallel=2 needs Ray, .*: pip install 'sae-lab\[ray\]'\."):
+        n_slots(2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert n_slots("auto") == 1
+    assert caplog.messages == [
+        "One of 4 GPUs trains, as Ray is not installed: pip install 'sae-lab[ray]' for all of them."
+    ]
+    monkeypatch.setattr("sae_lab.spread.ray_is_installed", lambda: True)
+    assert n_slots("auto") == 4
+
+
+def at_once(folders: list[Path], logs: list[str]) -> int:
+    """How many jobs were at work at a time, from a log's first line to the folder's last file."""
+    begins = pd.to_datetime([log.splitlines()[0][1:24] for log in logs], format="%Y-%m-%d %H:%M:%S,%f")
+    last = [next(f / name for name in ("metrics.json", "failed.txt") if (f / name).is_file()) for f in folders]
+    ends = pd.to_datetime([file.stat().st_mtime for file in last], unit="s")
+    return max(sum(b <= begin < e for b, e in zip(begins, ends, strict=True)) for begin in begins)
+
+
+def assert_sweep_of_four(root: Path, done: subprocess.CompletedProcess[str], slots: int) -> None:
+    """Every job in its folder, never more than `slots` at a time; the one that diverged is told, and no other."""
+    assert done.returncode == 1, done.stderr
     folders = plan(root / "sweep")
-    assert [standing(folder)[0] for folder in folders] == ["complete"] * 4
-    assert all((folder / "sae" / "sae.safetensors").is_file() for folder in folders)
-    logs = [(folder / "train.log").read_text().splitlines() for folder in folders]
-    begins = pd.to_datetime([lines[0][1:24] for lines in logs], format="%Y-%m-%d %H:%M:%S,%f")
-    ends = pd.to_datetime([(folder / "metrics.json").stat().st_mtime for folder in folders], unit="s")
-    assert max(sum(b <= begin < e for b, e in zip(begins, ends, strict=True)) for begin in begins) <= at_once
+    assert [standing(folder)[0] for folder in folders] == ["complete", "failed"] * 2, done.stderr
+    assert all("training has diverged" in standing(folder)[1] for folder in folders[1::2])
+    assert "4 jobs: 2 complete, 2 failed." in done.stdout
+    assert all((folder / "sae" / "sae.safetensors").is_file() for folder in folders[::2])
+    logs = [(folder / "train.log").read_text() for folder in folders]
+    assert all(f"training 16 steps of 128 tokens in {f}" in log for f, log in zip(folders, logs, strict=True))
+    assert at_once(folders, logs) <= slots
+
+
+def assert_continues(root: Path, *overrides: str) -> None:
+    """The command without its bad jobs finds the good ones complete, and leaves them as they are."""
+    folders = plan(root / "sweep")[::2]
+    before = {p: p.stat().st_mtime_ns for f in folders for p in f.rglob("*") if p.suffix not in (".log", ".lock")}
+    again = sweep(root, *overrides, "optimizer.lr=1e-3", shell=True)
+    assert again.returncode == 0, again.stderr
+    assert "2 jobs: 2 complete." in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+JOBS = ["sae=vanilla", "k=4,8"]
+"""With two learning rates, of which one diverges."""
+BAD = "optimizer.lr=1e-3,1e30"
 
 
 @needs("hydra_ray_launcher")
 def test_ray_gives_each_job_its_slot(tmp_path):
     """Two pretend slots: processors in place of GPUs."""
     remote = ["hydra.launcher.ray.remote.num_gpus=0", "hydra.launcher.ray.remote.num_cpus=1"]
-    done = sweep(
-        tmp_path, "k=4,8", "sae=topk,vanilla", "hydra/launcher=gpus", *remote, "+hydra.launcher.ray.init.num_cpus=2"
-    )
-    assert_sweep_of_four(tmp_path, done, at_once=2)
+    ours = [*JOBS, "hydra/launcher=gpus", *remote, "+hydra.launcher.ray.init.num_cpus=2"]
+    assert_sweep_of_four(tmp_path, sweep(tmp_path, *ours, BAD, shell=True), slots=2)
+    assert_continues(tmp_path, *ours)
+
+
+@needs("hydra_ray_launcher")
+def test_groups_share_a_stream_each_in_its_slot(tmp_path):
+    """Four jobs of one stream in two slots are two groups."""
+    ours = [*JOBS, "hydra/launcher=shared_stream", "hydra.launcher.parallel=2"]
+    done = sweep(tmp_path, *ours, BAD, shell=True)
+    assert_sweep_of_four(tmp_path, done, slots=4)
+    assert "2 groups, 2 at a time" in done.stderr
+    folders = plan(tmp_path / "sweep")
+    assert all("2 SAEs share one pass over tiny" in (f / "train.log").read_text() for f in folders)
+    assert_continues(tmp_path, *ours)
+
+
+@needs("hydra_ray_launcher")
+def test_a_signal_reaches_every_group_which_saves(tmp_path):
+    ours = ["sae=vanilla", "k=4,8", "hydra/launcher=shared_stream", "hydra.launcher.parallel=2"]
+    endless = ["n_tokens=1_000_000_000", "trainer.checkpoint_every=1_000_000"]
+    command = [sys.executable, "-m", "sae_lab.train", *arguments(tmp_path, *ours, *endless)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob("sweep/*/metrics.csv"))) < 2 and process.poll() is None:
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert [standing(folder)[0] for folder in plan(tmp_path / "sweep")] == ["interrupted"] * 2, said
+    assert all((folder / "checkpoints" / "last.ckpt").is_file() for folder in plan(tmp_path / "sweep")), said
 
 
 @needs("hydra_submitit_launcher")
 def test_submitit_runs_each_job_in_its_folder(tmp_path):
-
-    done = sweep(tmp_path, "k=4,8", "sae=topk,vanilla", "hydra/launcher=submitit_local")
-    assert_sweep_of_four(tmp_path, done, at_once=4)
+    ours = [*JOBS, "hydra/launcher=submitit_local"]
+    assert_sweep_of_four(tmp_path, sweep(tmp_path, *ours, BAD, shell=True), slots=4)
+    assert_continues(tmp_path, *ours)
 
 
 @needs("hydra_optuna_sweeper")
-def test_a_search_minimises_its_score(tmp_path):
-    over = "sae.l1_coefficient=tag(log,interval(1e-4,1e-1))"
-    done = sweep(tmp_path, "hydra/sweeper=search", "sae=vanilla", "goal_l0=16", "hydra.sweeper.n_trials=3", over)
-    assert done.returncode == 0, done.stderr
-    assert "3 jobs: 3 complete." in done.stdout
-    assert "Best parameters" in done.stdout + done.stderr
+def test_a_search_minimises_its_score_and_continues(tmp_path):
+    """What a trial that fails costs the search is itself; the same command makes the same choices."""
+    over = ["optimizer.lr=1e-3,1e30", "k=interval(4,32)", "hydra.sweeper.n_trials=4"]
+    done = sweep(tmp_path, "hydra/sweeper=search", *over, shell=True)
+    folders = job_folders(tmp_path / "sweep")
+    status = [standing(folder)[0] for folder in folders]
+    assert len(status) == 4, done.stderr
+    assert set(status) == {"complete", "failed"}, done.stdout
+    assert done.returncode == 1
+    fvu = [json.loads(f.read_text())["fvu"] for f in (tmp_path / "sweep").glob("*/metrics.json")]
+    assert f" and fvu {min(fvu):.4f}:\npython -m sae_lab.train " in done.stdout
+    again = sweep(tmp_path, "hydra/sweeper=search", *over, shell=True)
+    assert job_folders(tmp_path / "sweep") == folders, again.stdout

@@ -38,6 +38,19 @@ def test_a_checkpoint_is_continued(tmp_path):
     assert open_run(tmp_path).checkpoint == tmp_path / "checkpoints" / "last.ckpt"
 
 
+def test_what_was_half_written_when_a_run_was_killed_is_removed(tmp_path):
+    open_run(tmp_path)
+    leave_checkpoint(tmp_path)
+    (tmp_path / "sae").mkdir()
+    stale = [f"checkpoints/.last.ckpt.{2**22 + 1}", "sae/.sae.safetensors.7", ".hydra/.config.yaml.7"]
+    kept = ["checkpoints/.best.ckpt", "checkpoints/last.ckpt", "sae/mine.7", ".mine.7"]
+    for name in [*stale, *kept]:
+        (tmp_path / name).touch()
+    assert open_run(tmp_path).step == 7
+    assert not [name for name in stale if (tmp_path / name).exists()]
+    assert all((tmp_path / name).exists() for name in kept)
+
+
 def test_metrics_mean_complete(tmp_path):
     open_run(tmp_path)
     (tmp_path / "metrics.json").write_text("{}")

@@ -27,12 +27,16 @@ trainer: {log_every: 3, validate_every: 10}
 """
 
 
-def sweep(root: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """A sweep of small runs into root/sweep, by the command line."""
+def arguments(root: Path, *overrides: str) -> list[str]:
+    """The command line of a sweep of small runs into root/sweep."""
     (root / "experiment").mkdir(exist_ok=True)
     (root / "experiment" / "small.yaml").write_text(SMALL)
     small = [f"--config-dir={root}", "-m", "experiment=small", f"hydra.sweep.dir={root / 'sweep'}"]
-    return run(*small, *overrides)
+    return [*small, *overrides]
+
+
+def sweep(root: Path, *overrides: str, shell: bool = False) -> subprocess.CompletedProcess[str]:
+    return run(*arguments(root, *overrides), shell=shell)
 
 
 def leave_run(folder: Path, n_logged: int = 0, rate: float = 50.0) -> Run:

@@ -327,3 +327,5 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], *parts: str) -> 
 def test_help_names_choices_dials_and_examples():
     said = run("--help").stdout
     assert all(word in said for word in ("n_tokens", "hydra.run.dir", "sae=topk"))
+    assert "\nschedule: constant, warmup_decay\n" in said
+    assert "_linear" not in said
