@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from sae_lab.errors import Interrupted, UserError, first_line
 from sae_lab.group import Job, by_stream, log_files, train_jobs
+from sae_lab.interrupt import Signals
 from sae_lab.runs import FAILED
 from sae_lab.sweep import record_failure
 
@@ -88,18 +89,47 @@ def run_on_ray(parts: list[list[Job]], slots: int, max_members: int | None, job_
     task = ray.remote(max_calls=1, max_retries=0, **lease)(train_part)
     runs = {task.remote(part, max_members, job_logging): part for part in parts}
     try:
-        for run, part in runs.items():
-            try:
-                ray.get(run)
-            except ray.exceptions.RayError as e:
-                record_lost(part, e)
-    except (Interrupted, KeyboardInterrupt):
-        for run in runs:
-            ray.cancel(run)  # SIGINT to its process, which saves a checkpoint
-        ray.wait(list(runs), num_returns=len(runs))
-        raise
+        wait_for(runs)
     finally:
         ray.shutdown()
+
+
+def wait_for(runs: dict[Any, list[Job]]) -> None:
+    """Until every process has ended; after SIGINT or SIGTERM each saves and ends. Ray hides what a handler raises.
+
+    Raises:
+        Interrupted: a signal arrived.
+    """
+    import ray
+
+    signals, waiting, told = Signals(), list(runs), False
+    signals.listen()
+    try:
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=0.5)
+            for run in done:
+                collect(run, runs[run])
+            if signals.received is not None and not told:
+                told = True
+                for run in waiting:
+                    ray.cancel(run)  # SIGINT to its process
+    finally:
+        signals.restore()
+    if signals.received is not None:
+        name = signal.Signals(signals.received).name
+        raise Interrupted(f"Stopped by {name}, all groups are saved: the same command continues.", signals.received)
+
+
+def collect(run: Any, part: list[Job]) -> None:
+    """Record what has ended a process before its work was done, unless it was ours to cancel."""
+    import ray
+
+    try:
+        ray.get(run)
+    except ray.exceptions.TaskCancelledError:
+        log.info("%d SAEs were stopped", len(part))
+    except ray.exceptions.RayError as e:
+        record_lost(part, e)
 
 
 def train_part(jobs: list[Job], max_members: int | None, job_logging: Any) -> None:

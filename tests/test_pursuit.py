@@ -114,16 +114,6 @@ def test_no_step_makes_the_residual_larger(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_b_dec_is_taken_off_first(method):
-    """A row that is b_dec and two of one latent has that code."""
-    sae = build("topk", "sae.normalize=none")
-    torch.nn.init.normal_(sae.b_dec, generator=torch.Generator().manual_seed(0))
-    x_hat, code = Pursuit(sae, method, 3).autoencode(x := (sae.b_dec + 2 * sae.W_dec[[3, 7]]).detach())
-    torch.testing.assert_close(code.to_dense(), 2 * torch.eye(64)[[3, 7]], rtol=0, atol=1e-4)
-    torch.testing.assert_close(x_hat, x)
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_equal_latents_do_not_break_the_search(method):
     twice = torch.cat([D, D])
     z = pursue(method, Y, Dictionary(twice), 4).to_dense()

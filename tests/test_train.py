@@ -303,7 +303,7 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         (["optimizer.lr=fast"], ["optimizer.lr=fast must be a number"]),
         (["max_grad_norm=-1"], ["max_grad_norm=-1 must be a number of at least 0"]),
         (["experiment=mlp_encoder"], ["would freeze a random dictionary", "give init_from="]),
-        (["init_from=nowhere"], ["nowhere holds no config.json"]),
+        (["init_from=nowhere"], ["nowhere is no folder, file or release", "give a path"]),
         (["resume=maybe"], ["resume=maybe is not known", "never"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

@@ -51,6 +51,16 @@ def test_rows_of_any_norm_are_searched_as_unit_rows():
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_b_dec_is_taken_off_first(method):
+    """A row that is b_dec and two of one latent has that code."""
+    sae = build("topk", "sae.normalize=none")
+    torch.nn.init.normal_(sae.b_dec, generator=torch.Generator().manual_seed(0))
+    x_hat, code = PursuitSAE.of(sae, method, 3).autoencode(x := (sae.b_dec + 2 * sae.W_dec[[3, 7]]).detach())
+    torch.testing.assert_close(code.to_dense(), 2 * torch.eye(64)[[3, 7]], rtol=0, atol=1e-4)
+    torch.testing.assert_close(x_hat, x)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_gradient_is_that_of_the_error_with_the_codes_held_still(method):
     sae = build("pursuit", f"sae.method={method}")
     out = sae(X)
