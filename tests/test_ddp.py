@@ -203,10 +203,11 @@ def trained(settings: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """A run on this process's shares, with some latents dead from the start."""
     sae = build(*settings)
     inner = dictionary(sae)
-    with torch.no_grad():
-        inner.W_enc[:20] *= 0.01
-        if inner.b_enc is not None:
-            inner.b_enc[:20] = -10.0
+    if hasattr(inner, "W_enc"):
+        with torch.no_grad():
+            inner.W_enc[:20] *= 0.01
+            if inner.b_enc is not None:
+                inner.b_enc[:20] = -10.0
     return fit(sae, max_grad_norm=0.05, batches=[share(x) for x in BATCHES]).sae.state_dict()
 
 
