@@ -258,8 +258,8 @@ def log_files(folders: list[Path]) -> Iterator[None]:
 
 
 def log_file(folder: Path, like: logging.FileHandler) -> logging.FileHandler:
-    """A log file of the same name and form in another folder."""
+    """A log file of the same name and form in another folder; what is said before the folder is there is not kept."""
     handler = logging.FileHandler(folder / Path(like.baseFilename).name, delay=True)
     handler.setFormatter(like.formatter)
-    handler.addFilter(lambda record: MEMBER.get() in (None, folder))
+    handler.addFilter(lambda record: folder.is_dir() and MEMBER.get() in (None, folder))
     return handler
