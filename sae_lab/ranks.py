@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ class Child:
         if code is None:
             return None
         said = self.log.read_text(errors="replace").strip() or f"exit code {code}"
-        last = said.splitlines()[-1].removeprefix(f"[rank{self.rank}]: ")  # torch marks a traceback's lines so
+        last = said.splitlines()[-1]
         return f"process {self.rank} of {self.n} ended early ({last}): see {self.log}; the same command continues."
 
     def end(self) -> None:
@@ -154,7 +155,12 @@ def main(folder: Path, rank: int, n: int, port: int) -> None:
     store = dist.TCPStore(HOST, port, n, is_master=False, timeout=TIMEOUT)
     store.add("ready", 1)
     with fewer_threads(n), process_group(rank, n, store):
-        train_along(folder)
+        try:
+            train_along(folder)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)  # at once: who hears no more of this process looks whether it has ended
         follower.join()
 
 
