@@ -1,6 +1,7 @@
 """Shuffling: consecutive rows in, batches of mixed rows out; nothing lost, nothing twice, its place can be saved."""
 
 from collections.abc import Generator
+from mmap import mmap
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -91,7 +92,7 @@ class ShuffledBlocks:
                 self._begin = self._place()
             rows = self._chunk.rows[self._used : self._used + self.block_rows - filled]
             if self._memory is None:
-                self._memory = rows.new_empty(self.block_rows, *rows.shape[1:])
+                self._memory = apart(rows, self.block_rows)
             self._memory[filled : filled + len(rows)] = rows
             self._used += len(rows)
             filled += len(rows)
@@ -118,3 +119,13 @@ class ShuffledBlocks:
     def _place(self) -> tuple[dict[str, Any], int]:
         assert self._chunk is not None
         return self._chunk.state, self._used
+
+
+def apart(rows: Float[Tensor, "n s d"], n: int) -> Float[Tensor, "m s d"]:
+    """Memory for n such rows. On a CPU it is no part of the C library's heap, as a block leaves a hole there that the
+    next small tensor cuts up: the calibration's block then took new memory, and a run that of two blocks.
+    """
+    if rows.device.type != "cpu" or rows[0].numel() == 0:
+        return rows.new_empty(n, *rows.shape[1:])
+    pages = mmap(-1, n * rows[0].numel() * rows.element_size())
+    return torch.frombuffer(pages, dtype=rows.dtype).view(n, *rows.shape[1:])

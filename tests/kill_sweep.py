@@ -21,19 +21,20 @@ from sae_lab.runs import Run
 from sae_lab.sweep import plan, standing
 
 DIALS = """# @package _global_
-n_tokens: 12_288
+n_tokens: {n_tokens}
 batch_size: 256
 seq_len: 32
 expansion: 2
 calibration_batches: 2
-data: {block_tokens: 2048, lm_batch_rows: 8, n_eval_tokens: 512, n_val_tokens: 256}
-trainer: {log_every: 5, validate_every: 20, checkpoint_every: 5}
+data: {{block_tokens: 2048, lm_batch_rows: 8, n_eval_tokens: 512, n_val_tokens: 256}}
+trainer: {{log_every: 5, validate_every: 20, checkpoint_every: 5}}
 """
 
 
-def overrides(root: Path, folder: Path, launcher: str) -> list[str]:
+def overrides(root: Path, folder: Path, launcher: str, kills: int) -> list[str]:
+    """The sweep's command: so long that all kills find it at work, so short that some jobs are done by then."""
     (root / "experiment").mkdir(parents=True, exist_ok=True)
-    (root / "experiment" / "killed.yaml").write_text(DIALS)
+    (root / "experiment" / "killed.yaml").write_text(DIALS.format(n_tokens=max(12_288, 2_560 * kills)))
     dials = ["experiment=killed", "sae=topk,vanilla", "optimizer.lr=1e-3,3e-3"]
     where = [f"hydra.sweep.dir={folder}", f"hydra/launcher={launcher}"]
     return [f"--config-dir={root}", "-m", *dials, *where]
@@ -61,7 +62,11 @@ def plain(tree):
 
 
 def kill_at_random(process: Forked, root: Path, chance: random.Random) -> None:
-    """Some time after a random number of checkpoints has been written."""
+    """Some time after a random number of checkpoints has been written.
+
+    Raises:
+        AssertionError: the sweep ended first.
+    """
 
     def written() -> set[tuple[Path, int]]:
         return {(path, path.stat().st_mtime_ns) for path in root.glob("*/checkpoints/last.ckpt")}
@@ -71,21 +76,22 @@ def kill_at_random(process: Forked, root: Path, chance: random.Random) -> None:
         new |= written() - before
         time.sleep(0.005)
     time.sleep(chance.uniform(0, 0.1))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    if process.running:
+        process.send_signal(signal.SIGKILL)
+    assert process.communicate().returncode == -signal.SIGKILL, "the sweep ended before it could be killed"
 
 
 def main(root: Path, kills: int = 10, launcher: str = "shared_stream", seed: int = 0) -> bool:
     killed, chance, finished = root / "killed", random.Random(seed), dict[Path, int]()
     for i in range(kills):
-        kill_at_random(Forked(*overrides(root, killed, launcher)), killed, chance)
+        kill_at_random(Forked(*overrides(root, killed, launcher, kills)), killed, chance)
         jobs = [standing(folder) for folder in plan(killed)]
         print(i, dict(Counter(status for status, _ in jobs)), [detail for _, detail in jobs], flush=True)
         done = {path: path.stat().st_mtime_ns for path in killed.glob("*/metrics.json")}
         assert finished.items() <= done.items(), "a finished job was run again"
         finished = done
     for folder in ("killed", "whole"):
-        done = run(*overrides(root, root / folder, launcher))
+        done = run(*overrides(root, root / folder, launcher, kills))
         assert done.returncode == 0, done.stderr
     equal = [fingerprint(root / "whole" / folder.name) == fingerprint(folder) for folder in plan(killed)]
     print(f"{sum(equal)} of {len(equal)} jobs are equal to the bit after {kills} kills")
