@@ -3,7 +3,8 @@
 Every member is an ordinary run: a LightningModule, a Trainer, loggers and checkpoints of its own. Its Trainer lives in
 a greenlet, which is paused whenever it asks for a batch. Once all have asked, the stream is drawn from once, and the
 members take their step one after the other, in one thread. So a member computes what the same run computes alone, and
-leaves the same files, from which it can be continued alone or in another group.
+leaves the same files, from which it can be continued alone or in another group. One that has come further before joins
+when the stream is where it stopped.
 """
 
 import json
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,17 +79,17 @@ def train_jobs(jobs: list[Job], max_members: int | None = None) -> None:
         max_members: SAEs in a group; None takes as many as the memory holds.
     """
     with log_files([job.folder for job in jobs]):
-        for (step, _), group in by_stream(jobs).items():
+        for group in by_stream(jobs):
             while group:
-                group = train_group(group, step, max_members)
+                group = train_group(group, max_members)
 
 
-def by_stream(jobs: list[Job]) -> dict[tuple[int, str], list[Job]]:
-    """The jobs that are not complete, by step and stream: those together that want the same batches next.
+def by_stream(jobs: list[Job]) -> list[list[Job]]:
+    """The jobs that are not complete: those together that want the same batches, and first those that want most.
 
     What a batch holds is decided by `lm` and `data` alone.
     """
-    groups: dict[tuple[int, str], list[Job]] = {}
+    groups: dict[str, list[tuple[int, Job]]] = {}
     for job in jobs:
         with of_member(job.folder), failure_recorded(job.folder):
             run = open_run(job.cfg)
@@ -97,11 +99,11 @@ def by_stream(jobs: list[Job]) -> dict[tuple[int, str], list[Job]]:
                 show_complete(run)
                 continue
             stream = OmegaConf.masked_copy(job.cfg, ["lm", "data", "calibration_batches"])
-            groups.setdefault((run.step, OmegaConf.to_yaml(stream, sort_keys=True)), []).append(job)
-    return groups
+            groups.setdefault(OmegaConf.to_yaml(stream, sort_keys=True), []).append((run.step, job))
+    return [[job for _, job in sorted(group, key=itemgetter(0))] for group in groups.values()]
 
 
-def train_group(jobs: list[Job], step: int, max_members: int | None) -> list[Job]:
+def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
     """Train and evaluate as many of these jobs, from the first on, as there is room for; the others are returned."""
     try:
         data = build_data(jobs[0].cfg)
@@ -115,8 +117,8 @@ def train_group(jobs: list[Job], step: int, max_members: int | None) -> list[Job
             job = waiting.pop(0)
             with of_member(job.folder), failure_recorded(job.folder):
                 member = open_member(job, data, signals, first=not members)
-                if member.run.complete or member.run.step != step:
-                    log.info("%s has gone on in another process", job.folder)
+                if member.run.complete:
+                    log.info("%s was completed by another process", job.folder)
                     continue
                 folders.enter_context(member.run.begin(job.hydra))
                 members.append(member)
@@ -170,7 +172,8 @@ class SharedStream:
         return self.stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stream.load_state_dict(state)
+        if state != self.stream.state_dict():  # a member that joins finds the stream there, with its block filled
+            self.stream.load_state_dict(state)
 
     def __iter__(self) -> "SharedStream":
         return self
@@ -185,16 +188,24 @@ class SharedStream:
 def train_in_step(members: list[Member], data: ActivationData, signals: Signals) -> None:
     """`fit` every member, all on the same batches; one that fails leaves, and the others go on.
 
+    Args:
+        members: in the order of their steps.
+
     Raises:
-        Interrupted: a signal arrived; every member has saved a checkpoint of the same step.
+        Interrupted: a signal arrived; every member that has joined has saved a checkpoint of the same step.
     """
     stream = data.stream
     data.stream = SharedStream(stream)  # type: ignore[assignment]
-    runs = [greenlet(partial(fit_member, member, data)) for member in members]
-    for run in runs:
-        run.switch()  # as far as its first batch
+    waiting, alive = list(members), list[greenlet]()
     try:
-        while signals.due is None and (alive := [run for run in runs if not run.dead]):
+        while signals.due is None:
+            alive = [run for run in alive if not run.dead]
+            if waiting and (not alive or waiting[0].run.step <= stream.n_given):
+                alive.append(greenlet(partial(fit_member, waiting.pop(0), data)))
+                alive[-1].switch()  # as far as its first batch
+                continue
+            if not alive:
+                break
             signals.listen()  # again: a Trainer that fails puts back the handlers that it found
             batch = next(stream, None)
             signals.due = signals.received

@@ -39,7 +39,7 @@ def train_spread(jobs: list[Job], max_members: int | None, parallel: int | str, 
         train_jobs(jobs, max_members)
         return
     with log_files([job.folder for job in jobs]):
-        parts = deal(list(by_stream(jobs).values()), slots)
+        parts = deal(by_stream(jobs), slots)
         if parts:
             log.info("%d groups, %d at a time", len(parts), slots)
             run_on_ray(parts, slots, max_members, job_logging)

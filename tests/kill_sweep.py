@@ -2,8 +2,8 @@
 
     python tests/kill_sweep.py FOLDER [kills] [launcher]
 
-Runs a sweep in FOLDER/killed, killing it as often as asked, and then to its end; and once in FOLDER/whole. Prints what
-each launch left, and whether all is equal.
+Runs one job of a sweep in FOLDER/killed, then the sweep, killing it as often as asked, and then to its end; and once in
+FOLDER/whole. Prints what each launch left, and whether all is equal.
 """
 
 import hashlib
@@ -31,13 +31,16 @@ trainer: {{log_every: 5, validate_every: 20, checkpoint_every: 5}}
 """
 
 
-def overrides(root: Path, folder: Path, launcher: str, kills: int) -> list[str]:
-    """The sweep's command: so long that all kills find it at work, so short that some jobs are done by then."""
+ONE = ["sae=topk", "optimizer.lr=1e-3"]
+FOUR = ["sae=topk,vanilla", "optimizer.lr=1e-3,3e-3"]
+
+
+def overrides(root: Path, folder: Path, launcher: str, kills: int, dials: list[str] = FOUR) -> list[str]:
+    """The sweep's command; so long that all kills find it at work."""
     (root / "experiment").mkdir(parents=True, exist_ok=True)
     (root / "experiment" / "killed.yaml").write_text(DIALS.format(n_tokens=max(12_288, 2_560 * kills)))
-    dials = ["experiment=killed", "sae=topk,vanilla", "optimizer.lr=1e-3,3e-3"]
     where = [f"hydra.sweep.dir={folder}", f"hydra/launcher={launcher}"]
-    return [f"--config-dir={root}", "-m", *dials, *where]
+    return [f"--config-dir={root}", "-m", "experiment=killed", *dials, *where]
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -82,7 +85,9 @@ def kill_at_random(process: Forked, root: Path, chance: random.Random) -> None:
 
 
 def main(root: Path, kills: int = 10, launcher: str = "shared_stream", seed: int = 0) -> bool:
-    killed, chance, finished = root / "killed", random.Random(seed), dict[Path, int]()
+    killed, chance = root / "killed", random.Random(seed)
+    assert run(*overrides(root, killed, launcher, kills, ONE)).returncode == 0
+    finished = {path: path.stat().st_mtime_ns for path in killed.glob("*/metrics.json")}
     for i in range(kills):
         kill_at_random(Forked(*overrides(root, killed, launcher, kills)), killed, chance)
         jobs = [standing(folder) for folder in plan(killed)]

@@ -98,8 +98,8 @@ def test_a_group_costs_the_language_model_passes_of_one_run(tmp_path, monkeypatc
     assert calls["logits"] == one["logits"] + batches * (3 + 4)
 
 
-def test_members_at_different_steps_regroup(alone, tmp_path, monkeypatch):
-    """One complete, two stopped at the same step, one new."""
+def test_members_at_different_steps_share_a_pass(alone, tmp_path, monkeypatch, caplog):
+    """One complete, two stopped at the same step, one new, which the two wait for."""
     together(tmp_path, "topk")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "topk").rglob("*") if p.is_file() and p.suffix != ".log"}
     stop_at_batch(monkeypatch, 6)
@@ -110,11 +110,11 @@ def test_members_at_different_steps_regroup(alone, tmp_path, monkeypatch):
     assert steps == [6, 6]
     assert standing(tmp_path / "vanilla") == ("interrupted", "step 6/12")
     jobs = [read_job(config(tmp_path / name, *overrides)) for name, overrides in MEMBERS.items()]
-    assert [[job.folder.name for job in group] for group in by_stream(jobs).values()] == [
-        ["batch_topk", "vanilla"],
-        ["gated"],
-    ]
+    assert [[job.folder.name for job in group] for group in by_stream(jobs)] == [["gated", "batch_topk", "vanilla"]]
+    refill, refills = ShuffledBlocks._refill, []
+    monkeypatch.setattr(ShuffledBlocks, "_refill", lambda stream: (refills.append(stream.n_given), refill(stream)))
     train_jobs(jobs)
+    assert refills == [0, 4, 8, 0]  # one pass of 12 batches in blocks of 4, and the calibration's
     for name in MEMBERS:
         assert_same_run(alone / name, tmp_path / name)
     assert {p: p.stat().st_mtime_ns for p in before} == before
@@ -161,10 +161,10 @@ def test_a_config_that_is_wrong_fails_by_itself(alone, tmp_path):
 
 def test_a_job_that_another_process_has_done_meanwhile_is_left_alone(tmp_path):
     job = read_job(config(tmp_path / "topk", *MEMBERS["topk"]))
-    [(step, _)] = by_stream([job])
+    assert by_stream([job]) == [[job]]
     train(config(tmp_path / "topk", *MEMBERS["topk"]))
     before = (tmp_path / "topk" / "metrics.json").stat().st_mtime_ns
-    assert train_group([job], step, None) == []
+    assert train_group([job], None) == []
     assert (tmp_path / "topk" / "metrics.json").stat().st_mtime_ns == before
 
 
