@@ -32,14 +32,30 @@ def folder_name(text: str) -> str:
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 
-# Hydra's own list for `--help` has the fragments that choices share (`_linear`), which nobody is to choose.
-def choices() -> str:
+# What `--help` shows. Hydra's own lists every group, for an entry point that takes none of them too, and the fragments
+# that choices share (`_linear`), which nobody is to choose.
+def choices(config_name: str) -> str:
+    """The groups that an entry point's config names, and what each may be."""
     loader = GlobalHydra.instance().config_loader()
-    options = {g: loader.get_group_options(g, ObjectType.CONFIG) for g in loader.list_groups("") if g != "hydra"}
-    return "\n".join(f"{g}: {', '.join(o for o in sorted(options[g]) if o[0] != '_')}" for g in sorted(options))
+    groups = [next(iter(d)) for d in OmegaConf.load(conf_file(config_name)).defaults if d != "_self_"]
+    options = {g: loader.get_group_options(g, ObjectType.CONFIG) for g in groups if not g.startswith("override")}
+    lines = [f"{g}: {', '.join(o for o in sorted(options[g]) if o[0] != '_')}" for g in sorted(options)]
+    return "\n".join(["Choices (name=choice)", *(f"  {line}" for line in lines)]) if lines else ""
+
+
+def dials(config_name: str) -> str:
+    """An entry point's config as it is written, comments included, without what only Hydra reads."""
+    text = re.sub(r"\n(#.*\n)*hydra:\n(.*\n)*", "", conf_file(config_name).read_text())
+    text = re.sub(r"^defaults:\n( .*\n)+", "", text, flags=re.MULTILINE)
+    return text.strip().replace("$", "$$")  # Hydra fills what it shows into a template
+
+
+def conf_file(config_name: str) -> Path:
+    return CONF / f"{config_name}.yaml"
 
 
 OmegaConf.register_new_resolver("choices", choices, replace=True)
+OmegaConf.register_new_resolver("dials", dials, replace=True)
 
 # What a preset of conf/hydra/ is built on, and the extra of this package that installs it.
 EXTRAS = {"launcher/ray": "ray", "launcher/submitit_slurm": "slurm", "sweeper/optuna": "optuna"}

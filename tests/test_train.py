@@ -327,5 +327,21 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], *parts: str) -> 
 def test_help_names_choices_dials_and_examples():
     said = run("--help").stdout
     assert all(word in said for word in ("n_tokens", "hydra.run.dir", "sae=topk"))
-    assert "\nschedule: constant, warmup_decay\n" in said
+    assert "\n  schedule: constant, warmup_decay\n" in said
     assert "_linear" not in said
+
+
+@pytest.mark.parametrize(
+    ("module", "dial", "choice"),
+    [
+        ("harvest", "verify: false             # true: only check", "  lm: gemma2_2b, gpt2,"),
+        ("benchmark", "dead_share: 0.0           # share of the latents", "  sae: batch_topk, gated,"),
+        ("report", "sweep_dir: ???", ""),
+    ],
+)
+def test_help_of_other_entry_points_is_their_config(module, dial, choice):
+    said = run("--help", module=module).stdout
+    assert f"\n{dial}" in said
+    assert choice in said
+    assert ("Choices" in said) == bool(choice)
+    assert not any(word in said for word in ("defaults:", "\nhydra:", "_linear", "  experiment"))
