@@ -1,6 +1,9 @@
 """Shuffled blocks: every row once, the same after any resume."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,3 +95,43 @@ def test_state_is_plain():
     stream = ShuffledBlocks(Counter(10), 16, 8, seed=0)
     next(stream)
     assert stream.state_dict() == {"chunk": {"chunk": 0}, "skip": 0, "block": 0, "given": 1}
+
+
+class Rows(Counter):
+    """Chunks of one megabyte."""
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while self.chunk < self.n_chunks:
+            yield Chunk(self.state_dict(), torch.zeros(2**10, 1, 2**8))
+            self.chunk += 1
+
+
+MEMORY_OF_TWO_STREAMS = """
+import psutil
+from sae_lab.buffer import ShuffledBlocks
+from sae_lab.memory import keep_freed_memory
+from test_buffer import Rows
+
+keep_freed_memory()
+held, kept = [psutil.Process().memory_info().rss], []
+for _ in range(2):
+    stream = ShuffledBlocks(Rows(n_chunks=256), block_rows=2**18, batch_size=2**10, seed=0)
+    next(stream)
+    kept.append(bytes(2**20))  # what else is allocated meanwhile
+    held.append(psutil.Process().memory_info().rss)
+    stream.close()
+    held.append(psutil.Process().memory_info().rss)
+print(*[round((after - held[0]) / 2**20) for after in held[1:]])
+"""
+
+
+def test_a_block_gives_its_memory_back():
+    """A second stream's block (256 MB) comes after the first's, not on top of it."""
+    said = subprocess.run(
+        [sys.executable, "-c", MEMORY_OF_TWO_STREAMS], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert said.returncode == 0, said.stderr
+    first, closed, second, again = (int(mb) for mb in said.stdout.split())
+    assert 256 <= first < 256 + 64
+    assert 256 <= second < 256 + 64
+    assert max(closed, again) < 64
