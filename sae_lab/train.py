@@ -116,17 +116,23 @@ def start(sae: BaseSAE, source: str) -> None:
 
 
 def check_dials(cfg: DictConfig) -> None:
-    """Refuse a dial that is no number, no whole one where only that makes sense, or too small; `null` passes."""
+    """Refuse a dial that is no number, no whole one where only that makes sense, or too small."""
     whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seq_len": 2, "seed": 0, "calibration_batches": 1}
     whole |= {f"trainer.{name}": 1 for name in ("devices", "checkpoint_every", "validate_every", "log_every")}
     dials = whole | {"k": 0, "expansion": 0, "max_grad_norm": 0, "goal_l0": 0, "optimizer.lr": 0}
+    optional = {"n_latents", "expansion", "max_grad_norm", "goal_l0"}
     for key, least in dials.items():
-        value = OmegaConf.select(cfg, key)
+        value = OmegaConf.select(cfg, key, default=least)
+        if value is None and key in optional:
+            continue
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not (number and value >= least and (key not in whole or value == int(value))):
-            raise UserError(f"{key}={value} must be a {'whole ' if key in whole else ''}number of at least {least}.")
+        if not (number and value >= least and (key not in whole or value == int(value))):
+            given = "null" if value is None else value
+            raise UserError(f"{key}={given} must be a {'whole ' if key in whole else ''}number of at least {least}.")
+    if cfg.n_latents is None and cfg.expansion is None:
+        raise UserError("n_latents=null with expansion=null leaves the size of the dictionary open: give one of them.")
     for key in ("batch_size", "n_tokens"):
-        if (cfg[key] or 0) % (cfg.trainer.devices or 1):
+        if cfg[key] % cfg.trainer.devices:
             raise UserError(f"{key}={cfg[key]} cannot be shared out equally: give a multiple of trainer.devices.")
     if cfg.init_from is None and OmegaConf.select(cfg, "sae.frozen_decoder"):
         raise UserError("sae.frozen_decoder=true would freeze a random dictionary: give init_from=<folder of an SAE>.")
