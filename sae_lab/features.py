@@ -19,6 +19,7 @@ from torch import Tensor
 from sae_lab.checkpoint import write_atomically
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData, take_rows
+from sae_lab.documents import TRAIN
 from sae_lab.errors import UserError
 from sae_lab.evaluate import open_run
 from sae_lab.lm.base import LanguageModel
@@ -26,7 +27,6 @@ from sae_lab.memory import keep_freed_memory
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import print_files, track
 from sae_lab.sparse import Code, SparseCode
-from sae_lab.text import TRAIN
 
 PAGE = Path(__file__).with_suffix(".html")
 N_BINS = 30

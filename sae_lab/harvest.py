@@ -25,12 +25,12 @@ from sae_lab.cache import (
 )
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData, take_rows
+from sae_lab.documents import HELD_OUT, TRAIN, Documents
 from sae_lab.errors import UserError
 from sae_lab.memory import keep_freed_memory
 from sae_lab.prefetch import Prefetched
 from sae_lab.screen import TokenProgress
 from sae_lab.store import Store
-from sae_lab.text import HELD_OUT, TRAIN, Documents
 
 log = logging.getLogger(__name__)
 

@@ -31,10 +31,10 @@ from sae_lab.checkpoint import write_atomically
 from sae_lab.cli import entry_point
 from sae_lab.clock import now
 from sae_lab.data import ActivationData, take_rows
+from sae_lab.documents import TRAIN
 from sae_lab.harvest import Harvester
 from sae_lab.memory import keep_freed_memory
 from sae_lab.screen import console, track
-from sae_lab.text import TRAIN
 from sae_lab.train import build_sae
 
 Stage = Callable[[], int]  # does a slice of work and says how many tokens it was

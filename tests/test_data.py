@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sae_lab.data import ActivationData, take_rows
+from sae_lab.documents import Documents, Window
 from sae_lab.errors import UserError
-from sae_lab.text import Documents, Window
 
 
 class Numbers(Documents):

@@ -15,21 +15,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sae_lab.cli import CONF
-from sae_lab.errors import UserError
-from sae_lab.text import (
+from sae_lab.corpora import FileDocuments, HubDocuments
+from sae_lab.documents import (
     HELD_OUT,
     TRAIN,
     DisassembledStdlib,
     Documents,
-    FileDocuments,
-    HubDocuments,
     IndexedDocuments,
     Piece,
     StdlibDocuments,
-    TextRows,
     disassembled,
     held_out,
 )
+from sae_lab.errors import UserError
+from sae_lab.text import TextRows
 
 BOS = 0
 STDLIB = sysconfig.get_paths()["stdlib"]
@@ -95,8 +94,8 @@ def texts_of(documents: Documents, epoch: int = 0) -> list[str]:
 @pytest.fixture
 def small_windows(monkeypatch):
     """Windows of a few documents, and pieces of a few characters."""
-    monkeypatch.setattr("sae_lab.text.WINDOW", 40)
-    monkeypatch.setattr("sae_lab.text.PIECE", 11)
+    monkeypatch.setattr("sae_lab.documents.WINDOW", 40)
+    monkeypatch.setattr("sae_lab.documents.PIECE", 11)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from shell import Forked, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_lab import load_sae
-from sae_lab.text import HELD_OUT, StdlibDocuments
+from sae_lab.documents import HELD_OUT, StdlibDocuments
 
 N_EVAL = 2048
 SMALL = [

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
+from sae_lab.documents import HELD_OUT, TRAIN, DisassembledStdlib, StdlibDocuments
 from sae_lab.lm.loading import SIBLING, TINY, find_folder
 from sae_lab.lm.train_tiny import SEED, all_rows, held_out_loss, train
 from sae_lab.memory import keep_freed_memory
-from sae_lab.text import HELD_OUT, TRAIN, DisassembledStdlib, StdlibDocuments
 
 LR = 1e-3  # a third of the bundled model's
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from sae_lab.corpora import HUB_TIMEOUT
 from sae_lab.errors import UserError, first_line
 from sae_lab.lm.base import LanguageModel
-from sae_lab.text import HUB_TIMEOUT
 
 TINY = "tiny"
 SIBLING = "outputs/tiny_disassembly"  # where fine_tune_tiny.py writes, unless told otherwise

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from sae_lab.documents import HELD_OUT, TRAIN, Documents, StdlibDocuments
 from sae_lab.memory import keep_freed_memory
-from sae_lab.text import HELD_OUT, TRAIN, Documents, StdlibDocuments, TextRows
+from sae_lab.text import TextRows
 
 BOS = "<|endoftext|>"
 CONFIG: dict[str, Any] = {"vocab_size": 4096, "n_positions": 256, "n_embd": 128, "n_layer": 6, "n_head": 4}

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from sae_lab.data import take_rows
+from sae_lab.documents import HELD_OUT, StdlibDocuments
 from sae_lab.lm import TransformersLM
 from sae_lab.lm.loading import TINY, find_folder
-from sae_lab.text import HELD_OUT, StdlibDocuments, TextRows
+from sae_lab.text import TextRows
 
 SITE = "transformer.h.2"  # the default of conf/lm/tiny.yaml
 

@@ -1,0 +1,152 @@
+"""Documents: text in passes, each in an order of its own, that can be entered anywhere. The bundled ones are here."""
+
+import dis
+import io
+import re
+import sysconfig
+import warnings
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TRAIN, HELD_OUT = "train", "held_out"
+WINDOW = 2**23  # characters of text that are read at once and mixed
+PIECE = 2**16  # characters after which a document is cut, so that a long one is mixed like the others
+
+Place = dict[str, Any]  # plain values, which a checkpoint may hold
+
+
+class Window(NamedTuple):
+    """Consecutive documents of a pass, and the place from which they are read again; place["window"] numbers them."""
+
+    place: Place
+    texts: list[str]
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one: the n-th of its window, in the order of the pass."""
+
+    place: Place
+    n: int
+    text: str
+
+
+class Documents(ABC):
+    """Text as a sequence of passes; every pass holds the same documents, each in an order of its own.
+
+    A pass is read in windows of WINDOW characters. Documents are cut after PIECE characters, and the pieces of a window
+    are permuted by (seed, pass, window). So the stream can be entered at any piece by reading no more than one window.
+    """
+
+    def __init__(self, seed: int, split: str = TRAIN):
+        # Held-out documents come in one order, whatever the seed: all runs are judged on the same text.
+        self.seed = seed if split == TRAIN else 0
+
+    @abstractmethod
+    def windows(self, epoch: int, place: Place | None) -> Iterator[Window]:
+        """The windows of pass `epoch` from the one at `place` on; None is the first."""
+
+    def pieces(self, epoch: int, place: Place | None = None, first: int = 0) -> Iterator[Piece]:
+        """Pass `epoch` from the `first`-th piece of the window at `place` on."""
+        for window in self.windows(epoch, place):
+            texts = [text[i : i + PIECE] for text in window.texts for i in range(0, len(text), PIECE)]
+            order = permutation(len(texts), self.seed, epoch, window.place["window"])
+            for n in range(first, len(order)):
+                yield Piece(window.place, n, texts[order[n]])
+            first = 0
+
+
+class IndexedDocuments(Documents):
+    """Documents that can be read in any order: pass `epoch` is a permutation drawn from (seed, epoch)."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, i: int) -> str: ...
+
+    def windows(self, epoch: int, place: Place | None) -> Iterator[Window]:
+        order = permutation(len(self), self.seed, epoch)
+        place = place or {"window": 0, "first": 0}
+        while texts := take_window(self[i] for i in order[place["first"] :]):
+            yield Window(place, texts)
+            place = {"window": place["window"] + 1, "first": place["first"] + len(texts)}
+
+
+def take_window(texts: Iterator[str]) -> list[str]:
+    """The next documents, up to the one with which they are WINDOW characters."""
+    taken, length = [], 0
+    for text in texts:
+        taken.append(text)
+        length += len(text)
+        if length >= WINDOW:
+            break
+    return taken
+
+
+def permutation(n: int, *key: int) -> list[int]:
+    """The numbers below n, in an order drawn from the key."""
+    return np.random.default_rng(key).permutation(n).tolist()
+
+
+def held_out(name: str, every: int) -> bool:
+    """Whether the document of this name is kept from training: one in `every`, by checksum, the same everywhere."""
+    return zlib.crc32(name.encode()) % every == 0
+
+
+class StdlibDocuments(IndexedDocuments):
+    """The source text and docstrings of the running Python's standard library, one document a module.
+
+    Left out: tests (some distributions do not ship them) and the character tables of `encodings`.
+    One module in `held_out_every` belongs to the split `held_out`, the others to `train`.
+    """
+
+    LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "lib2to3"}
+
+    def __init__(self, split: str = TRAIN, seed: int = 0, held_out_every: int = 10):
+        super().__init__(seed, split)
+        root = Path(sysconfig.get_paths()["stdlib"])
+        names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
+        names = [n for n in names if not self.LEFT_OUT & set(n.split("/")[:-1])]
+        self.paths = [root / n for n in names if held_out(n, held_out_every) == (split == HELD_OUT)]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> str:
+        return self.paths[i].read_text(encoding="utf-8", errors="replace")
+
+
+class DisassembledStdlib(StdlibDocuments):
+    """The same modules as bytecode listings (`dis`), each cut to the length of its source; `mixed` adds the source.
+
+    Text of another kind that every machine has. A module that does not compile is an empty document.
+    """
+
+    def __init__(self, split: str = TRAIN, seed: int = 0, held_out_every: int = 10, mixed: bool = False):
+        super().__init__(split, seed, held_out_every)
+        self.mixed = mixed
+
+    def __len__(self) -> int:
+        return len(self.paths) * (1 + self.mixed)
+
+    def __getitem__(self, i: int) -> str:
+        source = super().__getitem__(i % len(self.paths))
+        return source if i >= len(self.paths) else disassembled(source)[: len(source)]
+
+
+def disassembled(source: str) -> str:
+    """The listing of a module's bytecode, without addresses in memory; empty where it does not compile."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            code = compile(source, "module", "exec")
+    except (SyntaxError, ValueError):
+        return ""
+    listing = io.StringIO()
+    dis.dis(code, file=listing)
+    return re.sub(r" at 0x[0-9a-f]+", "", listing.getvalue())
