@@ -7,7 +7,7 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
-from sae_lab.documents import TRAIN, Documents, IndexedDocuments, Place, Window, take_window
+from sae_lab.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, Place, Window, take_window
 from sae_lab.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
