@@ -9,7 +9,13 @@ from torch.autograd.function import once_differentiable
 
 from sae_lab.distributed import least
 from sae_lab.matmul import linear
-from sae_lab.selection import Pieces, Preactivations, kth_largest, sortable, top_of_batch
+from sae_lab.selection import Pieces, Preactivations, kth_largest, sortable, top_k, top_of_batch
+from sae_lab.sparse import decode, encoded
+
+BY_ENTRY_FROM = {"cpu": 10, "cuda": 100}
+"""Dead latents for each of the k_aux, from which on touching only those that take part costs less. Measured at d 768,
+b 4096, k_aux 384 on 2 cores: equal at 8, 1.3 x faster at 16, 2.7 x at 32 and 64. A GPU's products are faster; there it
+is not measured."""
 
 
 def auxk(
@@ -25,16 +31,22 @@ def auxk(
 
     Gao et al. 2024, arXiv 2406.04093, §A.2. The weights are the dead latents' rows. Gradients reach them alone: through
     the residual, live latents would be pulled towards the dead ones. The sum has no bias, as e already lacks b_dec.
-    With `over_batch` the top k_aux · b of the whole batch take part instead of the top k_aux of each row. Latents that
-    tie for the last place all take part.
+    With `over_batch` the top k_aux · b of the whole batch take part instead of the top k_aux of each row. It is left
+    open which of those that tie for the last place do.
     """
-    return _AuxK.apply(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch)
+    if len(W_enc) < BY_ENTRY_FROM[x.device.type] * k_aux:
+        return _AuxK.apply(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch)
+    with torch.no_grad():
+        code = (top_of_batch if over_batch else top_k)(Preactivations(x, W_enc, b_enc), k_aux)
+    code = encoded(code, x.unsqueeze(1), torch.zeros_like(x[:1]), W_enc.unsqueeze(1), b_enc)
+    e_hat = decode(code, W_dec.unsqueeze(1), torch.zeros_like(residual[:1]))
+    return (e_hat.squeeze(1) - residual).square().mean()
 
 
 class _AuxK(torch.autograd.Function):
     """Walks over pieces of rows and takes the gradient on the way, so that no (b, n_dead) matrix exists.
 
-    k_aux is of the order of the number of dead latents: a dense product costs less than one by active entry.
+    For k_aux of the order of the number of dead latents: there a dense product costs less than one by active entry.
     """
 
     @staticmethod

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import build
 
 from sae_lab import selection
-from sae_lab.auxk import auxk
+from sae_lab.auxk import BY_ENTRY_FROM, auxk
 from sae_lab.errors import UserError
 from sae_lab.saes import BatchTopKSAE, TopKSAE
 from sae_lab.saes.normalize import NORMALIZERS, ConstantNorm, PerToken
@@ -154,6 +154,7 @@ class TestAuxiliaryLoss:
         assert sae.W_enc.grad[:20].norm() > 0
         assert sae.W_dec.grad[:20].norm() > 0
 
+    @pytest.mark.usefixtures("_both_ways")
     def test_value_is_the_formula(self):
         """P-10: the sum has no b_dec, which the residual lacks already."""
         sae, out = self.sae_and_output()
@@ -175,6 +176,11 @@ class TestAuxiliaryLoss:
         sae.auxk_coefficient = 0.0
         assert sae.losses(out).keys() == {"reconstruction"}
 
+    @pytest.fixture(params=["dense", "by entry"])
+    def _both_ways(self, request, monkeypatch):
+        monkeypatch.setitem(BY_ENTRY_FROM, "cpu", 1000 if request.param == "dense" else 0)
+
+    @pytest.mark.usefixtures("_both_ways")
     @pytest.mark.parametrize("bias", [False, True])
     def test_gradient_is_autograds(self, bias, monkeypatch):
         """Over several pieces of rows, in float64, against the formula by plain autograd."""
@@ -195,6 +201,7 @@ class TestAuxiliaryLoss:
         ):
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
 
+    @pytest.mark.usefixtures("_both_ways")
     def test_over_the_batch_the_strongest_dead_entries_of_all_rows_take_part(self):
         sae, out = self.sae_and_output()
         sae.auxk_selection, sae.k_aux = "batch", 7
