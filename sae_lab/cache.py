@@ -21,6 +21,7 @@ import torch
 import xxhash
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from sae_lab.buffer import Chunk
@@ -30,7 +31,7 @@ from sae_lab.store import Store
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 PIECE = 128
 MANIFEST, HELD_OUT_FILE = "manifest.json", "held_out.safetensors"
 REBUILD = "harvest it again with rebuild=true"
@@ -58,6 +59,7 @@ class Manifest:
     model: str
     key: dict[str, Any]
     held_out_whole: bool
+    held_out_checksum: str
     complete: bool = False
     shards: list[Shard] = field(default_factory=list)
 
@@ -82,7 +84,7 @@ class Manifest:
             content = json.loads(store.read(MANIFEST))
             shards = [Shard(**shard) for shard in content.pop("shards")]
             return cls(**content, shards=shards)
-        except (ValueError, TypeError, KeyError) as e:
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise UserError(f"{store.url}/{MANIFEST} is damaged ({type(e).__name__}): {REBUILD}.") from e
 
 
@@ -194,8 +196,10 @@ class Cache:
         return self._mapped[number]
 
     def held_out(self) -> Int[Tensor, "r t"]:
-        with safe_open(self.store.local_file(HELD_OUT_FILE), "pt") as tensors:
-            return tensors.get_tensor("tokens").long()
+        content = self.store.read(HELD_OUT_FILE) if self.store.exists(HELD_OUT_FILE) else b""
+        if xxhash.xxh3_128_hexdigest(content) != self.manifest.held_out_checksum:
+            raise UserError(f"{self.store.url}/{HELD_OUT_FILE} is damaged: {REBUILD}.")
+        return load(content)["tokens"].long()
 
 
 class CachedRows:

@@ -7,7 +7,7 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
-from sae_lab.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, Place, Window, take_window
+from sae_lab.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, Place, Window, digest_of, take_window
 from sae_lab.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class FileDocuments(IndexedDocuments):
             raise UserError(f"data.held_out_every={held_out_every} leaves nothing to train on: give 2 or more.")
         files, builder = self._find([paths] if isinstance(paths, str) else list(paths))
         options = self.WHOLE if builder == "text" else {}
+        self.files = [Path(f) for f in files]
         self.rows = load_rows(builder, data_files=[escape(f) for f in files], split="train", **options)
         self.columns = text_columns(self.rows.features, column)
         self.split = split
@@ -72,6 +73,9 @@ class FileDocuments(IndexedDocuments):
                 f"data.paths match files of kinds {suffixes}: give files of one kind of {list(cls.BUILDERS)}."
             )
         return files, builder
+
+    def digest(self) -> str:
+        return digest_of(self.files)
 
     def __len__(self) -> int:
         return len(self.numbers)

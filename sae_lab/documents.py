@@ -7,11 +7,12 @@ import sysconfig
 import warnings
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 TRAIN, HELD_OUT = "train", "held_out"
 WINDOW = 2**23  # characters of text that are read at once and mixed
@@ -50,6 +51,10 @@ class Documents(ABC):
     def windows(self, epoch: int, place: Place | None) -> Iterator[Window]:
         """The windows of pass `epoch` from the one at `place` on; None is the first."""
 
+    def digest(self) -> str:
+        """Of all the text that this may give; empty where to read it through would take too long."""
+        return ""
+
     def pieces(self, epoch: int, place: Place | None = None, first: int = 0) -> Iterator[Piece]:
         """Pass `epoch` from the `first`-th piece of the window at `place` on."""
         for window in self.windows(epoch, place):
@@ -75,6 +80,17 @@ class IndexedDocuments(Documents):
         while texts := take_window(self[i] for i in order[place["first"] :]):
             yield Window(place, texts)
             place = {"window": place["window"] + 1, "first": place["first"] + len(texts)}
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """Of what the files hold, in this order (a gigabyte takes about a second)."""
+    digest = xxhash.xxh3_128()
+    for file in files:
+        with file.open("rb") as f:
+            while part := f.read(2**24):
+                digest.update(part)
+        digest.update(b"\0")
+    return digest.hexdigest()
 
 
 def take_window(texts: Iterator[str]) -> list[str]:
@@ -113,6 +129,9 @@ class StdlibDocuments(IndexedDocuments):
         names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
         names = [n for n in names if not self.LEFT_OUT & set(n.split("/")[:-1])]
         self.paths = [root / n for n in names if held_out(n, held_out_every) == (split == HELD_OUT)]
+
+    def digest(self) -> str:
+        return digest_of(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -59,11 +59,12 @@ class Harvester:
         self.key = lm_key(data.lm) | self._data_key()
 
     def _data_key(self) -> dict[str, Any]:
-        """What of the text decides the activations; the first rows stand for what no argument names."""
+        """What of the text decides the activations; the first rows stand for text that cannot be read through."""
         data = self.data
         if data.documents is None:
             raise UserError("a cache is harvested from text: choose another data=..., such as data=stdlib.")
-        first = take_rows(data.text(TRAIN, repeat=False), data.lm_batch_rows)
+        text = data.text(TRAIN, repeat=False)
+        first = take_rows(text, data.lm_batch_rows)
         return {
             "seq_len": data.seq_len,
             "n_tokens": self.n_tokens,
@@ -73,6 +74,7 @@ class Harvester:
             "data.pack": data.pack,
             "data.repeat": data.repeat,
             **{f"data.{name}": value for name, value in described(data.documents).items()},
+            "data.digest": text.documents.digest(),
             "data.first_rows": xxhash.xxh3_64_hexdigest(as_bytes(first)),
         }
 
@@ -98,14 +100,16 @@ class Harvester:
         """
         manifest = self._read()
         damaged = [shard.file for shard in manifest.shards if not self._is_whole(shard)] if manifest else []
+        damaged += [HELD_OUT_FILE] if manifest and not self._has(HELD_OUT_FILE, manifest.held_out_checksum) else []
         if damaged:
             raise UserError(f"{self.store.url}: damaged: {', '.join(damaged)}; rebuild=true makes them again.")
         log.info("%s: %d shards, all whole.", self.store.url, len(manifest.shards) if manifest else 0)
 
     def _is_whole(self, shard: Shard) -> bool:
-        if not self.store.exists(shard.file) or self.store.size(shard.file) != shard.size:
-            return False
-        return xxhash.xxh3_128_hexdigest(self.store.read(shard.file)) == shard.checksum
+        return self._has(shard.file, shard.checksum)
+
+    def _has(self, file: str, checksum: str) -> bool:
+        return self.store.exists(file) and xxhash.xxh3_128_hexdigest(self.store.read(file)) == checksum
 
     def _read(self, start_over: bool = False) -> Manifest | None:
         """This cache's manifest, None where there is none, or a damaged one that is not to be kept."""
@@ -128,12 +132,18 @@ class Harvester:
             *(self.store.url, f"{self.n_tokens:,}", len(data.lm.sites), data.d_in, self.key["dtype"]),
             *(self.n_tokens * bytes_per_token / 1e9, self._free()),
         )
-        wanted = max(1, data.n_eval_tokens // data.seq_len)
-        held_out = take_rows(data.text(HELD_OUT, repeat=False), wanted)
-        self.store.write(HELD_OUT_FILE, save({"tokens": held_out.int()}))
-        manifest = Manifest(data.lm.name, self.key, held_out_whole=len(held_out) < wanted)
+        whole, checksum = self._write_held_out()
+        manifest = Manifest(data.lm.name, self.key, held_out_whole=whole, held_out_checksum=checksum)
         manifest.write(self.store)
         return manifest
+
+    def _write_held_out(self) -> tuple[bool, str]:
+        """Whether that is all of the held-out text, and the file's checksum."""
+        wanted = max(1, self.data.n_eval_tokens // self.data.seq_len)
+        held_out = take_rows(self.data.text(HELD_OUT, repeat=False), wanted)
+        content = save({"tokens": held_out.int()})
+        self.store.write(HELD_OUT_FILE, content)
+        return len(held_out) < wanted, xxhash.xxh3_128_hexdigest(content)
 
     def _free(self) -> str:
         folder = self.store.folder
@@ -197,6 +207,9 @@ class Harvester:
         return Shard(file, len(rows), len(tokens), chunks[0].state, len(content), checksum)
 
     def _mend(self, manifest: Manifest) -> None:
+        if not self._has(HELD_OUT_FILE, manifest.held_out_checksum):
+            log.warning("%s is damaged or missing: making it again.", HELD_OUT_FILE)
+            self._write_held_out()
         for i, shard in enumerate(manifest.shards):
             if self._is_whole(shard):
                 continue

@@ -67,7 +67,7 @@ class Store:
 
     def sweep(self) -> None:
         """Remove what processes that were killed while they wrote have left behind."""
-        for left in self.folder.glob(".*.safetensors.*") if self.folder is not None else ():
+        for left in self.folder.glob(".*.*.*") if self.folder is not None else ():
             left.unlink(missing_ok=True)
 
     @contextmanager

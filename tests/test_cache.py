@@ -17,6 +17,7 @@ from fakes import Follow, UniqueWords
 
 from sae_lab import store
 from sae_lab.cache import PIECE, Cache, CachedRows
+from sae_lab.corpora import FileDocuments
 from sae_lab.data import ActivationData, CachedData, take_rows
 from sae_lab.errors import UserError
 from sae_lab.harvest import Harvester
@@ -311,6 +312,36 @@ def test_a_missing_and_a_cut_shard_are_found_and_mended(whole):
         harvester(whole).verify()
     harvester(whole).build(rebuild=True)
     assert files(whole) == before
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:40], lambda b: b[:-1] + bytes([b[-1] ^ 1]), None])
+def test_damaged_held_out_text_is_found_named_and_mended(whole, damage):
+    before, file = files(whole), whole / "held_out.safetensors"
+    file.unlink() if damage is None else file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=r"held_out.safetensors is damaged: harvest it again with rebuild=true"):
+        cached(whole).held_out_rows(8)
+    with pytest.raises(UserError, match=r"damaged: held_out\.safetensors; rebuild=true makes them again"):
+        harvester(whole).verify()
+    harvester(whole).build(rebuild=True)
+    assert files(whole) == before
+
+
+def test_text_that_changed_behind_its_first_rows_is_refused(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(4):
+        (corpus / f"{i}.txt").write_text("1 2 3 4 " * 900)
+
+    def of_files() -> Harvester:
+        result = harvester(tmp_path / "cache")
+        result.data.documents = partial(FileDocuments, [str(corpus / "*.txt")])
+        result.key |= result._data_key()
+        return result
+
+    before = of_files().key
+    (corpus / "2.txt").write_text("1 2 3 4 " * 899 + "1 2 3 5 ")
+    after = of_files().key
+    assert [key for key in before if before[key] != after[key]] == ["data.digest"]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
