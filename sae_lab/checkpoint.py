@@ -62,7 +62,7 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> BaseSAE:
         sae.load_state_dict(tensors)
         if "probe" in description:
             check_probe(sae.eval(), folder / PROBE)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as e:
         raise UserError(f"the SAE in {folder} cannot be read ({type(e).__name__}: {e}): save or copy it again.") from e
     except RuntimeError as e:  # load_state_dict: missing, unexpected or misshapen tensors
         raise UserError(f"the tensors of {folder / WEIGHTS} do not fit its {CONFIG}: {' '.join(str(e).split())}") from e
@@ -114,6 +114,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         f.write(content)
 
 
+def checkpoint_content(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds, with tensors that are not read."""
+    content: dict[str, Any] = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
+    return content
+
+
 def check_readable(checkpoint: Path, remedy: str) -> int:
     """The step a checkpoint was saved at; every byte of it is read, as torch does not look at a file's checksums.
 
@@ -125,7 +131,7 @@ def check_readable(checkpoint: Path, remedy: str) -> int:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"its part {damaged} is damaged")
-        content = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
+        content = checkpoint_content(checkpoint)
         missing = {"state_dict", "pytorch-lightning_version"} - content.keys()
         if missing:
             raise ValueError(f"it lacks {' and '.join(sorted(missing))}")

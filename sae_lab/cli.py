@@ -180,6 +180,8 @@ def _unknown_key(key: str, config_name: str, overrides: list[str]) -> str:
         known = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, DictConfig) else []
     except (HydraException, OmegaConfBaseException):
         known = []  # another override is wrong too: the sentence below still names this one
+    if leaf in known:  # a sweep composes all of its jobs before the first one starts
+        return f"{parent or 'the config'} has no key {leaf} in some jobs of this sweep: sweep those that have it alone."
     close = difflib.get_close_matches(leaf, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     listing = f"It has {', '.join(known)}." if known else f"`--cfg job` prints every key; +{key}=... adds one."

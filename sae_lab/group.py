@@ -123,7 +123,11 @@ def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
                 folders.enter_context(member.run.begin(job.hydra))
                 members.append(member)
         log.info("%d SAEs share one pass over %s", len(members), data.lm.name)
-        train_in_step(members, data, signals)
+        try:
+            train_in_step(members, data, signals)
+        except Exception as e:  # of the stream: what is wrong with one member is its own failure
+            for member in unfailed(members):
+                record_failure(member.run.folder, e)
         finish_together(members, data)
     return waiting
 
@@ -228,7 +232,7 @@ def fit_member(member: Member, data: ActivationData) -> None:
 
 def finish_together(members: list[Member], data: ActivationData) -> None:
     """Calibrate, save and evaluate those that did not fail, in one pass; a failure here is that of all."""
-    alive = [member for member in members if not (member.run.folder / FAILED).exists()]
+    alive = unfailed(members)
     if not alive:
         return
     try:
@@ -236,6 +240,10 @@ def finish_together(members: list[Member], data: ActivationData) -> None:
     except Exception as e:
         for member in alive:
             record_failure(member.run.folder, e)
+
+
+def unfailed(members: list[Member]) -> list[Member]:
+    return [member for member in members if not (member.run.folder / FAILED).exists()]
 
 
 # --- every member's own log

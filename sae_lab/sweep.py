@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import math
 import re
 import sys
 import traceback
@@ -21,10 +22,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from sae_lab.checkpoint import write_atomically
+from sae_lab.checkpoint import checkpoint_content, write_atomically
 from sae_lab.cli import explain
 from sae_lab.errors import Busy, UserError
-from sae_lab.runs import FAILED, is_running
+from sae_lab.runs import FAILED, Run, is_running
 from sae_lab.screen import console
 from sae_lab.search import best
 
@@ -177,12 +178,20 @@ def standing(folder: Path) -> tuple[str, str]:
     if not (folder / ".hydra" / "config.yaml").is_file():
         return "waiting", ""
     config = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    step, rate = last_logged(folder / "metrics.csv")
-    n_steps = int(config.n_tokens) // config.batch_size
+    n_steps = math.ceil(int(config.n_tokens) / config.batch_size)
     if not is_running(folder):
-        return "interrupted", f"step {step}/{n_steps}"
+        return "interrupted", f"step {saved_step(folder)}/{n_steps}"
+    step, rate = last_logged(folder / "metrics.csv")
     left = f", {(n_steps - step) * config.batch_size / rate:.0f} s left" if rate else ""
     return "running", f"step {step}/{n_steps}{left}"
+
+
+def saved_step(folder: Path) -> int:
+    """The step of a run's checkpoint, which it continues from; 0 where there is none, or one that cannot be read."""
+    try:
+        return checkpoint_content(Run(folder, 0, False).last_checkpoint)["global_step"]
+    except Exception:  # torch.load raises whatever the broken part does; a run that is started says what is wrong
+        return 0
 
 
 def last_logged(log_file: Path) -> tuple[int, float | None]:

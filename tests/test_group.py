@@ -12,7 +12,7 @@ import torch
 from conftest import compose, equal
 
 from sae_lab.buffer import ShuffledBlocks
-from sae_lab.errors import Interrupted
+from sae_lab.errors import Interrupted, UserError
 from sae_lab.group import by_stream, has_room, read_job, train_group, train_jobs
 from sae_lab.lm.base import LanguageModel
 from sae_lab.sweep import standing
@@ -150,6 +150,22 @@ def test_a_member_that_diverges_leaves_and_the_others_go_on(alone, tmp_path):
     assert "lower optimizer.lr" in reason
     for name in ("topk", "vanilla"):
         assert_same_run(alone / name, tmp_path / name)
+
+
+def test_a_stream_that_breaks_fails_its_own_group_only(alone, tmp_path, monkeypatch):
+    draw = ShuffledBlocks.__next__
+
+    def breaking(stream):
+        if stream.seed == 1 and stream.n_given == 3:
+            raise UserError("shard-00002.safetensors is damaged")
+        return draw(stream)
+
+    monkeypatch.setattr(ShuffledBlocks, "__next__", breaking)
+    seeds = {"broken": "seed=1", "broken too": "seed=1", "topk": "seed=0"}
+    train_jobs([read_job(config(tmp_path / name, *MEMBERS["topk"], seed)) for name, seed in seeds.items()])
+    for name in ("broken", "broken too"):
+        assert standing(tmp_path / name) == ("failed", "shard-00002.safetensors is damaged")
+    assert_same_run(alone / "topk", tmp_path / "topk")
 
 
 def test_a_config_that_is_wrong_fails_by_itself(alone, tmp_path):

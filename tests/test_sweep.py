@@ -6,6 +6,7 @@ from pathlib import Path
 import hydra
 import kill_sweep
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -40,18 +41,23 @@ def sweep(root: Path, *overrides: str, shell: bool = False) -> subprocess.Comple
 
 
 def leave_run(folder: Path, n_logged: int = 0, rate: float = 50.0) -> Run:
-    """A run folder as an interrupted run leaves it: 100 steps of 10 tokens, `n_logged` of them in the log."""
+    """A run folder as an interrupted run leaves it: 101 steps of 10 tokens, the last of 5; `n_logged` in the log."""
     run = Run(folder, 0, False)
-    config = OmegaConf.create({"n_tokens": 1000, "batch_size": 10})
+    config = OmegaConf.create({"n_tokens": 1005, "batch_size": 10})
     with run.begin({"config.yaml": OmegaConf.to_yaml(config)}):
         rows = [f"{step},{rate}" for step in range(n_logged)]
         (folder / "metrics.csv").write_text("\n".join(["step,tokens_per_second", *rows, ""]))
     return run
 
 
+def leave_checkpoint(run: Run, step: int) -> None:
+    run.last_checkpoint.parent.mkdir(exist_ok=True)
+    torch.save({"global_step": step}, run.last_checkpoint)
+
+
 def test_standings(tmp_path):
     for name in ("complete", "failed", "interrupted"):
-        leave_run(tmp_path / name, n_logged=20)
+        leave_checkpoint(leave_run(tmp_path / name, n_logged=20), step=24)  # which is where the run would go on
     (tmp_path / "complete" / "metrics.json").write_text("{}")
     (tmp_path / "failed" / "failed.txt").write_text("out of memory\n\nTraceback ...\n")
     running = leave_run(tmp_path / "running")
@@ -61,7 +67,7 @@ def test_standings(tmp_path):
         assert standings(tmp_path, [tmp_path / name for name in names]) == [
             ("complete", "complete", ""),
             ("failed", "failed", "out of memory"),
-            ("interrupted", "interrupted", "step 20/100"),
+            ("interrupted", "interrupted", "step 24/101"),
             ("running", "running", "step 20/100, 16 s left"),
             ("waiting", "waiting", ""),
         ]
