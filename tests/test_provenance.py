@@ -98,3 +98,11 @@ def test_provenance_names_model_text_and_code():
     assert set(said["versions"]) >= {"sae-lab", "torch", "transformers"}
     assert len(said["commit"].removesuffix("-dirty")) == 40
     assert data.probe_rows().shape == (16, 1, 128)
+
+
+def test_a_probe_of_latents_that_are_not_there_is_said(x, tmp_path):
+    save_sae(build("topk"), tmp_path, {}, x)
+    probe = load_file(tmp_path / "probe.safetensors")
+    save_file(probe | {"entries": torch.full_like(probe["entries"], 10**6)}, tmp_path / "probe.safetensors")
+    with pytest.raises(UserError, match=r"cannot be read \(IndexError"):
+        load_sae(tmp_path)

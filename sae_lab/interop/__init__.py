@@ -57,7 +57,7 @@ def load_sae(
 def read(source: str | Path, sae_id: str | None) -> BaseSAE:
     path = Path(source).expanduser()
     if path.is_file():
-        return openai.read(path)
+        return read_format(openai, path)
     if path.is_dir():
         return read_folder(path / (sae_id or ""))
     if str(source).startswith(("/", ".", "~")):
@@ -80,7 +80,7 @@ def read_format(format: ModuleType, folder: Path, *arguments: Any) -> BaseSAE:
     try:
         return format.read(folder, *arguments)
     except (AttributeError, KeyError, TypeError, ValueError) as e:  # a list where a name is due, and the like
-        raise UserError(f"the files in {folder} say what nobody can mean ({first_line(e)}): get them again.") from e
+        raise UserError(f"{folder} says what nobody can mean ({first_line(e)}): get it again.") from e
 
 
 def is_format(folder: Path, files: tuple[str, ...]) -> bool:

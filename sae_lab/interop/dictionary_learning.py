@@ -137,6 +137,8 @@ def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
         UserError: dictionary_learning has no form for it, or a k that is not whole.
     """
     name, k = CLASSES.get(type(sae).__name__, ""), sae.config.get("k") or 0
+    if name == "AutoEncoder" and not has_unit_rows(sae):
+        name = "AutoEncoderNew"  # `load_dictionary` divides by the norms in the other, which changes the codes' units
     with parts(sae, CLASSES, ("none",), "dictionary_learning") as t:
         theirs = WRITERS[name](t, sae)
     said = {"dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.n_latents}
@@ -153,6 +155,10 @@ def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
     write_json(folder / CONFIG, {"trainer": said, "buffer": {"ctx_len": provenance.get("data", {}).get("seq_len")}})
 
 
+def has_unit_rows(sae: Any) -> bool:
+    return bool((sae.W_dec.flatten(1).norm(dim=1) - 1).abs().max() < 1e-4)
+
+
 def to_linears(t: Tensors, b_dec: str, b_enc: str = "encoder.bias") -> dict[str, Tensor]:
     theirs = {"encoder.weight": t.take("W_enc", None, None), "decoder.weight": t.take("W_dec", None, None).T}
     return theirs | {b_enc: t.take("b_enc", None), b_dec: t.take("b_dec", None)}
@@ -166,6 +172,12 @@ def to_matrices(t: Tensors) -> dict[str, Tensor]:
 def to_gated(t: Tensors, sae: BaseSAE) -> dict[str, Tensor]:
     magnitude = {"r_mag": t.take("r_mag", None), "mag_bias": t.take("b_mag", None)}
     return to_linears(t, "decoder_bias", "gate_bias") | magnitude
+
+
+def to_april_update(t: Tensors, sae: BaseSAE) -> dict[str, Tensor]:
+    """Their encoder takes x, ours x - b_dec."""
+    theirs = to_linears(t, "decoder.bias")
+    return theirs | {"encoder.bias": theirs["encoder.bias"] - theirs["encoder.weight"] @ theirs["decoder.bias"]}
 
 
 def to_jumprelu(t: Tensors, sae: BaseSAE) -> dict[str, Tensor]:
@@ -184,6 +196,7 @@ def to_matryoshka(t: Tensors, sae: Any) -> dict[str, Tensor]:
 
 WRITERS: dict[str, Callable[[Tensors, Any], dict[str, Tensor]]] = {
     "AutoEncoder": lambda t, sae: to_linears(t, "bias"),
+    "AutoEncoderNew": to_april_update,
     "GatedAutoEncoder": to_gated,
     "JumpReluAutoEncoder": to_jumprelu,
     "AutoEncoderTopK": to_topk,

@@ -178,7 +178,8 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    write_atomically(file, save({name: t.contiguous() for name, t in tensors.items()}))
+    # Copies: the file format takes no two names for the same memory, and tied weights are that.
+    write_atomically(file, save({name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}))
 
 
 def write_pickle(file: Path, tensors: Mapping[str, Tensor]) -> None:

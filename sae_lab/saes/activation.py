@@ -24,4 +24,10 @@ def with_activation(sae: BaseSAE, activation: str) -> BaseSAE:
     if activation not in ACTIVATIONS:
         raise UserError(f"activation={activation} is not known: choose one of {', '.join(ACTIVATIONS)}.")
     cls, settings = ACTIVATIONS[activation]
-    return sae.as_(cls, **settings)
+    if sae.config.get("k") is None:
+        raise UserError(f"activation={activation} needs a k, and a {type(sae).__name__} has none.")
+    other = sae.as_(cls, **settings)
+    lacking = dict(other.named_parameters()).keys() - dict(sae.named_parameters(remove_duplicate=False)).keys()
+    if lacking:
+        raise UserError(f"activation={activation} needs {', '.join(lacking)}, and a {type(sae).__name__} has none.")
+    return other

@@ -45,6 +45,24 @@ PLAIN = [
 ]  # a routed one and a search have no form elsewhere
 
 
+def test_tied_weights_go_out_twice(tmp_path):
+    sae = trained("topk", "sae.tied=true", "sae.encoder_bias=true", "sae.normalize=none")
+    sparsify.write(sae, tmp_path, PROVENANCE)
+    x = planted(32)[0]
+    torch.testing.assert_close(load_sae(tmp_path).encode(x), sae.encode(x))
+
+
+def test_free_norms_survive_dictionary_learning(tmp_path):
+    """Its AutoEncoder has its norms divided out when it is loaded, so such an SAE goes out as an AutoEncoderNew."""
+    sae = trained("vanilla", "sae.unit_norm=false", "sae.normalize=none")
+    with torch.no_grad():
+        sae.W_dec *= torch.linspace(0.5, 2, sae.n_latents).view(-1, 1, 1)
+    dictionary_learning.write(sae, tmp_path, PROVENANCE)
+    assert json.loads((tmp_path / "config.json").read_text())["trainer"]["dict_class"] == "AutoEncoderNew"
+    x = planted(32)[0]
+    torch.testing.assert_close(load_sae(tmp_path).encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("normalize", ["none", "per_token", "constant_norm"])
 @pytest.mark.parametrize("name", PLAIN)
 def test_sae_lens_files_compute_the_same(name, normalize, tmp_path):

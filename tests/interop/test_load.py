@@ -134,10 +134,10 @@ SL, SP, DL, GS = "sae_lens/standard", "sparsify/topk", "dictionary_learning/Batc
         (DL, lambda f: repickle(f, lambda t: t.update(extra=torch.ones(1))), "unknown meaning, extra"),
         (DL, lambda f: torch.save({"b_dec": Bomb()}, f / "ae.pt"), "a pickle that would run code"),
         (DL, lambda f: repickle(f, lambda t: t.update(b_dec="x")), "'b_dec' of .* is no tensor of finite numbers"),
-        (DL, lambda f: edit(f, "config.json", trainer="x"), "say what nobody can mean"),
+        (DL, lambda f: edit(f, "config.json", trainer="x"), "says what nobody can mean"),
         (SL, lambda f: retensor(f, lambda t: t["W_enc"][0, :1].fill_(torch.nan)), "no tensor of finite numbers"),
-        (SL, lambda f: edit(f, "cfg.json", architecture=["standard"]), "say what nobody can mean"),
-        (SL, lambda f: edit(f, "cfg.json", metadata={}, sae_lens_version="dev"), "say what nobody can mean"),
+        (SL, lambda f: edit(f, "cfg.json", architecture=["standard"]), "says what nobody can mean"),
+        (SL, lambda f: edit(f, "cfg.json", metadata={}, sae_lens_version="dev"), "says what nobody can mean"),
         (SP, lambda f: edit(f, "cfg.json", k=100), "k=100 must lie between 1 and the dictionary's 16 latents"),
         (GS, lambda f: np.savez(f / "params.npz", W_dec=np.array([Bomb()], dtype=object)), "as plain arrays"),
     ],
@@ -157,6 +157,7 @@ def test_files_that_must_fail(case, break_it, sentence, tmp_path):
         ({"activation": "Tanh"}, "the activation Tanh"),
         ({"activation_state_dict": {"k": 4, "postact_fn": "Identity"}}, "TopK .*Identity"),
         ({"activation_state_dict": {}}, "does not say 'k'"),
+        ({"activation_state_dict": 5}, "says what nobody can mean"),
     ],
 )
 def test_openai_files_of_another_activation_fail(change, sentence, tmp_path):

@@ -44,6 +44,12 @@ def test_the_running_quantile_gives_way_to_the_batch_rule():
     assert l0_per_row(with_activation(sae, "batch_topk").train().encode(X)).sum() == 4 * 64
 
 
+@pytest.mark.parametrize(("name", "lacking"), [("gated", "a k"), ("pursuit", "W_enc")])
+def test_a_rule_needs_a_k_and_an_encoder(name, lacking):
+    with pytest.raises(UserError, match=f"activation=topk needs {lacking}, and a .*SAE has none"):
+        with_activation(build(name), "topk")
+
+
 def test_nothing_is_shared_and_settings_are_kept():
     sae = build("matryoshka", "sae.encoder_bias=true", "sae.dead_after=9", "seed=3")
     other = sae.as_(TopKSAE, k=2)

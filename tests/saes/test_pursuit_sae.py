@@ -119,7 +119,7 @@ def test_mistakes_get_one_sentence():
         ),
         (lambda: PursuitSAE(k=1.5, d_in=16, n_latents=64), r"k=1\.5 must be a whole number"),
         (lambda: PursuitSAE.of(build("vanilla"), "matching_pursuit"), r"no k of its own: give pursuit\.k="),
-        (lambda: PursuitSAE.of(build("route"), "matching_pursuit", 4), "RouteSAE has no W_dec to search in"),
+        (lambda: PursuitSAE.of(build("route"), "matching_pursuit", 4), "RouteSAE has no W_dec of its own to search in"),
         (lambda: build("pursuit").start_from(build("topk", n_latents=48)), "n_latents=48 cannot start one with"),
         (lambda: build("pursuit").start_from(build("topk", "sae.normalize=none")), "want sae.normalize=none here"),
     ]:
