@@ -202,10 +202,12 @@ def compare(sae: BaseSAE, encoder: str, k: int | None, data: ActivationData, run
     """The SAE's own encoder and a pursuit of its dictionary, side by side in a file of their own, with rows/s."""
     if encoder not in METHODS:
         raise UserError(f"encoder={encoder} is not known: choose own or one of {', '.join(METHODS)}.")
-    evaluations = evaluate_all({"own": sae, encoder: PursuitSAE.of(sae, encoder, k)}, data)
+    pursuit = PursuitSAE.of(sae, encoder, k)
+    evaluations = evaluate_all({"own": sae, encoder: pursuit}, data)
     metrics = {name: {"rows_per_second": e.rows_per_second} | e.metrics for name, e in evaluations.items()}
+    metrics[encoder]["k"] = pursuit.k
     print_metrics(metrics["own"] | {"train_mode": metrics[encoder]}, run_dir, ("own", encoder))
-    file = run_dir / f"metrics_{encoder}.json"
+    file = run_dir / f"metrics_{encoder}{'' if k is None else f'_k{k}'}.json"
     write_atomically(file, (json.dumps(metrics, indent=2) + "\n").encode())
     return file
 
@@ -238,6 +240,8 @@ def main(cfg: DictConfig) -> None:
     added.
     """
     run_dir = Path(cfg.run_dir)
+    if cfg.activation is not None and cfg.encoder != "own":
+        raise UserError(f"activation={cfg.activation} and encoder={cfg.encoder} replace the same thing: give one.")
     keep_freed_memory()
     sae, data, run = open_run(run_dir, cfg.device, cfg.n_eval_tokens)
     if cfg.activation is not None:

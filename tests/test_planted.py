@@ -74,3 +74,14 @@ def test_the_command_recovers_what_it_planted(tmp_path):
     assert figures["mmcs"] > 0.95
     assert figures["found"] > 0.9
     assert figures["config"]["planted"]["n_trees"] == 24
+
+
+def test_what_is_not_found_has_no_place_and_no_trees_are_refused(tmp_path):
+    command = [sys.executable, "-m", "sae_lab.planted", f"hydra.run.dir={tmp_path}", "n_steps=1", "n_latents=16"]
+    done = subprocess.run([*command, "k=2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "planted.json").read_text(), parse_constant=pytest.fail)
+    assert figures["found"] == 0
+    assert "place_roots" not in figures
+    done = subprocess.run([*command, "planted.n_trees=0"], capture_output=True, text=True)
+    assert done.stderr == "planted: planted.n_trees=0 must be at least 1.\n"

@@ -257,10 +257,12 @@ def test_evaluate_compares_a_pursuit_with_the_saes_own_encoder(run_dir):
     done = run(f"run_dir={run_dir}", "encoder=gradient_pursuit", "pursuit.k=12", module="evaluate")
     assert done.returncode == 0, done.stderr
     assert (run_dir / "metrics.json").read_bytes() == before
-    metrics = json.loads((run_dir / "metrics_gradient_pursuit.json").read_text())
+    metrics = json.loads((run_dir / "metrics_gradient_pursuit_k12.json").read_text())
     assert metrics["own"]["fvu"] == pytest.approx(json.loads(before)["fvu"])
     assert metrics["gradient_pursuit"]["fvu"] < metrics["own"]["fvu"]
     assert metrics["gradient_pursuit"]["l0"] <= 12
+    both = run(f"run_dir={run_dir}", "encoder=matching_pursuit", "activation=topk", module="evaluate")
+    assert_one_sentence(both, "activation=topk and encoder=matching_pursuit replace the same thing")
     refused = run(f"run_dir={run_dir}", "encoder=newton", module="evaluate")
     assert_one_sentence(refused, "encoder=newton is not known: choose own or one of matching_pursuit")
 

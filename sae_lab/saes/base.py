@@ -169,8 +169,10 @@ class BaseSAE(nn.Module, ABC):
         """`(b, d)` or `(b, s, d)` -> `(b, s, d)` in the dtype of the parameters.
 
         Raises:
-            UserError: any other shape.
+            UserError: any other shape, or whole numbers.
         """
+        if not x.is_floating_point():
+            raise UserError(f"this SAE takes activations, floating-point numbers, not {x.dtype}: give x.float().")
         y = x.unsqueeze(1) if x.ndim == 2 and self.n_sources == 1 else x
         if y.ndim != 3 or y.shape[1:] != (self.n_sources, self.d_in):
             want = f"(b, {self.n_sources}, {self.d_in})" + (f" or (b, {self.d_in})" if self.n_sources == 1 else "")

@@ -45,6 +45,8 @@ class PursuitSAE(DictionarySAE):
     @classmethod
     def of(cls, sae: BaseSAE, method: str, k: int | None = None) -> "PursuitSAE":
         """The dictionary, normalisation and b_dec of `sae`; k is by default its own."""
+        if not isinstance(sae, DictionarySAE):
+            raise UserError(f"a {type(sae).__name__} has no W_dec of its own to search in.")
         k = sae.config.get("k") if k is None else k
         if k is None:
             raise UserError(f"a {type(sae).__name__} has no k of its own: give pursuit.k=<latents a row at most>.")
@@ -54,7 +56,7 @@ class PursuitSAE(DictionarySAE):
     def start_from(self, other: BaseSAE) -> None:
         """Take over W_dec, its rows divided by their norms, and b_dec; an encoder is left behind."""
         if not isinstance(other, DictionarySAE):
-            raise UserError(f"a {type(other).__name__} has no W_dec to search in: give the SAE that it is made of.")
+            raise UserError(f"a {type(other).__name__} has no W_dec of its own to search in.")
         check_sizes(self, other)
         self.check_units(other)
         self.W_dec.copy_(other.W_dec)
