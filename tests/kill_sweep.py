@@ -48,10 +48,10 @@ def fingerprint(folder: Path) -> dict[str, str]:
     files = ["metrics.json", "sae/sae.safetensors"]
     prints = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
     state = torch.load(Run(folder, 0, False).last_checkpoint, weights_only=True)
-    kept = {key: value for key, value in state.items() if key != "callbacks"}
-    # Lightning's count of validation batches, which nothing reads: where a checkpoint and a validation fall on one
-    # step, a run that continues from it counts that validation's batches twice.
-    del kept["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    # Not Lightning's own counts of batches: one that is killed between the last step's checkpoint and the end of its
+    # loop counts one batch less, one that continues from a step that is validated counts that validation twice.
+    kept = {key: state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
+    kept["place"] = state["ActivationData"]
     return prints | {"checkpoint": hashlib.sha256(repr(plain(kept)).encode()).hexdigest()}
 
 
