@@ -209,7 +209,8 @@ class Harvester:
     def _mend(self, manifest: Manifest) -> None:
         if not self._has(HELD_OUT_FILE, manifest.held_out_checksum):
             log.warning("%s is damaged or missing: making it again.", HELD_OUT_FILE)
-            self._write_held_out()
+            manifest.held_out_whole, manifest.held_out_checksum = self._write_held_out()
+            manifest.write(self.store)
         for i, shard in enumerate(manifest.shards):
             if self._is_whole(shard):
                 continue

@@ -326,6 +326,13 @@ def test_damaged_held_out_text_is_found_named_and_mended(whole, damage):
     assert files(whole) == before
 
 
+def test_held_out_text_of_another_length_is_mended_too(whole):
+    (whole / "held_out.safetensors").unlink()
+    harvester(whole, n_eval_tokens=16).build(rebuild=True)
+    harvester(whole).verify()
+    assert len(Cache(str(whole)).held_out()) == 2
+
+
 def test_text_that_changed_behind_its_first_rows_is_refused(tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
