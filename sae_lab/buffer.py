@@ -125,7 +125,7 @@ def apart(rows: Float[Tensor, "n s d"], n: int) -> Float[Tensor, "m s d"]:
     """Memory for n such rows. On a CPU it is no part of the C library's heap, as a block leaves a hole there that the
     next small tensor cuts up: the calibration's block then took new memory, and a run that of two blocks.
     """
-    if rows.device.type != "cpu" or rows[0].numel() == 0:
+    if rows.device.type != "cpu":
         return rows.new_empty(n, *rows.shape[1:])
     pages = mmap(-1, n * rows[0].numel() * rows.element_size())
     return torch.frombuffer(pages, dtype=rows.dtype).view(n, *rows.shape[1:])

@@ -1,4 +1,4 @@
-"""What every entry point shares: where conf/ lies, and how a mistake becomes one sentence instead of a traceback."""
+"""What every entry point shares: where conf/ lies, what `--help` shows, and a mistake as one sentence."""
 
 import difflib
 import functools

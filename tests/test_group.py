@@ -98,7 +98,7 @@ def test_a_group_costs_the_language_model_passes_of_one_run(tmp_path, monkeypatc
     assert calls["logits"] == one["logits"] + batches * (3 + 4)
 
 
-def test_members_at_different_steps_share_a_pass(alone, tmp_path, monkeypatch, caplog):
+def test_members_at_different_steps_share_a_pass(alone, tmp_path, monkeypatch):
     """One complete, two stopped at the same step, one new, which the two wait for."""
     together(tmp_path, "topk")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "topk").rglob("*") if p.is_file() and p.suffix != ".log"}

@@ -45,8 +45,7 @@ class PursuitSAE(DictionarySAE):
     @classmethod
     def of(cls, sae: BaseSAE, method: str, k: int | None = None) -> "PursuitSAE":
         """The dictionary, normalisation and b_dec of `sae`; k is by default its own."""
-        if not isinstance(sae, DictionarySAE):
-            raise UserError(f"a {type(sae).__name__} has no W_dec of its own to search in.")
+        with_dictionary(sae)
         k = sae.config.get("k") if k is None else k
         if k is None:
             raise UserError(f"a {type(sae).__name__} has no k of its own: give pursuit.k=<latents a row at most>.")
@@ -55,15 +54,25 @@ class PursuitSAE(DictionarySAE):
     @torch.no_grad()
     def start_from(self, other: BaseSAE) -> None:
         """Take over W_dec, its rows divided by their norms, and b_dec; an encoder is left behind."""
-        if not isinstance(other, DictionarySAE):
-            raise UserError(f"a {type(other).__name__} has no W_dec of its own to search in.")
-        check_sizes(self, other)
-        self.check_units(other)
-        self.W_dec.copy_(other.W_dec)
-        self.b_dec.copy_(other.b_dec)
+        source = with_dictionary(other)
+        check_sizes(self, source)
+        self.check_units(source)
+        self.W_dec.copy_(source.W_dec)
+        self.b_dec.copy_(source.b_dec)
         divide_by_norm(self.W_dec, self.decoder_norm)
 
     def response(self, x: Float[Tensor, "b s d"]) -> tuple[SparseCode, None]:
         y, rows = (x - self.b_dec).detach().flatten(1), self.W_dec.detach().flatten(1)
         gram = len(y) * self.k > self.n_latents  # the matrix costs f / b products and saves about half of k
         return pursue(self.method, y, Dictionary(rows, gram), self.k), None
+
+
+def with_dictionary(sae: BaseSAE) -> DictionarySAE:
+    """`sae`, if it has one W_dec.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not isinstance(sae, DictionarySAE):
+        raise UserError(f"a {type(sae).__name__} has no W_dec of its own to search in.")
+    return sae
