@@ -19,7 +19,7 @@ from sae_lab.cache import Cache, CachedRows, lm_key, refuse_other
 from sae_lab.corpora import FileDocuments, HubDocuments
 from sae_lab.distributed import rank, receive, share, world_size
 from sae_lab.documents import HELD_OUT, TRAIN, DisassembledStdlib, Documents, StdlibDocuments
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, checked_number
 from sae_lab.lm.base import LanguageModel
 from sae_lab.prefetch import Prefetched
 from sae_lab.text import TextRows
@@ -164,10 +164,9 @@ class ActivationData(L.LightningDataModule):
         seed: int,
     ):
         super().__init__()
-        sizes = {"n_tokens": n_tokens, "batch_size": batch_size, "block_tokens": block_tokens}
-        for name, size in (sizes | {"lm_batch_rows": lm_batch_rows, "n_eval_tokens": n_eval_tokens}).items():
-            if not isinstance(size, int | float) or size < 1:
-                raise UserError(f"{name}={size} must be a number of at least 1.")
+        sizes = {"n_tokens": n_tokens, "batch_size": batch_size, "data.block_tokens": block_tokens}
+        for name, size in (sizes | {"data.lm_batch_rows": lm_batch_rows, "data.n_eval_tokens": n_eval_tokens}).items():
+            checked_number(name, size, 1, whole=True)
         if lm.context is not None and seq_len > lm.context:
             raise UserError(f"seq_len={seq_len} is longer than the context of {lm.name}: give {lm.context} or less.")
         for name, flag in {"repeat": repeat, "pack": pack}.items():

@@ -1,5 +1,8 @@
 """What ends a run on purpose: a user's mistake, told in one sentence that names the fix, and a signal."""
 
+import math
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake in the input (a key, a path, a site, a file); entry points print its one sentence and no traceback."""
@@ -34,3 +37,26 @@ def checked_word(name: str, word: str, *known: str) -> str:
     if word not in known:
         raise UserError(f"sae.{name}={word} is not known: choose one of {', '.join(known)}.")
     return word
+
+
+def checked_number(
+    name: str,
+    value: Any,
+    at_least: float = -math.inf,
+    *,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    whole: bool = False,
+) -> Any:
+    """`value`, of the setting `name`, if it is a finite number within these bounds.
+
+    Raises:
+        UserError: it is not, or not whole where it must be.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if number and at_least <= value <= at_most and value > above and not (whole and value != int(value)):
+        return value
+    bounds = {"of at least": at_least, "above": above, "of at most" if math.isinf(above) else "and at most": at_most}
+    wanted = " ".join(f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound))
+    given = "null" if value is None else value
+    raise UserError(f"{name}={given} must be a {'whole ' if whole else ''}number {wanted}.")

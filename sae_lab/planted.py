@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sae_lab.checkpoint import write_atomically
 from sae_lab.cli import entry_point
-from sae_lab.errors import UserError
+from sae_lab.errors import checked_number
 from sae_lab.memory import keep_freed_memory
 from sae_lab.metrics import batch_fvu
 from sae_lab.saes.base import BaseSAE
@@ -133,9 +133,9 @@ def recovery(sae: BaseSAE, planted: PlantedFeatures, n_rows: int = 8192) -> dict
 @entry_point("planted")
 def main(cfg: DictConfig) -> float:
     keep_freed_memory()
-    for name, least in {"planted.d_in": 2, "planted.n_trees": 1, "planted.n_children": 0, "n_steps": 1}.items():
-        if OmegaConf.select(cfg, name) < least:
-            raise UserError(f"{name}={OmegaConf.select(cfg, name)} must be at least {least}.")
+    sizes = {"planted.d_in": 2, "planted.n_trees": 1, "planted.n_children": 0, "n_latents": 1, "n_steps": 1}
+    for name, least in sizes.items():
+        checked_number(name, OmegaConf.select(cfg, name), least, whole=True)
     planted = PlantedFeatures(seed=cfg.seed, **cfg.planted)
     sae: BaseSAE = instantiate(cfg.sae, d_in=planted.d_in, n_latents=cfg.n_latents, n_sources=planted.n_sites)
     train(sae, planted, cfg)

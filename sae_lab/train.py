@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from sae_lab.checkpoint import atomic_file, save_sae
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
 from sae_lab.distributed import rank
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, checked_number
 from sae_lab.evaluate import calibrate, evaluate_all, write_results
 from sae_lab.interop import load_sae
 from sae_lab.interrupt import StopOnSignal
@@ -123,12 +122,8 @@ def check_dials(cfg: DictConfig) -> None:
     optional = {"n_latents", "expansion", "max_grad_norm", "goal_l0"}
     for key, least in dials.items():
         value = OmegaConf.select(cfg, key, default=least)
-        if value is None and key in optional:
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not (number and value >= least and (key not in whole or value == int(value))):
-            given = "null" if value is None else value
-            raise UserError(f"{key}={given} must be a {'whole ' if key in whole else ''}number of at least {least}.")
+        if value is not None or key not in optional:
+            checked_number(key, value, least, whole=key in whole)
     if cfg.n_latents is None and cfg.expansion is None:
         raise UserError("n_latents=null with expansion=null leaves the size of the dictionary open: give one of them.")
     for key in ("batch_size", "n_tokens"):

@@ -84,4 +84,4 @@ def test_what_is_not_found_has_no_place_and_no_trees_are_refused(tmp_path):
     assert figures["found"] == 0
     assert "place_roots" not in figures
     done = subprocess.run([*command, "planted.n_trees=0"], capture_output=True, text=True)
-    assert done.stderr == "planted: planted.n_trees=0 must be at least 1.\n"
+    assert done.stderr == "planted: planted.n_trees=0 must be a whole number of at least 1.\n"
