@@ -94,8 +94,10 @@ class HubDocuments(Documents):
     The first `held_out_documents` documents belong to the split `held_out` and are skipped in training. A place in the
     stream is the state of `datasets`, which then skips whole shards, and reads again what came before in one shard.
 
+    `revision` (a branch, a tag or a commit) pins what is read. The hub's commit is the text's digest.
+
     Raises:
-        UserError: the data set cannot be reached or read, or has no text column.
+        UserError: the data set or its revision cannot be reached or read, or has no text column.
     """
 
     def __init__(
@@ -107,11 +109,16 @@ class HubDocuments(Documents):
         column: str | Sequence[str] | None = None,
         seed: int = 0,
         held_out_documents: int = 1000,
+        revision: str | None = None,
     ):
         super().__init__(seed, split)
-        rows = load_rows(path, name=name, split=hub_split, streaming=True)
+        self.commit = commit_on_hub(path, revision)
+        rows = load_rows(path, name=name, split=hub_split, streaming=True, revision=self.commit or revision)
         self.columns = text_columns(rows.features or next(iter(rows), {}), column)
         self.rows = rows.take(held_out_documents) if split == HELD_OUT else rows.skip(held_out_documents)
+
+    def digest(self) -> str:
+        return self.commit or ""
 
     def windows(self, epoch: int, place: Place | None) -> Iterator[Window]:
         place = place or {"window": 0, "rows": None}
@@ -123,31 +130,46 @@ class HubDocuments(Documents):
 
 
 def load_rows(path: str, **options: Any):
-    """`datasets.load_dataset`, whose failures (no network, no such data set, a broken file) become one sentence.
+    """`datasets.load_dataset`, whose failures (no such data set, a broken file) become one sentence."""
+    import datasets
 
-    A hub name is first asked for once: `datasets` itself would retry for 23 seconds. With HF_HUB_OFFLINE=1 nothing is
-    asked, and what is in the cache of `datasets` is used.
+    try:
+        with quiet():
+            return datasets.load_dataset(path, **options)
+    except Exception as e:  # datasets raises a dozen kinds, from many libraries; all of them mean the same to a user
+        if "data_files" in options:
+            raise UserError(f"the files of data.paths cannot be read as {path}: {root_of(e)}") from e
+        raise unreachable(path, e) from e
+
+
+def commit_on_hub(path: str, revision: str | None) -> str | None:
+    """The commit that a hub data set's revision names now; None for a local folder, and with HF_HUB_OFFLINE=1.
+
+    `datasets` would ask as well, but retry for 23 seconds where nobody answers.
     """
     import datasets
     from huggingface_hub import HfApi
 
-    on_hub = "data_files" not in options and not path.startswith(("/", ".", "~")) and not Path(path).exists()
+    if datasets.config.HF_HUB_OFFLINE or path.startswith(("/", ".", "~")) or Path(path).exists():
+        return None
     try:
-        with quiet():
-            if on_hub and not datasets.config.HF_HUB_OFFLINE:
-                HfApi().dataset_info(path, timeout=HUB_TIMEOUT)
-            return datasets.load_dataset(path, **options)
-    except Exception as e:  # datasets raises a dozen kinds, from many libraries; all of them mean the same to a user
-        cause: BaseException = e
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = first_line(cause)
-        if "data_files" in options:
-            raise UserError(f"the files of data.paths cannot be read as {path}: {reason}") from e
-        raise UserError(
-            f"the data set {path!r} cannot be loaded ({reason}): check its name and the network, "
-            "or train on local text with data=stdlib or data=text_files data.paths=[...]."
-        ) from e
+        return HfApi().dataset_info(path, revision=revision, timeout=HUB_TIMEOUT).sha
+    except Exception as e:  # network errors come from whichever HTTP library huggingface_hub uses
+        raise unreachable(path if revision is None else f"{path} at {revision}", e) from e
+
+
+def unreachable(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"the data set {path!r} cannot be loaded ({root_of(error)}): check its name and the network, "
+        "or train on local text with data=stdlib or data=text_files data.paths=[...]."
+    )
+
+
+def root_of(error: BaseException) -> str:
+    """What the first of a chain of errors says, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
 
 
 @contextmanager

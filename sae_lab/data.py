@@ -369,6 +369,7 @@ def hub(
     column: Sequence[str] | str | None,
     seed: int,
     held_out_documents: int,
+    revision: str | None,
     **stream: Any,
 ) -> ActivationData:
     """`data=openwebtext`, `data=fineweb`, ...: a data set of the Hugging Face hub, streamed."""
@@ -377,5 +378,6 @@ def hub(
         "hub_split": hub_split,
         "column": column,
         "held_out_documents": held_out_documents,
+        "revision": revision,
     }
     return ActivationData(lm, partial(HubDocuments, path, seed=seed, **options), seed=seed, **stream)

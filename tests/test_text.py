@@ -7,6 +7,7 @@ import logging
 import sysconfig
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
@@ -508,6 +509,29 @@ def test_no_such_data_set_or_no_network(path, monkeypatch, capfd):
     assert time.perf_counter() - start < 10  # `datasets` by itself retries for 23 seconds
     assert "\n" not in str(e.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_hub_data_set_is_read_at_the_commit_that_its_revision_names(hub_folder, monkeypatch):
+    """So what is read cannot change behind a run's back, and a cache knows by the commit what it was made from."""
+    import datasets
+
+    read_at = {}
+
+    def load_dataset(path, revision, **options):
+        read_at[path] = revision
+        return real(hub_folder, **options)
+
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    commits = {None: "c0ffee", "v1": "beef"}
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.dataset_info",
+        lambda self, path, revision, timeout: SimpleNamespace(sha=commits[revision]),
+    )
+    for revision, commit in commits.items():
+        assert HubDocuments("acme/text", revision=revision).digest() == commit == read_at["acme/text"]
+    assert HubDocuments(hub_folder).digest() == ""
 
 
 def test_reading_is_quiet_and_restores_the_settings(tmp_path, capfd):
