@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sae_lab import plots
 from sae_lab.cli import entry_point
-from sae_lab.sweep import Standing, all_jobs, counted, standings
+from sae_lab.sweep import Standing, all_jobs, counted, distinct, standings
 from sae_lab.sweep import show as show_standings
 from sae_lab.table import RESOLVED, begun, collect, settings
 
@@ -108,7 +108,7 @@ def draw_comparisons(done: pd.DataFrame, figures: Path, y: list[str]) -> list[Pa
 
 def _labels(done: pd.DataFrame) -> pd.Series:
     if _named_after_settings(done):
-        return done["job"]
+        return pd.Series(distinct(list(done["job"])), done.index)
     label = done["job"] + ": " + done["line"]
     for column in ("k", "n_latents", "seed"):
         if done[column].nunique() > 1:
