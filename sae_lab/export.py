@@ -29,7 +29,6 @@ def export(run_dir: Path, format: str, out: Path) -> list[Path]:
     source = sae_folder(run_dir)
     sae = load_sae(source)
     description = json.loads((source / CONFIG).read_text())
-    out.mkdir(parents=True, exist_ok=True)
     if format == OURS:
         copy([source / name for name in (CONFIG, WEIGHTS, PROBE)], out)
     else:
