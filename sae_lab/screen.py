@@ -1,7 +1,7 @@
 """What the commands show on the terminal: bars for long loops, a table at the end. Training's bar: progress.py."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +14,19 @@ T = TypeVar("T")
 console = Console()
 
 
-def track(items: Sequence[T], description: str) -> Iterable[T]:
-    """A bar over a loop, where somebody watches."""
-    return rich_track(items, description, console=console, transient=True) if console.is_terminal else items
+def track(items: Sequence[T], description: str, seconds: float = 15.0) -> Iterator[T]:
+    """A loop that shows how far it is: by a bar on a terminal, else by a line every `seconds`."""
+    if console.is_terminal:
+        yield from rich_track(items, description, console=console, transient=True)
+        return
+    start = said = time.perf_counter()
+    for done, item in enumerate(items):
+        now = time.perf_counter()
+        if done and now - said >= seconds:
+            said = now
+            left = (now - start) / done * (len(items) - done)
+            print(f"{description} {done}/{len(items)}  {left:.0f} s left", flush=True)
+        yield item
 
 
 class TokenProgress:
