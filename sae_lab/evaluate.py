@@ -144,6 +144,7 @@ def splice_all(subjects: list[Subject], data: ActivationData, batches: tuple[Ten
             return next_token_log_probs(spliced_logits(lm, tokens, activations, keep, replace, covers))
 
         clean = next_token_log_probs(lm.logits(tokens))
+        p = clean.exp()
         shared = {
             "ce_clean": cross_entropy(clean, targets),
             "ce_zero": cross_entropy(log_probs(zero), targets),
@@ -151,7 +152,7 @@ def splice_all(subjects: list[Subject], data: ActivationData, batches: tuple[Ten
         }
         for subject in subjects:
             spliced = log_probs(subject.reconstruct, subject.sae.covers(activations[keep.to(activations.device)]))
-            own = {"ce_spliced": cross_entropy(spliced, targets), "kl": kl_divergence(clean, spliced)}
+            own = {"ce_spliced": cross_entropy(spliced, targets), "kl": kl_divergence(p, clean, spliced)}
             subject.downstream.to(lm.device).update(**shared, **own)
 
 

@@ -104,7 +104,7 @@ def test_downstream_metrics_on_known_distributions():
 
     metrics = DownstreamMetrics()
     cases = {"clean": log_probs(0.8), "spliced": log_probs(0.5), "zero": log_probs(0.1), "mean": log_probs(0.2)}
-    kl = kl_divergence(cases["clean"], cases["spliced"])
+    kl = kl_divergence(cases["clean"].exp(), cases["clean"], cases["spliced"])
     metrics.update(kl=kl, **{f"ce_{case}": cross_entropy(p, tokens) for case, p in cases.items()})
     ce = {"clean": -math.log(0.8), "spliced": -math.log(0.5), "zero": -math.log(0.1), "mean": -math.log(0.2)}
     expected = {f"ce_{case}": value for case, value in ce.items()}
