@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from sae_lab.distributed import least
 from sae_lab.matmul import linear
-from sae_lab.selection import Pieces, Preactivations, kth_largest, sortable, top_k, top_of_batch
+from sae_lab.selection import Pieces, Preactivations, just_below, kth_largest, sortable, top_k, top_of_batch
 from sae_lab.sparse import decode, encoded
 
 BY_ENTRY_FROM = {"cpu": 10, "cuda": 100}
@@ -68,15 +68,17 @@ class _AuxK(torch.autograd.Function):
         start = 0
         for piece in h:
             rows = slice(start, start := start + len(piece))
-            z = piece.masked_fill_(piece < (least_of_rows(piece, k_aux) if least is None else least), 0).relu_()
+            bound = just_below(least_of_rows(piece, k_aux) if least is None else least).clamp_min(0)
+            z = piece.mul_(piece > bound)
             error = linear(z, W_dec.T) - residual[rows]
             total += error.square().sum()
             grad = error.mul_(2 / residual.numel())
-            grad_W_dec += linear(z.T, grad.T)
-            grad_z = linear(grad, W_dec).mul_(z > 0)
-            grad_W_enc += linear(grad_z.T, x[rows].T)
+            zT = z.T.contiguous()  # the products below read whole rows of it and of its gradient
+            grad_W_dec += linear(zT, grad.T)
+            grad_zT = linear(W_dec, grad).mul_(zT > 0)
+            grad_W_enc += linear(grad_zT, x[rows].T)
             if grad_b_enc is not None:
-                grad_b_enc += grad_z.sum(dim=0)
+                grad_b_enc += grad_zT.sum(dim=1)
         ctx.grads = grad_W_enc, grad_b_enc, grad_W_dec
         return total / residual.numel()
 

@@ -195,11 +195,11 @@ class TestAuxiliaryLoss:
         top = h.topk(4)
         code = torch.zeros_like(h).scatter(1, top.indices, top.values.relu())
         expected = 3 * (e - code @ weights[1]).square().mean()
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
         for mine, theirs in zip(
             torch.autograd.grad(loss, arguments), torch.autograd.grad(expected, arguments), strict=True
         ):
-            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
     @pytest.mark.usefixtures("_both_ways")
     def test_over_the_batch_the_strongest_dead_entries_of_all_rows_take_part(self):
