@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sae_lab.buffer import Chunk, ShuffledBlocks, Source
-from sae_lab.cache import Cache, CachedRows, lm_key, refuse_other
+from sae_lab.cache import Cache, CachedRows, lm_key
 from sae_lab.corpora import FileDocuments, HubDocuments
 from sae_lab.distributed import rank, receive, share, world_size
 from sae_lab.documents import HELD_OUT, TRAIN, DisassembledStdlib, Documents, StdlibDocuments
 from sae_lab.errors import UserError, checked_number
 from sae_lab.lm.base import LanguageModel
 from sae_lab.prefetch import Prefetched
+from sae_lab.shards import refuse_other
 from sae_lab.text import TextRows
 
 

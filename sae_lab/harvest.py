@@ -11,18 +11,9 @@ import torch
 import xxhash
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from safetensors.torch import save
 
 from sae_lab.buffer import Chunk, Source
-from sae_lab.cache import (
-    HELD_OUT_FILE,
-    Manifest,
-    Shard,
-    as_bytes,
-    lm_key,
-    piece_checksums,
-    refuse_other,
-)
+from sae_lab.cache import lm_key
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData, take_rows
 from sae_lab.documents import HELD_OUT, TRAIN, Documents
@@ -30,6 +21,7 @@ from sae_lab.errors import UserError
 from sae_lab.memory import keep_freed_memory
 from sae_lab.prefetch import Prefetched
 from sae_lab.screen import TokenProgress
+from sae_lab.shards import HELD_OUT_FILE, Manifest, Shard, as_bytes, damaged, refuse_other, write_held_out, write_shard
 from sae_lab.store import Store
 
 log = logging.getLogger(__name__)
@@ -56,27 +48,8 @@ class Harvester:
         if dtype not in ("auto", "float32", "float16", "bfloat16"):
             raise UserError(f"dtype={dtype} is not known: choose float32, float16, bfloat16 or auto.")
         self.dtype = lm_dtype if dtype == "auto" else getattr(torch, dtype)
-        self.key = lm_key(data.lm) | self._data_key()
-
-    def _data_key(self) -> dict[str, Any]:
-        """What of the text decides the activations; the first rows stand for text that cannot be read through."""
-        data = self.data
-        if data.documents is None:
-            raise UserError("a cache is harvested from text: choose another data=..., such as data=stdlib.")
-        text = data.text(TRAIN, repeat=False)
-        first = take_rows(text, data.lm_batch_rows)
-        return {
-            "seq_len": data.seq_len,
-            "n_tokens": self.n_tokens,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "data.exclude_bos": data.exclude_bos,
-            "data.exclude_first": data.exclude_first,
-            "data.pack": data.pack,
-            "data.repeat": data.repeat,
-            **{f"data.{name}": value for name, value in described(data.documents).items()},
-            "data.digest": text.documents.digest(),
-            "data.first_rows": xxhash.xxh3_64_hexdigest(as_bytes(first)),
-        }
+        size = {"n_tokens": n_tokens, "dtype": str(self.dtype).removeprefix("torch.")}
+        self.key = lm_key(data.lm) | data_key(data) | size
 
     def build(self, rebuild: bool = False) -> Manifest:
         """Harvest what is missing; with `rebuild`, check every shard first and make damaged ones again."""
@@ -99,17 +72,10 @@ class Harvester:
             UserError: naming the damaged and missing ones.
         """
         manifest = self._read()
-        damaged = [shard.file for shard in manifest.shards if not self._is_whole(shard)] if manifest else []
-        damaged += [HELD_OUT_FILE] if manifest and not self._has(HELD_OUT_FILE, manifest.held_out_checksum) else []
-        if damaged:
-            raise UserError(f"{self.store.url}: damaged: {', '.join(damaged)}; rebuild=true makes them again.")
+        bad = damaged(self.store, manifest) if manifest else []
+        if bad:
+            raise UserError(f"{self.store.url}: damaged: {', '.join(bad)}; rebuild=true makes them again.")
         log.info("%s: %d shards, all whole.", self.store.url, len(manifest.shards) if manifest else 0)
-
-    def _is_whole(self, shard: Shard) -> bool:
-        return self._has(shard.file, shard.checksum)
-
-    def _has(self, file: str, checksum: str) -> bool:
-        return self.store.exists(file) and xxhash.xxh3_128_hexdigest(self.store.read(file)) == checksum
 
     def _read(self, start_over: bool = False) -> Manifest | None:
         """This cache's manifest, None where there is none, or a damaged one that is not to be kept."""
@@ -141,9 +107,7 @@ class Harvester:
         """Whether that is all of the held-out text, and the file's checksum."""
         wanted = max(1, self.data.n_eval_tokens // self.data.seq_len)
         held_out = take_rows(self.data.text(HELD_OUT, repeat=False), wanted)
-        content = save({"tokens": held_out.int()})
-        self.store.write(HELD_OUT_FILE, content)
-        return len(held_out) < wanted, xxhash.xxh3_128_hexdigest(content)
+        return len(held_out) < wanted, write_held_out(self.store, held_out)
 
     def _free(self) -> str:
         folder = self.store.folder
@@ -156,7 +120,7 @@ class Harvester:
         if self.data.prefetch:
             source = Prefetched(source, 4, self.data.lm.device)
         with TokenProgress("harvesting", self.n_tokens, manifest.rows) as bar:
-            for chunks in self.shards(source, self.n_tokens - manifest.rows, bar.advance):
+            for chunks in gathered(source, self.n_tokens - manifest.rows, self.shard_tokens, self.dtype, bar.advance):
                 left = self.n_tokens - manifest.rows
                 manifest.shards.append(self.write_shard(f"shard-{len(manifest.shards):05d}.safetensors", chunks, left))
                 manifest.complete = manifest.rows == self.n_tokens
@@ -180,46 +144,66 @@ class Harvester:
             take_rows(rows, last.text_rows)
         return rows.state_dict()
 
-    def shards(self, source: Source, n_rows: int, advance: Callable[[int], None]) -> Iterator[list[Chunk]]:
-        """Chunks of the source, on the CPU and in the cache's dtype, a shard at a time, until there are n_rows."""
-        chunks: list[Chunk] = []
-        gathered = given = 0
-        stream = iter(source)
-        while given + gathered < n_rows and (chunk := next(stream, None)) is not None:
-            chunks.append(chunk._replace(rows=chunk.rows.to("cpu", self.dtype)))
-            gathered += len(chunk.rows)
-            advance(len(chunk.rows))
-            if gathered >= self.shard_tokens:
-                yield chunks
-                given, gathered, chunks = given + gathered, 0, []
-        stream.close()
-        if gathered:
-            yield chunks
-
     def write_shard(self, file: str, chunks: list[Chunk], limit: int) -> Shard:
-        rows = torch.cat([chunk.rows for chunk in chunks])[:limit]
-        if not rows.isfinite().all():
+        if not all(chunk.rows.isfinite().all() for chunk in chunks):
             raise UserError(f"activations of {list(self.data.lm.sites)} do not fit {self.dtype}: give dtype=bfloat16.")
-        tokens = torch.cat([chunk.tokens for chunk in chunks if chunk.tokens is not None]).int()
-        content = save({"activations": rows, "tokens": tokens, "checksums": piece_checksums(rows)})
-        self.store.write(file, content)
-        checksum = xxhash.xxh3_128_hexdigest(content)
-        return Shard(file, len(rows), len(tokens), chunks[0].state, len(content), checksum)
+        return write_shard(self.store, file, chunks, limit)
 
     def _mend(self, manifest: Manifest) -> None:
-        if not self._has(HELD_OUT_FILE, manifest.held_out_checksum):
-            log.warning("%s is damaged or missing: making it again.", HELD_OUT_FILE)
+        bad = damaged(self.store, manifest)
+        for file in bad:
+            log.warning("%s is damaged or missing: making it again.", file)
+        if HELD_OUT_FILE in bad:
             manifest.held_out_whole, manifest.held_out_checksum = self._write_held_out()
             manifest.write(self.store)
         for i, shard in enumerate(manifest.shards):
-            if self._is_whole(shard):
-                continue
-            log.warning("%s is damaged or missing: making it again.", shard.file)
-            source = self.data.source()
-            source.load_state_dict(shard.begin)
-            chunks = next(self.shards(source, shard.rows, lambda n: None))
-            manifest.shards[i] = self.write_shard(shard.file, chunks, shard.rows)
-            manifest.write(self.store)
+            if shard.file in bad:
+                source = self.data.source()
+                source.load_state_dict(shard.begin)
+                chunks = next(gathered(source, shard.rows, self.shard_tokens, self.dtype, lambda n: None))
+                manifest.shards[i] = self.write_shard(shard.file, chunks, shard.rows)
+                manifest.write(self.store)
+
+
+def data_key(data: ActivationData) -> dict[str, Any]:
+    """What of the text decides the activations; the first rows stand for text that cannot be read through.
+
+    Raises:
+        UserError: the data are no text.
+    """
+    if data.documents is None:
+        raise UserError("a cache is harvested from text: choose another data=..., such as data=stdlib.")
+    text = data.text(TRAIN, repeat=False)
+    first = take_rows(text, data.lm_batch_rows)
+    return {
+        "seq_len": data.seq_len,
+        "data.exclude_bos": data.exclude_bos,
+        "data.exclude_first": data.exclude_first,
+        "data.pack": data.pack,
+        "data.repeat": data.repeat,
+        **{f"data.{name}": value for name, value in described(data.documents).items()},
+        "data.digest": text.documents.digest(),
+        "data.first_rows": xxhash.xxh3_64_hexdigest(as_bytes(first)),
+    }
+
+
+def gathered(
+    source: Source, n_rows: int, at_once: int, dtype: torch.dtype, advance: Callable[[int], None]
+) -> Iterator[list[Chunk]]:
+    """Chunks of the source, on the CPU and of this dtype, `at_once` rows or a few more at a time, up to n_rows."""
+    chunks: list[Chunk] = []
+    held = given = 0
+    stream = iter(source)
+    while given + held < n_rows and (chunk := next(stream, None)) is not None:
+        chunks.append(chunk._replace(rows=chunk.rows.to("cpu", dtype)))
+        held += len(chunk.rows)
+        advance(len(chunk.rows))
+        if held >= at_once:
+            yield chunks
+            given, held, chunks = given + held, 0, []
+    stream.close()
+    if held:
+        yield chunks
 
 
 def described(documents: Callable[[str], Documents]) -> dict[str, Any]:

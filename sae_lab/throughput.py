@@ -32,7 +32,7 @@ from sae_lab.cli import entry_point
 from sae_lab.clock import now
 from sae_lab.data import ActivationData, take_rows
 from sae_lab.documents import TRAIN
-from sae_lab.harvest import Harvester
+from sae_lab.harvest import Harvester, gathered
 from sae_lab.memory import keep_freed_memory
 from sae_lab.screen import console, track
 from sae_lab.train import build_sae
@@ -64,7 +64,7 @@ def stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str, Stag
     tokens = take_rows(data.text(TRAIN, repeat=True), data.lm_batch_rows)
     harvest = iter(data.source())
     writer = Harvester(data, folder, cfg.slice_tokens, cfg.slice_tokens)
-    shard = next(writer.shards(data.source(), cfg.slice_tokens, lambda n: None))
+    shard = next(gathered(data.source(), cfg.slice_tokens, cfg.slice_tokens, writer.dtype, lambda n: None))
     writer.build()
     source = CachedRows(Cache(folder), data.lm_batch_rows * data.seq_len, 0, True, data.lm.device)
     streamed = data.new_stream(data.prefetch)

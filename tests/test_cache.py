@@ -16,11 +16,12 @@ import torch
 from fakes import Follow, UniqueWords
 
 from sae_lab import store
-from sae_lab.cache import PIECE, Cache, CachedRows
+from sae_lab.cache import Cache, CachedRows
 from sae_lab.corpora import FileDocuments
 from sae_lab.data import ActivationData, CachedData, take_rows
 from sae_lab.errors import UserError
 from sae_lab.harvest import Harvester
+from sae_lab.shards import PIECE
 
 CPU = torch.device("cpu")
 SETTINGS = {
