@@ -20,7 +20,7 @@ from sae_lab.cache import Cache, CachedRows
 from sae_lab.corpora import FileDocuments
 from sae_lab.data import ActivationData, CachedData, take_rows
 from sae_lab.errors import UserError
-from sae_lab.harvest import Harvester
+from sae_lab.harvest import Harvester, data_key
 from sae_lab.shards import PIECE
 
 CPU = torch.device("cpu")
@@ -202,7 +202,7 @@ def test_a_harvest_of_other_settings_is_refused_and_leaves_the_cache(whole, chan
     if "seed" in changes:
         other = harvester(whole)
         other.data.documents = partial(UniqueWords, n_documents=90, seed=1)
-        other.key |= other._data_key()
+        other.key |= data_key(other.data)
         key = r"data\.first_rows is .* data\.seed is None there and 1 here"
     else:
         other = harvester(whole, **changes)
@@ -343,7 +343,7 @@ def test_text_that_changed_behind_its_first_rows_is_refused(tmp_path):
     def of_files() -> Harvester:
         result = harvester(tmp_path / "cache")
         result.data.documents = partial(FileDocuments, [str(corpus / "*.txt")])
-        result.key |= result._data_key()
+        result.key |= data_key(result.data)
         return result
 
     before = of_files().key
