@@ -30,4 +30,4 @@ bench: setup
 	$(BIN)/python -m sae_lab.benchmark
 
 clean:
-	rm -rf $(VENV) outputs multirun/20* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,5 +1,6 @@
 """A sweep → one table and the figures: `python -m sae_lab.report sweep_dir=multirun/...`."""
 
+import logging
 import re
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,9 @@ from sae_lab import plots
 from sae_lab.cli import entry_point
 from sae_lab.sweep import Standing, all_jobs, counted, distinct, standings
 from sae_lab.sweep import show as show_standings
-from sae_lab.table import RESOLVED, begun, collect, settings
+from sae_lab.table import RESOLVED, begun, collect, complete, settings
+
+log = logging.getLogger(__name__)
 
 # The columns of the table for people, and how each is written; report.csv has every column with every digit.
 HEADLINES = {
@@ -40,6 +43,8 @@ def main(cfg: DictConfig) -> None:
     if not begun(folder):
         return
     table = collect(folder)
+    if copies := (table["status"] == "complete").sum() - len(complete(table)):
+        log.warning("%d jobs repeat others in every setting and the seed: counted once (report.csv has them).", copies)
     figures = draw(table, folder)
     written = [folder / "report.csv", folder / "report.md", *figures]
     table.to_csv(written[0], index=False)
@@ -67,7 +72,7 @@ def lines(table: pd.DataFrame) -> pd.Series:
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     """Every figure that the table has the data for, as PNGs in folder/figures."""
-    done = table[table["status"] == "complete"]
+    done = complete(table)
     figures = folder / "figures"
     if len(done) == 1 and (folder / ".hydra").is_dir():
         return draw_run(folder)
@@ -168,7 +173,7 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
 
     Jobs that differ in nothing but their seed are one row: how many they are, and mean ± standard deviation.
     """
-    done = table[table["status"] == "complete"].sort_values(["sae", "k", "n_latents", "seed"], kind="stable")
+    done = complete(table).sort_values(["sae", "k", "n_latents", "seed"], kind="stable")
     varies = [c for c in settings(table) if c != "expansion" and table[c].nunique(dropna=False) > 1]
     chosen = list(dict.fromkeys(["sae", "k", "n_latents", *varies]))
     metrics = [m for m in HEADLINES if plots.has_values(done, m)]

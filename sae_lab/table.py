@@ -153,3 +153,12 @@ def _number(x: float) -> float:
 def settings(table: pd.DataFrame) -> list[str]:
     """The columns that say how a job was set up, as against what came out of it."""
     return list(table.columns[1 : table.columns.get_loc("status")])
+
+
+def complete(table: pd.DataFrame) -> pd.DataFrame:
+    """The complete jobs; of those that agree in every setting, seed included, the first.
+
+    They are one run repeated, not two samples: so are the jobs of a sweep over a dial that their SAE does not have.
+    """
+    done = table[table["status"] == "complete"]
+    return done[~done.duplicated(settings(table))]

@@ -93,6 +93,18 @@ def test_collect_of_one_run_folder(tmp_path):
     assert table[["job", "k", "n_latents", "status"]].to_numpy().tolist() == [["12-00-00", 8, 512, "complete"]]
 
 
+def test_a_run_repeated_is_no_second_seed(tmp_path):
+    """vanilla has no k: a sweep over k trains it twice, to the same bits."""
+    vanilla = {"sae": {"_target_": "sae_lab.saes.vanilla.VanillaSAE", "l1_coefficient": 1.0}}
+    for seed in (0, 1):
+        for k in (8, 16):
+            write_job(tmp_path / f"v{k}-{seed}", f"k={k}", f"seed={seed}", config=vanilla, nmse=0.2 + 0.1 * seed)
+            write_job(tmp_path / f"b{k}-{seed}", f"k={k}", f"seed={seed}")
+    cells = report.headline(report.collect(tmp_path))
+    assert cells[["k", "seeds"]].to_numpy().tolist() == [["8", "2"], ["16", "2"], ["–", "2"]]
+    assert cells["nmse"].iloc[-1] == "0.2500 ± 0.0707"
+
+
 def test_collect_finds_jobs_in_nested_folders_and_none_inside_a_job(tmp_path):
     write_job(tmp_path / "first" / "k=8,sae=topk", "k=8", "sae=topk")
     write_job(tmp_path / "first" / "k=8,sae=topk" / "copy", "k=8")
