@@ -127,3 +127,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     rust = getattr(tokenizer, "backend_tokenizer", None)
     text = rust.to_str() if rust is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def digest_of_rows(tokens: Int[Tensor, "r t"]) -> str:
+    return xxhash.xxh3_64_hexdigest(as_bytes(tokens))

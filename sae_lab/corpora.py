@@ -74,8 +74,8 @@ class FileDocuments(IndexedDocuments):
             )
         return files, builder
 
-    def digest(self) -> str:
-        return digest_of(self.files)
+    def digest(self, thorough: bool = True) -> str:
+        return digest_of(self.files, thorough)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -117,7 +117,7 @@ class HubDocuments(Documents):
         self.columns = text_columns(rows.features or next(iter(rows), {}), column)
         self.rows = rows.take(held_out_documents) if split == HELD_OUT else rows.skip(held_out_documents)
 
-    def digest(self) -> str:
+    def digest(self, thorough: bool = True) -> str:
         return self.commit or ""
 
     def windows(self, epoch: int, place: Place | None) -> Iterator[Window]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from threading import Lock
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sae_lab.buffer import Chunk, ShuffledBlocks, Source
-from sae_lab.cache import Cache, CachedRows, lm_key
+from sae_lab.cache import Cache, CachedRows, digest_of_rows, lm_key, tokenizer_digest, weights_digest
 from sae_lab.corpora import FileDocuments, HubDocuments
 from sae_lab.distributed import rank, receive, share, world_size
 from sae_lab.documents import HELD_OUT, TRAIN, DisassembledStdlib, Documents, StdlibDocuments
@@ -273,11 +273,32 @@ class ActivationData(L.LightningDataModule):
     def on_exception(self, exception: BaseException) -> None:
         self.stream.close()
 
+    @cached_property
+    def origin(self) -> dict[str, str]:
+        """What a run must find again to go on with the same numbers, besides its config."""
+        with self.lm_turn:
+            text = self.text(TRAIN, repeat=False)
+            digest = text.documents.digest(thorough=False) or digest_of_rows(take_rows(text, self.lm_batch_rows))
+        return {
+            "the language model's weights": weights_digest(self.lm.model),
+            "the tokenizer": tokenizer_digest(self.lm.tokenizer),
+            "the text": digest,
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        return self.stream.state_dict()
+        return self.stream.state_dict() | {"origin": self.origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.stream.load_state_dict(state_dict)
+        """Raises a UserError where the stream would go on with other text, or through another model."""
+        state = dict(state_dict)
+        began_with = state.pop("origin", {})
+        changed = [name for name in began_with if began_with[name] != self.origin.get(name)]
+        if changed:
+            raise UserError(
+                f"{' and '.join(changed)} changed since this run began, so it cannot go on as it would have: put back "
+                "what it began with, or type resume=never to start again."
+            )
+        self.stream.load_state_dict(state)
 
 
 class CachedData(ActivationData):
@@ -316,6 +337,10 @@ class CachedData(ActivationData):
                 f"{self.cache.store.url} holds activations that this language model does not compute "
                 f"(they differ by {distance:.1%}): use the lm.* keys that it was harvested with, or harvest anew."
             )
+
+    @cached_property
+    def origin(self) -> dict[str, str]:
+        return {}  # the place in a cache names the cache, whose key names all of that
 
     def source(self) -> Source:
         chunk_rows = self.lm_batch_rows * self.seq_len

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import xxhash
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from sae_lab.buffer import Chunk, Source
-from sae_lab.cache import lm_key
+from sae_lab.cache import digest_of_rows, lm_key
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData, take_rows
 from sae_lab.documents import HELD_OUT, TRAIN, Documents
@@ -21,7 +20,7 @@ from sae_lab.errors import UserError
 from sae_lab.memory import keep_freed_memory
 from sae_lab.prefetch import Prefetched
 from sae_lab.screen import TokenProgress
-from sae_lab.shards import HELD_OUT_FILE, Manifest, Shard, as_bytes, damaged, refuse_other, write_held_out, write_shard
+from sae_lab.shards import HELD_OUT_FILE, Manifest, Shard, damaged, refuse_other, write_held_out, write_shard
 from sae_lab.store import Store
 
 log = logging.getLogger(__name__)
@@ -183,7 +182,7 @@ def data_key(data: ActivationData) -> dict[str, Any]:
         "data.repeat": data.repeat,
         **{f"data.{name}": value for name, value in described(data.documents).items()},
         "data.digest": text.documents.digest(),
-        "data.first_rows": xxhash.xxh3_64_hexdigest(as_bytes(first)),
+        "data.first_rows": digest_of_rows(first),
     }
 
 

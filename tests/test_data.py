@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from sae_lab.corpora import FileDocuments
 from sae_lab.data import ActivationData, take_rows
 from sae_lab.documents import Documents, Window
 from sae_lab.errors import UserError
@@ -30,12 +31,18 @@ class WordIds:
     def __call__(self, text: str, **_):
         return {"input_ids": [int(word) for word in text.split()]}
 
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
 
 class Echo:
     """A language model whose activation at a token is the token's id (twice: d = 2), so rows can be told apart."""
 
     name, sites, d, bos_id, context, tokenizer = "echo", ("a", "b"), 2, 0, 200, WordIds()
     device = torch.device("cpu")
+
+    def __init__(self):
+        self.model = torch.nn.ParameterDict({"scale": torch.ones(1)})
 
     def activations(self, tokens):
         return tokens[:, :, None, None].expand(-1, -1, 2, 2).float()
@@ -155,6 +162,26 @@ def test_a_resumed_stream_continues_exactly_across_passes():
         after = data(n_documents=3)
         after.load_state_dict(before.state_dict())
         assert torch.equal(next(after.stream), whole[n])
+
+
+def test_a_stream_does_not_go_on_with_other_text_or_through_another_model(tmp_path):
+    """Nor by a change behind the first rows; from a checkpoint that names no origin it does."""
+
+    def of_files() -> ActivationData:
+        return ActivationData(Echo(), partial(FileDocuments, str(tmp_path / "*.txt")), **SETTINGS)
+
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("1 2 3 4 " * 50)
+    state = of_files().state_dict()
+    of_files().load_state_dict(state)
+    other = of_files()
+    other.lm.model["scale"].data += 1
+    with pytest.raises(UserError, match=r"^the language model's weights changed since this run began.*resume=never"):
+        other.load_state_dict(state)
+    (tmp_path / "2.txt").write_text("1 2 3 4 " * 49 + "1 2 3 5 ")
+    with pytest.raises(UserError, match=r"^the text changed since this run began"):
+        of_files().load_state_dict(state)
+    of_files().load_state_dict({key: value for key, value in state.items() if key != "origin"})
 
 
 @pytest.mark.parametrize(
