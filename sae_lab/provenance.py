@@ -1,5 +1,6 @@
 """Where an SAE comes from, and a probe that tells whether it still does what it did when it was saved."""
 
+import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +38,7 @@ def provenance(config: dict[Any, Any], lm: LanguageModel) -> dict[str, Any]:
         "tokenizer": {"name": lm.tokenizer.name_or_path, "vocab_size": len(lm.tokenizer)},
         "bos": {"id": lm.bos_id, "policy": "first in every row of seq_len tokens, and between documents"},
         **{key: config[key] for key in keys},
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "commit": commit(),
     }
 
