@@ -60,6 +60,10 @@ OmegaConf.register_new_resolver("dials", dials, replace=True)
 # What a preset of conf/hydra/ is built on, and the extra of this package that installs it.
 EXTRAS = {"launcher/ray": "ray", "launcher/submitit_slurm": "slurm", "sweeper/optuna": "optuna"}
 
+# How a command that was stopped goes on; the others start anew.
+CONTINUES = {"train": ": the same command{} continues", "harvest": ": the same command continues"}
+_dial = ""
+
 PACKAGE = Path(__file__).resolve().parent
 # An installed wheel carries conf/ inside the package; a checkout keeps it at the top.
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
@@ -76,10 +80,13 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
 
         def job(cfg: DictConfig) -> Any:
             """The task; outside a multirun its exception is kept from Hydra, which would print a line of its own."""
+            sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+            if not sweeping:
+                works_in(f"hydra.run.dir={HydraConfig.get().run.dir}")
             try:
                 return task(cfg)
             except Exception as e:
-                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                if sweeping:
                     raise
                 failures.append(e)
 
@@ -100,7 +107,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             try:
                 run()
             except Interrupted as e:
-                _leave(str(e), e.exit_code)
+                _leave(f"{e}{CONTINUES.get(config_name, '').format(_folder())}.", e.exit_code)
             except KeyboardInterrupt:
                 _leave("Interrupted.", 130)
             except Exception as e:
@@ -114,9 +121,21 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     return decorate
 
 
+def works_in(dial: str) -> None:
+    """Remember the override that leads a command into the folder in which this one works."""
+    global _dial
+    _dial = dial
+
+
+def _folder() -> str:
+    """That override, where the command has none: the default folder bears the time at which a command starts."""
+    key = _dial.partition("=")[0]
+    return "" if not key or any(argument.startswith(f"{key}=") for argument in sys.argv) else f" with {_dial}"
+
+
 def _terminated(signum: int, frame: Any) -> None:
     """SIGTERM outside training (which saves a checkpoint first, see interrupt.py)."""
-    raise Interrupted("Stopped by SIGTERM: the same command into the same folder continues.", signum)
+    raise Interrupted("Stopped by SIGTERM", signum)
 
 
 def _leave(message: str, code: int) -> None:

@@ -221,7 +221,7 @@ def train_in_step(members: list[Member], data: ActivationData, signals: Signals)
         data.stream = stream
     if signals.received is not None:
         name, saved = signal.Signals(signals.received).name, f"{len(members)} SAEs are saved"
-        raise Interrupted(f"Stopped by {name}, {saved}: the same command continues.", signals.received)
+        raise Interrupted(f"Stopped by {name}, {saved}", signals.received)
 
 
 def fit_member(member: Member, data: ActivationData) -> None:

@@ -41,7 +41,7 @@ class Signals:
         if self.received is None:
             self.received, self._time = signum, time.monotonic()
         elif time.monotonic() - self._time > self.ECHO:
-            raise Interrupted("Stopped at once by a second signal; what was saved before stands.", signum)
+            raise Interrupted("Stopped at once by a second signal; what was saved before stands", signum)
 
 
 class SaveWhenDue(L.Callback):
@@ -71,7 +71,7 @@ class StopOnSignal(SaveWhenDue):
         if due is not None:
             raise Interrupted(
                 f"Stopped by {signal.Signals(due).name} at step {trainer.global_step} of {trainer.max_steps}, saved as "
-                f"{self.checkpoint}: the same command into the same folder continues.",
+                f"{self.checkpoint}",
                 due,
             )
 

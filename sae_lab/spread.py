@@ -117,7 +117,7 @@ def wait_for(runs: dict[Any, list[Job]]) -> None:
         signals.restore()
     if signals.received is not None:
         name = signal.Signals(signals.received).name
-        raise Interrupted(f"Stopped by {name}, all groups are saved: the same command continues.", signals.received)
+        raise Interrupted(f"Stopped by {name}, all groups are saved", signals.received)
 
 
 def collect(run: Any, part: list[Job]) -> None:

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sae_lab.checkpoint import checkpoint_content, write_atomically
-from sae_lab.cli import explain
+from sae_lab.cli import explain, works_in
 from sae_lab.errors import Busy, UserError
 from sae_lab.runs import FAILED, Run, is_running
 from sae_lab.screen import console
@@ -38,6 +38,7 @@ class SweepSummary(Callback):
     """Notes in `jobs.txt` which jobs a sweep will have; at its end shows a table, and exits with 1 if any failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        works_in(f"hydra.sweep.dir={config.hydra.sweep.dir}")
         names = planned(config)
         write_atomically(Path(config.hydra.sweep.dir) / PLAN, "".join(f"{name}\n" for name in names).encode())
 
