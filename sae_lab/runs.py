@@ -16,7 +16,7 @@ from sae_lab.errors import Busy, UserError
 LOCK, FAILED = ".lock", "failed.txt"
 
 # What a run leaves in its folder, beside `.hydra/`, and a run that starts again removes.
-OURS = ("checkpoints", "sae", "figures", "tensorboard", "wandb", "metrics.json", "metrics.csv")
+OURS = ("checkpoints", "sae", "steps", "figures", "tensorboard", "wandb", "metrics.json", "metrics.csv")
 
 # What may change when a run is continued: where and how it runs, not what it computes.
 FREE = (
@@ -24,6 +24,7 @@ FREE = (
     "run_dir",
     "goal_l0",
     "logger",
+    "callbacks",
     "lm.device",
     "lm.device_map",
     "data.prefetch",

@@ -40,6 +40,9 @@ from sae_lab.sweep import failure_recorded
 
 log = logging.getLogger(__name__)
 
+# Those that leave the parameters in float32: an Adam step of 1e-4 is lost on a weight in bf16.
+PRECISIONS = {"32-true": "all in float32", "bf16-mixed": "products in bfloat16"}
+
 
 @dataclass
 class Member:
@@ -92,7 +95,8 @@ def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, 
         start(sae, cfg.init_from)
     schedule = partial(instantiate(cfg.schedule), n_steps=data.n_steps)
     module = SAEModule(sae, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
-    trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps, callbacks=callbacks)
+    observers = [instantiate(node) for node in (cfg.callbacks or {}).values()]  # first: a signal ends the step's round
+    trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps, callbacks=[*observers, *callbacks])
     return Member(cfg, run, sae, module, trainer)
 
 
@@ -168,6 +172,9 @@ def build_trainer(
     Raises:
         UserError: more devices than there are, an unknown precision, an interval that is not positive.
     """
+    if precision not in PRECISIONS:
+        words = " or ".join(f"{name} ({meaning})" for name, meaning in PRECISIONS.items())
+        raise UserError(f"trainer.precision={precision} is not known: choose {words}.")
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     gpu, found = accelerator in ("cuda", "gpu"), torch.cuda.device_count()

@@ -151,8 +151,21 @@ def test_a_signal_ends_a_sweep_and_not_one_job_of_it(tmp_path):
         assert sweep.running, sweep.communicate().stderr
         time.sleep(0.01)
     sweep.send_signal(signal.SIGTERM)
-    assert sweep.communicate().returncode == 128 + signal.SIGTERM
+    stopped = sweep.communicate()
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert stopped.stderr.endswith(": the same command continues.\n")  # as it names the sweep's folder
     assert len(list(tmp_path.glob("*/train.log"))) == 1
+
+
+def test_a_stopped_run_in_a_folder_named_by_the_time_says_which_it_is(tmp_path):
+    """The same command alone would begin another one."""
+    forked = Forked(*SMALL, cwd=tmp_path)
+    while not (saved := list(tmp_path.glob("outputs/*/*/checkpoints/last.ckpt"))):
+        assert forked.running, forked.communicate().stderr
+        time.sleep(0.01)
+    forked.send_signal(signal.SIGINT)
+    folder = saved[0].parents[1].relative_to(tmp_path)
+    assert forked.communicate().stderr.endswith(f": the same command with hydra.run.dir={folder} continues.\n")
 
 
 def test_a_stopped_run_continues_to_the_same_bits(run_dir, tmp_path):
@@ -162,6 +175,7 @@ def test_a_stopped_run_continues_to_the_same_bits(run_dir, tmp_path):
 def test_so_it_does_on_two_threads(tmp_path):
     """Short: where the cores are taken, two threads wait for each other at every operation."""
     short = [*SMALL, "n_tokens=20_480", "data.n_eval_tokens=512", "trainer.checkpoint_every=5"]
+    short += ["callbacks=keep_saes", "callbacks.keep_saes.every=4"]
     done = run(*short, f"hydra.run.dir={tmp_path / 'whole'}", threads=2)
     assert done.returncode == 0, done.stderr
     assert_continues_to_the_bits_of(tmp_path / "whole", tmp_path / "stopped", short, signal.SIGINT, 20, threads=2)
@@ -185,7 +199,9 @@ def assert_continues_to_the_bits_of(whole_dir: Path, folder: Path, dials: list[s
     again = run(*overrides, threads=threads)
     assert again.returncode == 0, again.stderr
     assert f"continuing from step {step}" in again.stderr
-    for file in ("metrics.json", "sae/sae.safetensors"):
+    kept = [str(file.relative_to(whole_dir)) for file in whole_dir.glob("steps/*/sae.safetensors")]
+    assert len(kept) == (n_steps // 4 if "callbacks=keep_saes" in dials else 0)
+    for file in ("metrics.json", "sae/sae.safetensors", *kept):
         assert (folder / file).read_bytes() == (whole_dir / file).read_bytes(), file
     whole, resumed = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (whole_dir, folder))
     assert whole["global_step"] == resumed["global_step"] == n_steps
@@ -296,7 +312,7 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         (["data=text_files"], ["data.paths has no value: give data.paths=..."]),
         (["n_tokens=10"], ["less than one batch", "raise n_tokens"]),
         (["batch_size=0"], ["batch_size=0 must be a whole number of at least 1"]),
-        (["trainer.precision=foo"], ["the trainer cannot be built", "foo"]),
+        (["trainer.precision=bf16-true"], ["trainer.precision=bf16-true is not known: choose 32-true", "or bf16-mixed"]),
         (["+sae.gamma=3"], ["unexpected keyword argument 'gamma'"]),
         (["k=abc"], ["k=abc must be a number"]),
         (["k=[1,2]"], ["k=[1, 2] must be a number"]),
