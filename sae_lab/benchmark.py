@@ -36,7 +36,7 @@ from sae_lab.clock import now
 from sae_lab.errors import UserError
 from sae_lab.matmul import linear
 from sae_lab.memory import keep_freed_memory
-from sae_lab.module import SAEModule
+from sae_lab.module import SAEModule, plain_step
 from sae_lab.pursuit import METHODS, Dictionary, pursue
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.linear import LinearSAE
@@ -153,17 +153,7 @@ def training_step(
 ) -> Step:
     """A whole training step, as the module does it."""
     optimizer = build_optimizer(cfg)([{"params": list(sae.parameters())}])
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with precision(cfg, x):
-            loss = torch.stack(list(sae.losses(forward(sae, x)).values())).sum()
-        loss.backward()
-        sae.before_step()
-        optimizer.step()
-        sae.after_step()
-
-    return step
+    return partial(plain_step, sae, optimizer, x, forward, precision(cfg, x))
 
 
 def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:

@@ -1,6 +1,7 @@
 """The training step, as a LightningModule that knows no architecture."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,8 @@ from sae_lab.errors import UserError
 from sae_lab.metrics import ReconstructionMetrics, batch_fvu
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.sparse import l0_per_row
+
+NO_AUTOCAST = nullcontext()
 
 
 class SAEModule(L.LightningModule):
@@ -93,6 +96,25 @@ class SAEModule(L.LightningModule):
         values = self.validation.compute()
         self.log_dict({f"val/{key}": values[key] for key in ("nmse", "fvu", "l0", "dead_fraction")})
         self.validation.reset()
+
+
+def plain_step(
+    sae: BaseSAE,
+    optimizer: torch.optim.Optimizer,
+    x: Float[Tensor, "b s d"],
+    forward: Callable[[Any, Tensor], SAEOutput] = nn.Module.__call__,
+    autocast: AbstractContextManager = NO_AUTOCAST,
+) -> None:
+    """A training step as SAEModule takes it, without Lightning."""
+    for parameter, rows in sae.resample(x):
+        forget(optimizer, parameter, rows)
+    optimizer.zero_grad()
+    with autocast:
+        loss = torch.stack(list(sae.losses(forward(sae, x)).values())).sum()
+    loss.backward()
+    sae.before_step()
+    optimizer.step()
+    sae.after_step()
 
 
 def forget(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: Int[Tensor, " n"]) -> None:

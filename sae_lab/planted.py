@@ -18,13 +18,14 @@ from hydra.utils import instantiate
 from jaxtyping import Float, Int
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from sae_lab.checkpoint import write_atomically
 from sae_lab.cli import entry_point
 from sae_lab.errors import checked_number
 from sae_lab.memory import keep_freed_memory
 from sae_lab.metrics import batch_fvu
+from sae_lab.module import plain_step
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import console, print_metrics, track
 from sae_lab.sparse import l0_per_row
@@ -84,22 +85,23 @@ class PlantedFeatures:
         return Rows(x, site)
 
 
-def train(sae: BaseSAE, planted: PlantedFeatures, cfg: DictConfig) -> None:
-    """Plain training on fresh rows."""
-    generator = torch.Generator().manual_seed(cfg.seed + 1)
-    optimizer = instantiate(cfg.optimizer)([{"params": [p for p in sae.parameters() if p.requires_grad]}])
-    schedule = LambdaLR(optimizer, partial(instantiate(cfg.schedule), n_steps=cfg.n_steps))
+def train(
+    sae: BaseSAE,
+    planted: PlantedFeatures,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    n_steps: int,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Plain training on fresh rows, then the calibration."""
+    generator = torch.Generator().manual_seed(seed)
     sae.train()
-    for _ in track(range(cfg.n_steps), "training on planted features"):
-        optimizer.zero_grad()
-        out = sae(planted.rows(cfg.batch_size, generator).x)
-        torch.stack(list(sae.losses(out).values())).sum().backward()
-        sae.before_step()
-        optimizer.step()
-        sae.after_step()
+    for _ in track(range(n_steps), "training on planted features"):
+        plain_step(sae, optimizer, planted.rows(batch_size, generator).x)
         schedule.step()
     for i in range(20):
-        sae.calibrate(planted.rows(cfg.batch_size, generator).x, i)
+        sae.calibrate(planted.rows(batch_size, generator).x, i)
 
 
 @torch.no_grad()
@@ -138,7 +140,9 @@ def main(cfg: DictConfig) -> float:
         checked_number(name, OmegaConf.select(cfg, name), least, whole=True)
     planted = PlantedFeatures(seed=cfg.seed, **cfg.planted)
     sae: BaseSAE = instantiate(cfg.sae, d_in=planted.d_in, n_latents=cfg.n_latents, n_sources=planted.n_sites)
-    train(sae, planted, cfg)
+    optimizer = instantiate(cfg.optimizer)([p for p in sae.parameters() if p.requires_grad])
+    schedule = LambdaLR(optimizer, partial(instantiate(cfg.schedule), n_steps=cfg.n_steps))
+    train(sae, planted, optimizer, schedule, cfg.n_steps, cfg.batch_size, seed=cfg.seed + 1)
     figures: dict[str, Any] = recovery(sae, planted)
     print_metrics(figures, Path(cfg.run_dir))
     settings = {"config": OmegaConf.to_container(cfg, resolve=True)}
