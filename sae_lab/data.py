@@ -211,6 +211,10 @@ class ActivationData(L.LightningDataModule):
         assert self.documents is not None
         return TextRows(self.documents(split), self.lm.tokenizer, self.seq_len, self.lm.bos_id, repeat, self.pack)
 
+    def text_rows(self, n: int) -> Int[Tensor, "n t"]:
+        """The first n text rows of the training text, or as many as a pass has."""
+        return take_rows(self.text(TRAIN, repeat=False), n)
+
     def source(self) -> Source:
         """The activations to train on, in order, from their beginning."""
         return Harvest(self.lm, self.text(TRAIN, self.repeat), self.keep, self.lm_batch_rows, self.lm_turn)
@@ -277,8 +281,8 @@ class ActivationData(L.LightningDataModule):
     def origin(self) -> dict[str, str]:
         """What a run must find again to go on with the same numbers, besides its config."""
         with self.lm_turn:
-            text = self.text(TRAIN, repeat=False)
-            digest = text.documents.digest(thorough=False) or digest_of_rows(take_rows(text, self.lm_batch_rows))
+            documents = self.text(TRAIN, repeat=False).documents
+            digest = documents.digest(thorough=False) or digest_of_rows(self.text_rows(self.lm_batch_rows))
         return {
             "the language model's weights": weights_digest(self.lm.model),
             "the tokenizer": tokenizer_digest(self.lm.tokenizer),
@@ -341,6 +345,13 @@ class CachedData(ActivationData):
     @cached_property
     def origin(self) -> dict[str, str]:
         return {}  # the place in a cache names the cache, whose key names all of that
+
+    def text_rows(self, n: int) -> Int[Tensor, "n t"]:
+        """Of those that the cache was harvested from, in its order."""
+        found, shards = [torch.empty(0, self.seq_len, dtype=torch.long)], iter(range(len(self.cache.manifest.shards)))
+        while sum(map(len, found)) < n and (number := next(shards, None)) is not None:
+            found.append(self.cache.shard(number).tokens.long())
+        return torch.cat(found)[:n]
 
     def source(self) -> Source:
         chunk_rows = self.lm_batch_rows * self.seq_len

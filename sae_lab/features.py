@@ -18,8 +18,7 @@ from torch import Tensor
 
 from sae_lab.checkpoint import write_atomically
 from sae_lab.cli import entry_point
-from sae_lab.data import ActivationData, take_rows
-from sae_lab.documents import TRAIN
+from sae_lab.data import ActivationData
 from sae_lab.errors import UserError
 from sae_lab.evaluate import open_run
 from sae_lab.lm.base import LanguageModel
@@ -49,7 +48,7 @@ class Activations(NamedTuple):
 @torch.no_grad()
 def gather(sae: BaseSAE, data: ActivationData, latents: Int[Tensor, " c"], n_tokens: int) -> Activations:
     """Every activation of `latents` over the first n_tokens of the training text, under the deployed rule."""
-    rows = take_rows(data.text(TRAIN, repeat=False), max(1, n_tokens // data.seq_len))
+    rows = data.text_rows(max(1, n_tokens // data.seq_len))
     place = torch.full((sae.n_latents,), -1)
     place[latents] = torch.arange(len(latents))
     parts, n_positions = [], 0

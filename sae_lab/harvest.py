@@ -172,8 +172,6 @@ def data_key(data: ActivationData) -> dict[str, Any]:
     """
     if data.documents is None:
         raise UserError("a cache is harvested from text: choose another data=..., such as data=stdlib.")
-    text = data.text(TRAIN, repeat=False)
-    first = take_rows(text, data.lm_batch_rows)
     return {
         "seq_len": data.seq_len,
         "data.exclude_bos": data.exclude_bos,
@@ -181,8 +179,8 @@ def data_key(data: ActivationData) -> dict[str, Any]:
         "data.pack": data.pack,
         "data.repeat": data.repeat,
         **{f"data.{name}": value for name, value in described(data.documents).items()},
-        "data.digest": text.documents.digest(),
-        "data.first_rows": digest_of_rows(first),
+        "data.digest": data.text(TRAIN, repeat=False).documents.digest(),
+        "data.first_rows": digest_of_rows(data.text_rows(data.lm_batch_rows)),
     }
 
 

@@ -30,8 +30,7 @@ from sae_lab.cache import Cache, CachedRows
 from sae_lab.checkpoint import write_atomically
 from sae_lab.cli import entry_point
 from sae_lab.clock import now
-from sae_lab.data import ActivationData, take_rows
-from sae_lab.documents import TRAIN
+from sae_lab.data import ActivationData
 from sae_lab.harvest import Harvester, gathered
 from sae_lab.memory import keep_freed_memory
 from sae_lab.screen import console, track
@@ -61,7 +60,7 @@ def stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str, Stag
     block_rows = data.stream.block_rows
     n_batches = -(-cfg.slice_tokens // block_rows) * block_rows // data.batch_size
     n_passes = -(-cfg.slice_tokens // (data.lm_batch_rows * data.seq_len))
-    tokens = take_rows(data.text(TRAIN, repeat=True), data.lm_batch_rows)
+    tokens = data.text_rows(data.lm_batch_rows)
     harvest = iter(data.source())
     writer = Harvester(data, folder, cfg.slice_tokens, cfg.slice_tokens)
     shard = next(gathered(data.source(), cfg.slice_tokens, cfg.slice_tokens, writer.dtype, lambda n: None))

@@ -81,6 +81,14 @@ def test_a_cache_holds_the_streams_rows_in_order_exactly_as_many_as_asked_for(wh
     assert torch.equal(cache.held_out().int(), take_rows(text().text("held_out", False), 20).int())
 
 
+@pytest.mark.parametrize("n", [1, 12, 10**6])
+def test_a_cache_gives_the_text_that_it_was_harvested_from(whole, n):
+    """For feature pages; of a pass through it, only so much as was harvested."""
+    there, here = cached(whole).text_rows(n), text().text_rows(n)
+    assert torch.equal(there, here[: len(there)])
+    assert len(there) == min(n, sum(shard.text_rows for shard in Cache(str(whole)).manifest.shards))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_each_dtype_keeps_the_rows_to_its_precision(tmp_path, dtype):
     harvester(tmp_path, dtype=dtype).build()
