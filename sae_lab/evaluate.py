@@ -213,15 +213,15 @@ def compare(sae: BaseSAE, encoder: str, k: int | None, data: ActivationData, run
     return file
 
 
-def open_run(
-    run_dir: Path, device: str, n_eval_tokens: int | None = None
+def load_run(
+    run_dir: str | Path, device: str = "auto", n_eval_tokens: int | None = None
 ) -> tuple[BaseSAE, ActivationData, DictConfig]:
-    """The SAE that a run left, on the language model's device; its data, built again; its config.
+    """The SAE that a run left, on the language model's device; its data, built again, with that model; its config.
 
     Raises:
         UserError: no run folder, or no SAE in it.
     """
-    config_file = run_dir / ".hydra" / "config.yaml"
+    config_file = Path(run_dir) / ".hydra" / "config.yaml"
     if not config_file.is_file():
         raise UserError(f"{run_dir} is not a run folder (no .hydra/config.yaml): give run_dir=<folder of a run>.")
     run = OmegaConf.load(config_file)
@@ -244,7 +244,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.activation is not None and cfg.encoder != "own":
         raise UserError(f"activation={cfg.activation} and encoder={cfg.encoder} replace the same thing: give one.")
     keep_freed_memory()
-    sae, data, run = open_run(run_dir, cfg.device, cfg.n_eval_tokens)
+    sae, data, run = load_run(run_dir, cfg.device, cfg.n_eval_tokens)
     if cfg.activation is not None:
         metrics = evaluate_under(cfg.activation, sae, data, run.calibration_batches)
         print_metrics(metrics, run_dir)

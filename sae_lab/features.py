@@ -20,7 +20,7 @@ from sae_lab.checkpoint import write_atomically
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
 from sae_lab.errors import UserError
-from sae_lab.evaluate import open_run
+from sae_lab.evaluate import load_run
 from sae_lab.lm.base import LanguageModel
 from sae_lab.memory import keep_freed_memory
 from sae_lab.saes.base import BaseSAE
@@ -196,7 +196,7 @@ def write_page(description: dict[str, Any], folder: Path) -> list[Path]:
 def main(cfg: DictConfig) -> None:
     run_dir = Path(cfg.run_dir)
     keep_freed_memory()
-    sae, data, _ = open_run(run_dir, cfg.device)
+    sae, data, _ = load_run(run_dir, cfg.device)
     latents = choose(sae, cfg.latents, cfg.n_latents)
     activations = gather(sae, data, latents, cfg.n_tokens)
     found = describe(activations, len(latents), n_top=cfg.n_top, n_random=cfg.n_random, context=cfg.context)

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from shell import run
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -57,16 +59,21 @@ def test_the_readmes_sae_works_from_folders_of_its_users(own_sae, tmp_path):
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
-    from sae_lab import BatchTopKSAE, save_sae
-
-    save_sae(BatchTopKSAE(k=16, d_in=128, n_latents=1024), tmp_path / "outputs" / "demo" / "sae")
+    quick = ["experiment=quick_test", "n_tokens=4_096", "data.n_eval_tokens=1024", "hydra.run.dir=outputs/demo"]
+    assert run(*quick, cwd=tmp_path).returncode == 0
     monkeypatch.chdir(tmp_path)
     code = next(b for b in blocks("python") if "load_sae" in b)
     names: dict = {}
     exec(code, names)
-    assert names["code"].shape == (8, 1024)
-    assert names["x_hat"].shape == (8, 128)
-    assert names["normalised"].shape == (8, 1, 128)
+    n, t = names["tokens"].shape
+    assert n * t == 1024
+    assert names["x"].shape == names["x_hat"].shape == names["ablated"].shape == (n * t, 1, 128)
+    assert names["code"].shape == (n * t, names["sae"].n_latents)
+    assert names["logits"].shape[:2] == (n, t)
+    error = names["x"] - names["x_hat"]
+    fires = names["code"][:, names["code"].sum(0).argmax()] > 0
+    changed = (names["ablated"] - names["x_hat"] - error).flatten(1).norm(dim=1) > 1e-4
+    assert torch.equal(changed, fires)
     assert names["loss"].item() > 0
 
 

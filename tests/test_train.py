@@ -312,7 +312,10 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         (["data=text_files"], ["data.paths has no value: give data.paths=..."]),
         (["n_tokens=10"], ["less than one batch", "raise n_tokens"]),
         (["batch_size=0"], ["batch_size=0 must be a whole number of at least 1"]),
-        (["trainer.precision=bf16-true"], ["trainer.precision=bf16-true is not known: choose 32-true", "or bf16-mixed"]),
+        (
+            ["trainer.precision=bf16-true"],
+            ["trainer.precision=bf16-true is not known: choose 32-true", "or bf16-mixed"],
+        ),
         (["+sae.gamma=3"], ["unexpected keyword argument 'gamma'"]),
         (["k=abc"], ["k=abc must be a number"]),
         (["k=[1,2]"], ["k=[1, 2] must be a number"]),

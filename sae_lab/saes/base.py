@@ -5,8 +5,9 @@ Shapes: b rows (tokens), s sources (sites x models; 1 for a plain SAE), d activa
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +17,8 @@ from sae_lab.errors import UserError
 from sae_lab.sparse import Code
 
 AnySAE = TypeVar("AnySAE", bound="BaseSAE")
+Edit: TypeAlias = Callable[[Float[Tensor, "b f"]], Float[Tensor, "b f"]]
+"""What an intervention makes of a dense code."""
 
 
 @dataclass(frozen=True)
@@ -127,16 +130,23 @@ class BaseSAE(nn.Module, ABC):
         """Code -> x_hat in the SAE's own (normalised) units."""
 
     @abstractmethod
-    def autoencode(self, x: Float[Tensor, "*row d"]) -> tuple[Float[Tensor, "*row d"], Code]:
-        """Raw activations -> (x_hat in raw units, in the shape and dtype of x; code). Changes no state in any mode."""
+    def autoencode(self, x: Float[Tensor, "*row d"], edit: Edit | None = None) -> tuple[Float[Tensor, "*row d"], Code]:
+        """Raw activations -> (x_hat in raw units, in the shape and dtype of x; code). Changes no state in any mode.
+
+        With `edit`, x_hat and code are those of the code that it makes of the rows' own, a dense (b, f).
+        """
 
     @abstractmethod
     def directions(self) -> Float[Tensor, "f s d"]:
         """The dictionary: what one unit of each latent adds to x_hat, in the SAE's own (normalised) units."""
 
-    def reconstruct(self, x: Float[Tensor, "*row d"]) -> Float[Tensor, "*row d"]:
-        """Raw activations -> x_hat in raw units, in the shape and dtype of x."""
-        return self.autoencode(x)[0]
+    def reconstruct(self, x: Float[Tensor, "*row d"], edit: Edit | None = None) -> Float[Tensor, "*row d"]:
+        """Raw activations -> x_hat in raw units, in the shape and dtype of x.
+
+        `edit` ablates or steers: `sae.reconstruct(x, lambda z: z.index_fill(1, latents, 0.0))`. To leave what the SAE
+        does not explain as it is, take x + sae.reconstruct(x, edit) - sae.reconstruct(x).
+        """
+        return self.autoencode(x)[0] if edit is None else self.autoencode(x, edit)[0]
 
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
         """Before the forward pass of a training batch: give dead latents a new start, where it is time for that.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sae_lab import losses, sparse
 from sae_lab.distributed import anywhere
 from sae_lab.errors import UserError, checked_word
-from sae_lab.saes.base import BaseSAE, SAEOutput
+from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
 from sae_lab.saes.normalize import Context, normalizer
 from sae_lab.saes.unit_norm import divide_by_norm, project_gradient
 from sae_lab.sparse import Code, SparseCode, fired
@@ -131,9 +131,11 @@ class DictionarySAE(BaseSAE):
         x_hat = sparse.decode(code, self.W_dec, self.b_dec)
         return x_hat if context is None else self.normalizer.undo(x_hat, context)
 
-    def autoencode(self, x: Tensor) -> tuple[Tensor, Code]:
+    def autoencode(self, x: Tensor, edit: Edit | None = None) -> tuple[Tensor, Code]:
         target, context = self.normalizer(self.rows(x))
         code = self.code(target)
+        if edit is not None:
+            code = edit(code.to_dense() if isinstance(code, SparseCode) else code)
         return self.decode(code, context).view_as(x).to(x.dtype), code
 
     def directions(self) -> Float[Tensor, "f s d"]:

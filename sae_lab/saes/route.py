@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sae_lab.distributed import average
 from sae_lab.errors import UserError, checked_word
 from sae_lab.matmul import linear
-from sae_lab.saes.base import BaseSAE, SAEOutput
+from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
 from sae_lab.saes.normalize import Context, normalizer
 from sae_lab.sparse import Code
 
@@ -114,9 +114,9 @@ class RouteSAE(BaseSAE):
     def decode(self, code: Code) -> Float[Tensor, "b s d"]:
         return self.inner.decode(code).expand(-1, self.n_sources, -1)
 
-    def autoencode(self, x: Tensor) -> tuple[Tensor, Code]:
+    def autoencode(self, x: Tensor, edit: Edit | None = None) -> tuple[Tensor, Code]:
         row, weights, context = self.route(x)
-        row_hat, code = self.inner.autoencode(row)
+        row_hat, code = self.inner.autoencode(row, edit)
         x_hat = self.normalizer.undo(row_hat / weights.sum(dim=-1).view(-1, 1, 1), context)
         return torch.where(weights.unsqueeze(-1) > 0, x_hat.to(x.dtype), self.rows(x).to(x.dtype)).view_as(x), code
 

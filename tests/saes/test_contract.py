@@ -53,6 +53,22 @@ def test_forward_has_the_shapes_of_the_contract(sae, x, n_sources):
     assert sae.decode(sae.encode(x)).shape == x.shape
 
 
+def test_an_edit_of_the_code_reaches_x_hat_in_raw_units(sae, x):
+    """No edit changes nothing; a latent set to nought takes away what it adds, in units of x."""
+    sae.eval()
+    whole, code = sae.autoencode(x)
+    torch.testing.assert_close(sae.reconstruct(x, lambda z: z), whole)
+    z = sae.encode(x)
+    strongest = int(z.sum(dim=0).argmax())
+    without, edited = sae.autoencode(x, lambda z: z.index_fill(1, torch.tensor([strongest]), 0.0))
+    assert l0_per_row(edited).sum() == l0_per_row(code).sum() - (z[:, strongest] != 0).sum()
+    lost = (whole - without).flatten(1).norm(dim=1)
+    assert torch.equal(lost > 1e-6, z[:, strongest].abs() > 1e-6)
+    if sae.config["normalize"] == "none":
+        expected = z[:, [strongest]].unsqueeze(-1) * sae.directions()[strongest]
+        torch.testing.assert_close((whole - without)[:, :1], expected[:, :1], atol=1e-5, rtol=1e-4)
+
+
 def test_losses_are_named_finite_scalars_that_reach_the_weights(sae, x):
     losses = sae.losses(sae(x))
     assert "reconstruction" in losses
