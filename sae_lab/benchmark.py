@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from sae_lab.checkpoint import write_atomically
 from sae_lab.cli import entry_point
-from sae_lab.clock import now
+from sae_lab.device import chosen, now
 from sae_lab.errors import UserError
 from sae_lab.matmul import linear
 from sae_lab.memory import keep_freed_memory
@@ -59,7 +59,7 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
     """One size and one SAE: its figures, on the screen and in benchmark.json."""
     keep_freed_memory()
     warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # it has none on purpose
-    device = chosen_device(cfg)
+    device = chosen(cfg.device)
     x = superposed_rows(cfg.batch_size, cfg.n_sources, cfg.d_in).to(device)
     make = partial(build_sae, cfg, device)
     sae = make()
@@ -83,7 +83,7 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
 def search(cfg: DictConfig) -> dict[str, Any]:
     """A pursuit of one batch, with the Gram matrix and without: the figures, on the screen and in benchmark.json."""
     keep_freed_memory()
-    device = torch.device(chosen_device(cfg))
+    device = torch.device(chosen(cfg.device))
     if cfg.pursuit not in METHODS:
         raise UserError(f"pursuit={cfg.pursuit} is not known: choose one of {', '.join(METHODS)}.")
     y = superposed_rows(cfg.batch_size, cfg.n_sources, cfg.d_in).flatten(1).to(device)
@@ -111,10 +111,6 @@ def search(cfg: DictConfig) -> dict[str, Any]:
         result.add_row(name, f"{value:,.1f}", "" if ratio is None else f"{ratio:.2f}")
     console.print(result)
     return written(figures, cfg)
-
-
-def chosen_device(cfg: DictConfig) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
 
 
 def written(figures: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from sae_lab import diffing, plots
 from sae_lab.checkpoint import load_sae, write_atomically
 from sae_lab.cli import entry_point
-from sae_lab.clock import now
 from sae_lab.data import ActivationData
+from sae_lab.device import now
 from sae_lab.downstream import Replace, constant, spliced_logits, zero
 from sae_lab.errors import UserError
 from sae_lab.memory import keep_freed_memory

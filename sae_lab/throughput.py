@@ -29,8 +29,8 @@ from sae_lab.buffer import ShuffledBlocks
 from sae_lab.cache import Cache, CachedRows
 from sae_lab.checkpoint import write_atomically
 from sae_lab.cli import entry_point
-from sae_lab.clock import now
 from sae_lab.data import ActivationData
+from sae_lab.device import now
 from sae_lab.harvest import Harvester, gathered
 from sae_lab.memory import keep_freed_memory
 from sae_lab.screen import console, track

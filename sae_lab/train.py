@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lab.checkpoint import atomic_file, save_sae
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
+from sae_lab.device import chosen
 from sae_lab.distributed import rank
 from sae_lab.errors import UserError, checked_number
 from sae_lab.evaluate import calibrate, evaluate_all, write_results
@@ -175,8 +176,7 @@ def build_trainer(
     if precision not in PRECISIONS:
         words = " or ".join(f"{name} ({meaning})" for name, meaning in PRECISIONS.items())
         raise UserError(f"trainer.precision={precision} is not known: choose {words}.")
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = chosen(accelerator)
     gpu, found = accelerator in ("cuda", "gpu"), torch.cuda.device_count()
     if devices > 1 and accelerator != "cpu" and not (gpu and devices <= found):
         raise UserError(f"trainer.devices={devices} exceeds the {found} GPUs: give fewer, or trainer.accelerator=cpu.")

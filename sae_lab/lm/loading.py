@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sae_lab.corpora import HUB_TIMEOUT
+from sae_lab.device import chosen
 from sae_lab.errors import UserError, first_line
 from sae_lab.lm.base import LanguageModel
 
@@ -75,8 +76,7 @@ def load(
 
 def place(model: Any, device: str) -> Any:
     """The model moved to the device; "auto" is CUDA where there is one, else the CPU."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen(device)
     try:
         return model.to(device)
     except (AssertionError, RuntimeError) as e:  # torch's two ways to say that there is no such device
