@@ -18,6 +18,7 @@ from sae_lab.errors import UserError
 from sae_lab.export import export, push
 from sae_lab.interop import dictionary_learning, sae_lens, sparsify
 from sae_lab.saes import MatryoshkaTopKSAE
+from sae_lab.saes.normalize import NORMALIZERS
 
 PROVENANCE = {
     "model": {"name": "gpt2", "revision": None, "processing": "none"},
@@ -63,9 +64,10 @@ def test_free_norms_survive_dictionary_learning(tmp_path):
     torch.testing.assert_close(load_sae(tmp_path).encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("normalize", ["none", "per_token", "constant_norm"])
+@pytest.mark.parametrize("normalize", NORMALIZERS)
 @pytest.mark.parametrize("name", PLAIN)
 def test_sae_lens_files_compute_the_same(name, normalize, tmp_path):
+    """P-25: mean_norm, which SAELens has by another name, goes out in the weights."""
     sae, x = trained(name, f"sae.normalize={normalize}"), 3 * planted(50)[0] + 1
     sae_lens.write(sae, tmp_path, PROVENANCE)
     back = load_sae(tmp_path)
@@ -73,9 +75,10 @@ def test_sae_lens_files_compute_the_same(name, normalize, tmp_path):
     torch.testing.assert_close(back.reconstruct(x), sae.reconstruct(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("normalize", ["none", "mean_norm"])
 @pytest.mark.parametrize("name", PLAIN)
-def test_dictionary_learning_files_compute_the_same(name, tmp_path):
-    sae, x = trained(name, "sae.normalize=none"), planted(50)[0]
+def test_dictionary_learning_files_compute_the_same(name, normalize, tmp_path):
+    sae, x = trained(name, f"sae.normalize={normalize}"), planted(50)[0]
     dictionary_learning.write(sae, tmp_path, PROVENANCE)
     back = load_sae(tmp_path)
     assert type(back) is type(sae)
@@ -85,13 +88,43 @@ def test_dictionary_learning_files_compute_the_same(name, tmp_path):
 
 @pytest.mark.parametrize(
     "sae",
-    [trained("topk", "sae.normalize=none"), MatryoshkaTopKSAE(k=4, d_in=16, n_latents=64, normalize="none")],
-    ids=["topk", "matryoshka_topk"],
+    [
+        trained("topk", "sae.normalize=none"),
+        trained("topk", "sae.normalize=mean_norm"),
+        MatryoshkaTopKSAE(k=4, d_in=16, n_latents=64, normalize="none"),
+    ],
+    ids=["topk", "topk_mean_norm", "matryoshka_topk"],
 )
 def test_sparsify_files_compute_the_same(sae, tmp_path):
     x = planted(50)[0]
     sparsify.write(sae.eval(), tmp_path, PROVENANCE)
-    torch.testing.assert_close(load_sae(tmp_path).encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+    back, free = load_sae(tmp_path), sae.config["normalize"] == "mean_norm"
+    torch.testing.assert_close(back.encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(back.reconstruct(x), sae.reconstruct(x), rtol=1e-5, atol=1e-5)
+    assert json.loads((tmp_path / "cfg.json").read_text())["normalize_decoder"] != free
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_a_scale_goes_out_in_the_weights_and_stays_in_the_sae(tied, tmp_path):
+    """SPEC §2.1: W_enc / scale, W_dec · scale, b_dec · scale; tied weights part, as one grows and the other shrinks."""
+    sae = build("topk", f"sae.tied={tied}", "sae.encoder_bias=true", "sae.normalize=mean_norm")
+    sae(100 * planted(64)[0])
+    with torch.no_grad():
+        sae.b_dec += torch.linspace(-1, 1, 16)
+    before, scale = {name: t.clone() for name, t in sae.state_dict().items()}, sae.normalizer.scale.item()
+    assert scale > 10
+    sparsify.write(sae.eval(), tmp_path, PROVENANCE)
+    theirs = load_file(tmp_path / "sae.safetensors")
+    torch.testing.assert_close(theirs["encoder.weight"], sae.W_enc[:, 0].detach() / scale)
+    torch.testing.assert_close(theirs["W_dec"], sae.W_dec[:, 0].detach() * scale)
+    torch.testing.assert_close(theirs["b_dec"], sae.b_dec[0].detach() * scale)
+    assert all(torch.equal(t, before[name]) for name, t in sae.state_dict().items())
+
+
+def test_an_sae_that_has_no_scale_yet_is_not_exported(tmp_path):
+    with pytest.raises(UserError, match="mean_norm has no scale before training"):
+        sparsify.write(build("topk", "sae.normalize=mean_norm").eval(), tmp_path, PROVENANCE)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -133,7 +166,7 @@ def test_metadata_says_where_the_activations_come_from(sites, processing, hook, 
     ("write", "sae", "sentence"),
     [
         (sparsify.write, build("batch_topk"), "sparsify has no form for a BatchTopKSAE"),
-        (sparsify.write, build("topk"), "no form for sae.normalize=per_token: train with sae.normalize=none"),
+        (sparsify.write, build("topk"), "sae.normalize=per_token: train with sae.normalize=none or mean_norm"),
         (dictionary_learning.write, build("batch_topk", "k=1.5", "sae.normalize=none"), "k=1.5: its k is whole"),
         (sae_lens.write, build("topk", n_sources=2), "an SAE of 2 sites"),
         (sae_lens.write, build("matryoshka", "sae.active_groups=1"), "active_groups=1: save it with null"),
