@@ -15,6 +15,7 @@ from sae_lab import checkpoint
 from sae_lab.errors import UserError, first_line
 from sae_lab.interop import dictionary_learning, gemma_scope, hub, openai, sae_lens, sparsify
 from sae_lab.interop.tensors import fold_decoder_norm as fold
+from sae_lab.interop.tensors import untied
 from sae_lab.saes.base import BaseSAE
 
 FORMATS = {
@@ -23,9 +24,6 @@ FORMATS = {
     "dictionary_learning": dictionary_learning,
     "gemma_scope": gemma_scope,
 }
-
-FOLDABLE = ("VanillaSAE", "GatedSAE", "JumpReLUSAE")
-"""The classes in which each latent decides by itself whether it is active."""
 
 
 def load_sae(
@@ -48,8 +46,9 @@ def load_sae(
     """
     sae = read(source, sae_id)
     if fold_decoder_norm:
-        if type(sae).__name__ not in FOLDABLE:
+        if not sae.foldable:
             raise UserError(f"{type(sae).__name__} compares latents, so folding its norms would change its choice.")
+        sae = untied(sae)
         fold(sae)
     return sae.eval().to(device)
 

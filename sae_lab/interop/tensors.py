@@ -26,10 +26,6 @@ from sae_lab.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.normalize import NORMALIZERS
 
-PER_LATENT = ("b_enc", "b_mag", "thresholds")
-"""What stands beside h and so has the units of a code, where an SAE has it."""
-
-
 TRAINING_STATE = ("batches_since_fired", "steps", "threshold_updates")
 
 
@@ -120,8 +116,7 @@ def state(sae: BaseSAE) -> dict[str, Tensor]:
 
 
 def fold_normalizer(sae: Any) -> BaseSAE:
-    """A copy that takes and gives rows in raw units without normalising them. It has tied weights twice: one is scaled
-    up where the other is scaled down.
+    """A copy that takes and gives rows in raw units without normalising them, its weights untied.
 
     Raises:
         UserError: the normaliser has no scale yet.
@@ -131,6 +126,11 @@ def fold_normalizer(sae: Any) -> BaseSAE:
     raw.load_state_dict({key: t for key, t in sae.state_dict().items() if not key.startswith("normalizer.")})
     fold_scale(raw, 1 / divisor.cpu())
     return raw.eval()
+
+
+def untied(sae: BaseSAE) -> BaseSAE:
+    """`sae`, or where its weights are tied a copy that has them twice: a fold scales one up and the other down."""
+    return sae.as_(type(sae), tied=False) if sae.config.get("tied") else sae
 
 
 @torch.no_grad()
@@ -156,8 +156,10 @@ def fold_decoder_norm(sae: Any) -> None:
     norms: Float[Tensor, " f"] = sae.W_dec.flatten(1).norm(dim=1).clamp_min(1e-8)
     sae.W_dec /= norms.view(-1, 1, 1)
     sae.W_enc *= norms.view(-1, 1, 1)
-    for name in PER_LATENT:
-        if getattr(sae, name, None) is not None:
+    if sae.mlp is not None:
+        sae.mlp.W_out *= norms.view(-1, 1)
+    for name in sae.beside_h:
+        if getattr(sae, name) is not None:
             getattr(sae, name).mul_(norms)
 
 

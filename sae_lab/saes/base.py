@@ -41,6 +41,11 @@ class BaseSAE(nn.Module, ABC):
     registry: ClassVar[dict[str, type["BaseSAE"]]] = {}
     batch_rule: bool = False
     """Whether the training rule for one row depends on the other rows of its batch."""
+    foldable: bool = False
+    """Whether each latent decides by itself if it is active. Its code may then change units, as it does where the norm
+    of its row of W_dec is folded into it; a rule that compares latents would choose others."""
+    beside_h: tuple[str, ...] = ("b_enc",)
+    """The parameters, one number a latent, that h is compared with or added to: they have the units of a code."""
 
     n_sources: int
     d_in: int
