@@ -37,7 +37,8 @@ def load_sae(
 
     Args:
         source: a run folder or SAE folder of ours; a folder of SAELens, sparsify, dictionary_learning or Gemma Scope; a
-            file of OpenAI's; `user/repository` on the hub; or a release of SAELens, where sae-lens is installed.
+            file of OpenAI's; `user/repository` on the hub; or a release of SAELens, whose table of them comes with
+            `pip install --no-deps sae-lens` (its dependencies exclude those of this package).
         sae_id: which SAE of a release, or which folder of a repository.
         fold_decoder_norm: give W_dec rows of unit norm, which training here assumes, and the codes their units.
 

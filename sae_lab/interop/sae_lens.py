@@ -137,7 +137,8 @@ def read_scale(folder: Path) -> float:
     if not file.is_file():
         raise UserError(
             f"{folder} wants its inputs multiplied by a factor ({SCALED}) that it does not hold: load it by its "
-            f'release, with sae-lens installed for its table, or put {{"scaling_factor": ...}} into {SCALER} there.'
+            "release, for whose table `pip install --no-deps sae-lens` does, or put "
+            f'{{"scaling_factor": ...}} into {SCALER} there.'
         )
     return float(need(read_json(file), "scaling_factor", file))
 

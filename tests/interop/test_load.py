@@ -249,12 +249,19 @@ def test_a_release_is_looked_up_without_importing_sae_lens(releases):
         ("other-format", "one", "converts by llama_scope"),
         ("nothing", None, "no folder, file or release"),
         ("./nothing", None, "is no folder or file"),
-        ("somebody/saes", "standard_scaled", "that it does not hold"),
+        ("somebody/saes", "standard_scaled", "that it does not hold.*pip install --no-deps sae-lens"),
     ],
 )
 def test_what_the_hub_does_not_have_is_said(releases, name, sae_id, sentence):
     with pytest.raises(UserError, match=sentence):
         load_sae(name, sae_id=sae_id)
+
+
+def test_the_table_of_releases_is_asked_for_without_what_sae_lens_depends_on(monkeypatch):
+    """Its transformer-lens < 4 would break this package's."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps sae-lens"):
+        load_sae("gemma-scope-2b-pt-res-canonical", sae_id="layer_0")
 
 
 def test_a_hub_out_of_reach_is_said(monkeypatch):
