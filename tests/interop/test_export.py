@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import SAE_NAMES, build, planted
+import yaml
+from conftest import SAE_NAMES, build, compose, planted
 from safetensors.torch import load_file
 from test_load import CASES, FIXTURES, source
 
@@ -213,21 +214,43 @@ def test_an_export_has_weights_figures_and_a_card(format, run_dir, tmp_path):
     assert (tmp_path / "out" / "probe.safetensors").is_file() == (format == "sae_lab")
 
 
-def test_what_is_pushed_is_pulled_again(run_dir, tmp_path, monkeypatch):
+def test_the_card_does_not_tell_of_the_machine(run_dir, tmp_path):
+    """Neither where the run and its logs went, nor in which folders its model and text lie."""
+    model, data = {"name": "/home/me/models/gpt2"}, {"paths": ["/mnt/secret/corpus/*.txt", "texts/*.txt"]}
+    save_sae(trained("batch_topk"), run_dir / "sae", PROVENANCE | {"model": model, "data": data})
+    config = {"k": 4, "run_dir": "/home/me/run", "logger": {"wandb": {"project": "mine"}}, "init_from": "~/old/sae"}
+    config |= {"lm": model, "data": data, "optimizer": {"_target_": "torch.optim.Adam", "betas": [0.9, 0.99]}}
+    (run_dir / ".hydra" / "config.yaml").write_text(json.dumps(config))
+    export(run_dir, "sae_lens", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    said = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
+    assert said.keys() == config.keys() - {"run_dir", "logger"}
+    assert (said["init_from"], said["lm"]["name"], said["data"]["paths"]) == ("sae", "gpt2", ["*.txt", "texts/*.txt"])
+    assert said["optimizer"] == config["optimizer"]
+    assert "# BatchTopKSAE of gpt2 at" in card
+    assert [word for word in ("/home", "/mnt", "~", "wandb") if word in card] == []
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_what_is_pushed_is_pulled_again(private, run_dir, tmp_path, monkeypatch):
     """A hub of folders: the repository has every file of the export, and loads by its name."""
-    hub = tmp_path / "hub"
+    hub, made = tmp_path / "hub", {}
+
+    def create(self, repo, private, exist_ok):
+        assert exist_ok
+        made[repo] = private
+        (hub / repo).mkdir(parents=True)
 
     def upload(self, repo_id, folder_path):
         shutil.copytree(folder_path, hub / repo_id, dirs_exist_ok=True)
         return "address"
 
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.create_repo", lambda self, repo, exist_ok: (hub / repo).mkdir(parents=True)
-    )
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: str(hub / repo))
     files = export(run_dir, "sae_lens", tmp_path / "out")
-    assert push(tmp_path / "out", "me/sae") == "address"
+    assert push(tmp_path / "out", "me/sae", private) == "address"
+    assert made == {"me/sae": private}
     assert all((hub / "me/sae" / file.relative_to(tmp_path / "out")).is_file() for file in files)
     x = planted(20, seed=1)[0]
     torch.testing.assert_close(load_sae("me/sae").encode(x), load_sae(run_dir).encode(x))
@@ -241,7 +264,12 @@ def test_without_network_the_folder_is_written_and_the_push_says_so(run_dir):
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert "is written, but was not pushed to me/sae" in done.stderr
+    assert done.stderr.strip().endswith("/export/sae_lens --private`.")
     assert load_sae(run_dir / "export" / "sae_lens").n_latents == 64
+
+
+def test_a_repository_is_private_unless_one_says_otherwise():
+    assert compose("run_dir=x", config_name="export").private is True
 
 
 def test_an_unknown_format_is_refused(run_dir, tmp_path):
