@@ -39,7 +39,8 @@ def train(sae: BaseSAE, batches: list[torch.Tensor]) -> BaseSAE:
 
 @torch.no_grad()
 def expected(sae: BaseSAE, real: torch.Tensor) -> dict[str, torch.Tensor]:
-    rows = {"random": torch.randn(200, real.shape[-1], generator=torch.Generator().manual_seed(0)), "real": real[:, 0]}
+    random = torch.randn(200, real.shape[-1], generator=torch.Generator().manual_seed(0))
+    rows = {"random": random * real.std(), "real": real[:, 0]}
     out = {}
     for name, x in rows.items():
         out |= {f"{name}.x": x.clone(), f"{name}.code": sae.encode(x), f"{name}.x_hat": sae.reconstruct(x)}
