@@ -159,6 +159,7 @@ def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
 
 def dense_forward(sae: LinearSAE, x: Tensor) -> SAEOutput:
     """The forward pass with h and the code as whole matrices, in plain torch."""
+    sae.normalizer.observe(x)
     target, _ = sae.normalizer(x)
     inputs, origin, W = sae.encoder(target)
     h = F.linear((inputs - origin).flatten(1), W.flatten(1), sae.b_enc)

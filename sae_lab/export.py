@@ -15,6 +15,8 @@ from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import figure, print_files
 
 OURS = "sae_lab"
+MACHINES_OWN = ("run_dir", "logger")
+"""Parts of a config that say nothing about the SAE, only where its files went."""
 WRITERS = {name: format.write for name, format in FORMATS.items() if hasattr(format, "write")}
 
 
@@ -45,7 +47,8 @@ def copy(files: list[Path], folder: Path) -> None:
 
 
 def card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: str) -> str:
-    """The model card: what the SAE is, where it was trained, its metrics, figures and config."""
+    """The model card: what the SAE is, what it was trained on, its metrics, figures and config."""
+    provenance = without_folders(provenance)
     header = {"tags": ["sparse-autoencoder", "interpretability", format], "library_name": "sae_lab"}
     model, sites = provenance.get("model", {}).get("name"), ", ".join(provenance.get("sites", []))
     lines = ["---", yaml.safe_dump(header).strip(), "---", "", f"# {type(sae).__name__} of {model} at {sites}", ""]
@@ -64,8 +67,19 @@ def card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: str) -
     lines += [f"![{file.stem}](figures/{file.name})" for file in sorted((run_dir / "figures").glob("*.png"))]
     config_file = run_dir / ".hydra" / "config.yaml"
     if config_file.is_file():
-        lines += ["", "## Config", "", "```yaml", OmegaConf.to_yaml(OmegaConf.load(config_file)).strip(), "```"]
+        config: Any = OmegaConf.to_container(OmegaConf.load(config_file))
+        said = without_folders({name: value for name, value in config.items() if name not in MACHINES_OWN})
+        lines += ["", "## Config", "", "```yaml", OmegaConf.to_yaml(OmegaConf.create(said)).strip(), "```"]
     return "\n".join([*lines, ""])
+
+
+def without_folders(said: Any) -> Any:
+    """Of every absolute path in a nested container its last part: where things lie is the machine's, not the SAE's."""
+    if isinstance(said, dict):
+        return {name: without_folders(value) for name, value in said.items()}
+    if isinstance(said, list):
+        return [without_folders(value) for value in said]
+    return Path(said).name if isinstance(said, str) and said.startswith(("/", "~")) else said
 
 
 def metrics_table(file: Path) -> list[str]:
@@ -77,8 +91,11 @@ def metrics_table(file: Path) -> list[str]:
     return ["## Metrics on held-out text", "", "| metric | value |", "|---|---|", *rows]
 
 
-def push(folder: Path, repository: str) -> str:
+def push(folder: Path, repository: str, private: bool) -> str:
     """Upload a folder to the hub, making the repository if need be; returns its address.
+
+    Args:
+        private: whether a repository that is made is its owner's alone; one that exists stays what it is.
 
     Raises:
         UserError: the hub cannot be reached or refuses; the folder stays.
@@ -87,13 +104,14 @@ def push(folder: Path, repository: str) -> str:
 
     try:
         api = HfApi()
-        api.create_repo(repository, exist_ok=True)
+        api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder))
     except Exception as e:  # network errors come from whichever HTTP library huggingface_hub uses
         reason = first_line(e)
         raise UserError(
             f"{folder} is written, but was not pushed to {repository} ({reason}): "
-            f"log in with `hf auth login` and type `hf upload {repository} {folder}`."
+            "log in with `hf auth login` and type "
+            f"`hf upload {repository} {folder}{' --private' if private else ''}`."
         ) from e
 
 
@@ -103,7 +121,7 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out or run_dir / "export" / cfg.format)
     print_files(export(run_dir, cfg.format, out))
     if cfg.push_to_hub:
-        print(push(out, cfg.push_to_hub))
+        print(push(out, cfg.push_to_hub, cfg.private))
 
 
 if __name__ == "__main__":

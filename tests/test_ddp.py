@@ -196,6 +196,8 @@ TRAINED = [
     ("vanilla", DEAD, "sae.resample_every=4"),
     ("gated", DEAD, "sae.resample_every=3", "sae.hidden=[8]"),
     ("topk", "sae.tied=true"),
+    ("topk", "sae.normalize=mean_norm"),
+    ("route", "sae.normalize=mean_norm"),
 ]
 
 

@@ -77,6 +77,7 @@ STATEFUL = [
     ("vanilla", "sae.resample_every=4", "sae.dead_after=2", "sae.sparsity_warmup=8"),
     ("gated", "sae.resample_every=3", "sae.dead_after=2", "sae.hidden=[8]"),
     ("topk", "sae.tied=true"),
+    ("topk", "sae.normalize=mean_norm"),
 ]
 
 

@@ -15,6 +15,7 @@ from sae_lab import checkpoint
 from sae_lab.errors import UserError, first_line
 from sae_lab.interop import dictionary_learning, gemma_scope, hub, openai, sae_lens, sparsify
 from sae_lab.interop.tensors import fold_decoder_norm as fold
+from sae_lab.interop.tensors import untied
 from sae_lab.saes.base import BaseSAE
 
 FORMATS = {
@@ -23,9 +24,6 @@ FORMATS = {
     "dictionary_learning": dictionary_learning,
     "gemma_scope": gemma_scope,
 }
-
-FOLDABLE = ("VanillaSAE", "GatedSAE", "JumpReLUSAE")
-"""The classes in which each latent decides by itself whether it is active."""
 
 
 def load_sae(
@@ -39,7 +37,8 @@ def load_sae(
 
     Args:
         source: a run folder or SAE folder of ours; a folder of SAELens, sparsify, dictionary_learning or Gemma Scope; a
-            file of OpenAI's; `user/repository` on the hub; or a release of SAELens, where sae-lens is installed.
+            file of OpenAI's; `user/repository` on the hub; or a release of SAELens, whose table of them comes with
+            `pip install --no-deps sae-lens` (its dependencies exclude those of this package).
         sae_id: which SAE of a release, or which folder of a repository.
         fold_decoder_norm: give W_dec rows of unit norm, which training here assumes, and the codes their units.
 
@@ -48,8 +47,9 @@ def load_sae(
     """
     sae = read(source, sae_id)
     if fold_decoder_norm:
-        if type(sae).__name__ not in FOLDABLE:
+        if not sae.foldable:
             raise UserError(f"{type(sae).__name__} compares latents, so folding its norms would change its choice.")
+        sae = untied(sae)
         fold(sae)
     return sae.eval().to(device)
 

@@ -12,7 +12,9 @@ from sae_lab.interop.tensors import (
     Tensors,
     add_input_bias,
     build,
+    exportable,
     fold_decoder_norm,
+    has_unit_rows,
     need,
     parts,
     read_json,
@@ -131,15 +133,16 @@ CLASSES = {
 
 
 def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
-    """A folder that `load_dictionary` loads, of an SAE of rows that nobody normalises.
+    """A folder that `load_dictionary` loads, of an SAE of rows as they are.
 
     Raises:
         UserError: dictionary_learning has no form for it, or a k that is not whole.
     """
-    name, k = CLASSES.get(type(sae).__name__, ""), sae.config.get("k") or 0
+    sae = exportable(sae, CLASSES, ("none",), "dictionary_learning")
+    name, k = CLASSES[type(sae).__name__], sae.config.get("k") or 0
     if name == "AutoEncoder" and not has_unit_rows(sae):
         name = "AutoEncoderNew"  # `load_dictionary` divides by the norms in the other, which changes the codes' units
-    with parts(sae, CLASSES, ("none",), "dictionary_learning") as t:
+    with parts(sae) as t:
         theirs = WRITERS[name](t, sae)
     said = {"dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.n_latents}
     said |= {
@@ -153,10 +156,6 @@ def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
         said["k"] = int(k)
     write_pickle(folder / WEIGHTS, theirs)
     write_json(folder / CONFIG, {"trainer": said, "buffer": {"ctx_len": provenance.get("data", {}).get("seq_len")}})
-
-
-def has_unit_rows(sae: Any) -> bool:
-    return bool((sae.W_dec.flatten(1).norm(dim=1) - 1).abs().max() < 1e-4)
 
 
 def to_linears(t: Tensors, b_dec: str, b_enc: str = "encoder.bias") -> dict[str, Tensor]:

@@ -1,4 +1,8 @@
-"""SAEs on the Hugging Face hub: by SAELens release, or by repository and folder."""
+"""SAEs on the Hugging Face hub: by SAELens release, or by repository and folder.
+
+Of sae-lens one file is read, its table of releases; `pip install --no-deps sae-lens` brings it. With its dependencies
+it cannot be installed beside this package: it wants transformer-lens < 4.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -30,7 +34,8 @@ def find(source: str, sae_id: str | None) -> Entry:
     table = release_table()
     if source not in table:
         if "/" not in source:
-            known = "install sae-lens to look up its releases" if not table else f"sae-lens knows {len(table)} others"
+            known = f"sae-lens knows {len(table)} others"
+            known = known if table else "`pip install --no-deps sae-lens` for its table of them"
             raise UserError(f"{source} is no folder, file or release ({known}): give a path or user/repository.")
         return Entry(source, sae_id or "", {}, None)
     release = table[source]
@@ -40,7 +45,7 @@ def find(source: str, sae_id: str | None) -> Entry:
     if release.get("conversion_func") not in CONVERSIONS:
         raise UserError(
             f"the release {source} has files that sae-lens converts by {release['conversion_func']}: "
-            "load them there and save them to a folder."
+            "load them in an environment of its own and save them to a folder."
         )
     entry = entries[sae_id]
     overrides = release.get("config_overrides") or {}

@@ -12,6 +12,7 @@ from sae_lab.interop.tensors import (
     Tensors,
     add_input_bias,
     build,
+    exportable,
     fold_decoder_norm,
     fold_scale,
     need,
@@ -136,7 +137,8 @@ def read_scale(folder: Path) -> float:
     if not file.is_file():
         raise UserError(
             f"{folder} wants its inputs multiplied by a factor ({SCALED}) that it does not hold: load it by its "
-            f'release, with sae-lens installed for its table, or put {{"scaling_factor": ...}} into {SCALER} there.'
+            "release, for whose table `pip install --no-deps sae-lens` does, or put "
+            f'{{"scaling_factor": ...}} into {SCALER} there.'
         )
     return float(need(read_json(file), "scaling_factor", file))
 
@@ -170,9 +172,9 @@ def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
     Raises:
         UserError: SAELens has no form for it.
     """
-    architecture = ARCHITECTURES.get(type(sae).__name__, "")
-    d, f = sae.d_in, sae.n_latents
-    with parts(sae, ARCHITECTURES, NORMALIZED, "SAELens") as t:
+    sae = exportable(sae, ARCHITECTURES, NORMALIZED, "SAELens")
+    architecture, d, f = ARCHITECTURES[type(sae).__name__], sae.d_in, sae.n_latents
+    with parts(sae) as t:
         theirs = {"W_enc": t.take("W_enc", f, d).T, "W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
         theirs["b_gate" if architecture == "gated" else "b_enc"] = t.take("b_enc", f)
         if architecture == "gated":

@@ -8,6 +8,8 @@ from sae_lab.errors import UserError
 from sae_lab.interop.tensors import (
     Tensors,
     build,
+    exportable,
+    has_unit_rows,
     need,
     parts,
     read_json,
@@ -42,15 +44,17 @@ def read(folder: Path) -> BaseSAE:
 
 
 def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
-    """A folder that sparsify loads: a TopK SAE of rows that nobody normalises.
+    """A folder that sparsify loads: a TopK SAE of rows as they are.
 
     Raises:
         UserError: sparsify has no form for it.
     """
+    sae = exportable(sae, ("TopKSAE", "MatryoshkaTopKSAE"), ("none",), "sparsify")
     d, f = sae.d_in, sae.n_latents
-    with parts(sae, ("TopKSAE", "MatryoshkaTopKSAE"), ("none",), "sparsify") as t:
+    with parts(sae) as t:
         theirs = {"encoder.weight": t.take("W_enc", f, d), "encoder.bias": t.take("b_enc", f)}
         theirs |= {"W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
-    config = {"activation": "topk", "d_in": d, "num_latents": f, "k": sae.config["k"], "normalize_decoder": True}
+    config = {"activation": "topk", "d_in": d, "num_latents": f, "k": sae.config["k"]}
+    config |= {"normalize_decoder": has_unit_rows(sae), "transcode": False, "skip_connection": False}
     write_safetensors(folder / WEIGHTS, theirs)
-    write_json(folder / CONFIG, config | {"transcode": False, "skip_connection": False})
+    write_json(folder / CONFIG, config)

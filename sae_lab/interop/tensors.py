@@ -6,6 +6,8 @@ differently. For latent i with decoder norm n_i = |W_dec_i|, and every fold leav
     add_input_bias      h = x W_encᵀ + b  ->  (x - b_dec) W_encᵀ + b',  b' = b + W_enc b_dec          codes stay
     fold_scale          x was multiplied by s first: W_enc s, W_dec / s, b_dec / s                    codes stay
     fold_decoder_norm   W_dec_i / n_i; W_enc_i, biases and threshold of latent i times n_i     code_i is n_i code_i
+
+An SAE of ours goes out by way of `exportable`, which folds the scale of a normaliser that has one for all rows.
 """
 
 import json
@@ -22,10 +24,7 @@ from torch import Tensor
 from sae_lab.checkpoint import atomic_file, write_atomically
 from sae_lab.errors import UserError
 from sae_lab.saes.base import BaseSAE
-
-PER_LATENT = ("b_enc", "b_mag", "thresholds")
-"""What stands beside h and so has the units of a code, where an SAE has it."""
-
+from sae_lab.saes.normalize import NORMALIZERS
 
 TRAINING_STATE = ("batches_since_fired", "steps", "threshold_updates")
 
@@ -79,8 +78,8 @@ def build(name: str, tensors: Mapping[str, Tensor], **config: Any) -> BaseSAE:
     return sae.eval()
 
 
-def parts(sae: BaseSAE, classes: Collection[str], normalizers: Collection[str], library: str) -> Tensors:
-    """The tensors by which `sae` computes its codes, without the axis of its one source, to be taken by a writer.
+def exportable(sae: BaseSAE, classes: Collection[str], normalizers: Collection[str], library: str) -> BaseSAE:
+    """`sae` as a library can have it: itself, or where its normaliser has one scale for all rows, with that folded.
 
     Raises:
         UserError: the library has no form for it: another class or normalisation, several sites, groups left out.
@@ -90,16 +89,23 @@ def parts(sae: BaseSAE, classes: Collection[str], normalizers: Collection[str], 
         raise UserError(f"{library} has no form for a {name}: it has one for {', '.join(classes)}.")
     if sae.n_sources != 1:
         raise UserError(f"{library} has no form for an SAE of {sae.n_sources} sites: it has one for one site.")
-    if config["normalize"] not in normalizers:
+    shared = [word for word, normalizer in NORMALIZERS.items() if normalizer.shared]
+    if config["normalize"] not in (*normalizers, *shared):
         raise UserError(
             f"{library} has no form for sae.normalize={config['normalize']}: "
-            f"train with sae.normalize={' or '.join(normalizers)}, or export to another format."
+            f"train with sae.normalize={' or '.join([*normalizers, *shared])}, or export to another format."
         )
     if config["hidden"]:
         raise UserError(f"{library} has no form for an encoder with an MLP (sae.hidden={config['hidden']}).")
     if config.get("active_groups") is not None:
         raise UserError(f"{library} has no form for active_groups={config['active_groups']}: save it with null.")
-    tensors = Tensors(name, {key: t.detach().cpu().squeeze(-2 if t.ndim > 1 else 0) for key, t in state(sae).items()})
+    return fold_normalizer(sae) if config["normalize"] in shared else sae
+
+
+def parts(sae: BaseSAE) -> Tensors:
+    """The tensors by which `sae` computes its codes, without the axis of its one source, to be taken by a writer."""
+    theirs = {key: t.detach().cpu().squeeze(-2 if t.ndim > 1 else 0) for key, t in state(sae).items()}
+    tensors = Tensors(type(sae).__name__, theirs)
     tensors.drop(*TRAINING_STATE)
     return tensors
 
@@ -107,6 +113,24 @@ def parts(sae: BaseSAE, classes: Collection[str], normalizers: Collection[str], 
 def state(sae: BaseSAE) -> dict[str, Tensor]:
     """Parameters and buffers, with the bias that an SAE may do without."""
     return {"b_enc": torch.zeros(sae.n_latents), **sae.state_dict()}
+
+
+def fold_normalizer(sae: Any) -> BaseSAE:
+    """A copy that takes and gives rows in raw units without normalising them, its weights untied.
+
+    Raises:
+        UserError: the normaliser has no scale yet.
+    """
+    divisor = sae.normalizer.divisor()
+    raw = BaseSAE.from_config(type(sae).__name__, sae.config | {"normalize": "none", "tied": False})
+    raw.load_state_dict({key: t for key, t in sae.state_dict().items() if not key.startswith("normalizer.")})
+    fold_scale(raw, 1 / divisor.cpu())
+    return raw.eval()
+
+
+def untied(sae: BaseSAE) -> BaseSAE:
+    """`sae`, or where its weights are tied a copy that has them twice: a fold scales one up and the other down."""
+    return sae.as_(type(sae), tied=False) if sae.config.get("tied") else sae
 
 
 @torch.no_grad()
@@ -119,8 +143,8 @@ def add_input_bias(sae: Any) -> None:
 
 
 @torch.no_grad()
-def fold_scale(sae: Any, scale: float) -> None:
-    """For weights that take s x and give s x_hat."""
+def fold_scale(sae: Any, scale: float | Float[Tensor, "s 1"]) -> None:
+    """For weights that take s x and give s x_hat; each source may have an s of its own."""
     sae.W_enc *= scale
     sae.W_dec /= scale
     sae.b_dec /= scale
@@ -132,9 +156,15 @@ def fold_decoder_norm(sae: Any) -> None:
     norms: Float[Tensor, " f"] = sae.W_dec.flatten(1).norm(dim=1).clamp_min(1e-8)
     sae.W_dec /= norms.view(-1, 1, 1)
     sae.W_enc *= norms.view(-1, 1, 1)
-    for name in PER_LATENT:
-        if getattr(sae, name, None) is not None:
+    if sae.mlp is not None:
+        sae.mlp.W_out *= norms.view(-1, 1)
+    for name in sae.beside_h:
+        if getattr(sae, name) is not None:
             getattr(sae, name).mul_(norms)
+
+
+def has_unit_rows(sae: Any) -> bool:
+    return bool((sae.W_dec.flatten(1).norm(dim=1) - 1).abs().max() < 1e-4)
 
 
 def read_json(file: Path) -> dict[str, Any]:

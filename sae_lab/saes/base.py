@@ -44,6 +44,11 @@ class BaseSAE(nn.Module, ABC):
     registry: ClassVar[dict[str, type["BaseSAE"]]] = {}
     batch_rule: bool = False
     """Whether the training rule for one row depends on the other rows of its batch."""
+    foldable: bool = False
+    """Whether each latent decides by itself if it is active. Its code may then change units, as it does where the norm
+    of its row of W_dec is folded into it; a rule that compares latents would choose others."""
+    beside_h: tuple[str, ...] = ("b_enc",)
+    """The parameters, one number a latent, that h is compared with or added to: they have the units of a code."""
 
     n_sources: int
     d_in: int
@@ -105,8 +110,10 @@ class BaseSAE(nn.Module, ABC):
         """Take over every parameter of `other`, and its buffers as far as this SAE has them; what it lacks stays.
 
         Raises:
-            UserError: there is no place for one of the parameters, or one of another shape.
+            UserError: there is no place for one of the parameters, or one of another shape, or they are in the units
+                of another normalisation.
         """
+        check_units(self, other)
         check_room(self, other)
         own = self.state_dict()
         for name, tensor in other.state_dict().items():
@@ -196,6 +203,16 @@ def check_sizes(sae: BaseSAE, other: BaseSAE) -> None:
         there, here = getattr(other, name), getattr(sae, name)
         if there != here:
             raise UserError(f"an SAE with {name}={there} cannot start one with {name}={here}: make them equal.")
+
+
+def check_units(sae: BaseSAE, other: BaseSAE) -> None:
+    """Raise a UserError where `other` normalises its input otherwise than `sae`.
+
+    A scale that is learnt from the data is no matter of the config: it comes along with the parameters.
+    """
+    theirs = other.config.get("normalize")
+    if theirs != sae.config.get("normalize"):
+        raise UserError(f"the parameters of an SAE with normalize={theirs} want sae.normalize={theirs} here as well.")
 
 
 def check_room(sae: BaseSAE, other: BaseSAE) -> None:

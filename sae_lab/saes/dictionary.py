@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sae_lab import losses, sparse
 from sae_lab.distributed import anywhere
-from sae_lab.errors import UserError, checked_word
+from sae_lab.errors import checked_word
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
 from sae_lab.saes.normalize import Context, normalizer
 from sae_lab.saes.unit_norm import divide_by_norm, project_gradient
@@ -29,7 +29,7 @@ class DictionarySAE(BaseSAE):
         n_latents: f, the size of the dictionary.
         n_sources: s.
         seed: of the initial weights, drawn by a generator of this SAE's own.
-        normalize: `per_token`, `none` or `constant_norm` (see saes/normalize.py).
+        normalize: `per_token`, `none`, `constant_norm` or `mean_norm` (see saes/normalize.py).
         dead_after: batches without firing after which a latent is dead.
         decoder_norm: which norm of W_dec_i is one, `joint` (sum_s |W_dec_i,s|²)^½ or `sum` sum_s |W_dec_i,s|. It is
             the unit of z_i, hence what selection, thresholds and penalties compare: with a row of norm one, choosing
@@ -58,7 +58,7 @@ class DictionarySAE(BaseSAE):
         self.d_in, self.n_latents, self.n_sources, self.seed = d_in, n_latents, n_sources, seed
         self.normalize, self.dead_after = normalize, dead_after
         self.decoder_norm = checked_word("decoder_norm", decoder_norm, "joint", "sum")
-        self.normalizer = normalizer(normalize)
+        self.normalizer = normalizer(normalize, n_sources)
         self.W_dec = nn.Parameter(self.drawn(torch.Generator().manual_seed(seed)))
         divide_by_norm(self.W_dec, decoder_norm)
         self.b_dec = nn.Parameter(torch.zeros(n_sources, d_in))
@@ -70,18 +70,6 @@ class DictionarySAE(BaseSAE):
         bound = math.sqrt(6 / self.n_latents)
         return torch.empty(self.n_latents, self.n_sources, self.d_in).uniform_(-bound, bound, generator=generator)
 
-    def start_from(self, other: BaseSAE) -> None:
-        self.check_units(other)
-        super().start_from(other)
-
-    def check_units(self, other: BaseSAE) -> None:
-        """Refuse the parameters of an SAE that normalises its input otherwise."""
-        theirs = other.config.get("normalize")
-        if theirs != self.normalize:
-            raise UserError(
-                f"the parameters of an SAE with normalize={theirs} want sae.normalize={theirs} here as well."
-            )
-
     @abstractmethod
     def response(self, x: Float[Tensor, "b s d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         """Normalised rows -> code, and the pre-activations that it came from where they exist as a whole."""
@@ -91,7 +79,10 @@ class DictionarySAE(BaseSAE):
         return self.response(x)[0]
 
     def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
-        target, _ = self.normalizer(self.rows(x))
+        rows = self.rows(x)
+        if self.training:
+            self.normalizer.observe(rows)
+        target, _ = self.normalizer(rows)
         code, h = self.response(target)
         if self.training:
             self.observe(code)

@@ -25,6 +25,8 @@ class GatedSAE(PenalizedLinearSAE):
     Rajamanoharan et al. 2024, arXiv 2404.16014, with means over (b, s, d) where the paper sums over d.
     """
 
+    beside_h = ("b_enc", "b_mag")
+
     def __init__(self, l1_coefficient: float = 0.01, **penalized: Any):
         super().__init__(**penalized)
         self.l1_coefficient = l1_coefficient

@@ -41,6 +41,8 @@ class JumpReLUSAE(PenalizedLinearSAE):
         UserError: an unknown penalty, or target_l0 without a k that the dictionary can have.
     """
 
+    beside_h = ("b_enc", "thresholds")
+
     # With 1, target_l0 ended 7 % above k on the bundled model after 2 M tokens at expansion 8; a run of another length
     # or size ends elsewhere.
     COEFFICIENTS = {"target_l0": 1.0, "l0": 0.005, "tanh": 0.005}

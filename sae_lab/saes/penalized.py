@@ -30,6 +30,8 @@ class PenalizedLinearSAE(LinearSAE):
         UserError: resample_every with a decoder that is frozen.
     """
 
+    foldable = True
+
     def __init__(self, sparsity_warmup: int = 0, resample_every: int = 0, encoder_bias: bool = True, **linear: Any):
         super().__init__(encoder_bias=encoder_bias, **linear)
         self.sparsity_warmup, self.resample_every = sparsity_warmup, resample_every

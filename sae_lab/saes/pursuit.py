@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae_lab.errors import UserError, checked_word
 from sae_lab.pursuit import METHODS, Dictionary, pursue
-from sae_lab.saes.base import BaseSAE, check_sizes
+from sae_lab.saes.base import BaseSAE, check_sizes, check_units
 from sae_lab.saes.dictionary import DictionarySAE
 from sae_lab.saes.unit_norm import divide_by_norm
 from sae_lab.sparse import SparseCode
@@ -53,10 +53,11 @@ class PursuitSAE(DictionarySAE):
 
     @torch.no_grad()
     def start_from(self, other: BaseSAE) -> None:
-        """Take over W_dec, its rows divided by their norms, and b_dec; an encoder is left behind."""
+        """Take over W_dec, its rows divided by their norms, b_dec and their units; an encoder is left behind."""
         source = with_dictionary(other)
         check_sizes(self, source)
-        self.check_units(source)
+        check_units(self, source)
+        self.normalizer.load_state_dict(source.normalizer.state_dict())
         self.W_dec.copy_(source.W_dec)
         self.b_dec.copy_(source.b_dec)
         divide_by_norm(self.W_dec, self.decoder_norm)

@@ -40,7 +40,8 @@ class RouteSAE(BaseSAE):
         aggre: `sum` or `mean` over the sites; to the router the difference is a temperature of s.
         routing: `hard` or `soft`.
         seed: of the router's initial weights; the inner SAE has its own.
-        normalize: `per_token` or `none`, each site by itself, before the router (see saes/normalize.py).
+        normalize: `per_token`, `none`, `constant_norm` or `mean_norm`, each site by itself, before the router (see
+            saes/normalize.py).
 
     Raises:
         UserError: an unknown word, or an inner SAE that normalises: it would undo the router's weight.
@@ -67,7 +68,7 @@ class RouteSAE(BaseSAE):
         self.aggre = checked_word("aggre", aggre, *self.AGGREGATES)
         self.routing = checked_word("routing", routing, "hard", "soft")
         self.normalize = normalize
-        self.normalizer = normalizer(normalize)
+        self.normalizer = normalizer(normalize, n_sources)
         if isinstance(inner, Mapping):
             self.inner = BaseSAE.from_config(inner["class"], inner["config"])
         else:
@@ -94,7 +95,10 @@ class RouteSAE(BaseSAE):
 
     def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
         """`target` and `x_hat` are (b, 1, d): the row, and what the inner SAE makes of it."""
-        rows, _ = self.normalizer(self.rows(x))
+        raw = self.rows(x)
+        if self.training:
+            self.normalizer.observe(raw)
+        rows, _ = self.normalizer(raw)
         r = self.probabilities(rows)
         return self.inner(weighted(rows, r if self.training and self.routing == "soft" else self.deployed(r)))
 
@@ -128,6 +132,7 @@ class RouteSAE(BaseSAE):
 
     @torch.no_grad()
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
+        self.normalizer.observe(self.rows(x))  # routing the first batch takes its scale
         return self.inner.resample(self.route(x)[0])
 
     def before_step(self) -> None:

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import SAE_NAMES, build, planted
+import yaml
+from conftest import SAE_NAMES, build, compose, planted
 from safetensors.torch import load_file
 from test_load import CASES, FIXTURES, source
 
@@ -18,6 +19,7 @@ from sae_lab.errors import UserError
 from sae_lab.export import export, push
 from sae_lab.interop import dictionary_learning, sae_lens, sparsify
 from sae_lab.saes import MatryoshkaTopKSAE
+from sae_lab.saes.normalize import NORMALIZERS
 
 PROVENANCE = {
     "model": {"name": "gpt2", "revision": None, "processing": "none"},
@@ -63,9 +65,10 @@ def test_free_norms_survive_dictionary_learning(tmp_path):
     torch.testing.assert_close(load_sae(tmp_path).encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("normalize", ["none", "per_token", "constant_norm"])
+@pytest.mark.parametrize("normalize", NORMALIZERS)
 @pytest.mark.parametrize("name", PLAIN)
 def test_sae_lens_files_compute_the_same(name, normalize, tmp_path):
+    """P-25: mean_norm, which SAELens has by another name, goes out in the weights."""
     sae, x = trained(name, f"sae.normalize={normalize}"), 3 * planted(50)[0] + 1
     sae_lens.write(sae, tmp_path, PROVENANCE)
     back = load_sae(tmp_path)
@@ -73,9 +76,10 @@ def test_sae_lens_files_compute_the_same(name, normalize, tmp_path):
     torch.testing.assert_close(back.reconstruct(x), sae.reconstruct(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("normalize", ["none", "mean_norm"])
 @pytest.mark.parametrize("name", PLAIN)
-def test_dictionary_learning_files_compute_the_same(name, tmp_path):
-    sae, x = trained(name, "sae.normalize=none"), planted(50)[0]
+def test_dictionary_learning_files_compute_the_same(name, normalize, tmp_path):
+    sae, x = trained(name, f"sae.normalize={normalize}"), planted(50)[0]
     dictionary_learning.write(sae, tmp_path, PROVENANCE)
     back = load_sae(tmp_path)
     assert type(back) is type(sae)
@@ -85,13 +89,43 @@ def test_dictionary_learning_files_compute_the_same(name, tmp_path):
 
 @pytest.mark.parametrize(
     "sae",
-    [trained("topk", "sae.normalize=none"), MatryoshkaTopKSAE(k=4, d_in=16, n_latents=64, normalize="none")],
-    ids=["topk", "matryoshka_topk"],
+    [
+        trained("topk", "sae.normalize=none"),
+        trained("topk", "sae.normalize=mean_norm"),
+        MatryoshkaTopKSAE(k=4, d_in=16, n_latents=64, normalize="none"),
+    ],
+    ids=["topk", "topk_mean_norm", "matryoshka_topk"],
 )
 def test_sparsify_files_compute_the_same(sae, tmp_path):
     x = planted(50)[0]
     sparsify.write(sae.eval(), tmp_path, PROVENANCE)
-    torch.testing.assert_close(load_sae(tmp_path).encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+    back, free = load_sae(tmp_path), sae.config["normalize"] == "mean_norm"
+    torch.testing.assert_close(back.encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(back.reconstruct(x), sae.reconstruct(x), rtol=1e-5, atol=1e-5)
+    assert json.loads((tmp_path / "cfg.json").read_text())["normalize_decoder"] != free
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_a_scale_goes_out_in_the_weights_and_stays_in_the_sae(tied, tmp_path):
+    """SPEC §2.1: W_enc / scale, W_dec · scale, b_dec · scale; tied weights part, as one grows and the other shrinks."""
+    sae = build("topk", f"sae.tied={tied}", "sae.encoder_bias=true", "sae.normalize=mean_norm")
+    sae(100 * planted(64)[0])
+    with torch.no_grad():
+        sae.b_dec += torch.linspace(-1, 1, 16)
+    before, scale = {name: t.clone() for name, t in sae.state_dict().items()}, sae.normalizer.scale.item()
+    assert scale > 10
+    sparsify.write(sae.eval(), tmp_path, PROVENANCE)
+    theirs = load_file(tmp_path / "sae.safetensors")
+    torch.testing.assert_close(theirs["encoder.weight"], sae.W_enc[:, 0].detach() / scale)
+    torch.testing.assert_close(theirs["W_dec"], sae.W_dec[:, 0].detach() * scale)
+    torch.testing.assert_close(theirs["b_dec"], sae.b_dec[0].detach() * scale)
+    assert all(torch.equal(t, before[name]) for name, t in sae.state_dict().items())
+
+
+def test_an_sae_that_has_no_scale_yet_is_not_exported(tmp_path):
+    with pytest.raises(UserError, match="mean_norm has no scale before training"):
+        sparsify.write(build("topk", "sae.normalize=mean_norm").eval(), tmp_path, PROVENANCE)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -133,7 +167,7 @@ def test_metadata_says_where_the_activations_come_from(sites, processing, hook, 
     ("write", "sae", "sentence"),
     [
         (sparsify.write, build("batch_topk"), "sparsify has no form for a BatchTopKSAE"),
-        (sparsify.write, build("topk"), "no form for sae.normalize=per_token: train with sae.normalize=none"),
+        (sparsify.write, build("topk"), "sae.normalize=per_token: train with sae.normalize=none or mean_norm"),
         (dictionary_learning.write, build("batch_topk", "k=1.5", "sae.normalize=none"), "k=1.5: its k is whole"),
         (sae_lens.write, build("topk", n_sources=2), "an SAE of 2 sites"),
         (sae_lens.write, build("matryoshka", "sae.active_groups=1"), "active_groups=1: save it with null"),
@@ -180,21 +214,43 @@ def test_an_export_has_weights_figures_and_a_card(format, run_dir, tmp_path):
     assert (tmp_path / "out" / "probe.safetensors").is_file() == (format == "sae_lab")
 
 
-def test_what_is_pushed_is_pulled_again(run_dir, tmp_path, monkeypatch):
+def test_the_card_does_not_tell_of_the_machine(run_dir, tmp_path):
+    """Neither where the run and its logs went, nor in which folders its model and text lie."""
+    model, data = {"name": "/home/me/models/gpt2"}, {"paths": ["/mnt/secret/corpus/*.txt", "texts/*.txt"]}
+    save_sae(trained("batch_topk"), run_dir / "sae", PROVENANCE | {"model": model, "data": data})
+    config = {"k": 4, "run_dir": "/home/me/run", "logger": {"wandb": {"project": "mine"}}, "init_from": "~/old/sae"}
+    config |= {"lm": model, "data": data, "optimizer": {"_target_": "torch.optim.Adam", "betas": [0.9, 0.99]}}
+    (run_dir / ".hydra" / "config.yaml").write_text(json.dumps(config))
+    export(run_dir, "sae_lens", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    said = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
+    assert said.keys() == config.keys() - {"run_dir", "logger"}
+    assert (said["init_from"], said["lm"]["name"], said["data"]["paths"]) == ("sae", "gpt2", ["*.txt", "texts/*.txt"])
+    assert said["optimizer"] == config["optimizer"]
+    assert "# BatchTopKSAE of gpt2 at" in card
+    assert [word for word in ("/home", "/mnt", "~", "wandb") if word in card] == []
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_what_is_pushed_is_pulled_again(private, run_dir, tmp_path, monkeypatch):
     """A hub of folders: the repository has every file of the export, and loads by its name."""
-    hub = tmp_path / "hub"
+    hub, made = tmp_path / "hub", {}
+
+    def create(self, repo, private, exist_ok):
+        assert exist_ok
+        made[repo] = private
+        (hub / repo).mkdir(parents=True)
 
     def upload(self, repo_id, folder_path):
         shutil.copytree(folder_path, hub / repo_id, dirs_exist_ok=True)
         return "address"
 
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.create_repo", lambda self, repo, exist_ok: (hub / repo).mkdir(parents=True)
-    )
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: str(hub / repo))
     files = export(run_dir, "sae_lens", tmp_path / "out")
-    assert push(tmp_path / "out", "me/sae") == "address"
+    assert push(tmp_path / "out", "me/sae", private) == "address"
+    assert made == {"me/sae": private}
     assert all((hub / "me/sae" / file.relative_to(tmp_path / "out")).is_file() for file in files)
     x = planted(20, seed=1)[0]
     torch.testing.assert_close(load_sae("me/sae").encode(x), load_sae(run_dir).encode(x))
@@ -208,7 +264,12 @@ def test_without_network_the_folder_is_written_and_the_push_says_so(run_dir):
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert "is written, but was not pushed to me/sae" in done.stderr
+    assert done.stderr.strip().endswith("/export/sae_lens --private`.")
     assert load_sae(run_dir / "export" / "sae_lens").n_latents == 64
+
+
+def test_a_repository_is_private_unless_one_says_otherwise():
+    assert compose("run_dir=x", config_name="export").private is True
 
 
 def test_an_unknown_format_is_refused(run_dir, tmp_path):

@@ -13,7 +13,7 @@ from sae_lab import load_sae
 from sae_lab.checkpoint import save_sae
 from sae_lab.errors import UserError
 from sae_lab.interop import hub, sae_lens
-from sae_lab.saes import PursuitSAE
+from sae_lab.saes import GatedSAE, JumpReLUSAE, PursuitSAE, VanillaSAE
 from sae_lab.sparse import l0_per_row
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -69,6 +69,46 @@ def test_a_model_that_was_processed_is_named(version, tmp_path, caplog):
         edit(folder, "cfg.json", **kwargs if version == "legacy" else {"metadata": config["metadata"] | kwargs})
         load_sae(folder)
         assert ("lm.compatibility_mode=true" in caplog.text) == centred
+
+
+class LoudSAE(VanillaSAE):
+    """A user's own, with a threshold by a name of its own."""
+
+    beside_h = ("b_enc", "least")
+
+    def __init__(self, **vanilla):
+        super().__init__(**vanilla)
+        self.least = torch.nn.Parameter(torch.full((self.n_latents,), 0.1))
+
+    def activate(self, h):
+        return h * (h > self.least)
+
+
+@pytest.mark.parametrize(
+    ("own", "settings"),
+    [
+        (LoudSAE, {}),
+        (VanillaSAE, {"hidden": [8]}),
+        (VanillaSAE, {"tied": True}),
+        (GatedSAE, {}),
+        (JumpReLUSAE, {"k": 3}),
+    ],
+)
+def test_every_sae_whose_latents_decide_alone_is_folded(own, settings, tmp_path):
+    """A class says so itself, and what has the units of a code: the package need not know it."""
+    sae = own(d_in=6, n_latents=24, seed=1, **settings).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.mul_(1 + torch.rand(parameter.shape, generator=generator))
+        if settings.get("hidden"):
+            sae.mlp.W_out += torch.rand(24, 8, generator=generator)
+    x, norms = torch.randn(50, 6, generator=generator), sae.W_dec.detach().flatten(1).norm(dim=1)
+    folded = load_sae(save_sae(sae, tmp_path), fold_decoder_norm=True)
+    torch.testing.assert_close(folded.W_dec.flatten(1).norm(dim=1), torch.ones(24))
+    assert (norms > 1.1).all()
+    assert_same(folded.encode(x), sae.encode(x) * norms)
+    assert_same(folded.reconstruct(x), sae.reconstruct(x))
 
 
 def test_norms_are_not_folded_where_that_would_change_the_choice():
@@ -209,12 +249,19 @@ def test_a_release_is_looked_up_without_importing_sae_lens(releases):
         ("other-format", "one", "converts by llama_scope"),
         ("nothing", None, "no folder, file or release"),
         ("./nothing", None, "is no folder or file"),
-        ("somebody/saes", "standard_scaled", "that it does not hold"),
+        ("somebody/saes", "standard_scaled", "that it does not hold.*pip install --no-deps sae-lens"),
     ],
 )
 def test_what_the_hub_does_not_have_is_said(releases, name, sae_id, sentence):
     with pytest.raises(UserError, match=sentence):
         load_sae(name, sae_id=sae_id)
+
+
+def test_the_table_of_releases_is_asked_for_without_what_sae_lens_depends_on(monkeypatch):
+    """Its transformer-lens < 4 would break this package's."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps sae-lens"):
+        load_sae("gemma-scope-2b-pt-res-canonical", sae_id="layer_0")
 
 
 def test_a_hub_out_of_reach_is_said(monkeypatch):

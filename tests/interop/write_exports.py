@@ -22,6 +22,7 @@ from sae_lab.errors import UserError
 from sae_lab.export import WRITERS
 from sae_lab.provenance import provenance
 from sae_lab.saes.base import BaseSAE
+from sae_lab.saes.normalize import NORMALIZERS
 
 
 def train(sae: BaseSAE, batches: list[torch.Tensor]) -> BaseSAE:
@@ -38,7 +39,8 @@ def train(sae: BaseSAE, batches: list[torch.Tensor]) -> BaseSAE:
 
 @torch.no_grad()
 def expected(sae: BaseSAE, real: torch.Tensor) -> dict[str, torch.Tensor]:
-    rows = {"random": torch.randn(200, real.shape[-1], generator=torch.Generator().manual_seed(0)), "real": real[:, 0]}
+    random = torch.randn(200, real.shape[-1], generator=torch.Generator().manual_seed(0))
+    rows = {"random": random * real.std(), "real": real[:, 0]}
     out = {}
     for name, x in rows.items():
         out |= {f"{name}.x": x.clone(), f"{name}.code": sae.encode(x), f"{name}.x_hat": sae.reconstruct(x)}
@@ -53,7 +55,7 @@ if __name__ == "__main__":
     said = provenance(OmegaConf.to_container(compose("hydra.job.chdir=false"), resolve=False), data.lm)
     said["data"] = OmegaConf.to_container(cfg.data, resolve=True)
     for name in [name for name in SAE_NAMES if hasattr(build(name), "W_enc")]:
-        for normalize in ("none", "per_token", "constant_norm"):
+        for normalize in NORMALIZERS:
             sae = train(build(name, "k=16", f"sae.normalize={normalize}", d_in=128, n_latents=512), batches)
             for format, write in WRITERS.items():
                 folder = out / format / f"{name}-{normalize}"
