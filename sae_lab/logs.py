@@ -85,6 +85,6 @@ def wandb_log(save_dir: str, **options: Any) -> WandbLogger:
     try:
         _ = logger.experiment  # W&B starts where this is asked for
     except wandb.Error as e:
-        reason = first_line(e).rstrip(".")
+        reason = first_line(e).partition(". ")[0].rstrip(".")
         raise UserError(f"W&B does not start ({reason}): type `wandb login`, or give logger.wandb.offline=true.") from e
     return logger
