@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -34,13 +35,23 @@ OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 # What `--help` shows. Hydra's own lists every group, for an entry point that takes none of them too, and the fragments
 # that choices share (`_linear`), which nobody is to choose.
-def choices(config_name: str) -> str:
-    """The groups that an entry point's config names, and what each may be."""
+def choices(config_name: str, *more: str) -> str:
+    """The groups that an entry point's config names, and more of them, each with what it may be."""
+    named = [next(iter(d)) for d in OmegaConf.load(conf_file(config_name)).defaults if d != "_self_"]
+    groups = [*sorted(g for g in named if not g.startswith("override")), *more]
+    lines = [
+        textwrap.fill(f"{group}: {', '.join(options(group))}", 96, initial_indent="  ", subsequent_indent="      ")
+        for group in groups
+    ]
+    return "\n".join(["Choices (name=choice)", *lines]) if lines else ""
+
+
+def options(group: str) -> list[str]:
+    """What a group may be, then what the groups inside it may be, as one types it: `matched/topk`."""
     loader = GlobalHydra.instance().config_loader()
-    groups = [next(iter(d)) for d in OmegaConf.load(conf_file(config_name)).defaults if d != "_self_"]
-    options = {g: loader.get_group_options(g, ObjectType.CONFIG) for g in groups if not g.startswith("override")}
-    lines = [f"{g}: {', '.join(o for o in sorted(options[g]) if o[0] != '_')}" for g in sorted(options)]
-    return "\n".join(["Choices (name=choice)", *(f"  {line}" for line in lines)]) if lines else ""
+    inner = sorted(loader.get_group_options(group, ObjectType.GROUP))
+    nested = [f"{name}/{option}" for name in inner for option in options(f"{group}/{name}")]
+    return [o for o in sorted(loader.get_group_options(group, ObjectType.CONFIG)) if o[0] != "_"] + nested
 
 
 def dials(config_name: str) -> str:
@@ -202,6 +213,7 @@ def _unknown_key(key: str, config_name: str, overrides: list[str]) -> str:
     if leaf in known:  # a sweep composes all of its jobs before the first one starts
         return f"{parent or 'the config'} has no key {leaf} in some jobs of this sweep: sweep those that have it alone."
     close = difflib.get_close_matches(leaf, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    listing = f"It has {', '.join(known)}." if known else f"`--cfg job` prints every key; +{key}=... adds one."
-    return f"{parent or 'the config'} has no key {leaf}: {hint}{listing}"
+    hint = f"did you mean {close[0]}? It" if close else "it"
+    listing = f"{hint} has {', '.join(known)}" if known else "`--cfg job` prints every key"
+    typed = next((o for o in overrides if o.startswith(f"{key}=")), f"{key}=...")
+    return f"{parent or 'the config'} has no key {leaf}: {listing}; +{typed} adds it."

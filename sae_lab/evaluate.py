@@ -19,7 +19,7 @@ from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
 from sae_lab.device import now
 from sae_lab.downstream import Replace, constant, spliced_logits, zero
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, checked_number
 from sae_lab.memory import keep_freed_memory
 from sae_lab.metrics import (
     DownstreamMetrics,
@@ -219,14 +219,15 @@ def load_run(
     """The SAE that a run left, on the language model's device; its data, built again, with that model; its config.
 
     Raises:
-        UserError: no run folder, or no SAE in it.
+        UserError: no run folder, or no SAE in it; a number of tokens that is none.
     """
     config_file = Path(run_dir) / ".hydra" / "config.yaml"
     if not config_file.is_file():
         raise UserError(f"{run_dir} is not a run folder (no .hydra/config.yaml): give run_dir=<folder of a run>.")
     run = OmegaConf.load(config_file)
     assert isinstance(run, DictConfig)
-    run.data.n_eval_tokens = n_eval_tokens or run.data.n_eval_tokens
+    if n_eval_tokens is not None:
+        run.data.n_eval_tokens = checked_number("n_eval_tokens", n_eval_tokens, 1, whole=True)
     run.lm.device = device
     get_class(run.sae._target_)  # registers an SAE that lies outside this package
     data = instantiate(run.data, lm=instantiate(run.lm))

@@ -19,7 +19,7 @@ from torch import Tensor
 from sae_lab.checkpoint import write_atomically
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, checked_number
 from sae_lab.evaluate import load_run
 from sae_lab.lm.base import LanguageModel
 from sae_lab.memory import keep_freed_memory
@@ -29,6 +29,8 @@ from sae_lab.sparse import Code, SparseCode
 
 PAGE = Path(__file__).with_suffix(".html")
 N_BINS = 30
+LEAST = {"n_latents": 1, "n_tokens": 1, "n_top": 0, "n_random": 0, "context": 0, "n_logits": 0, "n_neighbours": 0}
+"""What each number of conf/features.yaml must be at least."""
 
 
 class Activations(NamedTuple):
@@ -159,18 +161,19 @@ def directions(
     return found
 
 
-def choose(sae: BaseSAE, latents: Sequence[int] | None, n_latents: int) -> Int[Tensor, " c"]:
-    """The latents that the page is about, ascending.
+def choose(sae: BaseSAE, latents: Any, n_latents: int) -> Int[Tensor, " c"]:
+    """The latents that the page is about, ascending: those that the list `latents` names, or n_latents of all.
 
     Raises:
-        UserError: a number that is no latent's.
+        UserError: no list, or one with something that is no latent's number.
     """
     if latents is None:
         drawn = torch.randperm(sae.n_latents, generator=torch.Generator().manual_seed(0))[:n_latents]
         return drawn.sort().values
-    wrong = [i for i in latents if not 0 <= i < sae.n_latents]
-    if wrong or not latents:
-        raise UserError(f"latents={list(latents)} must name latents between 0 and {sae.n_latents - 1}.")
+    named = isinstance(latents, Sequence) and all(isinstance(i, int) and 0 <= i < sae.n_latents for i in latents)
+    if not named or not latents:
+        last = sae.n_latents - 1
+        raise UserError(f"latents={latents} must be a list of numbers between 0 and {last}, such as [0,{last}].")
     return torch.tensor(sorted(set(latents)))
 
 
@@ -195,6 +198,8 @@ def write_page(description: dict[str, Any], folder: Path) -> list[Path]:
 @entry_point("features")
 def main(cfg: DictConfig) -> None:
     run_dir = Path(cfg.run_dir)
+    for name, least in LEAST.items():
+        cfg[name] = checked_number(name, cfg[name], least, whole=True)
     keep_freed_memory()
     sae, data, _ = load_run(run_dir, cfg.device)
     latents = choose(sae, cfg.latents, cfg.n_latents)

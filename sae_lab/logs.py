@@ -11,6 +11,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sae_lab.checkpoint import write_atomically
+from sae_lab.errors import UserError, first_line
 
 
 class CSVLog(Logger):
@@ -69,9 +70,21 @@ class CSVLog(Logger):
 
 
 def wandb_log(save_dir: str, **options: Any) -> WandbLogger:
-    """A WandbLogger whose run id is kept in `save_dir/wandb/run_id`: a resumed run goes on in the same W&B run."""
+    """A WandbLogger whose run id is kept in `save_dir/wandb/run_id`: a resumed run goes on in the same W&B run.
+
+    Raises:
+        UserError: W&B does not start, most often for want of a key.
+    """
+    import wandb  # here: runs without it would wait for a second
+
     id_file = Path(save_dir) / "wandb" / "run_id"
     if not id_file.is_file():
         id_file.parent.mkdir(parents=True, exist_ok=True)
         id_file.write_text(uuid.uuid4().hex[:8])
-    return WandbLogger(save_dir=save_dir, id=id_file.read_text(), resume="allow", **options)
+    logger = WandbLogger(save_dir=save_dir, id=id_file.read_text(), resume="allow", **options)
+    try:
+        _ = logger.experiment  # W&B starts where this is asked for
+    except wandb.Error as e:
+        reason = first_line(e).partition(". ")[0].rstrip(".")
+        raise UserError(f"W&B does not start ({reason}): type `wandb login`, or give logger.wandb.offline=true.") from e
+    return logger

@@ -95,6 +95,7 @@ def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, 
     if cfg.init_from is not None and not run.step:
         start(sae, cfg.init_from)
     schedule = partial(instantiate(cfg.schedule), n_steps=data.n_steps)
+    schedule(0)  # refuses what it cannot take before the run begins
     module = SAEModule(sae, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
     observers = [instantiate(node) for node in (cfg.callbacks or {}).values()]  # first: a signal ends the step's round
     trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps, callbacks=[*observers, *callbacks])
@@ -123,27 +124,34 @@ def check_dials(cfg: DictConfig) -> None:
     """Refuse a dial that is no number, no whole one where only that makes sense, or too small."""
     whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seq_len": 2, "seed": 0, "calibration_batches": 1}
     whole |= {f"trainer.{name}": 1 for name in ("devices", "checkpoint_every", "validate_every", "log_every")}
-    dials = whole | {"k": 0, "expansion": 0, "max_grad_norm": 0, "goal_l0": 0, "optimizer.lr": 0}
+    dials = whole | {"k": 0, "expansion": 0, "max_grad_norm": 0, "goal_l0": 0}
+    dials |= {f"optimizer.{name}": 0 for name in ("lr", "eps", "weight_decay")}
     optional = {"n_latents", "expansion", "max_grad_norm", "goal_l0"}
     for key, least in dials.items():
         value = OmegaConf.select(cfg, key, default=least)
         if value is not None or key not in optional:
             checked_number(key, value, least, whole=key in whole)
+    betas = OmegaConf.select(cfg, "optimizer.betas", default=[0, 0])
+    shares = [b for b in betas if isinstance(b, int | float) and 0 <= b < 1] if isinstance(betas, Sequence) else []
+    if len(shares) != 2 or len(betas) != 2:
+        raise UserError(f"optimizer.betas={betas} must be two numbers from 0 to below 1, such as [0.9,0.99].")
     if cfg.n_latents is None and cfg.expansion is None:
         raise UserError("n_latents=null with expansion=null leaves the size of the dictionary open: give one of them.")
     for key in ("batch_size", "n_tokens"):
         if cfg[key] % cfg.trainer.devices:
             raise UserError(f"{key}={cfg[key]} cannot be shared out equally: give a multiple of trainer.devices.")
-    if cfg.init_from is None and OmegaConf.select(cfg, "sae.frozen_decoder"):
-        raise UserError("sae.frozen_decoder=true would freeze a random dictionary: give init_from=<folder of an SAE>.")
 
 
 def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:
     """The SAE that `sae=...` names, with n_latents latents, or expansion times the width of an activation."""
-    n_latents = cfg.n_latents or int(cfg.expansion * data.d_in)
+    n_latents = int(cfg.n_latents or cfg.expansion * data.d_in)
     if n_latents < 1:
         raise UserError(f"expansion={cfg.expansion} of width {data.d_in} leaves no latent: raise expansion.")
-    return instantiate(cfg.sae, d_in=data.d_in, n_latents=n_latents, n_sources=data.n_sources)
+    sae = instantiate(cfg.sae, d_in=data.d_in, n_latents=n_latents, n_sources=data.n_sources)
+    frozen = any(name.endswith("W_dec") and not W.requires_grad for name, W in sae.named_parameters())
+    if frozen and cfg.init_from is None:
+        raise UserError("frozen_decoder=true would freeze a random dictionary: give init_from=<folder of an SAE>.")
+    return sae
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

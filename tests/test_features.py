@@ -108,7 +108,7 @@ def test_choose():
     assert choose(sae, None, 1024).tolist() == list(range(64))
     assert len(set(choose(sae, None, 10).tolist())) == 10
     assert choose(sae, [9, 3, 3], 10).tolist() == [3, 9]
-    for wrong in ([64], [-1], []):
+    for wrong in ([64], [-1], [], 3, "all", ["a"], [1.5]):
         with pytest.raises(UserError, match="between 0 and 63"):
             choose(sae, wrong, 10)
 

@@ -8,6 +8,7 @@ import torch
 from conftest import build, dictionary, planted
 from torch.utils.data import DataLoader
 
+from sae_lab.errors import UserError
 from sae_lab.module import SAEModule, forget, training_row
 from sae_lab.saes.base import BaseSAE
 from sae_lab.schedule import warmup_decay
@@ -126,6 +127,29 @@ def test_a_checkpoint_holds_the_saes_and_nothing_else():
 )
 def test_warmup_and_decay(step, factor):
     assert warmup_decay(step, n_steps=100, warmup=0.2, decay=0.2) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("shares", "sentence"),
+    [
+        (
+            (1000, 0),
+            "schedule.warmup=1000 must be a share of the run's steps, .* for 1,000 of its 50,000 .*warmup=0.02",
+        ),
+        ((0, 500), "schedule.decay=500 must be a share .* for 500 of its 50,000 steps type schedule.decay=0.01"),
+        ((60_000, 0), "for 2,500 of its 50,000 steps type schedule.warmup=0.05"),
+        ((-1, 0), "schedule.warmup=-1 must be a share"),
+        (("abc", 0), "schedule.warmup=abc must be a share"),
+        ((None, 0), "schedule.warmup=null must be a share"),
+        ((0, float("nan")), "schedule.decay=nan must be a share"),
+        ((0.6, 0.5), "schedule.warmup=0.6 and schedule.decay=0.5 are shares .* sum to more than 1"),
+    ],
+    ids=str,
+)
+def test_what_is_no_share_of_the_steps_is_refused(shares, sentence):
+    with pytest.raises(UserError, match=sentence):
+        warmup_decay(0, 50_000, *shares)
+    warmup_decay(0, 50_000, 0.02, 0.98)
 
 
 def test_a_constant_schedule_is_one():

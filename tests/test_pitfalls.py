@@ -1,4 +1,4 @@
-"""docs/pitfalls.md answers for every pitfall that the original codes taught, and names tests that exist."""
+"""docs/pitfalls.md answers for every pitfall that the original codes taught, and names tests and code that exist."""
 
 import ast
 import re
@@ -38,3 +38,35 @@ def test_every_row_names_a_test_that_exists_or_says_why_it_cannot_occur():
         assert named or len(here.split()) >= 8, f"{number} has neither a test nor a sentence"
         assert here.count("tests/") == len(named), f"{number}: a test is named in backquotes"
     assert missing == []
+
+
+@cache
+def code_names() -> set[str]:
+    """`Class.name` and `module.name` of sae_lab, with methods and whatever a module or a class body assigns."""
+    names = set[str]()
+    for path in (REPOSITORY / "sae_lab").rglob("*.py"):
+        module = ast.parse(path.read_text())
+        names |= {f"{path.parent.name if path.stem == '__init__' else path.stem}.{name}" for name in defined(module)}
+        classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+        names |= {f"{node.name}.{name}" for node in classes for name in defined(node)}
+    return names
+
+
+def defined(body: ast.Module | ast.ClassDef) -> set[str]:
+    """What a module or a class says it has, at its own level."""
+    names = {n.name for n in body.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    assigned = [n for n in body.body if isinstance(n, ast.Assign | ast.AnnAssign)]
+    targets = [t for n in assigned for t in (n.targets if isinstance(n, ast.Assign) else [n.target])]
+    return names | {t.id for t in targets if isinstance(t, ast.Name)}
+
+
+def conf_keys() -> set[str]:
+    """`group.key` of every choice of every group of conf/."""
+    files = (REPOSITORY / "conf").glob("*/*.yaml")
+    return {f"{file.parent.name}.{key}" for file in files for key in re.findall(r"^(\w+):", file.read_text(), re.M)}
+
+
+def test_code_and_keys_that_are_named_exist():
+    named = set(re.findall(r"`(\w+\.\w+)`", (REPOSITORY / "docs" / "pitfalls.md").read_text()))
+    assert {"LinearSAE.encoder", "sae.bandwidth"} <= named
+    assert named - code_names() - conf_keys() == set()

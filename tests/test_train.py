@@ -1,8 +1,10 @@
 """The main job, run as a user runs it: train, stop, continue, evaluate, and every mistake's one sentence."""
 
 import json
+import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from conftest import SAE_NAMES, equal
 from shell import Forked, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import sae_lab
 from sae_lab import load_sae
 from sae_lab.documents import HELD_OUT, StdlibDocuments
 
@@ -30,6 +33,7 @@ SMALL = [
     "trainer.checkpoint_every=15",
     "trainer.log_every=10",
 ]
+FROZEN_INSIDE = ["sae=route", "lm.sites=[transformer.h.1,transformer.h.3]", "sae.inner.frozen_decoder=true"]
 N_STEPS = 60_000 // 1024 + 1  # the last one smaller
 
 
@@ -329,11 +333,47 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         (["experiment=mlp_encoder"], ["would freeze a random dictionary", "give init_from="]),
         (["init_from=nowhere"], ["nowhere is no folder, file or release", "give a path"]),
         (["resume=maybe"], ["resume=maybe is not known", "never"]),
+        (["optimizer.betas=0.9"], ["optimizer.betas=0.9 must be two numbers from 0 to below 1, such as [0.9,0.99]"]),
+        (["optimizer.betas=[0.9,1]"], ["optimizer.betas=[0.9, 1] must be two numbers"]),
+        (["optimizer.eps=abc"], ["optimizer.eps=abc must be a number of at least 0"]),
+        (
+            ["optimizer.weight_decay=1e-4"],
+            ["optimizer has no key weight_decay", "+optimizer.weight_decay=1e-4 adds it"],
+        ),
+        (["+optimizer.weight_decay=abc"], ["optimizer.weight_decay=abc must be a number of at least 0"]),
+        (
+            ["schedule.warmup=1000"],
+            ["schedule.warmup=1000 must be a share of the run's steps", "type schedule.warmup=0.5"],
+        ),
+        (["sae.k_aux=0"], ["sae.k_aux=0 must be null or a whole number of at least 1"]),
+        (["sae.frozen_decoder=maybe"], ["sae.frozen_decoder=maybe must be true or false"]),
+        (FROZEN_INSIDE, ["would freeze a random dictionary", "give init_from="]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_a_mistake_gets_one_sentence(overrides, sentence, tmp_path):
     assert_one_sentence(run(*overrides, f"hydra.run.dir={tmp_path}"), *sentence)
+
+
+def test_wandb_without_a_key_names_both_ways_out(tmp_path, monkeypatch):
+    for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    done = run(*SMALL, "logger=wandb", f"hydra.run.dir={tmp_path / 'run'}", shell=True)
+    assert "Traceback" not in done.stderr
+    assert "type `wandb login`, or give logger.wandb.offline=true." in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("module", "override", "sentence"),
+    [
+        ("evaluate", "n_eval_tokens=0", "n_eval_tokens=0 must be a whole number of at least 1"),
+        ("features", "latents=3", "latents=3 must be a list of numbers between 0 and 511"),
+        ("features", "n_tokens=abc", "n_tokens=abc must be a whole number of at least 1"),
+    ],
+)
+def test_so_does_one_about_a_run(module, override, sentence, run_dir):
+    assert_one_sentence(run(f"run_dir={run_dir}", override, module=module), sentence)
 
 
 def test_a_mistake_gets_one_sentence_from_the_shell_too(tmp_path):
@@ -348,11 +388,24 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], *parts: str) -> 
     assert [part for part in parts if part not in done.stderr] == [], done.stderr
 
 
-def test_help_names_choices_dials_and_examples():
+def test_help_shows_every_dial_with_its_comment_every_choice_and_examples():
     said = run("--help").stdout
     assert all(word in said for word in ("n_tokens", "hydra.run.dir", "sae=topk"))
+    assert "\nseq_len: 128              # tokens in a row of text, BOS included\n" in said
     assert "\n  schedule: constant, warmup_decay\n" in said
-    assert "_linear" not in said
+    assert "\n  hydra/launcher: basic, gpus, shared_stream, slurm\n" in said
+    assert "\n  hydra/sweeper: basic, reach_l0, search\n" in said
+    assert {"matched/topk,", "route_layers,"} <= set(said.split())
+    assert max(len(line) for line in said.splitlines()) <= 100
+    assert not any(word in said for word in ("_linear", "defaults:", "\nhydra:"))
+
+
+def test_the_package_itself_lists_every_command():
+    done = subprocess.run([sys.executable, "-m", "sae_lab"], capture_output=True, text=True, check=True)
+    listed = re.findall(r"^python -m sae_lab\.(\w+) +\S.*\w", done.stdout, re.MULTILINE)
+    package = Path(sae_lab.__file__).parent
+    assert sorted(listed) == sorted(f.stem for f in package.glob("*.py") if "\n@entry_point(" in f.read_text())
+    assert listed[0] == "train"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.distributed import average, least
-from sae_lab.errors import checked_word
+from sae_lab.errors import checked_number, checked_word
 from sae_lab.saes.sparse_linear import SparseLinearSAE
 from sae_lab.selection import Pieces, above, top_of_batch
 from sae_lab.sparse import Code, SparseCode, l0_per_row, smallest_positive
@@ -37,7 +37,7 @@ class BatchTopKSAE(SparseLinearSAE):
         quantile_rate: of the running one.
 
     Raises:
-        UserError: k is not between 1 and the size of the dictionary, or quantile is an unknown word.
+        UserError: k is not between 1 and the size of the dictionary, quantile is an unknown word, or its rate no share.
     """
 
     threshold: Tensor
@@ -48,7 +48,8 @@ class BatchTopKSAE(SparseLinearSAE):
     def __init__(self, k: float, quantile: str = "batch", quantile_rate: float = 0.05, **sparse: Any):
         super().__init__(k=k, **sparse)
         self.quantile = checked_word("quantile", quantile, "batch", "running")
-        self.quantile_rate, self.batch_rule = quantile_rate, quantile == "batch"
+        self.quantile_rate = checked_number("sae.quantile_rate", quantile_rate, above=0, at_most=1)
+        self.batch_rule = quantile == "batch"
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
         self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.long))
 

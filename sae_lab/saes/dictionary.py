@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sae_lab import losses, sparse
 from sae_lab.distributed import anywhere
-from sae_lab.errors import checked_word
+from sae_lab.errors import checked_number, checked_word
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
 from sae_lab.saes.normalize import Context, normalizer
 from sae_lab.saes.unit_norm import divide_by_norm, project_gradient
@@ -37,7 +37,7 @@ class DictionarySAE(BaseSAE):
             of one source alone counts for up to sqrt(s) times more against a shared one. Equal where s is 1.
 
     Raises:
-        UserError: an unknown word.
+        UserError: an unknown word, or a number that cannot be.
     """
 
     batches_since_fired: Tensor
@@ -55,8 +55,9 @@ class DictionarySAE(BaseSAE):
         decoder_norm: str = "joint",
     ):
         super().__init__()
-        self.d_in, self.n_latents, self.n_sources, self.seed = d_in, n_latents, n_sources, seed
-        self.normalize, self.dead_after = normalize, dead_after
+        self.d_in, self.n_latents, self.n_sources, self.normalize = d_in, n_latents, n_sources, normalize
+        self.seed = checked_number("sae.seed", seed, 0, whole=True)
+        self.dead_after = checked_number("sae.dead_after", dead_after, 1, whole=True)
         self.decoder_norm = checked_word("decoder_norm", decoder_norm, "joint", "sum")
         self.normalizer = normalizer(normalize, n_sources)
         self.W_dec = nn.Parameter(self.drawn(torch.Generator().manual_seed(seed)))

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lab import losses, sparse
+from sae_lab.errors import checked_number
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
 
@@ -29,7 +30,7 @@ class GatedSAE(PenalizedLinearSAE):
 
     def __init__(self, l1_coefficient: float = 0.01, **penalized: Any):
         super().__init__(**penalized)
-        self.l1_coefficient = l1_coefficient
+        self.l1_coefficient = checked_number("sae.l1_coefficient", l1_coefficient, 0)
         self.r_mag = nn.Parameter(torch.zeros(self.n_latents))
         self.b_mag = nn.Parameter(torch.zeros(self.n_latents))
 

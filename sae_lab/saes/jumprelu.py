@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sae_lab.distributed import average
-from sae_lab.errors import UserError, checked_word
+from sae_lab.errors import UserError, checked_number, checked_word
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
 from sae_lab.saes.sparse_linear import checked_k
@@ -38,7 +38,7 @@ class JumpReLUSAE(PenalizedLinearSAE):
         bandwidth: of R, in units of h.
 
     Raises:
-        UserError: an unknown penalty, or target_l0 without a k that the dictionary can have.
+        UserError: an unknown penalty, a number that cannot be, or target_l0 without a k that the dictionary can have.
     """
 
     beside_h = ("b_enc", "thresholds")
@@ -63,8 +63,10 @@ class JumpReLUSAE(PenalizedLinearSAE):
             if k is None:
                 raise UserError("penalty=target_l0 needs a k to aim at: give one, or another penalty.")
             checked_k(k, self.n_latents)
-        self.k, self.penalty, self.sparsity_coefficient = k, penalty, sparsity_coefficient
-        self.theta, self.bandwidth = theta, bandwidth
+        self.k, self.penalty = checked_number("sae.k", k, optional=True), penalty
+        self.sparsity_coefficient = checked_number("sae.sparsity_coefficient", sparsity_coefficient, 0, optional=True)
+        self.theta = checked_number("sae.theta", theta, 0)
+        self.bandwidth = checked_number("sae.bandwidth", bandwidth, above=0)
         self.coefficient = self.COEFFICIENTS[penalty] if sparsity_coefficient is None else sparsity_coefficient
         self.thresholds = nn.Parameter(torch.full((self.n_latents,), float(theta)))
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lab.auxk import auxk
-from sae_lab.errors import UserError, checked_word
+from sae_lab.errors import UserError, checked_flag, checked_number, checked_word
 from sae_lab.matmul import linear
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.dictionary import DictionarySAE
@@ -46,7 +46,8 @@ class LinearSAE(DictionarySAE):
             top k_aux · b of the `batch`.
 
     Raises:
-        UserError: an unknown word, a hidden layer without units, or a decoder both tied and frozen.
+        UserError: an unknown word, a number that cannot be, a hidden layer without units, or a decoder both tied and
+            frozen.
     """
 
     def __init__(
@@ -61,11 +62,14 @@ class LinearSAE(DictionarySAE):
         **dictionary: Any,
     ):
         super().__init__(**dictionary)
-        self.encoder_bias, self.hidden = encoder_bias, checked_widths(hidden)
-        self.tied, self.frozen_decoder = tied, frozen_decoder
+        self.encoder_bias = checked_flag("sae.encoder_bias", encoder_bias)
+        self.hidden = checked_widths(hidden)
+        self.tied = checked_flag("sae.tied", tied)
+        self.frozen_decoder = checked_flag("sae.frozen_decoder", frozen_decoder)
         if tied and frozen_decoder:
             raise UserError("tied=true with frozen_decoder=true leaves nothing to train: choose one of them.")
-        self.auxk_coefficient, self.k_aux = auxk_coefficient, k_aux
+        self.auxk_coefficient = checked_number("sae.auxk_coefficient", auxk_coefficient, 0)
+        self.k_aux = checked_number("sae.k_aux", k_aux, 1, whole=True, optional=True)
         self.auxk_selection = checked_word("auxk_selection", auxk_selection, "row", "batch")
         for parameter in (self.W_dec, self.b_dec):
             parameter.requires_grad_(not frozen_decoder)
@@ -121,7 +125,7 @@ class LinearSAE(DictionarySAE):
         x, residual = (inputs - origin).detach().flatten(1), (out.target - out.x_hat).detach().flatten(1)
         W_enc, W_dec = (V.flatten(1).index_select(0, dead) for V in (W, self.W_dec))
         b_enc = None if self.b_enc is None else self.b_enc[dead]
-        k_aux = self.k_aux or self.n_sources * self.d_in // 2
+        k_aux = self.n_sources * self.d_in // 2 if self.k_aux is None else self.k_aux
         return auxk(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch=self.auxk_selection == "batch")
 
     def after_step(self) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab import losses, sparse
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, checked_flag, checked_number
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.batch_topk import BatchTopKSAE
 from sae_lab.saes.linear import LinearSAE
@@ -56,14 +56,10 @@ class Nested(LinearSAE):
         **base: Any,
     ):
         super().__init__(**base)
-        self.group_sizes = None if group_sizes is None else [int(size) for size in group_sizes]
-        self.include_bias_level, self.active_groups = include_bias_level, active_groups
-        self.sizes = doubling(self.n_latents, self.d_in) if self.group_sizes is None else self.group_sizes
-        if min(self.sizes, default=0) < 1 or sum(self.sizes) != self.n_latents:
-            raise UserError(
-                f"group_sizes={self.sizes} must be positive and sum to the dictionary's {self.n_latents} latents: "
-                "each is what its group adds."
-            )
+        self.group_sizes = None if group_sizes is None else checked_sizes(group_sizes, self.n_latents)
+        self.include_bias_level = checked_flag("sae.include_bias_level", include_bias_level)
+        self.active_groups = checked_number("sae.active_groups", active_groups, whole=True, optional=True)
+        self.sizes = self.group_sizes or doubling(self.n_latents, self.d_in)
         if active_groups is not None and not 1 <= active_groups <= len(self.sizes):
             raise UserError(f"active_groups={active_groups} must lie between 1 and the {len(self.sizes)} groups.")
 
@@ -91,6 +87,21 @@ class MatryoshkaSAE(Nested, BatchTopKSAE):
 
 class MatryoshkaTopKSAE(Nested, TopKSAE):
     """Nested dictionaries (see Nested) with the rule of TopK: sae=matryoshka sae._target_=<this class>."""
+
+
+def checked_sizes(sizes: Any, n_latents: int) -> list[int]:
+    """`sizes` as a plain list, if they are positive whole numbers that sum to n_latents.
+
+    Raises:
+        UserError: they are not.
+    """
+    whole = isinstance(sizes, Sequence) and all(isinstance(size, int) and size > 0 for size in sizes)
+    if whole and sum(sizes) == n_latents:
+        return list(sizes)
+    raise UserError(
+        f"group_sizes={sizes} must be positive and sum to the dictionary's {n_latents} latents: "
+        "each is what its group adds."
+    )
 
 
 def doubling(n_latents: int, d_in: int) -> list[int]:

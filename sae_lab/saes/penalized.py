@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.distributed import concatenated
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, checked_number
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.saes.resample import SCALE, directions
 
@@ -27,14 +27,15 @@ class PenalizedLinearSAE(LinearSAE):
             over the k largest would not let such a latent in.
 
     Raises:
-        UserError: resample_every with a decoder that is frozen.
+        UserError: a number that cannot be, or resample_every with a decoder that is frozen.
     """
 
     foldable = True
 
     def __init__(self, sparsity_warmup: int = 0, resample_every: int = 0, encoder_bias: bool = True, **linear: Any):
         super().__init__(encoder_bias=encoder_bias, **linear)
-        self.sparsity_warmup, self.resample_every = sparsity_warmup, resample_every
+        self.sparsity_warmup = checked_number("sae.sparsity_warmup", sparsity_warmup, 0, whole=True)
+        self.resample_every = checked_number("sae.resample_every", resample_every, 0, whole=True)
         if resample_every and self.frozen_decoder:
             raise UserError(
                 "resample_every rewrites the decoder, which frozen_decoder=true forbids: choose one of them."

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.errors import UserError, checked_word
+from sae_lab.errors import UserError, checked_number, checked_word
 from sae_lab.pursuit import METHODS, Dictionary, pursue
 from sae_lab.saes.base import BaseSAE, check_sizes, check_units
 from sae_lab.saes.dictionary import DictionarySAE
@@ -35,6 +35,7 @@ class PursuitSAE(DictionarySAE):
 
     def __init__(self, k: int, method: str = "orthogonal_matching_pursuit", **dictionary: Any):
         super().__init__(**dictionary)
+        checked_number("k", k)
         if k != int(k) or not 1 <= k <= self.n_latents:
             raise UserError(
                 f"k={k} must be a whole number from 1 to the dictionary's {self.n_latents} latents: a pursuit takes "

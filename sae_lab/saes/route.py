@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_lab.distributed import average
-from sae_lab.errors import UserError, checked_word
+from sae_lab.errors import UserError, checked_number, checked_word
 from sae_lab.matmul import linear
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
 from sae_lab.saes.normalize import Context, normalizer
@@ -64,7 +64,8 @@ class RouteSAE(BaseSAE):
         normalize: str = "per_token",
     ):
         super().__init__()
-        self.d_in, self.n_latents, self.n_sources, self.seed = d_in, n_latents, n_sources, seed
+        self.d_in, self.n_latents, self.n_sources = d_in, n_latents, n_sources
+        self.seed = checked_number("sae.seed", seed, 0, whole=True)
         self.aggre = checked_word("aggre", aggre, *self.AGGREGATES)
         self.routing = checked_word("routing", routing, "hard", "soft")
         self.normalize = normalize

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, checked_number
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.selection import Pieces, Preactivations
 from sae_lab.sparse import Code, SparseCode, encoded
@@ -25,7 +25,7 @@ class SparseLinearSAE(LinearSAE):
         k_start: the first batch's k; None is s·d, or f if that is less.
 
     Raises:
-        UserError: k or k_start is not between 1 and the size of the dictionary.
+        UserError: k or k_start is not between 1 and the size of the dictionary, or k_warmup is negative.
     """
 
     def __init__(
@@ -37,7 +37,8 @@ class SparseLinearSAE(LinearSAE):
         **linear: Any,
     ):
         super().__init__(auxk_coefficient=auxk_coefficient, **linear)
-        self.k, self.k_warmup, self.k_start = checked_k(k, self.n_latents), k_warmup, k_start
+        self.k, self.k_start = checked_k(k, self.n_latents), k_start
+        self.k_warmup = checked_number("sae.k_warmup", k_warmup, 0, whole=True)
         self._k_start = min(self.n_sources * self.d_in, self.n_latents) if k_start is None else k_start
         checked_k(self._k_start, self.n_latents, "k_start")
 
@@ -70,6 +71,7 @@ def checked_k(k: float, n_latents: int, name: str = "k") -> float:
     Raises:
         UserError: it cannot.
     """
+    checked_number(name, k)
     if not 1 <= k <= n_latents:
         raise UserError(
             f"{name}={k} must lie between 1 and the dictionary's {n_latents} latents: lower {name} or raise expansion."

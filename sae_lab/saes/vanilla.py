@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab import losses
+from sae_lab.errors import checked_flag, checked_number
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
 from sae_lab.sparse import Code
@@ -26,7 +27,8 @@ class VanillaSAE(PenalizedLinearSAE):
 
     def __init__(self, l1_coefficient: float = 0.002, unit_norm: bool = True, **penalized: Any):
         super().__init__(**penalized)
-        self.l1_coefficient, self.unit_norm = l1_coefficient, unit_norm
+        self.l1_coefficient = checked_number("sae.l1_coefficient", l1_coefficient, 0)
+        self.unit_norm = checked_flag("sae.unit_norm", unit_norm)
 
     def activate(self, h: Float[Tensor, "b f"]) -> Code:
         return h.relu()
