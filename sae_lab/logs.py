@@ -3,6 +3,7 @@
 import csv
 import io
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +70,47 @@ class CSVLog(Logger):
         return text.getvalue()
 
 
-def wandb_log(save_dir: str, **options: Any) -> WandbLogger:
-    """A WandbLogger whose run id is kept in `save_dir/wandb/run_id`: a resumed run goes on in the same W&B run.
+class WandbLog(WandbLogger):
+    """A W&B run of this run's own, whatever others the process has: a sweep trains many in one.
+
+    Its id is kept in `save_dir/wandb/run_id`, so a resumed run goes on in the same one.
 
     Raises:
         UserError: W&B does not start, most often for want of a key.
     """
-    import wandb  # here: runs without it would wait for a second
 
-    id_file = Path(save_dir) / "wandb" / "run_id"
-    if not id_file.is_file():
-        id_file.parent.mkdir(parents=True, exist_ok=True)
-        id_file.write_text(uuid.uuid4().hex[:8])
-    logger = WandbLogger(save_dir=save_dir, id=id_file.read_text(), resume="allow", **options)
-    try:
-        _ = logger.experiment  # W&B starts where this is asked for
-    except wandb.Error as e:
-        reason = first_line(e).partition(". ")[0].rstrip(".")
-        raise UserError(f"W&B does not start ({reason}): type `wandb login`, or give logger.wandb.offline=true.") from e
-    return logger
+    def __init__(self, save_dir: str, **options: Any):
+        import wandb  # here: runs without it would wait for a second
+
+        id_file = Path(save_dir) / "wandb" / "run_id"
+        if not id_file.is_file():
+            id_file.parent.mkdir(parents=True, exist_ok=True)
+            id_file.write_text(uuid.uuid4().hex[:8])
+        # Lightning takes up a run that W&B has open in this process; one made by `create_new` is nobody else's.
+        run_id = id_file.read_text()
+        super().__init__(save_dir=save_dir, id=run_id, resume="allow", reinit="create_new", **options)
+        try:
+            _ = self.experiment  # W&B starts where this is asked for
+        except wandb.Error as e:
+            reason = first_line(e).partition(". ")[0].rstrip(".")
+            raise UserError(
+                f"W&B does not start ({reason}): type `wandb login`, or give logger.wandb.offline=true."
+            ) from e
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if status != "success":  # else the evaluation is still to come
+            self.experiment.finish(exit_code=1)
+
+    def conclude(self, metrics: dict[str, Any]) -> None:
+        """Put the evaluation into the run's summary, where W&B's tables and sweeps look, and end the run."""
+        self.experiment.summary.update({f"eval/{name}": value for name, value in metrics.items()})
+        self.experiment.finish()
+
+
+def conclude(loggers: Iterable[Logger], metrics: dict[str, Any]) -> None:
+    """Tell W&B how the run ended; the other loggers' files lie beside metrics.json."""
+    for logger in loggers:
+        if isinstance(logger, WandbLog):
+            logger.conclude(metrics)

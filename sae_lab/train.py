@@ -28,6 +28,7 @@ from sae_lab.errors import UserError, checked_number
 from sae_lab.evaluate import calibrate, evaluate_all, write_results
 from sae_lab.interop import load_sae
 from sae_lab.interrupt import StopOnSignal
+from sae_lab.logs import conclude
 from sae_lab.memory import keep_freed_memory
 from sae_lab.module import SAEModule
 from sae_lab.progress import TrainingProgress
@@ -223,6 +224,8 @@ def fit(member: Member, data: ActivationData) -> None:
         log.info("continuing from step %d of %s", run.step, run.checkpoint)
     if rank() == 0:
         trainer.loggers = [instantiate(node) for node in member.cfg.logger.values()]
+        for logger in trainer.loggers:
+            logger.log_hyperparams(OmegaConf.to_container(member.cfg, resolve=True))  # type: ignore[arg-type]
     trainer.fit(member.module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
     if trainer.global_step < data.n_steps:
         log.warning("the text ended at step %d of %d (data.repeat=false)", trainer.global_step, data.n_steps)
@@ -242,6 +245,7 @@ def finish(members: Sequence[Member], data: ActivationData) -> list[dict[str, An
     evaluations = evaluate_all({str(member.run.folder): member.sae for member in members}, data)
     for member, evaluation in zip(members, evaluations.values(), strict=True):
         files = write_results(evaluation, member.sae, member.run.folder)
+        conclude(member.trainer.loggers, evaluation.metrics)
         print_metrics(evaluation.metrics, member.run.folder)
         print_files([member.run.folder / "sae", *files])
     return [evaluation.metrics for evaluation in evaluations.values()]

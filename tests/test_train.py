@@ -355,6 +355,22 @@ def test_a_mistake_gets_one_sentence(overrides, sentence, tmp_path):
     assert_one_sentence(run(*overrides, f"hydra.run.dir={tmp_path}"), *sentence)
 
 
+@pytest.mark.parametrize("launcher", ["basic", "shared_stream"])
+def test_each_job_of_a_sweep_is_a_wandb_run_of_its_own(launcher, tmp_path):
+    """All jobs are in one process. A run holds the config, the training figures and the evaluation."""
+    short = [*SMALL, "n_tokens=4_096", "data.n_eval_tokens=512", "trainer.log_every=1"]
+    wandb = ["logger=wandb", "logger.wandb.offline=true"]
+    done = run("-m", *short, *wandb, "k=4,8", f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    jobs = sorted(file.parent for file in tmp_path.glob("*/metrics.json"))
+    assert len(jobs) == 2
+    for job in jobs:
+        [content] = [file.read_bytes() for file in job.glob("wandb/offline-run-*/run-*.wandb")]
+        for said in (b"dead_after", b"loss/reconstruction", b"eval/loss_recovered"):
+            assert said in content
+    assert len({(job / "wandb" / "run_id").read_text() for job in jobs}) == 2
+
+
 def test_wandb_without_a_key_names_both_ways_out(tmp_path, monkeypatch):
     for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
