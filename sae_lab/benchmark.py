@@ -11,7 +11,6 @@ With `pursuit=gradient_pursuit`, instead: what a search for codes costs (see pur
 All are measured in one process and in turns, so that a machine that others use slows them alike: trust the ratios.
 """
 
-import json
 import resource
 import statistics
 import sys
@@ -30,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import Tensor, nn
 
-from sae_lab.checkpoint import write_atomically
+from sae_lab.checkpoint import write_json
 from sae_lab.cli import entry_point
 from sae_lab.device import chosen, now
 from sae_lab.errors import UserError
@@ -116,7 +115,7 @@ def search(cfg: DictConfig) -> dict[str, Any]:
 def written(figures: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
     """The figures with what they are of, as they now stand in benchmark.json."""
     figures |= {"config": OmegaConf.to_container(cfg, resolve=True)}
-    write_atomically(Path(cfg.run_dir) / "benchmark.json", (json.dumps(figures, indent=2) + "\n").encode())
+    write_json(Path(cfg.run_dir) / "benchmark.json", figures)
     return figures
 
 

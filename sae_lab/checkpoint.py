@@ -3,7 +3,7 @@
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,7 +40,7 @@ def save_sae(
     # Copies: the file format takes no two names for the same memory, and tied weights are that.
     tensors = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in sae.state_dict().items()}
     write_atomically(folder / WEIGHTS, save(tensors))
-    write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_json(folder / CONFIG, config)
     return folder
 
 
@@ -112,6 +112,10 @@ def remove_unfinished(folder: Path) -> None:
 def write_atomically(path: Path, content: bytes) -> None:
     with atomic_file(path) as f:
         f.write(content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def checkpoint_content(checkpoint: Path) -> dict[str, Any]:

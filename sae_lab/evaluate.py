@@ -1,6 +1,5 @@
 """A run -> its metrics, tables and figures: `python -m sae_lab.evaluate run_dir=outputs/...`."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from sae_lab import diffing, plots
-from sae_lab.checkpoint import load_sae, write_atomically
+from sae_lab.checkpoint import load_sae, write_json
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
 from sae_lab.device import now
@@ -185,7 +184,7 @@ def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[P
 
 def write_metrics(metrics: dict[str, Any], sae: BaseSAE, path: Path) -> Path:
     sizes = {"n_latents": sae.n_latents, "d_in": sae.d_in, "n_sources": sae.n_sources}
-    write_atomically(path, (json.dumps(metrics | sizes, indent=2) + "\n").encode())
+    write_json(path, metrics | sizes)
     return path
 
 
@@ -209,7 +208,7 @@ def compare(sae: BaseSAE, encoder: str, k: int | None, data: ActivationData, run
     metrics[encoder]["k"] = pursuit.k
     print_metrics(metrics["own"] | {"train_mode": metrics[encoder]}, run_dir, ("own", encoder))
     file = run_dir / f"metrics_{encoder}{'' if k is None else f'_k{k}'}.json"
-    write_atomically(file, (json.dumps(metrics, indent=2) + "\n").encode())
+    write_json(file, metrics)
     return file
 
 

@@ -6,7 +6,6 @@ SAE to merge the two (absorption, Chanin et al. 2024, arXiv 2409.14507; Matryosh
 router has to find out.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from sae_lab.checkpoint import write_atomically
+from sae_lab.checkpoint import write_json
 from sae_lab.cli import entry_point
 from sae_lab.errors import checked_number
 from sae_lab.memory import keep_freed_memory
@@ -146,7 +145,7 @@ def main(cfg: DictConfig) -> float:
     figures: dict[str, Any] = recovery(sae, planted)
     print_metrics(figures, Path(cfg.run_dir))
     settings = {"config": OmegaConf.to_container(cfg, resolve=True)}
-    write_atomically(Path(cfg.run_dir) / "planted.json", (json.dumps(figures | settings, indent=2) + "\n").encode())
+    write_json(Path(cfg.run_dir) / "planted.json", figures | settings)
     console.print(f"  {cfg.run_dir}/planted.json", highlight=False, soft_wrap=True)
     return figures["mmcs"]
 

@@ -11,7 +11,6 @@
 The stages take turns, a slice each, so that a machine that others use slows them alike: trust the ratios.
 """
 
-import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from rich.table import Table
 from sae_lab.benchmark import training_step
 from sae_lab.buffer import ShuffledBlocks
 from sae_lab.cache import Cache, CachedRows
-from sae_lab.checkpoint import write_atomically
+from sae_lab.checkpoint import write_json
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
 from sae_lab.device import now
@@ -51,7 +50,7 @@ def throughput(cfg: DictConfig) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     figures = {"tokens_per_second": rates, "device": device, "config": OmegaConf.to_container(cfg, resolve=True)}
     console.print(table(figures))
-    write_atomically(run_dir / "throughput.json", (json.dumps(figures, indent=2) + "\n").encode())
+    write_json(run_dir / "throughput.json", figures)
     return figures
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from sae_lab.checkpoint import write_json
 from sae_lab.errors import UserError
 from sae_lab.interop.tensors import (
     Tensors,
@@ -19,7 +20,6 @@ from sae_lab.interop.tensors import (
     parts,
     read_json,
     read_safetensors,
-    write_json,
     write_safetensors,
 )
 from sae_lab.saes.base import BaseSAE

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sae_lab.checkpoint import write_json
 from sae_lab.errors import UserError
 from sae_lab.interop.tensors import (
     Tensors,
@@ -14,7 +15,6 @@ from sae_lab.interop.tensors import (
     parts,
     read_json,
     read_safetensors,
-    write_json,
     write_safetensors,
 )
 from sae_lab.saes.base import BaseSAE

@@ -203,10 +203,6 @@ def read_pickle(file: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(file, (json.dumps(content, indent=2) + "\n").encode())
-
-
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     # Copies: the file format takes no two names for the same memory, and tied weights are that.
     write_atomically(file, save({name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}))
