@@ -14,8 +14,7 @@ from torch import Tensor
 
 from sae_lab.buffer import Chunk
 from sae_lab.errors import UserError
-from sae_lab.lm.base import LanguageModel
-from sae_lab.shards import FORMAT, PIECE, Manifest, MappedShard, as_bytes, read_held_out
+from sae_lab.shards import FORMAT, PIECE, Manifest, MappedShard, read_held_out
 from sae_lab.store import Store
 
 log = logging.getLogger(__name__)
@@ -99,35 +98,3 @@ class CachedRows:
                 return
             self.epoch, self.given = self.epoch + 1, 0
             log.info("All of the cache was read: it starts over in a new order (pass %d).", self.epoch + 1)
-
-
-def lm_key(lm: LanguageModel) -> dict[str, Any]:
-    """What of a language model decides its activations, wherever it was loaded from."""
-    return {
-        "format": FORMAT,
-        "lm.backend": type(lm).__name__,
-        "lm.sites": list(lm.sites),
-        "lm.dtype": str(next(lm.model.parameters()).dtype).removeprefix("torch."),
-        "lm.bos_id": lm.bos_id,
-        "lm.tokenizer": tokenizer_digest(lm.tokenizer),
-        "lm.weights": weights_digest(lm.model),
-    }
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """Of the parameters and buffers as loaded, so of revision and folding too (2 GB of them take a second)."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(as_bytes(tensor.detach().cpu().contiguous()))
-    return digest.hexdigest()
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    rust = getattr(tokenizer, "backend_tokenizer", None)
-    text = rust.to_str() if rust is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return xxhash.xxh3_128_hexdigest(text.encode())
-
-
-def digest_of_rows(tokens: Int[Tensor, "r t"]) -> str:
-    return xxhash.xxh3_64_hexdigest(as_bytes(tokens))

@@ -4,6 +4,10 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from sae_lab.documents import Documents, Piece
 from sae_lab.errors import UserError
 
@@ -92,3 +96,8 @@ class TextRows:
         self.load_state_dict(self.START | {"epoch": self.epoch + 1})
         self._useful = False
         self._pieces = self.documents.pieces(self.epoch)
+
+
+def take_rows(rows: Iterator[list[int]], n: int) -> Int[Tensor, "n t"]:
+    """The next n rows, or as many as are left."""
+    return torch.tensor([row for _, row in zip(range(n), rows, strict=False)], dtype=torch.long)

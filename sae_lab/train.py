@@ -42,9 +42,6 @@ from sae_lab.sweep import failure_recorded
 
 log = logging.getLogger(__name__)
 
-# Those that leave the parameters in float32: an Adam step of 1e-4 is lost on a weight in bf16.
-PRECISIONS = {"32-true": "all in float32", "bf16-mixed": "products in bfloat16"}
-
 
 @dataclass
 class Member:
@@ -182,9 +179,6 @@ def build_trainer(
     Raises:
         UserError: more devices than there are, an unknown precision, an interval that is not positive.
     """
-    if precision not in PRECISIONS:
-        words = " or ".join(f"{name} ({meaning})" for name, meaning in PRECISIONS.items())
-        raise UserError(f"trainer.precision={precision} is not known: choose {words}.")
     accelerator = chosen(accelerator)
     gpu, found = accelerator in ("cuda", "gpu"), torch.cuda.device_count()
     if devices > 1 and accelerator != "cpu" and not (gpu and devices <= found):
@@ -197,7 +191,7 @@ def build_trainer(
         return L.Trainer(
             accelerator=accelerator,
             devices=[rank()] if gpu else 1,
-            precision=precision,  # type: ignore[arg-type]
+            precision=checked_precision(precision),
             max_epochs=1,
             max_steps=n_steps,
             val_check_interval=min(validate_every, n_steps),
@@ -214,6 +208,15 @@ def build_trainer(
         )
     except (MisconfigurationException, ValueError) as e:
         raise UserError(f"the trainer cannot be built: {' '.join(str(e).split())}") from e
+
+
+def checked_precision(precision: str) -> Any:
+    """It, if parameters stay in float32 under it: an Adam step of 1e-4 would be lost on a weight in bf16."""
+    known = {"32-true": "all in float32", "bf16-mixed": "products in bfloat16"}
+    if precision not in known:
+        words = " or ".join(f"{name} ({meaning})" for name, meaning in known.items())
+        raise UserError(f"trainer.precision={precision} is not known: choose {words}.")
+    return precision
 
 
 def fit(member: Member, data: ActivationData) -> None:

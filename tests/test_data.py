@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from sae_lab.corpora import FileDocuments
-from sae_lab.data import ActivationData, take_rows
+from sae_lab.data import ActivationData
 from sae_lab.documents import Documents, Window
 from sae_lab.errors import UserError
+from sae_lab.text import take_rows
 
 
 class Numbers(Documents):
