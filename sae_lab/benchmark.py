@@ -41,6 +41,7 @@ from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.screen import console
 from sae_lab.sparse import Code
+from sae_lab.train import checked_precision
 
 WARM = 2
 NAMES = {
@@ -193,7 +194,7 @@ def floor_step(cfg: DictConfig, x: Tensor, product: Callable[[Tensor, Tensor], T
 
 
 def precision(cfg: DictConfig, x: Tensor) -> AbstractContextManager:
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=cfg.precision == "bf16-mixed")
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=checked_precision(cfg.precision) == "bf16-mixed")
 
 
 class Stream:
