@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sae_lab.checkpoint import checkpoint_content, write_atomically
-from sae_lab.cli import explain, works_in
+from sae_lab.cli import each_override, explain, works_in
 from sae_lab.errors import Busy, UserError
 from sae_lab.runs import FAILED, Run, is_running
 from sae_lab.screen import console
@@ -218,7 +218,7 @@ def show(jobs: list[Standing]) -> None:
 
 def distinct(names: list[str]) -> list[str]:
     """Folder names that spell overrides, `k=8,sae=topk`, without those that all of them share."""
-    parts = [name.split(",") for name in names]
+    parts = [each_override(name) for name in names]
     shared = set(parts[0]).intersection(*parts[1:]) if len(parts) > 1 else set()
     return [",".join(part for part in own if part not in shared) or "-" for own in parts]
 
