@@ -79,10 +79,11 @@ def run_on_ray(parts: list[list[Job]], slots: int, max_members: int | None, job_
     import ray
 
     at_sigterm = signal.getsignal(signal.SIGTERM)
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init()
-    else:
-        ray.init(num_cpus=None if torch.cuda.is_available() else slots, include_dashboard=False)
+    own = {"num_cpus": None if torch.cuda.is_available() else slots, "include_dashboard": False}
+    try:
+        ray.init(**({} if os.environ.get("RAY_ADDRESS") else own))
+    except Exception as e:  # of Ray, of gRPC, of the operating system
+        raise UserError(f"Ray does not start ({first_line(e)}): mend that, or give hydra.launcher.parallel=1.") from e
     signal.signal(signal.SIGTERM, at_sigterm)  # ray.init has put its own there
     lease = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
     # A process ends with its part, and gives the memory of its GPU back. A part that was lost is not tried again.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -15,7 +16,7 @@ from shell import run
 from test_sweep import arguments, sweep
 
 from sae_lab.errors import UserError
-from sae_lab.spread import deal, n_slots
+from sae_lab.spread import deal, n_slots, run_on_ray
 from sae_lab.sweep import job_folders, plan, standing
 
 PRESETS = {
@@ -106,6 +107,15 @@ def assert_continues(root: Path, *overrides: str) -> None:
 JOBS = ["sae=vanilla", "k=4,8"]
 """With two learning rates, of which one diverges."""
 BAD = "optimizer.lr=1e-3,1e30"
+
+
+def test_a_ray_that_does_not_start_is_one_sentence(monkeypatch):
+    def init(**options):
+        raise ConnectionError("no head node at 10.0.0.1\nand more")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    with pytest.raises(UserError, match=r"^Ray does not start \(no head node at 10\.0\.0\.1\): .*parallel=1\.$"):
+        run_on_ray([], 2, None, None)
 
 
 @needs("hydra_ray_launcher")
