@@ -30,9 +30,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sae_lab.checkpoint import write_json
-from sae_lab.cli import entry_point
+from sae_lab.cli import entry_point, whole_numbers
 from sae_lab.device import chosen, now
-from sae_lab.errors import UserError
+from sae_lab.errors import UserError, checked_flag, checked_number
 from sae_lab.matmul import linear
 from sae_lab.memory import keep_freed_memory
 from sae_lab.module import SAEModule, plain_step
@@ -257,6 +257,9 @@ def table(figures: dict[str, Any]) -> Table:
 
 @entry_point("benchmark")
 def main(cfg: DictConfig) -> float:
+    whole_numbers(cfg, {"d_in": 1, "n_latents": 1, "n_sources": 1, "batch_size": 1, "repeats": 1, "seed": 0})
+    checked_number("dead_share", cfg.dead_share, 0, at_most=1)
+    checked_flag("dense", cfg.dense)
     return benchmark(cfg)["step_ms"] if cfg.pursuit is None else search(cfg)["ms"]["pursuit"]
 
 

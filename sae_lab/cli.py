@@ -8,7 +8,7 @@ import signal
 import sys
 import textwrap
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from sae_lab.errors import Interrupted, UserError
+from sae_lab.errors import Interrupted, UserError, checked_number
 
 
 # Job folders are named by their overrides, which may hold paths: a name must stay one folder, of a length disks take.
@@ -142,6 +142,23 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     return decorate
 
 
+def whole_numbers(cfg: DictConfig, least: Mapping[str, int]) -> None:
+    """Make ints of some keys, and refuse what is no whole number or less than it must be at least."""
+    for name, bound in least.items():
+        OmegaConf.update(cfg, name, checked_number(name, OmegaConf.select(cfg, name), bound, whole=True))
+
+
+def folder_of(cfg: DictConfig, key: str) -> Path:
+    """The folder that a key names.
+
+    Raises:
+        UserError: it names none.
+    """
+    if not isinstance(cfg[key], str):
+        raise UserError(f"{key}={'null' if cfg[key] is None else cfg[key]} must be the path of a folder.")
+    return Path(cfg[key])
+
+
 def works_in(dial: str) -> None:
     """Remember the override that leads a command into the folder in which this one works."""
     global _dial
@@ -183,6 +200,10 @@ def explain(error: BaseException, config_name: str, overrides: list[str]) -> str
         unknown = re.search(r"Could not override '([^']+)'", str(e))
         if unknown:
             return _unknown_key(unknown[1], config_name, overrides)
+        if isinstance(e, FileExistsError | NotADirectoryError | PermissionError) and e.filename:
+            return f"{e.filename} cannot be written ({e.strerror}): choose another path."
+        if str(e).startswith("Config group override must be"):
+            return "a config group was given null: name one of its choices, which --help lists."
     if isinstance(error, InstantiationException):
         return _unknown_argument(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -193,6 +214,8 @@ def explain(error: BaseException, config_name: str, overrides: list[str]) -> str
 def _unknown_argument(error: InstantiationException) -> str | None:
     """A key that the `_target_` does not take (added with +, or missing); any other failure inside it is a bug."""
     message = _one_line(error)
+    if missing := re.search(r"Error locating target '(.*?)'.*full_key: (\S+)", message):
+        return f"{missing[2]}._target_={missing[1]} cannot be imported: correct that name."
     wrong = re.search(r"TypeError\((.*(unexpected keyword argument|missing \d+ required).*?)\)", message)
     return f"{wrong[1].strip(chr(34))}: correct that key." if wrong else None
 

@@ -49,7 +49,10 @@ class FileDocuments(IndexedDocuments):
         super().__init__(seed, split)
         if held_out_every < 2:
             raise UserError(f"data.held_out_every={held_out_every} leaves nothing to train on: give 2 or more.")
-        files, builder = self._find([paths] if isinstance(paths, str) else list(paths))
+        globs = [paths] if isinstance(paths, str) else paths
+        if not isinstance(globs, Sequence) or not all(isinstance(g, str) for g in globs):
+            raise UserError(f"data.paths={paths} must be a list of globs, such as data.paths=['corpus/**/*.txt'].")
+        files, builder = self._find(list(globs))
         options = self.WHOLE if builder == "text" else {}
         self.files = [Path(f) for f in files]
         self.rows = load_rows(builder, data_files=[escape(f) for f in files], split="train", **options)

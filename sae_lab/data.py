@@ -224,7 +224,8 @@ class ActivationData(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises a UserError where the stream would go on with other text, or through another model."""
         state = dict(state_dict)
-        refuse_changed(state.pop("origin", {}), self.origin)
+        remedy = "put back what it began with, or type resume=never to start again."
+        refuse_changed(state.pop("origin", {}), self.origin, remedy)
         self.stream.load_state_dict(state)
 
 
@@ -250,6 +251,7 @@ class CachedData(ActivationData):
         here |= {f"data.{name}": getattr(self, name) for name in ("exclude_bos", "exclude_first", "pack")}
         refuse_other(self.cache.store, self.cache.manifest, here, "use what it was harvested with, or harvest anew.")
         self._compare_first_rows()
+        self.held_out_text(max(self.n_eval_tokens, self.n_val_tokens) // self.seq_len)  # before, not after, training
 
     def _compare_first_rows(self) -> None:
         """Refuse a model that computes other activations, whatever its flags: what no key names shows here."""
@@ -311,7 +313,7 @@ def text_files(
     **stream: Any,
 ) -> ActivationData:
     """`data=text_files`: globs of txt, jsonl, csv or parquet."""
-    paths = paths if isinstance(paths, str) else list(paths)
+    paths = list(paths) if isinstance(paths, Sequence) and not isinstance(paths, str) else paths
     documents = partial(FileDocuments, paths, column=column, seed=seed, held_out_every=held_out_every)
     return ActivationData(lm, documents, seed=seed, **stream)
 

@@ -4,12 +4,19 @@ import time
 
 import torch
 
+from sae_lab.errors import UserError
+
 
 def chosen(device: str) -> str:
-    """`auto` is CUDA where there is one, else the CPU; any other name is itself."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """`auto` is CUDA where there is one, else the CPU; any other name is itself.
+
+    Raises:
+        UserError: CUDA where there is none.
+    """
+    found = torch.cuda.is_available()
+    if device.startswith("cuda") and not found:
+        raise UserError(f"device {device} is not there: torch sees no GPU; give auto or cpu.")
+    return ("cuda" if found else "cpu") if device == "auto" else device
 
 
 def now(device: torch.device) -> float:

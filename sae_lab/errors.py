@@ -61,7 +61,11 @@ def checked_number(
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if number and at_least <= value <= at_most and value > above and not (whole and value != int(value)):
         return int(value) if whole else value
-    bounds = {"of at least": at_least, "above": above, "of at most" if math.isinf(above) else "and at most": at_most}
+    bounds = {
+        "of at least": at_least,
+        "above": above,
+        "of at most" if math.isinf(max(at_least, above)) else "and at most": at_most,
+    }
     wanted = " ".join(f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound))
     given = "null" if value is None else value
     number_wanted = f"{'whole ' if whole else ''}number {wanted}".strip()

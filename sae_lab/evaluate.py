@@ -13,12 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from sae_lab import diffing, plots
-from sae_lab.checkpoint import load_sae, write_json
-from sae_lab.cli import entry_point
+from sae_lab.checkpoint import checkpoint_content, load_sae, write_json
+from sae_lab.cli import entry_point, folder_of
 from sae_lab.data import ActivationData
 from sae_lab.device import now
 from sae_lab.downstream import Replace, constant, spliced_logits, zero
 from sae_lab.errors import UserError, checked_number
+from sae_lab.identity import refuse_changed
 from sae_lab.memory import keep_freed_memory
 from sae_lab.metrics import (
     DownstreamMetrics,
@@ -218,7 +219,8 @@ def load_run(
     """The SAE that a run left, on the language model's device; its data, built again, with that model; its config.
 
     Raises:
-        UserError: no run folder, or no SAE in it; a number of tokens that is none.
+        UserError: no run folder, or no SAE in it; a number of tokens that is none; another model or
+            text than the run had.
     """
     config_file = Path(run_dir) / ".hydra" / "config.yaml"
     if not config_file.is_file():
@@ -230,6 +232,10 @@ def load_run(
     run.lm.device = device
     get_class(run.sae._target_)  # registers an SAE that lies outside this package
     data = instantiate(run.data, lm=instantiate(run.lm))
+    checkpoint = Path(run_dir) / "checkpoints" / "last.ckpt"
+    if checkpoint.is_file():
+        began_with = checkpoint_content(checkpoint).get(type(data).__name__, {}).get("origin", {})
+        refuse_changed(began_with, data.origin, "put back what it was trained with.")
     return load_sae(run_dir, data.lm.device), data, run
 
 
@@ -240,7 +246,7 @@ def main(cfg: DictConfig) -> None:
     With another `activation` or `encoder` than the SAE's own, the run's files stay as they are: metrics_<which>.json is
     added.
     """
-    run_dir = Path(cfg.run_dir)
+    run_dir = folder_of(cfg, "run_dir")
     if cfg.activation is not None and cfg.encoder != "own":
         raise UserError(f"activation={cfg.activation} and encoder={cfg.encoder} replace the same thing: give one.")
     keep_freed_memory()

@@ -8,8 +8,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.checkpoint import CONFIG, PROBE, WEIGHTS, sae_folder, write_atomically
-from sae_lab.cli import entry_point
-from sae_lab.errors import UserError, first_line
+from sae_lab.cli import entry_point, folder_of
+from sae_lab.errors import UserError, checked_flag, first_line
 from sae_lab.interop import FORMATS, load_sae
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import figure, print_files
@@ -117,11 +117,11 @@ def push(folder: Path, repository: str, private: bool) -> str:
 
 @entry_point("export")
 def main(cfg: DictConfig) -> None:
-    run_dir = Path(cfg.run_dir)
-    out = Path(cfg.out or run_dir / "export" / cfg.format)
+    run_dir, private = folder_of(cfg, "run_dir"), checked_flag("private", cfg.private)
+    out = Path(cfg.out or run_dir / "export" / str(cfg.format))
     print_files(export(run_dir, cfg.format, out))
     if cfg.push_to_hub:
-        print(push(out, cfg.push_to_hub, cfg.private))
+        print(push(out, cfg.push_to_hub, private))
 
 
 if __name__ == "__main__":

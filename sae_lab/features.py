@@ -17,9 +17,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from sae_lab.checkpoint import write_atomically
-from sae_lab.cli import entry_point
+from sae_lab.cli import entry_point, folder_of, whole_numbers
 from sae_lab.data import ActivationData
-from sae_lab.errors import UserError, checked_number
+from sae_lab.errors import UserError
 from sae_lab.evaluate import load_run
 from sae_lab.lm.base import LanguageModel
 from sae_lab.memory import keep_freed_memory
@@ -197,9 +197,8 @@ def write_page(description: dict[str, Any], folder: Path) -> list[Path]:
 
 @entry_point("features")
 def main(cfg: DictConfig) -> None:
-    run_dir = Path(cfg.run_dir)
-    for name, least in LEAST.items():
-        cfg[name] = checked_number(name, cfg[name], least, whole=True)
+    run_dir = folder_of(cfg, "run_dir")
+    whole_numbers(cfg, LEAST)
     keep_freed_memory()
     sae, data, _ = load_run(run_dir, cfg.device)
     latents = choose(sae, cfg.latents, cfg.n_latents)

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from sae_lab.buffer import Chunk, Source
-from sae_lab.cli import entry_point
+from sae_lab.cli import entry_point, whole_numbers
 from sae_lab.data import ActivationData
 from sae_lab.documents import HELD_OUT, TRAIN, Documents
 from sae_lab.errors import UserError
@@ -76,6 +76,9 @@ class Harvester:
         if bad:
             raise UserError(f"{self.store.url}: damaged: {', '.join(bad)}; rebuild=true makes them again.")
         log.info("%s: %d shards, all whole.", self.store.url, len(manifest.shards) if manifest else 0)
+        if manifest is None or not manifest.complete:
+            rows = manifest.rows if manifest else 0
+            log.warning("It is unfinished, with %s of %s tokens: harvest continues.", f"{rows:,}", f"{self.n_tokens:,}")
 
     def _read(self, start_over: bool = False) -> Manifest | None:
         """This cache's manifest, None where there is none, or a damaged one that is not to be kept."""
@@ -216,6 +219,7 @@ def described(documents: Callable[[str], Documents]) -> dict[str, Any]:
 def main(cfg: DictConfig) -> None:
     """Build the cache, or what is missing of it; `verify=true` only checks it, `rebuild=true` also mends it."""
     keep_freed_memory()
+    whole_numbers(cfg, {"n_tokens": 1, "shard_tokens": 1})
     data: ActivationData = instantiate(cfg.data, lm=instantiate(cfg.lm))
     harvester = Harvester(data, cfg.cache_dir, cfg.n_tokens, cfg.shard_tokens, cfg.dtype)
     if cfg.verify:

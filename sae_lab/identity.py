@@ -46,11 +46,8 @@ def digest_of_rows(tokens: Int[Tensor, "r t"]) -> str:
     return xxhash.xxh3_64_hexdigest(as_bytes(tokens))
 
 
-def refuse_changed(began_with: Mapping[str, str], here: Mapping[str, str]) -> None:
+def refuse_changed(began_with: Mapping[str, str], here: Mapping[str, str], remedy: str) -> None:
     """Raise a UserError that names what is no longer what a run began with; where there is no digest nothing is."""
     changed = [name for name in began_with if began_with[name] != here.get(name)]
     if changed:
-        raise UserError(
-            f"{' and '.join(changed)} changed since this run began, so it cannot go on as it would have: put back "
-            "what it began with, or type resume=never to start again."
-        )
+        raise UserError(f"{' and '.join(changed)} changed since this run began: {remedy}")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from sae_lab.checkpoint import write_json
-from sae_lab.cli import entry_point
+from sae_lab.cli import entry_point, whole_numbers
 from sae_lab.errors import checked_number
 from sae_lab.memory import keep_freed_memory
 from sae_lab.metrics import batch_fvu
@@ -134,9 +134,10 @@ def recovery(sae: BaseSAE, planted: PlantedFeatures, n_rows: int = 8192) -> dict
 @entry_point("planted")
 def main(cfg: DictConfig) -> float:
     keep_freed_memory()
-    sizes = {"planted.d_in": 2, "planted.n_trees": 1, "planted.n_children": 0, "n_latents": 1, "n_steps": 1}
-    for name, least in sizes.items():
-        checked_number(name, OmegaConf.select(cfg, name), least, whole=True)
+    whole_numbers(cfg, {"planted.d_in": 2, "planted.n_trees": 1, "planted.n_children": 0, "planted.n_sites": 1})
+    whole_numbers(cfg, {"n_latents": 1, "n_steps": 1, "batch_size": 1, "seed": 0})
+    checked_number("planted.noise", cfg.planted.noise, 0)
+    checked_number("planted.active", cfg.planted.active, above=0)
     planted = PlantedFeatures(seed=cfg.seed, **cfg.planted)
     sae: BaseSAE = instantiate(cfg.sae, d_in=planted.d_in, n_latents=cfg.n_latents, n_sources=planted.n_sites)
     optimizer = instantiate(cfg.optimizer)([p for p in sae.parameters() if p.requires_grad])

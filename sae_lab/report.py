@@ -14,7 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from sae_lab import plots
-from sae_lab.cli import entry_point
+from sae_lab.cli import entry_point, folder_of
 from sae_lab.sweep import Standing, all_jobs, counted, distinct, standings
 from sae_lab.sweep import show as show_standings
 from sae_lab.table import RESOLVED, begun, collect, complete, settings
@@ -36,7 +36,7 @@ COMPARED = ("nmse", "ce_degradation")
 
 @entry_point("report")
 def main(cfg: DictConfig) -> None:
-    folder = Path(cfg.sweep_dir)
+    folder = folder_of(cfg, "sweep_dir")
     jobs = standings(folder, all_jobs(folder))
     if {job.status for job in jobs} != {"complete"}:
         show_standings(jobs)

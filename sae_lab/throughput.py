@@ -27,7 +27,7 @@ from sae_lab.benchmark import training_step
 from sae_lab.buffer import ShuffledBlocks
 from sae_lab.cache import Cache, CachedRows
 from sae_lab.checkpoint import write_json
-from sae_lab.cli import entry_point
+from sae_lab.cli import entry_point, whole_numbers
 from sae_lab.data import ActivationData
 from sae_lab.device import now
 from sae_lab.harvest import Harvester, gathered
@@ -114,6 +114,7 @@ def table(figures: dict[str, Any]) -> Table:
 
 @entry_point("throughput")
 def main(cfg: DictConfig) -> None:
+    whole_numbers(cfg, {"slice_tokens": 1, "slices": 1})
     throughput(cfg)
 
 

@@ -180,6 +180,8 @@ def build_trainer(
         UserError: more devices than there are, an unknown precision, an interval that is not positive.
     """
     accelerator = chosen(accelerator)
+    if accelerator not in ("cpu", "cuda", "gpu", "mps"):
+        raise UserError(f"trainer.accelerator={accelerator} is not known: choose auto, cpu, gpu or mps.")
     gpu, found = accelerator in ("cuda", "gpu"), torch.cuda.device_count()
     if devices > 1 and accelerator != "cpu" and not (gpu and devices <= found):
         raise UserError(f"trainer.devices={devices} exceeds the {found} GPUs: give fewer, or trainer.accelerator=cpu.")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -345,6 +346,11 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
             ["schedule.warmup=1000"],
             ["schedule.warmup=1000 must be a share of the run's steps", "type schedule.warmup=0.5"],
         ),
+        (["+callbacks.mine._target_=nope.Nope"], ["callbacks.mine._target_=nope.Nope cannot be imported"]),
+        (["callbacks=null"], ["a config group was given null"]),
+        (["data=text_files", "data.paths=5"], ["data.paths=5 must be a list of globs"]),
+        (["trainer.accelerator=tpu"], ["trainer.accelerator=tpu is not known: choose auto"]),
+        (["lm.sites=null"], ["lm.sites=[] must name at least one site"]),
         (["sae.k_aux=0"], ["sae.k_aux=0 must be null or a whole number of at least 1"]),
         (["sae.frozen_decoder=maybe"], ["sae.frozen_decoder=maybe must be true or false"]),
         (FROZEN_INSIDE, ["would freeze a random dictionary", "give init_from="]),
@@ -353,6 +359,18 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
 )
 def test_a_mistake_gets_one_sentence(overrides, sentence, tmp_path):
     assert_one_sentence(run(*overrides, f"hydra.run.dir={tmp_path}"), *sentence)
+
+
+def test_another_text_or_model_does_not_overwrite_an_evaluation(run_dir, tmp_path):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    file = folder / "checkpoints" / "last.ckpt"
+    state = torch.load(file, weights_only=True)
+    state["ActivationData"]["origin"]["the language model's weights"] = "others"
+    torch.save(state, file)
+    before = (folder / "metrics.json").stat().st_mtime_ns
+    refused = run(f"run_dir={folder}", module="evaluate")
+    assert_one_sentence(refused, "the language model's weights changed since this run began")
+    assert (folder / "metrics.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("launcher", ["basic", "shared_stream"])

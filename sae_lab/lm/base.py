@@ -45,7 +45,7 @@ class LanguageModel(ABC):
         self, name: str, sites: Sequence[str] | str, model: nn.Module, config: Any, tokenizer: Any, bos_id: int | None
     ):
         self.name, self.tokenizer = name, tokenizer
-        self.sites = (sites,) if isinstance(sites, str) else tuple(str(site) for site in sites)
+        self.sites = (sites,) if isinstance(sites, str) else tuple(str(site) for site in sites or ())
         text_config = config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self.bos_id = find_bos_id(name, tokenizer, bos_id, text_config.vocab_size)
