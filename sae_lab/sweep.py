@@ -106,8 +106,8 @@ def all_jobs(root: Path) -> list[Path]:
 
 
 def job_folders(root: Path) -> list[Path]:
-    """Every run folder at or below `root`, in the order in which people count (2 before 10)."""
-    return sorted(_runs(root), key=lambda f: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in _parts(f)])
+    """Every run folder at or below `root`, in the order in which people count (2 before 10, 0.25 before 0.5)."""
+    return sorted(_runs(root), key=_counting)
 
 
 def _runs(folder: Path) -> Iterator[Path]:
@@ -119,8 +119,9 @@ def _runs(folder: Path) -> Iterator[Path]:
             yield from _runs(child)
 
 
-def _parts(folder: Path) -> list[str]:
-    return re.findall(r"\d+|\D+", folder.as_posix())
+def _counting(folder: Path) -> list[tuple[bool, float, str]]:
+    parts = re.findall(r"\d+(?:\.\d+)?|\D+", folder.as_posix())
+    return [(not part[0].isdigit(), float(part) if part[0].isdigit() else 0.0, part) for part in parts]
 
 
 # --- what went wrong

@@ -98,11 +98,11 @@ def test_an_interruption_is_no_failure(tmp_path):
 
 
 def test_job_folders_count_as_people_do_and_know_what_failed_before_it_began(tmp_path):
-    for name in ("k=10", "k=2"):
+    for name in ("k=10", "k=2", "lr=0.5", "lr=0.25"):
         leave_run(tmp_path / name)
     (tmp_path / "k=1").mkdir()
     (tmp_path / "k=1" / "failed.txt").write_text("no\n")
-    assert [f.name for f in job_folders(tmp_path)] == ["k=1", "k=2", "k=10"]
+    assert [f.name for f in job_folders(tmp_path)] == ["k=1", "k=2", "k=10", "lr=0.25", "lr=0.5"]
 
 
 def test_names_are_shown_without_what_they_share():
