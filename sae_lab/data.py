@@ -17,7 +17,7 @@ from sae_lab.cache import Cache, CachedRows
 from sae_lab.corpora import FileDocuments, HubDocuments
 from sae_lab.distributed import rank, share, world_size
 from sae_lab.documents import HELD_OUT, TRAIN, DisassembledStdlib, Documents, StdlibDocuments
-from sae_lab.errors import UserError, checked_number
+from sae_lab.errors import UserError, checked_flag, checked_number
 from sae_lab.identity import digest_of_rows, lm_key, refuse_changed, tokenizer_digest, weights_digest
 from sae_lab.lm.base import LanguageModel
 from sae_lab.prefetch import Prefetched
@@ -100,8 +100,7 @@ class ActivationData(L.LightningDataModule):
         if lm.context is not None and seq_len > lm.context:
             raise UserError(f"seq_len={seq_len} is longer than the context of {lm.name}: give {lm.context} or less.")
         for name, flag in {"repeat": repeat, "pack": pack}.items():
-            if not isinstance(flag, bool):
-                raise UserError(f"data.{name}={flag} must be true or false.")
+            checked_flag(f"data.{name}", flag)
         if not isinstance(prefetch, bool) and prefetch != "auto":
             raise UserError(f"data.prefetch={prefetch} is not known: choose true, false or auto.")
         if n_tokens < batch_size:
@@ -210,8 +209,8 @@ class ActivationData(L.LightningDataModule):
     def origin(self) -> dict[str, str]:
         """What a run must find again to go on with the same numbers, besides its config."""
         with self.lm_turn:
-            documents = self.text(TRAIN, repeat=False).documents
-            digest = documents.digest(thorough=False) or digest_of_rows(self.text_rows(self.lm_batch_rows))
+            text = self.text(TRAIN, repeat=False)
+            digest = text.documents.digest(thorough=False) or digest_of_rows(take_rows(text, self.lm_batch_rows))
         return {
             "the language model's weights": weights_digest(self.lm.model),
             "the tokenizer": tokenizer_digest(self.lm.tokenizer),

@@ -176,6 +176,7 @@ def data_key(data: ActivationData) -> dict[str, Any]:
     """
     if data.documents is None:
         raise UserError("a cache is harvested from text: choose another data=..., such as data=stdlib.")
+    text = data.text(TRAIN, repeat=False)
     return {
         "seq_len": data.seq_len,
         "data.exclude_bos": data.exclude_bos,
@@ -183,8 +184,8 @@ def data_key(data: ActivationData) -> dict[str, Any]:
         "data.pack": data.pack,
         "data.repeat": data.repeat,
         **{f"data.{name}": value for name, value in described(data.documents).items()},
-        "data.digest": data.text(TRAIN, repeat=False).documents.digest(),
-        "data.first_rows": digest_of_rows(data.text_rows(data.lm_batch_rows)),
+        "data.digest": text.documents.digest(),
+        "data.first_rows": digest_of_rows(take_rows(text, data.lm_batch_rows)),
     }
 
 
