@@ -165,7 +165,7 @@ def dense_forward(sae: LinearSAE, x: Tensor) -> SAEOutput:
     h = F.linear((inputs - origin).flatten(1), W.flatten(1), sae.b_enc)
     code = dense_code(sae, h)
     sae.observe(code)
-    return SAEOutput(target, sae.decode(code), code)
+    return SAEOutput(target, target, sae.decode(code), code)
 
 
 def dense_code(sae: LinearSAE, h: Float[Tensor, "b f"]) -> Code:

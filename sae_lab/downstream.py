@@ -17,7 +17,7 @@ def spliced_logits(
     activations: Float[Tensor, "n t s d"],
     keep: Bool[Tensor, "n t"],
     replace: Replace,
-    covers: Bool[Tensor, "b s"] | None = None,
+    covers: Bool[Tensor, "#b s"] | None = None,
 ) -> Float[Tensor, "n t v"]:
     """The model's logits where the activations at the kept positions are replaced.
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from hydra.utils import get_class, instantiate
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -112,7 +112,7 @@ def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str,
         metrics = subject.metrics()
         train_mode = trained[name].metrics() if name in trained else dict(metrics)
         drawn = tables(subject, bos)
-        if data.lm.models:
+        if data.lm.models and not subject.sae.n_inputs:
             drawn["relative_norm"] = diffing.latents(subject.sae.directions(), subject.reconstruction.density())
             metrics |= diffing.class_counts(drawn["relative_norm"])
         evaluations[name] = Evaluation(metrics | {"train_mode": train_mode}, drawn, subject.n_rows / subject.seconds)
@@ -136,24 +136,32 @@ def reconstruct_all(subjects: list[Subject], data: ActivationData, batches: tupl
 
 def splice_all(subjects: list[Subject], data: ActivationData, batches: tuple[Tensor, ...]) -> None:
     """Second walk: cross-entropies with the activations clean, zeroed, set to their mean and, per subject, spliced."""
-    lm, mean = data.lm, constant(subjects[0].reconstruction.mean_activation())
+    mean = constant(subjects[0].reconstruction.mean_activation())
     for tokens in track(batches, "evaluating cross-entropy"):
-        activations, keep, targets = lm.activations(tokens), data.keep(tokens), tokens.to(lm.device)
+        splice(subjects, data, tokens, mean)
 
-        def log_probs(replace: Replace, covers=None, tokens=tokens, activations=activations, keep=keep) -> Tensor:
-            return next_token_log_probs(spliced_logits(lm, tokens, activations, keep, replace, covers))
 
-        clean = next_token_log_probs(lm.logits(tokens))
-        p = clean.exp()
-        shared = {
-            "ce_clean": cross_entropy(clean, targets),
-            "ce_zero": cross_entropy(log_probs(zero), targets),
-            "ce_mean": cross_entropy(log_probs(mean), targets),
-        }
-        for subject in subjects:
-            spliced = log_probs(subject.reconstruct, subject.sae.covers(activations[keep.to(activations.device)]))
-            own = {"ce_spliced": cross_entropy(spliced, targets), "kl": kl_divergence(p, clean, spliced)}
-            subject.downstream.to(lm.device).update(**shared, **own)
+def splice(subjects: list[Subject], data: ActivationData, tokens: Int[Tensor, "n t"], mean: Replace) -> None:
+    """One batch of `splice_all`; subjects that predict the same sources share the ablations."""
+    lm, keep, targets = data.lm, data.keep(tokens), tokens.to(data.lm.device)
+    activations = lm.activations(tokens)
+    rows = activations[keep.to(activations.device)]
+
+    def log_probs(replace: Replace, covers: Bool[Tensor, "#b s"] | None) -> Tensor:
+        return next_token_log_probs(spliced_logits(lm, tokens, activations, keep, replace, covers))
+
+    def ablated(n_inputs: int) -> dict[str, Tensor]:
+        covers = (torch.arange(rows.shape[1]) >= n_inputs).unsqueeze(0)
+        by = {"ce_zero": zero, "ce_mean": mean}
+        return {name: cross_entropy(log_probs(replace, covers), targets) for name, replace in by.items()}
+
+    clean = next_token_log_probs(lm.logits(tokens))
+    p, ce_clean = clean.exp(), cross_entropy(clean, targets)
+    ablations = {n: ablated(n) for n in {subject.sae.n_inputs for subject in subjects}}
+    for subject in subjects:
+        spliced = log_probs(subject.reconstruct, subject.sae.covers(rows))
+        own = {"ce_spliced": cross_entropy(spliced, targets), "kl": kl_divergence(p, clean, spliced)}
+        subject.downstream.to(lm.device).update(ce_clean=ce_clean, **ablations[subject.sae.n_inputs], **own)
 
 
 def tables(subject: Subject, bos: Bool[Tensor, " n"]) -> dict[str, pd.DataFrame]:

@@ -1,7 +1,8 @@
 """What is reported of a trained SAE: every name defined once, accumulated as totals over the held-out tokens.
 
 Reconstruction, for activations x and reconstructions x_hat in raw units, over n rows, s sources and d dimensions
-(sums run over rows, sources and dimensions; every source counts, but of a routed SAE the one that it chose):
+(sums run over rows, sources and dimensions; every source counts, but of a routed SAE the one that it chose, of a
+transcoder those that it predicts):
 
     nmse               mean of ((x - x_hat) / (std_d x + 1e-5))², std_d unbiased, per row and source: the squared error
                        on the unit-std input, as the BatchTopK write-up plots it
@@ -11,14 +12,15 @@ Reconstruction, for activations x and reconstructions x_hat in raw units, over n
     l0_std             its standard deviation over rows (population)
     dead_fraction      share of latents active on no evaluation token
     n_eval_tokens      n
-    fvu_0, fvu_1, ...  fvu of each source by itself, where there are several
+    fvu_0, fvu_1, ...  fvu of each of these sources by itself, where there are several
     share_0, ...       share of the rows on which a routed SAE chose each source
 
 Of a crosscoder on two models, latents_base_only, latents_shared, latents_tuned_only and latents_between count latents
 by whose feature they are (see diffing.py); sources are the base model's, then the fine-tuned one's.
 
 Downstream, next-token cross-entropy (nats) of the language model, mean over all predictions within rows; x is
-replaced, at all sources, at the positions that the SAE is judged on (`data.exclude_*` positions keep their activation):
+replaced, at all sources but those that are input alone, at the positions that the SAE is judged on (`data.exclude_*`
+positions keep their activation):
 
     ce_clean           nothing replaced
     ce_spliced         x replaced by x_hat; by a routed SAE at the source that it chose for the position, alone
@@ -119,9 +121,10 @@ class ReconstructionMetrics(Metric):
             "cosine_similarity": self.cosine.sum() / n,
             "dead_fraction": (self.fires == 0).double().mean(),
         }
-        if len(variance) > 1:
-            values |= {f"fvu_{i}": fvu for i, fvu in enumerate(self.squared_error / variance)}
-        if (self.n_covered < self.n_rows).any():
+        covered = self.n_covered.nonzero().flatten().tolist()
+        if len(covered) > 1:
+            values |= {f"fvu_{i}": self.squared_error[i] / variance[i] for i in covered}
+        if ((self.n_covered > 0) & (self.n_covered < self.n_rows)).any():
             values |= {f"share_{i}": share for i, share in enumerate(self.n_covered / self.n_rows)}
         return {name: value.item() for name, value in values.items()} | {"n_eval_tokens": int(self.n_rows)}
 

@@ -129,7 +129,8 @@ def training_row(sae: BaseSAE, out: SAEOutput, terms: dict[str, Tensor], loss: T
     """What the training log says of one SAE at one step."""
     row = {"loss": average(loss)} | {f"loss/{name}": average(term) for name, term in terms.items()}
     row |= {"fvu": batch_fvu(out.target, out.x_hat), "l0": average(l0_per_row(out.code).float().mean())}
-    sources = zip(out.target.split(1, dim=1), out.x_hat.split(1, dim=1), strict=True)
-    row |= {f"fvu_{i}": batch_fvu(*pair) for i, pair in enumerate(sources)} if out.target.shape[1] > 1 else {}
+    if out.target.shape[1] > 1:
+        sources = zip(out.target.split(1, dim=1), out.x_hat.split(1, dim=1), strict=True)
+        row |= {f"fvu_{i}": batch_fvu(*pair) for i, pair in enumerate(sources, start=sae.n_inputs)}
     dead = sae.dead()
     return row if dead is None else row | {"dead_share": dead.float().mean()}

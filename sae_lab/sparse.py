@@ -155,20 +155,22 @@ def truncated(code: Code, n: int) -> Code:
     return F.pad(first, (0, code.shape[1] - n))
 
 
-def decode(code: Code, W_dec: Float[Tensor, "f s d"], b_dec: Float[Tensor, "s d"]) -> Float[Tensor, "b s d"]:
-    """x_hat = z W_dec + b_dec, with gradients for the code's values, W_dec and b_dec."""
+def decode(
+    code: Code, W_dec: Float[Tensor, "f s d"], b_dec: Float[Tensor, "s d"] | Float[Tensor, "b s d"]
+) -> Float[Tensor, "b s d"]:
+    """x_hat = z W_dec + b_dec, with gradients for the code's values, W_dec and b_dec, one for all rows or one a row."""
     if isinstance(code, SparseCode):
         return _Decode.apply(code.values, W_dec, b_dec, code.pattern)
-    return (code @ W_dec.flatten(1)).unflatten(-1, b_dec.shape) + b_dec
+    return (code @ W_dec.flatten(1)).unflatten(-1, W_dec.shape[1:]) + b_dec
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, W_dec: Tensor, b_dec: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(z, W_dec)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.bias_by_row = pattern, b_dec.ndim > 2
         x_hat = weighted_sums(pattern.row_offsets, pattern.latents, z, W_dec.flatten(1))
-        return x_hat.add_(b_dec.flatten()).unflatten(-1, b_dec.shape)
+        return x_hat.add_(b_dec.flatten(-2)).unflatten(-1, W_dec.shape[1:])
 
     @staticmethod
     @once_differentiable
@@ -182,7 +184,8 @@ class _Decode(torch.autograd.Function):
             grad_z = entries.unsort(dot_products(entries.offsets, entries.rows, W_dec.flatten(1), g))
         if needs_W:
             grad_W = weighted_sums(entries.offsets, entries.rows, entries.sort(z), g).view_as(W_dec)
-        return grad_z, grad_W, grad.sum(dim=0) if needs_b else None, None
+        grad_b = (grad if ctx.bias_by_row else grad.sum(dim=0)) if needs_b else None
+        return grad_z, grad_W, grad_b, None
 
 
 def encoded(

@@ -188,6 +188,7 @@ def batches_of_prefetching(n: int) -> tuple[list[torch.Tensor], dict, int]:
 # --- the weights
 
 DEAD = "sae.dead_after=2"
+TRANSCODER = "sae.n_inputs=1"
 TRAINED = [
     *((name,) for name in SAE_NAMES),
     ("topk", DEAD),
@@ -198,19 +199,22 @@ TRAINED = [
     ("topk", "sae.tied=true"),
     ("topk", "sae.normalize=mean_norm"),
     ("route", "sae.normalize=mean_norm"),
+    ("batch_topk", DEAD, TRANSCODER, "sae.skip=true", "sae.normalize=mean_norm"),
 ]
 
 
 def trained(settings: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """A run on this process's shares, with some latents dead from the start."""
-    sae = build(*settings)
+    n_sources = 2 if TRANSCODER in settings else 1
+    batches = [torch.cat([share(x).roll(i, dims=2) for i in range(n_sources)], dim=1) for x in BATCHES]
+    sae = build(*settings, n_sources=n_sources)
     inner = dictionary(sae)
     if hasattr(inner, "W_enc"):
         with torch.no_grad():
             inner.W_enc[:20] *= 0.01
             if inner.b_enc is not None:
                 inner.b_enc[:20] = -10.0
-    return fit(sae, max_grad_norm=0.05, batches=[share(x) for x in BATCHES]).sae.state_dict()
+    return fit(sae, max_grad_norm=0.05, batches=batches).sae.state_dict()
 
 
 @pytest.mark.parametrize("settings", TRAINED, ids=" ".join)

@@ -14,8 +14,8 @@ PRESETS = sorted(
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_builds_its_sae(name):
     cfg = compose(f"experiment={name}")
-    n_latents = cfg.n_latents or cfg.expansion * 128
-    assert instantiate(cfg.sae, d_in=16, n_latents=n_latents).n_latents == n_latents
+    n_latents, n_sources = cfg.n_latents or cfg.expansion * 128, len(cfg.lm.sites) if "sites" in cfg.lm else 2
+    assert instantiate(cfg.sae, d_in=16, n_latents=n_latents, n_sources=n_sources).n_latents == n_latents
 
 
 def test_the_topk_librarys_settings():

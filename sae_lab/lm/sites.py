@@ -25,6 +25,7 @@ GPT2 = {
     "hook_embed": "wte",
     "hook_attn_out": "attn",
     "hook_mlp_out": "mlp",
+    "mlp.hook_in": "mlp.input",
     "attn.hook_z": "attn.c_proj.input",
     "mlp.hook_post": "mlp.c_proj.input",
 }
@@ -33,6 +34,7 @@ GPT_NEOX = {  # attention and MLP read the same residual stream and are added to
     "hook_embed": "embed_in",
     "hook_attn_out": "attention",
     "hook_mlp_out": "mlp",
+    "mlp.hook_in": "mlp.input",
     "attn.hook_z": "attention.dense.input",
     "mlp.hook_post": "mlp.dense_4h_to_h.input",
 }
@@ -40,6 +42,7 @@ LLAMA = {
     "hook_embed": "embed_tokens",
     "hook_attn_out": "self_attn",
     "hook_mlp_out": "mlp",
+    "mlp.hook_in": "mlp.input",
     "attn.hook_z": "self_attn.o_proj.input",
     "mlp.hook_post": "mlp.down_proj.input",
 }

@@ -1,6 +1,7 @@
 """The contract of every SAE: what training, evaluation and files rely on, whatever the architecture.
 
-Shapes: b rows (tokens), s sources (sites x models; 1 for a plain SAE), d activation width, f latents.
+Shapes: b rows (tokens), s sources (sites x models; 1 for a plain SAE), d activation width, f latents. A transcoder
+reads the first r sources and writes the w others; for all else r = w = s.
 """
 
 import inspect
@@ -25,9 +26,11 @@ Edit: TypeAlias = Callable[[Float[Tensor, "b f"]], Float[Tensor, "b f"]]
 class SAEOutput:
     """What a forward pass gives, in the SAE's own (normalised) units."""
 
-    target: Float[Tensor, "b s d"]
-    """What x_hat is judged against: the normalised input, or what an SAE makes of it first (s = 1 for a routed row)."""
-    x_hat: Float[Tensor, "b s d"]
+    x: Float[Tensor, "b r d"]
+    """What was encoded: the normalised input, or what an SAE makes of it first (r = 1 for a routed row)."""
+    target: Float[Tensor, "b w d"]
+    """What x_hat is judged against: x itself, but of a transcoder, which predicts other sources than it reads."""
+    x_hat: Float[Tensor, "b w d"]
     code: Code
     h: Float[Tensor, "b f"] | None = None
     """The pre-activations, for losses that need them; None where they never exist as a whole (sparse codes)."""
@@ -53,6 +56,8 @@ class BaseSAE(nn.Module, ABC):
     n_sources: int
     d_in: int
     n_latents: int
+    n_inputs: int = 0
+    """How many of the sources, the first ones, are input alone: x_hat is of the others. 0: every source is both."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -133,7 +138,7 @@ class BaseSAE(nn.Module, ABC):
         """Raw activations -> code."""
 
     @abstractmethod
-    def decode(self, code: Code) -> Float[Tensor, "b s d"]:
+    def decode(self, code: Code) -> Float[Tensor, "b w d"]:
         """Code -> x_hat in the SAE's own (normalised) units."""
 
     @abstractmethod
@@ -144,7 +149,7 @@ class BaseSAE(nn.Module, ABC):
         """
 
     @abstractmethod
-    def directions(self) -> Float[Tensor, "f s d"]:
+    def directions(self) -> Float[Tensor, "f w d"]:
         """The dictionary: what one unit of each latent adds to x_hat, in the SAE's own (normalised) units."""
 
     def reconstruct(self, x: Float[Tensor, "*row d"], edit: Edit | None = None) -> Float[Tensor, "*row d"]:
@@ -182,24 +187,25 @@ class BaseSAE(nn.Module, ABC):
         """
         return None
 
-    def rows(self, x: Tensor) -> Float[Tensor, "b s d"]:
-        """`(b, d)` or `(b, s, d)` -> `(b, s, d)` in the dtype of the parameters.
+    def rows(self, x: Tensor, n_sources: int | None = None) -> Float[Tensor, "b s d"]:
+        """`(b, d)` or `(b, s, d)` -> `(b, s, d)` in the dtype of the parameters; s is `n_sources`, or all of them.
 
         Raises:
             UserError: any other shape, or whole numbers.
         """
+        s = self.n_sources if n_sources is None else n_sources
         if not x.is_floating_point():
             raise UserError(f"this SAE takes activations, floating-point numbers, not {x.dtype}: give x.float().")
-        y = x.unsqueeze(1) if x.ndim == 2 and self.n_sources == 1 else x
-        if y.ndim != 3 or y.shape[1:] != (self.n_sources, self.d_in):
-            want = f"(b, {self.n_sources}, {self.d_in})" + (f" or (b, {self.d_in})" if self.n_sources == 1 else "")
+        y = x.unsqueeze(1) if x.ndim == 2 and s == 1 else x
+        if y.ndim != 3 or y.shape[1:] != (s, self.d_in):
+            want = f"(b, {s}, {self.d_in})" + (f" or (b, {self.d_in})" if s == 1 else "")
             raise UserError(f"this SAE takes activations of shape {want}, not {tuple(x.shape)}.")
         return y.to(next(self.parameters()).dtype)
 
 
 def check_sizes(sae: BaseSAE, other: BaseSAE) -> None:
-    """Raise a UserError unless both are about the same numbers of sources, dimensions and latents."""
-    for name in ("n_sources", "d_in", "n_latents"):
+    """Raise a UserError unless both are about the same numbers of sources, inputs, dimensions and latents."""
+    for name in ("n_sources", "n_inputs", "d_in", "n_latents"):
         there, here = getattr(other, name), getattr(sae, name)
         if there != here:
             raise UserError(f"an SAE with {name}={there} cannot start one with {name}={here}: make them equal.")

@@ -77,7 +77,7 @@ class BatchTopKSAE(SparseLinearSAE):
             self.threshold_updates.zero_()
         was_training = self.training
         self.train()
-        self._count(self.code(self.normalizer(self.rows(x))[0]), lambda n: 1 / n)
+        self._count(self.code(self.read(x)[0]), lambda n: 1 / n)
         self.train(was_training)
 
     def _count(self, code: Code, rate: Callable[[Tensor], Tensor]) -> None:

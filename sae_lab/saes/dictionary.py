@@ -10,24 +10,29 @@ from torch import Tensor, nn
 from sae_lab import losses, sparse
 from sae_lab.distributed import anywhere
 from sae_lab.errors import checked_number, checked_word
+from sae_lab.matmul import linear
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
 from sae_lab.saes.normalize import Context, normalizer
+from sae_lab.saes.transcoder import checked_inputs, checked_skip
 from sae_lab.saes.unit_norm import divide_by_norm, project_gradient
 from sae_lab.sparse import Code, SparseCode, fired
 
 
 class DictionarySAE(BaseSAE):
-    """x_hat = z W_dec + b_dec,   loss = mean (x - x_hat)²
+    """x_hat = z W_dec + b_dec [+ x W_skip],   loss = mean (x - x_hat)²
 
     x is the normalised input; a subclass says what z is. Sums over inputs run over sources and dimensions together, so
-    with s > 1 this is a crosscoder. Each row of W_dec has unit norm over (s, d); the part of its gradient that would
-    change the norm is removed. How a row's norm is shared out among the sources is free: it tells whose feature the
-    latent is. A latent that has not fired in `dead_after` training batches is dead.
+    with s > 1 this is a crosscoder; with n_inputs it is a transcoder (see transcoder.py). Each row of W_dec has unit
+    norm over (s, d); the part of its gradient that would change the norm is removed. How a row's norm is shared out
+    among the sources is free: it tells whose feature the latent is. A latent that has not fired in `dead_after`
+    training batches is dead.
 
     Args:
         d_in: d, the width of an activation.
         n_latents: f, the size of the dictionary.
         n_sources: s.
+        n_inputs: how many of them, the first ones, are input alone, while x_hat is of the others; 0: all are both.
+        skip: whether a transcoder's x_hat has x W_skip, which starts at zero.
         seed: of the initial weights, drawn by a generator of this SAE's own.
         normalize: `per_token`, `none`, `constant_norm` or `mean_norm` (see saes/normalize.py).
         dead_after: batches without firing after which a latent is dead.
@@ -37,7 +42,7 @@ class DictionarySAE(BaseSAE):
             of one source alone counts for up to sqrt(s) times more against a shared one. Equal where s is 1.
 
     Raises:
-        UserError: an unknown word, or a number that cannot be.
+        UserError: an unknown word, a number that cannot be, a skip connection without inputs that x_hat is not of.
     """
 
     batches_since_fired: Tensor
@@ -49,6 +54,8 @@ class DictionarySAE(BaseSAE):
         d_in: int,
         n_latents: int,
         n_sources: int = 1,
+        n_inputs: int = 0,
+        skip: bool = False,
         seed: int = 0,
         normalize: str = "per_token",
         dead_after: int = 5,
@@ -59,39 +66,58 @@ class DictionarySAE(BaseSAE):
         self.seed = checked_number("sae.seed", seed, 0, whole=True)
         self.dead_after = checked_number("sae.dead_after", dead_after, 1, whole=True)
         self.decoder_norm = checked_word("decoder_norm", decoder_norm, "joint", "sum")
-        self.normalizer = normalizer(normalize, n_sources)
-        self.W_dec = nn.Parameter(self.drawn(torch.Generator().manual_seed(seed)))
+        self.n_inputs, self.skip = checked_inputs(n_inputs, n_sources, normalize), checked_skip(skip, n_inputs)
+        self.n_read, self.n_written = n_inputs or n_sources, n_sources - n_inputs
+        self.normalizer = normalizer(normalize, self.n_read)
+        self.target_normalizer = normalizer(normalize, self.n_written) if n_inputs else None
+        self.W_dec = nn.Parameter(self.drawn(self.n_written, torch.Generator().manual_seed(seed)))
         divide_by_norm(self.W_dec, decoder_norm)
-        self.b_dec = nn.Parameter(torch.zeros(n_sources, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(self.n_written, d_in))
+        self.W_skip = nn.Parameter(torch.zeros(self.n_written * d_in, self.n_read * d_in)) if skip else None
         self.register_buffer("batches_since_fired", torch.zeros(n_latents, dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    def drawn(self, generator: torch.Generator) -> Float[Tensor, "f s d"]:
-        """The write-up's initial weights: uniform in ±sqrt(6 / f) (Kaiming)."""
+    def drawn(self, n: int, generator: torch.Generator) -> Float[Tensor, "f n d"]:
+        """The write-up's initial weights, for n sources: uniform in ±sqrt(6 / f) (Kaiming)."""
         bound = math.sqrt(6 / self.n_latents)
-        return torch.empty(self.n_latents, self.n_sources, self.d_in).uniform_(-bound, bound, generator=generator)
+        return torch.empty(self.n_latents, n, self.d_in).uniform_(-bound, bound, generator=generator)
 
     @abstractmethod
-    def response(self, x: Float[Tensor, "b s d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
+    def response(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         """Normalised rows -> code, and the pre-activations that it came from where they exist as a whole."""
 
-    def code(self, x: Float[Tensor, "b s d"]) -> Code:
+    def code(self, x: Float[Tensor, "b r d"]) -> Code:
         """Normalised rows -> code, in the form that training and evaluation work with."""
         return self.response(x)[0]
 
     def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
         rows = self.rows(x)
         if self.training:
-            self.normalizer.observe(rows)
-        target, _ = self.normalizer(rows)
-        code, h = self.response(target)
+            self.normalizer.observe(rows[:, : self.n_read])
+            if self.target_normalizer is not None:
+                self.target_normalizer.observe(rows[:, self.n_inputs :])
+        read, target = self.normalised(rows)
+        code, h = self.response(read)
         if self.training:
             self.observe(code)
-        return self.output(target, code, h)
+        return self.output(read, target, code, h)
 
-    def output(self, target: Float[Tensor, "b s d"], code: Code, h: Float[Tensor, "b f"] | None) -> SAEOutput:
+    def normalised(self, rows: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b r d"], Float[Tensor, "b w d"]]:
+        """What the encoder reads, and what x_hat is judged against."""
+        read, _ = self.normalizer(rows[:, : self.n_read])
+        return read, read if self.target_normalizer is None else self.target_normalizer(rows[:, self.n_inputs :])[0]
+
+    def output(
+        self, x: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"], code: Code, h: Float[Tensor, "b f"] | None
+    ) -> SAEOutput:
         """What `forward` gives, decoded."""
-        return SAEOutput(target, self.decode(code), code, h)
+        return SAEOutput(x, target, sparse.decode(code, self.W_dec, self.base(x)), code, h)
+
+    def base(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "w d"] | Float[Tensor, "b w d"]:
+        """x_hat without a latent."""
+        if self.W_skip is None:
+            return self.b_dec
+        return self.b_dec + linear(x.flatten(1), self.W_skip).unflatten(1, self.b_dec.shape)
 
     @torch.no_grad()
     def observe(self, code: Code) -> None:
@@ -110,27 +136,47 @@ class DictionarySAE(BaseSAE):
         return losses.mse(out.target, out.x_hat)
 
     def encode(self, x: Tensor) -> Float[Tensor, "b f"]:
-        """Raw activations -> code, always as a dense matrix: for users, who index it, plot it and edit it.
+        """Raw activations, of a transcoder's inputs alone or of all sources -> code, always as a dense matrix.
 
-        Training and evaluation go through `forward` and `autoencode`, which keep a sparse code sparse.
+        It is for users, who index it, plot it and edit it. Training and evaluation go through `forward` and
+        `autoencode`, which keep a sparse code sparse.
         """
-        target, _ = self.normalizer(self.rows(x))
-        code = self.code(target)
+        code = self.code(self.read(x)[0])
         return code.to_dense() if isinstance(code, SparseCode) else code
 
-    def decode(self, code: Code, context: Context | None = None) -> Float[Tensor, "b s d"]:
-        """x_hat, normalised; in raw units where the `context` of the rows' normalisation is given."""
-        x_hat = sparse.decode(code, self.W_dec, self.b_dec)
-        return x_hat if context is None else self.normalizer.undo(x_hat, context)
+    def read(self, x: Tensor) -> tuple[Float[Tensor, "b r d"], Context]:
+        """Raw activations -> what the encoder reads, normalised, and what gives x_hat its units back."""
+        alone = self.n_inputs > 0 and (x.ndim == 2 or x.shape[1] == self.n_inputs)
+        rows = self.rows(x, self.n_inputs) if alone else self.rows(x)[:, : self.n_read]
+        read, context = self.normalizer(rows)
+        return read, context if self.target_normalizer is None else self.target_normalizer.constant()
 
-    def autoencode(self, x: Tensor, edit: Edit | None = None) -> tuple[Tensor, Code]:
-        target, context = self.normalizer(self.rows(x))
-        code = self.code(target)
+    def decode(self, code: Code) -> Float[Tensor, "b w d"]:
+        """x_hat, normalised, without what a skip connection adds."""
+        return sparse.decode(code, self.W_dec, self.b_dec)
+
+    def predict(self, x: Tensor, edit: Edit | None = None) -> Float[Tensor, "b w d"]:
+        """Raw activations -> x_hat in raw units: of a transcoder's inputs, what it puts in place of the others."""
+        return self._predicted(x, edit)[0].to(x.dtype)
+
+    def _predicted(self, x: Tensor, edit: Edit | None) -> tuple[Float[Tensor, "b w d"], Code]:
+        read, context = self.read(x)
+        code = self.code(read)
         if edit is not None:
             code = edit(code.to_dense() if isinstance(code, SparseCode) else code)
-        return self.decode(code, context).view_as(x).to(x.dtype), code
+        return self.normalizer.undo(sparse.decode(code, self.W_dec, self.base(read)), context), code
 
-    def directions(self) -> Float[Tensor, "f s d"]:
+    def autoencode(self, x: Tensor, edit: Edit | None = None) -> tuple[Tensor, Code]:
+        rows = self.rows(x)
+        x_hat, code = self._predicted(rows, edit)
+        return torch.cat([rows[:, : self.n_inputs], x_hat], dim=1).view_as(x).to(x.dtype), code
+
+    def covers(self, x: Tensor) -> Bool[Tensor, "b s"] | None:
+        if not self.n_inputs:
+            return None
+        return (torch.arange(self.n_sources, device=x.device) >= self.n_inputs).expand(len(x), -1)
+
+    def directions(self) -> Float[Tensor, "f w d"]:
         return self.W_dec.detach()
 
     def before_step(self) -> None:

@@ -44,7 +44,7 @@ class GatedSAE(PenalizedLinearSAE):
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
         assert out.h is not None
         gate = out.h.relu()
-        x_gate = sparse.decode(gate, self.W_dec.detach(), self.b_dec.detach())
+        x_gate = sparse.decode(gate, self.W_dec.detach(), self.base(out.x).detach())
         return super().losses(out) | {
             "sparsity": self.warmed(self.l1_coefficient * losses.l1(gate)),
             "gate": losses.mse(out.target, x_gate),

@@ -20,9 +20,9 @@ from sae_lab.sparse import Code
 class Encoder(NamedTuple):
     """h = (inputs - origin) Wᵀ [+ b_enc], with inputs and W flattened from their second axis on."""
 
-    inputs: Float[Tensor, "b s n"]
-    origin: Float[Tensor, "s n"]
-    W: Float[Tensor, "f s n"]
+    inputs: Float[Tensor, "b r n"]
+    origin: Float[Tensor, "r n"]
+    W: Float[Tensor, "f r n"]
 
 
 class LinearSAE(DictionarySAE):
@@ -30,7 +30,8 @@ class LinearSAE(DictionarySAE):
 
     loss = mean (x - x_hat)² + aux
 
-    At first W_dec is W_enc with its rows at unit norm. The auxiliary loss gives the dead latents the residual to
+    At first W_dec is W_enc with its rows at unit norm. A transcoder's h lacks b_dec, which is of other sources than x,
+    and its W_enc is drawn by itself. The auxiliary loss gives the dead latents the residual to
     explain (see auxk.py).
 
     Args:
@@ -41,7 +42,8 @@ class LinearSAE(DictionarySAE):
         frozen_decoder: whether W_dec and b_dec stand still, with whatever norms they have: training learns an encoder
             for a given dictionary (`start_from` gives it).
         auxk_coefficient: weight of the auxiliary loss; 0 leaves it out.
-        k_aux: how many dead latents may explain one row's residual; None is s·d / 2, after Gao et al. 2024, §A.2.
+        k_aux: how many dead latents may explain one row's residual; None is s·d / 2, half its length,
+            after Gao et al. 2024, §A.2.
         auxk_selection: whether those are the top k_aux of each `row` or, as the write-up of BatchTopK suggests, the
             top k_aux · b of the `batch`.
 
@@ -68,16 +70,22 @@ class LinearSAE(DictionarySAE):
         self.frozen_decoder = checked_flag("sae.frozen_decoder", frozen_decoder)
         if tied and frozen_decoder:
             raise UserError("tied=true with frozen_decoder=true leaves nothing to train: choose one of them.")
+        if tied and self.n_inputs:
+            raise UserError(
+                "tied=true makes W_enc and W_dec one, and a transcoder's are of different sites: give false."
+            )
         self.auxk_coefficient = checked_number("sae.auxk_coefficient", auxk_coefficient, 0)
         self.k_aux = checked_number("sae.k_aux", k_aux, 1, whole=True, optional=True)
         self.auxk_selection = checked_word("auxk_selection", auxk_selection, "row", "batch")
         for parameter in (self.W_dec, self.b_dec):
             parameter.requires_grad_(not frozen_decoder)
         generator = torch.Generator().manual_seed(self.seed)
-        W_enc = self.drawn(generator)  # what W_dec was drawn as, so that the two agree
+        W_enc = self.drawn(self.n_written, generator)  # what W_dec was drawn as, so that the two agree
+        if self.n_inputs:
+            W_enc = self.drawn(self.n_read, generator)
         self.W_enc = self.W_dec if tied else nn.Parameter(W_enc)
         self.b_enc = nn.Parameter(torch.zeros(self.n_latents)) if encoder_bias else None
-        self.mlp = MLP(self.n_sources * self.d_in, self.hidden, self.n_latents) if self.hidden else None
+        self.mlp = MLP(self.n_read * self.d_in, self.hidden, self.n_latents) if self.hidden else None
         if self.mlp is not None:
             self.mlp.initialize(generator)
 
@@ -92,21 +100,26 @@ class LinearSAE(DictionarySAE):
     def activate(self, h: Float[Tensor, "b f"]) -> Code:
         """Pre-activations -> code: what tells the architectures apart."""
 
-    def encoder(self, x: Float[Tensor, "b s d"]) -> Encoder:
+    def encoder(self, x: Float[Tensor, "b r d"]) -> Encoder:
         """What h is the product of; an MLP's last layer joins the linear encoder in that one product."""
+        origin = self.origin()
         if self.mlp is None:
-            return Encoder(x, self.b_dec, self.W_enc)
-        centred = (x - self.b_dec).flatten(1)
+            return Encoder(x, origin, self.W_enc)
+        centred = (x - origin).flatten(1)
         inputs = torch.cat([centred, self.mlp(centred)], dim=1).unsqueeze(1)
         W = torch.cat([self.W_enc.flatten(1), self.mlp.W_out], dim=1).unsqueeze(1)
         return Encoder(inputs, torch.zeros_like(inputs[0]), W)
 
-    def preactivation(self, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b f"]:
+    def origin(self) -> Float[Tensor, "r d"]:
+        """The x whose h is b_enc."""
+        return self.b_dec.new_zeros(self.n_read, self.d_in) if self.n_inputs else self.b_dec
+
+    def preactivation(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "b f"]:
         """h, from normalised rows."""
         inputs, origin, W = self.encoder(x)
         return linear((inputs - origin).flatten(1), W.flatten(1), self.b_enc)
 
-    def response(self, x: Float[Tensor, "b s d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
+    def response(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         h = self.preactivation(x)
         return self.activate(h), h
 
@@ -121,11 +134,11 @@ class LinearSAE(DictionarySAE):
         dead = self.dead().nonzero().squeeze(-1)
         if len(dead) == 0:
             return out.x_hat.new_zeros(())
-        inputs, origin, W = self.encoder(out.target)
+        inputs, origin, W = self.encoder(out.x)
         x, residual = (inputs - origin).detach().flatten(1), (out.target - out.x_hat).detach().flatten(1)
         W_enc, W_dec = (V.flatten(1).index_select(0, dead) for V in (W, self.W_dec))
         b_enc = None if self.b_enc is None else self.b_enc[dead]
-        k_aux = self.n_sources * self.d_in // 2 if self.k_aux is None else self.k_aux
+        k_aux = self.n_written * self.d_in // 2 if self.k_aux is None else self.k_aux
         return auxk(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch=self.auxk_selection == "batch")
 
     def after_step(self) -> None:

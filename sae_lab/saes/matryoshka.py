@@ -20,7 +20,7 @@ from sae_lab.sparse import Code
 
 @dataclass(frozen=True)
 class NestedOutput(SAEOutput):
-    levels: tuple[Float[Tensor, "#b s d"], ...] = ()
+    levels: tuple[Float[Tensor, "#b w d"], ...] = ()
     """The reconstruction by no latent (b_dec), by the first group, by the first two, ...; the last is x_hat."""
 
 
@@ -63,17 +63,19 @@ class Nested(LinearSAE):
         if active_groups is not None and not 1 <= active_groups <= len(self.sizes):
             raise UserError(f"active_groups={active_groups} must lie between 1 and the {len(self.sizes)} groups.")
 
-    def response(self, x: Float[Tensor, "b s d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
+    def response(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         code, h = super().response(x)
         if self.training or self.active_groups is None:
             return code, h
         return sparse.truncated(code, sum(self.sizes[: self.active_groups])), h
 
-    def output(self, target: Float[Tensor, "b s d"], code: Code, h: Float[Tensor, "b f"] | None) -> NestedOutput:
+    def output(
+        self, x: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"], code: Code, h: Float[Tensor, "b f"] | None
+    ) -> NestedOutput:
         groups = zip(sparse.split(code, self.sizes), self.W_dec.split(self.sizes), strict=True)
         nothing = torch.zeros_like(self.b_dec)
-        levels = tuple(accumulate((sparse.decode(z, W, nothing) for z, W in groups), initial=self.b_dec))
-        return NestedOutput(target, levels[-1], code, h, levels)
+        levels = tuple(accumulate((sparse.decode(z, W, nothing) for z, W in groups), initial=self.base(x)))
+        return NestedOutput(x, target, levels[-1], code, h, levels)
 
     def reconstruction(self, out: SAEOutput) -> Tensor:
         assert isinstance(out, NestedOutput)

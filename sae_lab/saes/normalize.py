@@ -27,6 +27,8 @@ class Normalizer(nn.Module):
 
     shared: ClassVar[bool] = False
     """Whether all rows are divided by the same `divisor()`, which weights can take over."""
+    by_row: ClassVar[bool] = False
+    """Whether only the row itself tells what undoes its normalisation."""
 
     def __init__(self, n_sources: int = 1):
         super().__init__()
@@ -34,8 +36,12 @@ class Normalizer(nn.Module):
     def observe(self, x: Float[Tensor, "b s d"]) -> None:
         """Before the forward pass of a training batch: take from it what does not come from each row by itself."""
 
+    def constant(self) -> Context:
+        """What undoes the normalisation of any row; of those that do not normalise by row."""
+        return Context(1.0, 0.0)
+
     def forward(self, x: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b s d"], Context]:
-        return x, Context(1.0, 0.0)
+        return x, self.constant()
 
     @staticmethod
     def undo(x: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s d"]:
@@ -49,6 +55,7 @@ class PerToken(Normalizer):
     no 1e-5: raw = normalised · std + mean. A normalised row has mean square (d - 1) / d.
     """
 
+    by_row = True
     EPS = 1e-5
 
     def forward(self, x: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b s d"], Context]:
@@ -60,6 +67,8 @@ class PerToken(Normalizer):
 
 class ConstantNorm(Normalizer):
     """x -> x sqrt(d) / |x|, each row and source by itself: the `constant_norm_rescale` of SAELens."""
+
+    by_row = True
 
     def forward(self, x: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b s d"], Context]:
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
@@ -124,9 +133,12 @@ class MeanNorm(Normalizer):
             )
         return self.scale
 
+    def constant(self) -> Context:
+        return Context(self.divisor(), 0.0)
+
     def forward(self, x: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b s d"], Context]:
-        scale = self.divisor()
-        return x / scale, Context(scale, 0.0)
+        context = self.constant()
+        return x / context.scale, context
 
 
 NORMALIZERS: dict[str, type[Normalizer]] = {

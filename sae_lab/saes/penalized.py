@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae_lab import sparse
 from sae_lab.distributed import concatenated
 from sae_lab.errors import UserError, checked_number
 from sae_lab.saes.linear import LinearSAE
-from sae_lab.saes.resample import SCALE, directions
+from sae_lab.saes.resample import SCALE, draw, unit
 
 
 class PenalizedLinearSAE(LinearSAE):
@@ -49,11 +50,12 @@ class PenalizedLinearSAE(LinearSAE):
         dead, alive = self.dead().nonzero().squeeze(-1)[: len(x)], ~self.dead()
         if len(dead) == 0 or not alive.any():
             return []
-        target, _ = self.normalizer(self.rows(x))
-        x_hat = self.decode(self.code(target))
-        v = directions(target, x_hat, self.b_dec, len(dead), seed=self.seed * 1_000_003 + step)
-        self.W_enc[dead] = SCALE * self.W_enc[alive].flatten(1).norm(dim=1).mean() * v
-        self.W_dec[dead] = v
+        read, target = self.normalised(self.rows(x))
+        error = target - sparse.decode(self.code(read), self.W_dec, self.base(read))
+        drawn = draw(error.square().sum(dim=(1, 2)), len(dead), seed=self.seed * 1_000_003 + step)
+        length = SCALE * self.W_enc[alive].flatten(1).norm(dim=1).mean()
+        self.W_enc[dead] = length * unit(read[drawn] - self.origin())
+        self.W_dec[dead] = unit(target[drawn] - self.b_dec)
         for parameter, value in self.fresh():
             parameter[dead] = value
         self.batches_since_fired[dead] = 0

@@ -35,6 +35,8 @@ class PursuitSAE(DictionarySAE):
 
     def __init__(self, k: int, method: str = "orthogonal_matching_pursuit", **dictionary: Any):
         super().__init__(**dictionary)
+        if self.n_inputs:
+            raise UserError("a pursuit looks for codes of the rows that they explain: there is none with n_inputs.")
         checked_number("k", k)
         if k != int(k) or not 1 <= k <= self.n_latents:
             raise UserError(

@@ -15,10 +15,6 @@ def draw(loss: Float[Tensor, " b"], n: int, seed: int) -> Int[Tensor, " n"]:
     return weights.multinomial(n, replacement=False, generator=generator).to(loss.device)
 
 
-def directions(
-    x: Float[Tensor, "b s d"], x_hat: Float[Tensor, "b s d"], b_dec: Float[Tensor, "s d"], n: int, seed: int
-) -> Float[Tensor, "n s d"]:
-    """x - b_dec at unit norm, for n rows drawn by their squared errors."""
-    rows = draw((x - x_hat).square().sum(dim=(1, 2)), n, seed)
-    v = x[rows] - b_dec  # what an encoder sees of the row
-    return v / v.flatten(1).norm(dim=1)[:, None, None]
+def unit(x: Float[Tensor, "n s d"]) -> Float[Tensor, "n s d"]:
+    """Every row at norm one."""
+    return x / x.flatten(1).norm(dim=1)[:, None, None]

@@ -39,7 +39,7 @@ class SparseLinearSAE(LinearSAE):
         super().__init__(auxk_coefficient=auxk_coefficient, **linear)
         self.k, self.k_start = checked_k(k, self.n_latents), k_start
         self.k_warmup = checked_number("sae.k_warmup", k_warmup, 0, whole=True)
-        self._k_start = min(self.n_sources * self.d_in, self.n_latents) if k_start is None else k_start
+        self._k_start = min(self.n_written * self.d_in, self.n_latents) if k_start is None else k_start
         checked_k(self._k_start, self.n_latents, "k_start")
 
     @property
@@ -53,7 +53,7 @@ class SparseLinearSAE(LinearSAE):
     def select(self, h: Pieces) -> SparseCode:
         """Pre-activations, in pieces of rows -> code, by a rule of selection.py. Needs no gradient."""
 
-    def response(self, x: Float[Tensor, "b s d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
+    def response(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         inputs, origin, W = self.encoder(x)
         with torch.no_grad():
             code = self.select(Preactivations((inputs - origin).flatten(1), W.flatten(1), self.b_enc))

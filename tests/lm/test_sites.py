@@ -51,7 +51,7 @@ def test_a_name_means_what_transformer_lens_means(family, changes, tmp_path):
     folder = random_model(tmp_path, family, **changes)
     first = TransformersLM(folder, "hook_embed", device="cpu")
     sites = list(first.transformer_lens_places)
-    assert len(sites) == 1 + 2 * 6
+    assert len(sites) == 1 + 2 * 7
     ours = TransformersLM(folder, sites, device="cpu")
     lens = TransformerLensLM(folder, sites, device="cpu")
     tokens = torch.randint(0, 4096, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -31,7 +31,7 @@ def test_golden_e(bias_level, expected):
     sae.W_dec.data = torch.tensor([[[1.0, 0]], [[0, 1]], [[0.6, 0.8]]])
     sae.b_dec.data = torch.tensor([[0.1, 0]])
     x, z = torch.tensor([[[1.0, 2]], [[0, 1]]]), torch.tensor([[1, 1, 0.5], [0, 0.5, 0.5]])
-    out = sae.output(x, z, None)
+    out = sae.output(x, x, z, None)
     errors = [(x - level).square().sum().item() / 2 for level in out.levels]
     assert errors == pytest.approx([2 * 1.455, 2.51, 0.345])
     assert sae.reconstruction(out).item() == pytest.approx(expected, abs=1e-6)

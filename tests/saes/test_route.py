@@ -99,7 +99,7 @@ def test_the_router_cannot_lower_the_loss_by_its_weight():
     """P-45: the loss of rows all multiplied by one number is the same."""
     sae, x = route(), rows()
     out = sae(x)
-    smaller = type(out)(0.1 * out.target, 0.1 * out.x_hat, out.code)
+    smaller = type(out)(0.1 * out.x, 0.1 * out.target, 0.1 * out.x_hat, out.code)
     torch.testing.assert_close(sae.losses(smaller)["reconstruction"], sae.losses(out)["reconstruction"])
 
 

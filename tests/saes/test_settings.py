@@ -9,8 +9,9 @@ from sae_lab.saes import TopKSAE
 
 SAES = [sae for sae in map(build, SAE_NAMES) if type(sae).__name__ in saes.__all__]  # an SAE of a user's is their own
 COUNTS = {"dead_after": 1, "k_aux": 1, "k_warmup": 0, "sparsity_warmup": 0, "resample_every": 0, "seed": 0}
+COUNTS["n_inputs"] = 0
 WEIGHTS = ("auxk_coefficient", "l1_coefficient", "sparsity_coefficient", "theta")
-FLAGS = ("encoder_bias", "tied", "frozen_decoder", "unit_norm", "include_bias_level")
+FLAGS = ("encoder_bias", "tied", "frozen_decoder", "unit_norm", "include_bias_level", "skip")
 BETWEEN = "must lie between 1 and"
 BAD = [
     *(
