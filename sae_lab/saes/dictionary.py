@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,16 +10,15 @@ from torch import Tensor, nn
 
 from sae_lab import losses, sparse
 from sae_lab.distributed import anywhere
-from sae_lab.errors import checked_number, checked_word
+from sae_lab.errors import UserError, checked_flag, checked_number, checked_word
 from sae_lab.matmul import linear
-from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
-from sae_lab.saes.normalize import Context, normalizer
-from sae_lab.saes.transcoder import checked_inputs, checked_skip
+from sae_lab.saes.base import Edit, SAEOutput
+from sae_lab.saes.transcoder import Transcodable
 from sae_lab.saes.unit_norm import divide_by_norm, project_gradient
 from sae_lab.sparse import Code, SparseCode, fired
 
 
-class DictionarySAE(BaseSAE):
+class DictionarySAE(Transcodable):
     """x_hat = z W_dec + b_dec [+ x W_skip],   loss = mean (x - x_hat)²
 
     x is the normalised input; a subclass says what z is. Sums over inputs run over sources and dimensions together, so
@@ -28,13 +28,8 @@ class DictionarySAE(BaseSAE):
     training batches is dead.
 
     Args:
-        d_in: d, the width of an activation.
-        n_latents: f, the size of the dictionary.
-        n_sources: s.
-        n_inputs: how many of them, the first ones, are input alone, while x_hat is of the others; 0: all are both.
         skip: whether a transcoder's x_hat has x W_skip, which starts at zero.
         seed: of the initial weights, drawn by a generator of this SAE's own.
-        normalize: `per_token`, `none`, `constant_norm` or `mean_norm` (see saes/normalize.py).
         dead_after: batches without firing after which a latent is dead.
         decoder_norm: which norm of W_dec_i is one, `joint` (sum_s |W_dec_i,s|²)^½ or `sum` sum_s |W_dec_i,s|. It is
             the unit of z_i, hence what selection, thresholds and penalties compare: with a row of norm one, choosing
@@ -51,30 +46,22 @@ class DictionarySAE(BaseSAE):
 
     def __init__(
         self,
-        d_in: int,
-        n_latents: int,
-        n_sources: int = 1,
-        n_inputs: int = 0,
         skip: bool = False,
         seed: int = 0,
-        normalize: str = "per_token",
         dead_after: int = 5,
         decoder_norm: str = "joint",
+        **sources: Any,
     ):
-        super().__init__()
-        self.d_in, self.n_latents, self.n_sources, self.normalize = d_in, n_latents, n_sources, normalize
+        super().__init__(**sources)
         self.seed = checked_number("sae.seed", seed, 0, whole=True)
         self.dead_after = checked_number("sae.dead_after", dead_after, 1, whole=True)
         self.decoder_norm = checked_word("decoder_norm", decoder_norm, "joint", "sum")
-        self.n_inputs, self.skip = checked_inputs(n_inputs, n_sources, normalize), checked_skip(skip, n_inputs)
-        self.n_read, self.n_written = n_inputs or n_sources, n_sources - n_inputs
-        self.normalizer = normalizer(normalize, self.n_read)
-        self.target_normalizer = normalizer(normalize, self.n_written) if n_inputs else None
+        self.skip = checked_skip(skip, self.n_inputs)
         self.W_dec = nn.Parameter(self.drawn(self.n_written, torch.Generator().manual_seed(seed)))
         divide_by_norm(self.W_dec, decoder_norm)
-        self.b_dec = nn.Parameter(torch.zeros(self.n_written, d_in))
-        self.W_skip = nn.Parameter(torch.zeros(self.n_written * d_in, self.n_read * d_in)) if skip else None
-        self.register_buffer("batches_since_fired", torch.zeros(n_latents, dtype=torch.long))
+        self.b_dec = nn.Parameter(torch.zeros(self.n_written, self.d_in))
+        self.W_skip = nn.Parameter(torch.zeros(self.n_written * self.d_in, self.n_read * self.d_in)) if skip else None
+        self.register_buffer("batches_since_fired", torch.zeros(self.n_latents, dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def drawn(self, n: int, generator: torch.Generator) -> Float[Tensor, "f n d"]:
@@ -93,19 +80,12 @@ class DictionarySAE(BaseSAE):
     def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
         rows = self.rows(x)
         if self.training:
-            self.normalizer.observe(rows[:, : self.n_read])
-            if self.target_normalizer is not None:
-                self.target_normalizer.observe(rows[:, self.n_inputs :])
+            self.learn_units(rows)
         read, target = self.normalised(rows)
         code, h = self.response(read)
         if self.training:
             self.observe(code)
         return self.output(read, target, code, h)
-
-    def normalised(self, rows: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b r d"], Float[Tensor, "b w d"]]:
-        """What the encoder reads, and what x_hat is judged against."""
-        read, _ = self.normalizer(rows[:, : self.n_read])
-        return read, read if self.target_normalizer is None else self.target_normalizer(rows[:, self.n_inputs :])[0]
 
     def output(
         self, x: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"], code: Code, h: Float[Tensor, "b f"] | None
@@ -144,13 +124,6 @@ class DictionarySAE(BaseSAE):
         code = self.code(self.read(x)[0])
         return code.to_dense() if isinstance(code, SparseCode) else code
 
-    def read(self, x: Tensor) -> tuple[Float[Tensor, "b r d"], Context]:
-        """Raw activations -> what the encoder reads, normalised, and what gives x_hat its units back."""
-        alone = self.n_inputs > 0 and (x.ndim == 2 or x.shape[1] == self.n_inputs)
-        rows = self.rows(x, self.n_inputs) if alone else self.rows(x)[:, : self.n_read]
-        read, context = self.normalizer(rows)
-        return read, context if self.target_normalizer is None else self.target_normalizer.constant()
-
     def decode(self, code: Code) -> Float[Tensor, "b w d"]:
         """x_hat, normalised, without what a skip connection adds."""
         return sparse.decode(code, self.W_dec, self.b_dec)
@@ -169,12 +142,8 @@ class DictionarySAE(BaseSAE):
     def autoencode(self, x: Tensor, edit: Edit | None = None) -> tuple[Tensor, Code]:
         rows = self.rows(x)
         x_hat, code = self._predicted(rows, edit)
-        return torch.cat([rows[:, : self.n_inputs], x_hat], dim=1).view_as(x).to(x.dtype), code
-
-    def covers(self, x: Tensor) -> Bool[Tensor, "b s"] | None:
-        if not self.n_inputs:
-            return None
-        return (torch.arange(self.n_sources, device=x.device) >= self.n_inputs).expand(len(x), -1)
+        whole = torch.cat([rows[:, : self.n_inputs], x_hat], dim=1) if self.n_inputs else x_hat
+        return whole.view_as(x).to(x.dtype), code
 
     def directions(self) -> Float[Tensor, "f w d"]:
         return self.W_dec.detach()
@@ -185,3 +154,14 @@ class DictionarySAE(BaseSAE):
 
     def after_step(self) -> None:
         divide_by_norm(self.W_dec, self.decoder_norm)
+
+
+def checked_skip(skip: bool, n_inputs: int) -> bool:
+    """skip, unless there is nothing that it may lead from: x W_skip of an SAE's own x could be x itself.
+
+    Raises:
+        UserError: so it is.
+    """
+    if checked_flag("sae.skip", skip) and not n_inputs:
+        raise UserError("sae.skip=true leads an SAE's input past its latents: it is for transcoders, sae.n_inputs=1.")
+    return skip
