@@ -18,6 +18,17 @@ def linear(x: Float[Tensor, "b d"], W: Float[Tensor, "f d"], bias: Float[Tensor,
     return _OneDNN.apply(x, W, bias) if _takes(x, W) else F.linear(x, W, bias)
 
 
+def linear_by_part(
+    x: Float[Tensor, "b n_parts*d"], W: Float[Tensor, "f d"], bias: Float[Tensor, " f"] | None, n_parts: int
+) -> Float[Tensor, "b f"]:
+    """`linear`, with x and the rows of W cut into equal parts: each part of the columns comes from one part of x."""
+    if n_parts == 1:
+        return linear(x, W, bias)
+    biases = [None] * n_parts if bias is None else bias.chunk(n_parts)
+    parts = zip(x.chunk(n_parts, dim=1), W.chunk(n_parts), biases, strict=True)
+    return torch.cat([linear(*part) for part in parts], dim=1)
+
+
 def _takes(x: Tensor, W: Tensor) -> bool:
     return (
         x.device.type == W.device.type == "cpu"

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lab.distributed import concatenated, least, world_size
-from sae_lab.matmul import linear
+from sae_lab.matmul import linear_by_part
 from sae_lab.sparse import Pattern, SparseCode
 from sae_lab.threads import one_thread
 
@@ -30,19 +30,29 @@ SAMPLE_ROWS = 64
 
 
 class Preactivations:
-    """The pieces of h = x W_encᵀ + b_enc, computed while they are walked, in bf16 under autocast."""
+    """The pieces of h = x W_encᵀ + b_enc, computed while they are walked, in bf16 under autocast.
 
-    def __init__(self, x: Float[Tensor, "b n"], W_enc: Float[Tensor, "f n"], b_enc: Float[Tensor, " f"] | None):
+    With `n_parts`, x and the latents are cut into as many parts: the latents of each see that part of x alone.
+    """
+
+    def __init__(
+        self,
+        x: Float[Tensor, "b n_parts*n"],
+        W_enc: Float[Tensor, "f n"],
+        b_enc: Float[Tensor, " f"] | None,
+        n_parts: int = 1,
+    ):
         device = x.device.type
         lower = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if lower else x.dtype
         self.x, self.W = x.to(dtype), W_enc.to(dtype)
         self.bias = None if b_enc is None else b_enc.to(dtype)
+        self.n_parts = n_parts
 
     def __iter__(self) -> Iterator[Float[Tensor, "_ f"]]:
         n_pieces = math.ceil(len(self.x) / max(512, PIECE[self.x.device.type] // len(self.W)))
         for x in self.x.tensor_split(max(1, n_pieces)):
-            yield linear(x, self.W, self.bias)
+            yield linear_by_part(x, self.W, self.bias, self.n_parts)
 
 
 def above(h: Pieces, threshold: Tensor) -> SparseCode:

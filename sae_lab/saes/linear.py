@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.auxk import auxk
 from sae_lab.errors import UserError, checked_flag, checked_number, checked_word
-from sae_lab.matmul import linear
+from sae_lab.matmul import linear_by_part
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.dictionary import DictionarySAE
 from sae_lab.saes.mlp import MLP, checked_widths
@@ -22,7 +22,7 @@ class Encoder(NamedTuple):
 
     inputs: Float[Tensor, "b r n"]
     origin: Float[Tensor, "r n"]
-    W: Float[Tensor, "f r n"]
+    W: Float[Tensor, "f _ n"]
 
 
 class LinearSAE(DictionarySAE):
@@ -51,6 +51,9 @@ class LinearSAE(DictionarySAE):
         UserError: an unknown word, a number that cannot be, a hidden layer without units, or a decoder both tied and
             frozen.
     """
+
+    n_parts: int = 1
+    """Into how many equal parts sources and latents are cut, where latents read the sources of their part alone."""
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class LinearSAE(DictionarySAE):
         generator = torch.Generator().manual_seed(self.seed)
         W_enc = self.drawn(self.n_written, generator)  # what W_dec was drawn as, so that the two agree
         if self.n_inputs:
-            W_enc = self.drawn(self.n_read, generator)
+            W_enc = self.drawn(self.n_read // self.n_parts, generator)
         self.W_enc = self.W_dec if tied else nn.Parameter(W_enc)
         self.b_enc = nn.Parameter(torch.zeros(self.n_latents)) if encoder_bias else None
         self.mlp = MLP(self.n_read * self.d_in, self.hidden, self.n_latents) if self.hidden else None
@@ -117,7 +120,7 @@ class LinearSAE(DictionarySAE):
     def preactivation(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "b f"]:
         """h, from normalised rows."""
         inputs, origin, W = self.encoder(x)
-        return linear((inputs - origin).flatten(1), W.flatten(1), self.b_enc)
+        return linear_by_part((inputs - origin).flatten(1), W.flatten(1), self.b_enc, self.n_parts)
 
     def response(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         h = self.preactivation(x)
@@ -136,10 +139,14 @@ class LinearSAE(DictionarySAE):
             return out.x_hat.new_zeros(())
         inputs, origin, W = self.encoder(out.x)
         x, residual = (inputs - origin).detach().flatten(1), (out.target - out.x_hat).detach().flatten(1)
-        W_enc, W_dec = (V.flatten(1).index_select(0, dead) for V in (W, self.W_dec))
+        W_enc, W_dec = self.encoder_rows(W, dead), self.W_dec.flatten(1).index_select(0, dead)
         b_enc = None if self.b_enc is None else self.b_enc[dead]
         k_aux = self.n_written * self.d_in // 2 if self.k_aux is None else self.k_aux
         return auxk(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch=self.auxk_selection == "batch")
+
+    def encoder_rows(self, W: Float[Tensor, "f _ n"], latents: Int[Tensor, " c"]) -> Float[Tensor, "c r*n"]:
+        """The rows of some latents, as long as all that an encoder reads."""
+        return W.flatten(1).index_select(0, latents)
 
     def after_step(self) -> None:
         if not self.frozen_decoder:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.errors import UserError, checked_number
-from sae_lab.saes.linear import LinearSAE
+from sae_lab.saes.linear import Encoder, LinearSAE
 from sae_lab.selection import Pieces, Preactivations
 from sae_lab.sparse import Code, SparseCode, encoded
 
@@ -54,10 +54,15 @@ class SparseLinearSAE(LinearSAE):
         """Pre-activations, in pieces of rows -> code, by a rule of selection.py. Needs no gradient."""
 
     def response(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
-        inputs, origin, W = self.encoder(x)
+        encoder = self.encoder(x)
         with torch.no_grad():
-            code = self.select(Preactivations((inputs - origin).flatten(1), W.flatten(1), self.b_enc))
-        return encoded(code, inputs, origin, W, self.b_enc), None
+            centred = (encoder.inputs - encoder.origin).flatten(1)
+            code = self.select(Preactivations(centred, encoder.W.flatten(1), self.b_enc, self.n_parts))
+        return self.traced(code, encoder), None
+
+    def traced(self, code: SparseCode, encoder: Encoder) -> SparseCode:
+        """The code with gradients for the encoder that it came from."""
+        return encoded(code, *encoder, self.b_enc)
 
     def activate(self, h: Float[Tensor, "b f"]) -> SparseCode:
         with torch.no_grad():
