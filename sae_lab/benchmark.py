@@ -67,7 +67,8 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
     for _ in range(WARM):
         ours()
     peak = peak_memory_mb(device)  # before anything else needs memory: on a CPU it is the process's
-    steps = {"floor": floor_step(cfg, x, linear), "torch_floor": floor_step(cfg, x, F.linear), "step": ours}
+    read = x[:, : sae.n_inputs or cfg.n_sources]
+    steps = {"floor": floor_step(cfg, read, linear), "torch_floor": floor_step(cfg, read, F.linear), "step": ours}
     if cfg.dense and isinstance(sae, LinearSAE):  # the others have no one dense formula
         steps["dense"] = training_step(make(), cfg, x, dense_forward)
     times = interleaved(steps, make(), cfg, x)
@@ -159,13 +160,13 @@ def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
 
 def dense_forward(sae: LinearSAE, x: Tensor) -> SAEOutput:
     """The forward pass with h and the code as whole matrices, in plain torch."""
-    sae.normalizer.observe(x)
-    target, _ = sae.normalizer(x)
-    inputs, origin, W = sae.encoder(target)
+    sae.learn_units(x)
+    read, target = sae.normalised(x)
+    inputs, origin, W = sae.encoder(read)
     h = F.linear((inputs - origin).flatten(1), W.flatten(1), sae.b_enc)
     code = dense_code(sae, h)
     sae.observe(code)
-    return SAEOutput(target, target, sae.decode(code), code)
+    return sae.output(read, target, code, h)
 
 
 def dense_code(sae: LinearSAE, h: Float[Tensor, "b f"]) -> Code:
