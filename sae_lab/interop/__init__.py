@@ -79,7 +79,7 @@ def read_folder(folder: Path) -> BaseSAE:
 def read_format(format: ModuleType, folder: Path, *arguments: Any) -> BaseSAE:
     try:
         return format.read(folder, *arguments)
-    except (AttributeError, KeyError, TypeError, ValueError) as e:  # a list where a name is due, and the like
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as e:  # a list for a name, a scale of 0
         raise UserError(f"{folder} says what nobody can mean ({first_line(e)}): get it again.") from e
 
 

@@ -24,7 +24,10 @@ def read(folder: Path) -> BaseSAE:
     """
     file = folder / WEIGHTS
     if "transcoder" in str(folder).lower():
-        raise UserError(f"{folder} is a transcoder, which reads one site and writes another: no SAE here does.")
+        raise UserError(
+            f"{folder} is a transcoder, which its file does not tell from an SAE: save it to a folder by sae-lens, in "
+            "an environment of its own, and give that folder."
+        )
     try:
         with np.load(file, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}

@@ -7,9 +7,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sae_lab.checkpoint import write_json
 from sae_lab.errors import UserError
 from sae_lab.interop.tensors import (
+    ONE_TO_ONE,
+    TRANSCODERS,
     Tensors,
     add_input_bias,
     build,
@@ -35,6 +39,10 @@ CLASSES = {
     "topk": "TopKSAE",
     "batchtopk": "BatchTopKSAE",
     "matryoshka_batchtopk": "MatryoshkaSAE",
+    "transcoder": "VanillaSAE",
+    "skip_transcoder": "VanillaSAE",
+    "jumprelu_transcoder": "JumpReLUSAE",
+    "jumprelu_skip_transcoder": "JumpReLUSAE",
 }
 ARCHITECTURES = {
     "VanillaSAE": "standard",
@@ -76,11 +84,11 @@ def read(folder: Path, overrides: Mapping[str, Any] | None = None, scale: float 
     normalize = config.get("normalize_activations") or "none"
     if normalize == SCALED:
         scale = read_scale(folder) if scale is None else scale
-    elif normalize not in NORMALIZE:
+    elif normalize not in (("none",) if is_transcoder(config) else NORMALIZE):
         raise UserError(f"{file} says normalize_activations={normalize!r}, which has no exact counterpart here.")
     sae = read_weights(folder / WEIGHTS, config, name, NORMALIZE.get(normalize, "none"))
     if normalize == SCALED and scale is not None:
-        fold_scale(sae, scale)
+        fold_scale(sae, 1 / scale, 1 / scale)  # of a transcoder too, and what it predicts, as SAELens has it
     if config.get("rescale_acts_by_decoder_norm"):
         fold_decoder_norm(sae)
     if not config.get("apply_b_dec_to_input", True):
@@ -119,17 +127,36 @@ def modern(config: dict[str, Any]) -> dict[str, Any]:
 
 def sae_class(config: Mapping[str, Any], file: Path) -> str:
     architecture = need(config, "architecture", file)
-    metadata = config.get("metadata") or {}
-    if "transcoder" in architecture or metadata.get("hook_name_out") or config.get("d_out"):
-        raise UserError(f"{file} describes a transcoder, which reads one site and writes another: no SAE here does.")
     if architecture not in CLASSES:
         raise UserError(f"{file} has the architecture {architecture!r}: known here are {', '.join(CLASSES)}.")
+    check_sites(config, file)
     activation = config.get("activation_fn", "relu")
     if activation != "relu":
         raise UserError(f"{file} has the activation {activation!r}: known here are relu and topk.")
     if config.get("reshape_activations", "none") not in ("none", "hook_z"):
         raise UserError(f"{file} says reshape_activations={config['reshape_activations']!r}, which is unknown.")
     return CLASSES[architecture]
+
+
+def is_transcoder(config: Mapping[str, Any]) -> bool:
+    return config["architecture"].endswith("transcoder")
+
+
+def check_sites(config: Mapping[str, Any], file: Path) -> None:
+    """Raise a UserError unless this is an SAE of one site, or a transcoder between two of one width."""
+    if not is_transcoder(config):
+        said = {**config, **(config.get("metadata") or {})}
+        if said.get("hook_name_out") or said.get("d_out"):
+            known = ", ".join(name for name in CLASSES if name.endswith("transcoder"))
+            raise UserError(
+                f"{file} describes a transcoder by the architecture {config['architecture']!r}: known here are {known}."
+            )
+        return
+    d_in, d_out = need(config, "d_in", file), need(config, "d_out", file)
+    if d_in != d_out:
+        raise UserError(f"{file} predicts width {d_out} from width {d_in}: here a transcoder's sites are of one width.")
+    if config.get("apply_b_dec_to_input", True):  # SAELens takes true where nothing is said, and loads no such file
+        raise UserError(f"{file} does not say apply_b_dec_to_input=false: a transcoder's b_dec is of another site.")
 
 
 def read_scale(folder: Path) -> float:
@@ -146,6 +173,8 @@ def read_scale(folder: Path) -> float:
 def read_weights(file: Path, config: Mapping[str, Any], name: str, normalize: str) -> BaseSAE:
     d, f = need(config, "d_in", CONFIG), need(config, "d_sae", CONFIG)
     arguments: dict[str, Any] = {"normalize": normalize}
+    if is_transcoder(config):
+        arguments |= {**ONE_TO_ONE, "skip": "skip" in config["architecture"]}
     with Tensors(file, read_safetensors(file)) as t:
         ours = {"W_enc": t.take("W_enc", d, f).T, "W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
         ours["b_enc"] = t.take("b_gate" if name == "GatedSAE" else "b_enc", f)
@@ -161,6 +190,8 @@ def read_weights(file: Path, config: Mapping[str, Any], name: str, normalize: st
         if name == "MatryoshkaSAE":
             widths = [0, *need(config, "matryoshka_widths", CONFIG)]
             arguments["group_sizes"] = [b - a for a, b in pairwise(widths)]
+        if arguments.get("skip"):
+            ours["W_skip"] = t.take("W_skip", d, d)
         if "scaling_factor" in t.left and bool((t.left["scaling_factor"] == 1).all()):
             t.drop("scaling_factor")
     return build(name, ours, **arguments)
@@ -172,7 +203,22 @@ def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
     Raises:
         UserError: SAELens has no form for it.
     """
-    sae = exportable(sae, ARCHITECTURES, NORMALIZED, "SAELens")
+    sae = exportable(sae, ARCHITECTURES, NORMALIZED, "SAELens", TRANSCODERS["sae_lens"])
+    theirs = weights(sae)  # before anything is written: it refuses what it does not know
+    write_safetensors(folder / WEIGHTS, theirs)
+    write_json(folder / CONFIG, description(sae, provenance))
+
+
+def architecture_of(sae: BaseSAE) -> str:
+    architecture = ARCHITECTURES[type(sae).__name__]
+    if not sae.n_inputs:
+        return architecture
+    kind = "skip_transcoder" if sae.config["skip"] else "transcoder"
+    return kind if architecture == "standard" else f"{architecture}_{kind}"
+
+
+def weights(sae: BaseSAE) -> dict[str, Tensor]:
+    """The tensors of sae_weights.safetensors."""
     architecture, d, f = ARCHITECTURES[type(sae).__name__], sae.d_in, sae.n_latents
     with parts(sae) as t:
         theirs = {"W_enc": t.take("W_enc", f, d).T, "W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
@@ -181,36 +227,43 @@ def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
             theirs |= {name: t.take(name, f) for name in ("r_mag", "b_mag")}
         if architecture == "jumprelu":
             theirs["threshold"] = t.take("thresholds", f) if "thresholds" in t.left else t.take("threshold").expand(f)
+        if sae.config["skip"]:
+            theirs["W_skip"] = t.take("W_skip", d, d)
+    return theirs
+
+
+def description(sae: BaseSAE, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """cfg.json."""
     config = {
-        "architecture": architecture,
-        "d_in": d,
-        "d_sae": f,
+        "architecture": architecture_of(sae),
+        "d_in": sae.d_in,
+        "d_sae": sae.n_latents,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": not sae.n_inputs,
         "normalize_activations": NORMALIZED[sae.config["normalize"]],
         "reshape_activations": "none",
         "metadata": metadata(provenance) | {"sae_lab_class": type(sae).__name__, "sae_lab_k": sae.config.get("k")},
     }
-    if architecture == "topk":
+    if sae.n_inputs:
+        config["d_out"] = sae.d_in
+    if config["architecture"] == "topk":
         config |= {"k": sae.config["k"], "rescale_acts_by_decoder_norm": False}
-    write_safetensors(folder / WEIGHTS, theirs)
-    write_json(folder / CONFIG, config)
+    return config
 
 
 def metadata(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What SAELens wants to know of the activations, in its words; None where the provenance does not say."""
     data = provenance.get("data", {})
-    site = next(iter(provenance.get("sites", [])), None)
-    residual = RESIDUAL.fullmatch(site or "")
+    read, *predicted = provenance.get("sites") or [None]
     processed = provenance.get("model", {}).get("processing", "none") != "none"
     return {
         "sae_lens_version": VERSION,
         "sae_lens_training_version": None,
         "model_name": provenance.get("model", {}).get("name"),
         "model_from_pretrained_kwargs": {"fold_ln": True, "center_writing_weights": True} if processed else {},
-        "hook_name": f"blocks.{residual[1]}.hook_resid_post" if residual else site,
-        "hf_hook_name": site if residual else None,
+        **hook(read),
+        **(hook(predicted[0], "_out") if predicted else {}),
         "hook_head_index": None,
         "context_size": data.get("seq_len"),
         "prepend_bos": True if provenance else None,
@@ -219,3 +272,10 @@ def metadata(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "dataset_path": data.get("path") or data.get("paths") or data.get("_target_"),
         "sae_lab_commit": provenance.get("commit"),
     }
+
+
+def hook(site: str | None, suffix: str = "") -> dict[str, str | None]:
+    """A site as TransformerLens calls it, and as Hugging Face does where we know both."""
+    residual = RESIDUAL.fullmatch(site or "")
+    name = f"blocks.{residual[1]}.hook_resid_post" if residual else site
+    return {f"hook_name{suffix}": name, f"hf_hook_name{suffix}": site if residual else None}

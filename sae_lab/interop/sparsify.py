@@ -7,6 +7,8 @@ from typing import Any
 from sae_lab.checkpoint import write_json
 from sae_lab.errors import UserError
 from sae_lab.interop.tensors import (
+    ONE_TO_ONE,
+    TRANSCODERS,
     Tensors,
     build,
     exportable,
@@ -25,13 +27,16 @@ FILES = CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 def read(folder: Path) -> BaseSAE:
     """The TopK SAE of a sparsify folder: h = (x - b_dec) W_encᵀ + b_enc, and W_dec stored as ours is, (f, d).
 
+    A transcoder's h lacks b_dec, as ours does; its W_skip is stored as ours.
+
     Raises:
-        UserError: what Tensors raises, a transcoder, or another activation than topk.
+        UserError: what Tensors raises, an SAE with a skip connection, or another activation than topk.
     """
     file = folder / CONFIG
     config = read_json(file)
-    if config.get("transcode") or config.get("skip_connection"):
-        raise UserError(f"{file} describes a transcoder, which reads one site and writes another: no SAE here does.")
+    transcode, skip = bool(config.get("transcode")), bool(config.get("skip_connection"))
+    if skip and not transcode:
+        raise UserError(f"{file} says skip_connection without transcode: here only a transcoder has a skip connection.")
     activation = config.get("activation", "topk")
     if activation != "topk" or config.get("signed"):
         raise UserError(f"{file} has the activation {activation!r}, signed or not: known here is topk of positives.")
@@ -40,21 +45,27 @@ def read(folder: Path) -> BaseSAE:
     with Tensors(folder / WEIGHTS, read_safetensors(folder / WEIGHTS)) as t:
         ours = {"W_enc": t.take("encoder.weight", f, d), "b_enc": t.take("encoder.bias", f)}
         ours |= {"W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
-    return build("TopKSAE", ours, k=k, normalize="none")
+        if skip:
+            ours["W_skip"] = t.take("W_skip", d, d)
+    sources = {**ONE_TO_ONE, "skip": skip} if transcode else {}
+    return build("TopKSAE", ours, k=k, normalize="none", **sources)
 
 
 def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
-    """A folder that sparsify loads: a TopK SAE of rows as they are.
+    """A folder that sparsify loads: a TopK SAE, or transcoder, of rows as they are.
 
     Raises:
         UserError: sparsify has no form for it.
     """
-    sae = exportable(sae, ("TopKSAE", "MatryoshkaTopKSAE"), ("none",), "sparsify")
+    sae = exportable(sae, ("TopKSAE", "MatryoshkaTopKSAE"), ("none",), "sparsify", TRANSCODERS["sparsify"])
     d, f = sae.d_in, sae.n_latents
     with parts(sae) as t:
         theirs = {"encoder.weight": t.take("W_enc", f, d), "encoder.bias": t.take("b_enc", f)}
         theirs |= {"W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
+        if sae.config["skip"]:
+            theirs["W_skip"] = t.take("W_skip", d, d)
     config = {"activation": "topk", "d_in": d, "num_latents": f, "k": sae.config["k"]}
-    config |= {"normalize_decoder": has_unit_rows(sae), "transcode": False, "skip_connection": False}
+    config |= {"normalize_decoder": has_unit_rows(sae), "transcode": bool(sae.n_inputs)}
+    config["skip_connection"] = sae.config["skip"]
     write_safetensors(folder / WEIGHTS, theirs)
     write_json(folder / CONFIG, config)

@@ -4,8 +4,10 @@ An SAE of another library is built as one of ours with that library's weights, t
 differently. For latent i with decoder norm n_i = |W_dec_i|, and every fold leaving x_hat as it was:
 
     add_input_bias      h = x W_encᵀ + b  ->  (x - b_dec) W_encᵀ + b',  b' = b + W_enc b_dec          codes stay
-    fold_scale          x was multiplied by s first: W_enc s, W_dec / s, b_dec / s                    codes stay
+    fold_scale          x was divided by r, x_hat is by w: W_enc / r, W_dec w, b_dec w, W_skip w / r  codes stay
     fold_decoder_norm   W_dec_i / n_i; W_enc_i, biases and threshold of latent i times n_i     code_i is n_i code_i
+
+r and w are one number for an SAE, two for a transcoder, which reads one site and writes another; its h lacks b_dec.
 
 An SAE of ours goes out by way of `exportable`, which folds the scale of a normaliser that has one for all rows.
 """
@@ -27,6 +29,13 @@ from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.normalize import NORMALIZERS
 
 TRAINING_STATE = ("batches_since_fired", "steps", "threshold_updates")
+TRANSCODERS = {
+    "sae_lens": ("VanillaSAE", "JumpReLUSAE", "BatchTopKSAE", "MatryoshkaSAE"),
+    "sparsify": ("TopKSAE", "MatryoshkaTopKSAE"),
+}
+"""The classes that a format has a form for as transcoders, from one site to another."""
+ONE_TO_ONE = {"n_sources": 2, "n_inputs": 1}
+"""The settings that make an SAE such a transcoder."""
 
 
 class Tensors:
@@ -78,8 +87,17 @@ def build(name: str, tensors: Mapping[str, Tensor], **config: Any) -> BaseSAE:
     return sae.eval()
 
 
-def exportable(sae: BaseSAE, classes: Collection[str], normalizers: Collection[str], library: str) -> BaseSAE:
+def exportable(
+    sae: BaseSAE,
+    classes: Collection[str],
+    normalizers: Collection[str],
+    library: str,
+    transcoders: Collection[str] = (),
+) -> BaseSAE:
     """`sae` as a library can have it: itself, or where its normaliser has one scale for all rows, with that folded.
+
+    Args:
+        transcoders: which of the classes the library has a form for as transcoders.
 
     Raises:
         UserError: the library has no form for it: another class or normalisation, several sites, groups left out.
@@ -87,7 +105,9 @@ def exportable(sae: BaseSAE, classes: Collection[str], normalizers: Collection[s
     name, config = type(sae).__name__, sae.config
     if name not in classes:
         raise UserError(f"{library} has no form for a {name}: it has one for {', '.join(classes)}.")
-    if sae.n_sources != 1:
+    if sae.n_inputs:
+        check_transcoder(sae, transcoders, library)
+    elif sae.n_sources != 1:
         raise UserError(f"{library} has no form for an SAE of {sae.n_sources} sites: it has one for one site.")
     shared = [word for word, normalizer in NORMALIZERS.items() if normalizer.shared]
     if config["normalize"] not in (*normalizers, *shared):
@@ -100,6 +120,21 @@ def exportable(sae: BaseSAE, classes: Collection[str], normalizers: Collection[s
     if config.get("active_groups") is not None:
         raise UserError(f"{library} has no form for active_groups={config['active_groups']}: save it with null.")
     return fold_normalizer(sae) if config["normalize"] in shared else sae
+
+
+def check_transcoder(sae: BaseSAE, classes: Collection[str], library: str) -> None:
+    """Raise a UserError unless the library has a form for this transcoder."""
+    name = type(sae).__name__
+    if name not in classes:
+        formats = [f"format={format}" for format, names in TRANSCODERS.items() if name in names]
+        known = ", ".join(name for names in TRANSCODERS.values() for name in names)
+        fix = f"give {' or '.join(formats)}" if formats else f"no format has; there are forms for {known}"
+        raise UserError(f"{library} has no form for a transcoder that is a {name}: {fix}.")
+    if sae.n_sources != 2:
+        raise UserError(
+            f"{library} has no form for a transcoder from {sae.n_inputs} to {sae.n_sources - sae.n_inputs} sites: "
+            "it has one from one site to one."
+        )
 
 
 def parts(sae: BaseSAE) -> Tensors:
@@ -121,10 +156,11 @@ def fold_normalizer(sae: Any) -> BaseSAE:
     Raises:
         UserError: the normaliser has no scale yet.
     """
-    divisor = sae.normalizer.divisor()
+    read = sae.normalizer.divisor().cpu()
+    written = sae.target_normalizer.divisor().cpu() if sae.n_inputs else read
     raw = BaseSAE.from_config(type(sae).__name__, sae.config | {"normalize": "none", "tied": False})
-    raw.load_state_dict({key: t for key, t in sae.state_dict().items() if not key.startswith("normalizer.")})
-    fold_scale(raw, 1 / divisor.cpu())
+    raw.load_state_dict({key: t for key, t in sae.state_dict().items() if "normalizer." not in key})
+    fold_scale(raw, read, written)
     return raw.eval()
 
 
@@ -135,19 +171,21 @@ def untied(sae: BaseSAE) -> BaseSAE:
 
 @torch.no_grad()
 def add_input_bias(sae: Any) -> None:
-    """For weights that take x itself: ours take x - b_dec."""
-    shift = sae.W_enc.flatten(1) @ sae.b_dec.flatten()
+    """For weights that take x itself: ours take x - b_dec, but for a transcoder's, where this changes nothing."""
+    shift = sae.W_enc.flatten(1) @ sae.origin().flatten()
     sae.b_enc += shift
     if hasattr(sae, "b_mag"):
         sae.b_mag += sae.r_mag.exp() * shift
 
 
 @torch.no_grad()
-def fold_scale(sae: Any, scale: float | Float[Tensor, "s 1"]) -> None:
-    """For weights that take s x and give s x_hat; each source may have an s of its own."""
-    sae.W_enc *= scale
-    sae.W_dec /= scale
-    sae.b_dec /= scale
+def fold_scale(sae: Any, read: float | Float[Tensor, "1 1"], written: float | Float[Tensor, "1 1"]) -> None:
+    """For weights that take x / read and give x_hat / written."""
+    sae.W_enc /= read
+    sae.W_dec *= written
+    sae.b_dec *= written
+    if sae.skip:
+        sae.W_skip *= written / read
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import SAE_NAMES, build, compose, planted
 from safetensors.torch import load_file
-from test_load import CASES, FIXTURES, source
+from test_load import CASES, FIXTURES, output, source
 
 from sae_lab import load_sae
 from sae_lab.checkpoint import save_sae
@@ -39,6 +39,18 @@ def trained(name: str, *overrides: str):
             if key not in ("W_enc", "W_dec"):
                 parameter.copy_(0.2 * torch.rand(parameter.shape, generator=generator))
     sae(planted(64)[0])
+    return sae.eval()
+
+
+def transcoder(name: str, *overrides: str, n_sources: int = 2):
+    """One whose sites have units of their own, 10 and 0.1, and whose skip connection is not zero."""
+    sae = build(name, "sae.n_inputs=1", "sae.encoder_bias=true", *overrides, n_sources=n_sources)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, parameter in sae.named_parameters():
+            if key not in ("W_enc", "W_dec"):
+                parameter.copy_(0.2 * torch.rand(parameter.shape, generator=generator))
+    sae(planted(64, n_sources=n_sources)[0] * torch.tensor([10.0, 0.1, 1])[:n_sources, None])
     return sae.eval()
 
 
@@ -128,14 +140,96 @@ def test_an_sae_that_has_no_scale_yet_is_not_exported(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("skip", ["true", "false"])
+@pytest.mark.parametrize("normalize", ["none", "mean_norm"])
+@pytest.mark.parametrize(
+    ("format", "name", "said"),
+    [
+        (sae_lens, "vanilla", {"architecture": "transcoder"}),
+        (sae_lens, "jumprelu", {"architecture": "jumprelu_transcoder"}),
+        (sae_lens, "batch_topk", {"architecture": "jumprelu_transcoder"}),
+        (sae_lens, "matryoshka", {"architecture": "jumprelu_transcoder"}),
+        (sparsify, "topk", {"transcode": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_transcoders_compute_the_same_elsewhere(format, name, said, normalize, skip, tmp_path):
+    sae = transcoder(name, f"sae.normalize={normalize}", f"sae.skip={skip}")
+    x = 3 * planted(50, seed=1)[0] + 1
+    format.write(sae, tmp_path, PROVENANCE)
+    back, config = load_sae(tmp_path), json.loads((tmp_path / "cfg.json").read_text())
+    assert 0 < (sae.encode(x) > 0).sum() < 50 * 64
+    torch.testing.assert_close(back.encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(back.predict(x), sae.predict(x), rtol=1e-5, atol=1e-5)
+    assert (back.n_sources, back.n_inputs, back.skip) == (2, 1, skip == "true")
+    if skip == "true":
+        said = {key: value if value is True else value.replace("trans", "skip_trans") for key, value in said.items()}
+    assert {key: config[key] for key in said} == said
+
+
+def test_the_two_scales_of_a_transcoder_go_out_in_its_weights(tmp_path):
+    """s_x divides what it reads, s_y multiplies what it predicts, and W_skip leads from the one to the other."""
+    sae = transcoder("topk", "sae.normalize=mean_norm", "sae.skip=true")
+    s_x, s_y = sae.normalizer.scale.item(), sae.target_normalizer.scale.item()
+    assert s_x > 50 * s_y > 0
+    sparsify.write(sae, tmp_path, PROVENANCE)
+    theirs = load_file(tmp_path / "sae.safetensors")
+    torch.testing.assert_close(theirs["encoder.weight"], sae.W_enc[:, 0].detach() / s_x)
+    torch.testing.assert_close(theirs["encoder.bias"], sae.b_enc.detach())
+    torch.testing.assert_close(theirs["W_dec"], sae.W_dec[:, 0].detach() * s_y)
+    torch.testing.assert_close(theirs["b_dec"], sae.b_dec[0].detach() * s_y)
+    torch.testing.assert_close(theirs["W_skip"], sae.W_skip.detach() * s_y / s_x)
+
+
+def test_a_transcoder_of_sae_lens_names_both_sites(tmp_path):
+    sites = ["blocks.3.mlp.hook_in", "transformer.h.3"]
+    sae_lens.write(transcoder("vanilla", "sae.normalize=none"), tmp_path, PROVENANCE | {"sites": sites})
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    hooks = {key: value for key, value in config["metadata"].items() if "hook_name" in key}
+    assert hooks == {
+        "hook_name": "blocks.3.mlp.hook_in",
+        "hf_hook_name": None,
+        "hook_name_out": "blocks.3.hook_resid_post",
+        "hf_hook_name_out": "transformer.h.3",
+    }
+    assert (config["d_in"], config["d_out"], config["apply_b_dec_to_input"]) == (16, 16, False)
+
+
+@pytest.mark.parametrize(
+    ("format", "sae", "sentence"),
+    [
+        (
+            sae_lens,
+            build("topk", "sae.n_inputs=1", "sae.normalize=none", n_sources=2),
+            "a TopKSAE: give format=sparsify",
+        ),
+        (sae_lens, build("gated", "sae.n_inputs=1", "sae.normalize=none", n_sources=2), "a GatedSAE: no format has"),
+        (sae_lens, transcoder("vanilla", "sae.normalize=none", n_sources=3), "SAELens .* from 1 to 2 sites"),
+        (sparsify, transcoder("topk", "sae.normalize=none", n_sources=3), "sparsify .* from 1 to 2 sites"),
+        (sparsify, transcoder("jumprelu", "sae.normalize=none"), "sparsify has no form for a JumpReLUSAE"),
+        (dictionary_learning, transcoder("topk", "sae.normalize=none"), "dictionary_learning .* give format=sparsify"),
+        (dictionary_learning, transcoder("jumprelu", "sae.normalize=none"), "dictionary_learning .* format=sae_lens"),
+    ],
+)
+def test_a_transcoder_that_has_no_form_there_is_refused(format, sae, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence) as caught:
+        format.write(sae.eval(), tmp_path, {})
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+ELSEWHERE = {case: sparsify if case.startswith("sparsify") and "transcoder" in case else sae_lens for case in CASES}
+"""SAELens has every fixture but TopK transcoders."""
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_a_foreign_sae_goes_on_to_sae_lens(case, tmp_path):
+def test_a_foreign_sae_goes_on(case, tmp_path):
     """In by one format and out by another: the codes stay those of the library that it comes from."""
     expected = load_file(FIXTURES / case / "expected.safetensors")
-    sae_lens.write(load_sae(source(case)), tmp_path, {})
+    ELSEWHERE[case].write(load_sae(source(case)), tmp_path, {})
     back = load_sae(tmp_path)
     torch.testing.assert_close(back.encode(expected["x"]), expected["code"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(back.reconstruct(expected["x"]), expected["x_hat"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output(back, expected["x"]), expected["x_hat"], rtol=1e-5, atol=1e-5)
 
 
 def test_batch_topk_goes_out_as_jumprelu_at_its_threshold(tmp_path):
@@ -212,6 +306,12 @@ def test_an_export_has_weights_figures_and_a_card(format, run_dir, tmp_path):
     assert "![latent_density](figures/latent_density.png)" in card
     assert (tmp_path / "out" / "figures" / "latent_density.png").read_bytes() == b"png"
     assert (tmp_path / "out" / "probe.safetensors").is_file() == (format == "sae_lab")
+
+
+@pytest.mark.parametrize("format", ["openai", "gemma_scope"])
+def test_what_is_read_only_is_not_written(format, run_dir, tmp_path):
+    with pytest.raises(UserError, match=f"format={format} is not known: choose one of"):
+        export(run_dir, format, tmp_path / "out")
 
 
 def test_the_card_does_not_tell_of_the_machine(run_dir, tmp_path):

@@ -26,6 +26,11 @@ def source(case: str) -> Path:
     return next(folder.glob("*.pt")) if case.startswith("openai") else folder
 
 
+def output(sae, x: torch.Tensor) -> torch.Tensor:
+    """x_hat, which of a transcoder is of another site than x."""
+    return sae.predict(x)[:, 0] if sae.n_inputs else sae.reconstruct(x)
+
+
 def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -35,20 +40,29 @@ def test_codes_and_reconstructions_are_the_librarys(case, tmp_path):
     expected = load_file(FIXTURES / case / "expected.safetensors")
     sae = load_sae(source(case))
     assert_same(sae.encode(expected["x"]), expected["code"])
-    assert_same(sae.reconstruct(expected["x"]), expected["x_hat"])
+    assert_same(output(sae, expected["x"]), expected["x_hat"])
     assert 0 < l0_per_row(expected["code"]).sum() < expected["code"].numel()
     again = load_sae(save_sae(sae, tmp_path))
-    assert torch.equal(again.reconstruct(expected["x"]), sae.reconstruct(expected["x"]))
+    assert torch.equal(output(again, expected["x"]), output(sae, expected["x"]))
 
 
 def test_there_is_a_fixture_of_every_kind():
-    assert len(CASES) == 31
+    assert len(CASES) == 38
     assert {case.split("/")[0] for case in CASES} == {
         "sae_lens", "dictionary_learning", "sparsify", "gemma_scope", "openai"
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ["sae_lens/standard", "sae_lens/gated_uncentred", "sae_lens/jumprelu"])
+@pytest.mark.parametrize("case", [case for case in CASES if "transcoder" in case])
+def test_a_transcoder_reads_one_site_and_predicts_another(case):
+    sae = load_sae(source(case))
+    assert (sae.n_sources, sae.n_inputs, sae.skip, sae.config["normalize"]) == (2, 1, "skip" in case, "none")
+
+
+FOLDED = ("sae_lens/standard", "sae_lens/gated_uncentred", "sae_lens/jumprelu", "sae_lens/jumprelu_skip_transcoder")
+
+
+@pytest.mark.parametrize("case", FOLDED)
 def test_folding_the_decoder_norm_scales_codes_and_keeps_x_hat(case):
     """P-62: on demand, with biases and thresholds."""
     expected = load_file(FIXTURES / case / "expected.safetensors")
@@ -56,7 +70,7 @@ def test_folding_the_decoder_norm_scales_codes_and_keeps_x_hat(case):
     sae = load_sae(source(case), fold_decoder_norm=True)
     torch.testing.assert_close(sae.W_dec.flatten(1).norm(dim=1), torch.ones(16))
     assert_same(sae.encode(expected["x"]), expected["code"] * norms)
-    assert_same(sae.reconstruct(expected["x"]), expected["x_hat"])
+    assert_same(output(sae, expected["x"]), expected["x_hat"])
 
 
 @pytest.mark.parametrize("version", ["legacy", "modern"])
@@ -147,6 +161,8 @@ class Bomb:
 
 
 SL, SP, DL, GS = "sae_lens/standard", "sparsify/topk", "dictionary_learning/BatchTopKSAE", "gemma_scope/jumprelu"
+TC, SC = "sae_lens/jumprelu_skip_transcoder", "sparsify/transcoder"
+SITES = {"hook_name": "blocks.2.mlp.hook_in", "hook_name_out": "blocks.2.hook_mlp_out"}
 
 
 @pytest.mark.parametrize(
@@ -158,14 +174,25 @@ SL, SP, DL, GS = "sae_lens/standard", "sparsify/topk", "dictionary_learning/Batc
         (SL, lambda f: retensor(f, lambda t: t.update(b_enc=torch.ones(15))), r"shape \(15,\) where \(16,\)"),
         (SL, lambda f: retensor(f, lambda t: t.update(W_enc=t["W_dec"] + 0)), r"shape \(16, 8\) where"),
         (SL, lambda f: edit(f, "cfg.json", architecture="abstopk"), "the architecture 'abstopk': known here are"),
-        (SL, lambda f: edit(f, "cfg.json", architecture="jumprelu_skip_transcoder"), "describes a transcoder"),
+        (SL, lambda f: edit(f, "cfg.json", metadata=SITES), "a transcoder by the architecture 'standard': known here"),
+        (SL, lambda f: edit(f, "cfg.json", d_out=8), "a transcoder by the architecture 'standard': known here"),
+        (SL, lambda f: edit(f, "cfg.json", architecture="transcoder"), "does not say 'd_out'"),
+        (SL, lambda f: edit(f, "cfg.json", architecture="transcoder", d_out=8), "of another site"),
+        (TC, lambda f: edit(f, "cfg.json", architecture="crosslayer_transcoder"), "'crosslayer_transcoder': known"),
+        (TC, lambda f: edit(f, "cfg.json", architecture="jumprelu_transcoder"), "unknown meaning, W_skip"),
+        (TC, lambda f: edit(f, "cfg.json", d_out=6), "width 6 from width 8: .* one width"),
+        (TC, lambda f: edit(f, "cfg.json", normalize_activations="layer_norm"), "no exact counterpart"),
+        (TC, lambda f: edit(f, "cfg.json", activation_fn="tanh-relu"), "the activation 'tanh-relu'"),
+        (TC, lambda f: retensor(f, lambda t: t.update(W_dec=torch.ones(16, 3, 8))), r"shape \(16, 3, 8\) where"),
+        (TC, lambda f: retensor(f, lambda t: t.pop("W_skip")), "no tensor 'W_skip'"),
         (SL, lambda f: edit(f, "cfg.json", metadata={}, activation_fn="tanh-relu"), "the activation 'tanh-relu'"),
         (SL, lambda f: edit(f, "cfg.json", normalize_activations="covariance_whitening"), "no exact counterpart"),
         (SL, lambda f: edit(f, "cfg.json", normalize_activations="expected_average_only_in"), "that it does not hold"),
         (SL, lambda f: (f / "cfg.json").write_text("{"), "cannot be read as a JSON object"),
         (SL, lambda f: (f / "sae_weights.safetensors").write_bytes(b"1234"), "cannot be read as safetensors"),
         (SL, lambda f: (f / "sae_weights.safetensors").unlink(), "holds no config.json"),
-        (SP, lambda f: edit(f, "cfg.json", transcode=True), "describes a transcoder"),
+        (SP, lambda f: edit(f, "cfg.json", skip_connection=True), "skip_connection without transcode"),
+        (SC, lambda f: edit(f, "cfg.json", skip_connection=True), "no tensor 'W_skip'"),
         (SP, lambda f: edit(f, "cfg.json", activation="groupmax"), "the activation 'groupmax'"),
         (SP, lambda f: retensor(f, lambda t: t.update(x=torch.ones(1)), "sae.safetensors"), "unknown meaning, x"),
         (DL, lambda f: edit(f, "config.json", trainer={"dict_class": "os.system"}), "the class 'os.system': known"),
@@ -206,9 +233,16 @@ def test_openai_files_of_another_activation_fail(change, sentence, tmp_path):
         load_sae(tmp_path / "8.pt")
 
 
+def test_a_scale_of_zero_is_told(tmp_path):
+    folder = shutil.copytree(source("sae_lens/standard_scaled"), tmp_path / "sae")
+    edit(folder, sae_lens.SCALER, scaling_factor=0)
+    with pytest.raises(UserError, match="says what nobody can mean"):
+        load_sae(folder)
+
+
 def test_a_transcoder_of_gemma_scope_is_known_by_its_path(tmp_path):
     shutil.copytree(FIXTURES / GS, tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1")
-    with pytest.raises(UserError, match="is a transcoder"):
+    with pytest.raises(UserError, match=r"is a transcoder.*save it to a folder by sae-lens"):
         load_sae(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1")
 
 

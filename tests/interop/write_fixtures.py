@@ -4,8 +4,9 @@
     /tmp/peers/bin/python tests/interop/write_fixtures.py
 
 Runs where sae_lab is not installed. Every fixture is a folder <library>/<case>/ with the library's own files and
-expected.safetensors: x (n, d), code (n, f), x_hat (n, d). OpenAI's code is no package: that file and its figures follow
-the formulas of its model.py. Gemma Scope's figures are SAELens' for the same weights.
+expected.safetensors: x (n, d), code (n, f), x_hat (n, d), which of a transcoder is what it predicts. OpenAI's code is
+no package: that file and its figures follow the formulas of its model.py. Gemma Scope's figures are SAELens' for the
+same weights.
 """
 
 import json
@@ -47,6 +48,11 @@ def keep(folder: Path, encode, decode) -> None:
     save_file({"x": x, "code": code.contiguous(), "x_hat": decode(code).contiguous()}, folder / "expected.safetensors")
 
 
+def keep_transcoder(folder: Path, encode, forward) -> None:
+    """What a skip connection adds is no part of the library's `decode`."""
+    keep(folder, encode, lambda code: forward(x))
+
+
 def sae_lens_cases() -> None:
     metadata = {"model_name": "tiny", "hook_name": "blocks.2.hook_resid_post", "prepend_bos": True, "context_size": 128}
     cases = {
@@ -80,6 +86,24 @@ def sae_lens_scaled() -> None:
     (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 0.7}))
     sae.fold_activation_norm_scaling_factor(0.7)
     keep(folder, sae.encode, sae.decode)
+
+
+def sae_lens_transcoders() -> None:
+    metadata = {"hook_name": "blocks.2.mlp.hook_in", "hook_name_out": "blocks.2.hook_mlp_out"}
+    config = {"d_in": D, "d_out": D, "d_sae": F_, "apply_b_dec_to_input": False, "metadata": metadata}
+    for name in ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"):
+        sae_class, config_class = get_sae_class(name)
+        sae = scramble(sae_class(config_class.from_dict(config | {"architecture": name})))
+        folder = FOLDER / "sae_lens" / name
+        sae.save_model(folder)
+        sae = SAE.load_from_disk(folder)
+        keep_transcoder(folder, sae.encode, sae)
+    sae.cfg.normalize_activations = "expected_average_only_in"
+    folder = FOLDER / "sae_lens" / "jumprelu_skip_transcoder_scaled"
+    sae.save_model(folder)
+    (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 0.7}))
+    sae.fold_activation_norm_scaling_factor(0.7)
+    keep_transcoder(folder, sae.encode, sae)
 
 
 def sae_lens_training() -> None:
@@ -146,7 +170,13 @@ def dictionary_learning_cases() -> None:
 
 
 def sparsify_cases() -> None:
-    for name, options in {"topk": {}, "topk_free_norm": {"normalize_decoder": False, "num_latents": F_}}.items():
+    cases = {
+        "topk": {},
+        "topk_free_norm": {"normalize_decoder": False, "num_latents": F_},
+        "transcoder": {"transcode": True},
+        "skip_transcoder": {"transcode": True, "skip_connection": True},
+    }
+    for name, options in cases.items():
         sae = scramble(SparseCoder(D, SparseCoderConfig(expansion_factor=F_ // D, k=K, **options)))
         folder = FOLDER / "sparsify" / name
         sae.save_to_disk(folder)
@@ -156,7 +186,10 @@ def sparsify_cases() -> None:
             out = sae.encode(rows)
             return torch.zeros(len(rows), F_).scatter(1, out.top_indices, out.top_acts)
 
-        keep(folder, encode, lambda code, sae=sae: sae.decode(code, torch.arange(F_).expand(len(code), F_)))
+        if sae.cfg.transcode:
+            keep_transcoder(folder, encode, lambda rows, sae=sae: sae(rows).sae_out)
+        else:
+            keep(folder, encode, lambda code, sae=sae: sae.decode(code, torch.arange(F_).expand(len(code), F_)))
 
 
 def gemma_scope_case() -> None:
@@ -188,6 +221,7 @@ def openai_case() -> None:
 if __name__ == "__main__":
     sae_lens_cases()
     sae_lens_scaled()
+    sae_lens_transcoders()
     sae_lens_training()
     sae_lens_legacy()
     dictionary_learning_cases()
