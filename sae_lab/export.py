@@ -52,6 +52,7 @@ def card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: str) -
     header = {"tags": ["sparse-autoencoder", "interpretability", format], "library_name": "sae_lab"}
     model, sites = provenance.get("model", {}).get("name"), ", ".join(provenance.get("sites", []))
     lines = ["---", yaml.safe_dump(header).strip(), "---", "", f"# {type(sae).__name__} of {model} at {sites}", ""]
+    lines += roles(sae, provenance.get("sites", []))
     lines += [f"{sae.n_latents:,} latents, activations of width {sae.d_in}, in the files of {format}. Load it with", ""]
     lines += [
         "```python",
@@ -71,6 +72,15 @@ def card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: str) -
         said = without_folders({name: value for name, value in config.items() if name not in MACHINES_OWN})
         lines += ["", "## Config", "", "```yaml", OmegaConf.to_yaml(OmegaConf.create(said)).strip(), "```"]
     return "\n".join([*lines, ""])
+
+
+def roles(sae: BaseSAE, sites: list[str]) -> list[str]:
+    """Which sites a transcoder reads and which it predicts; nothing of an SAE, or where nobody knows the sites."""
+    if not (sae.n_inputs and sites):
+        return []
+    names = [f"`{site}`" for site in sites]
+    read, predicted = ", ".join(names[: sae.n_inputs]), ", ".join(names[sae.n_inputs :])
+    return [f"A transcoder: from activations at {read} it predicts those at {predicted}, `sae.predict(x)`.", ""]
 
 
 def without_folders(said: Any) -> Any:

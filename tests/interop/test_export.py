@@ -303,9 +303,22 @@ def test_an_export_has_weights_figures_and_a_card(format, run_dir, tmp_path):
     assert "'path': 'Skylion007/openwebtext'" in card
     for part in ("# BatchTopKSAE of gpt2 at transformer.h.7", "| fvu | 0.125 |", "| n_eval_tokens | 2,048 |", "k: 4"):
         assert part in card
+    assert "transcoder" not in card
     assert "![latent_density](figures/latent_density.png)" in card
     assert (tmp_path / "out" / "figures" / "latent_density.png").read_bytes() == b"png"
     assert (tmp_path / "out" / "probe.safetensors").is_file() == (format == "sae_lab")
+
+
+def test_the_card_of_a_transcoder_says_what_is_read_and_what_is_predicted(tmp_path):
+    sites = ["blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"]
+    sae, x = transcoder("batch_topk", "sae.normalize=mean_norm", "sae.skip=true"), planted(20, seed=1)[0]
+    save_sae(sae, tmp_path / "run" / "sae", PROVENANCE | {"sites": sites})
+    export(tmp_path / "run", "sae_lens", tmp_path / "out")
+    assert (
+        "\nA transcoder: from activations at `blocks.3.mlp.hook_in` it predicts those at `blocks.3.hook_mlp_out`, "
+        "`sae.predict(x)`.\n"
+    ) in (tmp_path / "out" / "README.md").read_text()
+    torch.testing.assert_close(load_sae(tmp_path / "out").predict(x), sae.predict(x))
 
 
 @pytest.mark.parametrize("format", ["openai", "gemma_scope"])
