@@ -3,11 +3,13 @@
     python tests/interop/write_exports.py /tmp/exports
     /tmp/peers/bin/python tests/interop/check_exports.py /tmp/exports
 
-Each SAE sees 100 batches of the bundled model's activations. A folder <format>/<sae>-<normalize>/ holds the export and
-expected.safetensors: for random and for real activations x, what our SAE makes of them.
+Each SAE sees 100 batches of the bundled model's activations, each transcoder those before and after an MLP. A folder
+<format>/<sae>-<normalize>[-transcoder|-skip]/ holds the export and expected.safetensors: for random and for real
+activations x, what our SAE makes of them.
 """
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,6 +25,8 @@ from sae_lab.export import WRITERS
 from sae_lab.provenance import provenance
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.normalize import NORMALIZERS
+
+NAMES = [name for name in SAE_NAMES if hasattr(build(name), "W_enc")]
 
 
 def train(sae: BaseSAE, batches: list[torch.Tensor]) -> BaseSAE:
@@ -40,28 +44,38 @@ def train(sae: BaseSAE, batches: list[torch.Tensor]) -> BaseSAE:
 @torch.no_grad()
 def expected(sae: BaseSAE, real: torch.Tensor) -> dict[str, torch.Tensor]:
     random = torch.randn(200, real.shape[-1], generator=torch.Generator().manual_seed(0))
-    rows = {"random": random * real.std(), "real": real[:, 0]}
+    rows = {"random": random * real.std(), "real": real}
     out = {}
     for name, x in rows.items():
-        out |= {f"{name}.x": x.clone(), f"{name}.code": sae.encode(x), f"{name}.x_hat": sae.reconstruct(x)}
+        out |= {f"{name}.x": x.clone(), f"{name}.code": sae.encode(x), f"{name}.x_hat": sae.predict(x)[:, 0]}
     return out
 
 
-if __name__ == "__main__":
-    out, cfg = Path(sys.argv[1]), compose("data.block_tokens=102_400", "n_tokens=102_400", "lm.device=cpu")
+def write_all(out: Path, kinds: dict[str, tuple[str, ...]], n_sources: int, *overrides: str) -> None:
+    """Every SAE, under every normalisation, in each of the kinds, which are settings, in every format."""
+    cfg = compose("data.block_tokens=102_400", "n_tokens=102_400", "lm.device=cpu", *overrides)
     data = instantiate(cfg.data, lm=instantiate(cfg.lm))
     stream = data.new_stream()
     batches = [next(stream) for _ in range(100)]
-    said = provenance(OmegaConf.to_container(compose("hydra.job.chdir=false"), resolve=False), data.lm)
+    said = provenance(OmegaConf.to_container(compose("hydra.job.chdir=false", *overrides), resolve=False), data.lm)
     said["data"] = OmegaConf.to_container(cfg.data, resolve=True)
-    for name in [name for name in SAE_NAMES if hasattr(build(name), "W_enc")]:
-        for normalize in NORMALIZERS:
-            sae = train(build(name, "k=16", f"sae.normalize={normalize}", d_in=128, n_latents=512), batches)
-            for format, write in WRITERS.items():
-                folder = out / format / f"{name}-{normalize}"
-                try:
-                    write(sae, folder, said)
-                except UserError as e:
-                    print(f"{format}/{name}-{normalize}: {e}")
-                    continue
-                save_file(expected(sae, data.probe_rows(128)), folder / "expected.safetensors")
+    for name, normalize, (kind, settings) in product(NAMES, NORMALIZERS, kinds.items()):
+        if n_sources > 1 and NORMALIZERS[normalize].by_row:
+            continue  # no transcoder takes the scale of what it predicts from the row
+        settings = ("k=16", f"sae.normalize={normalize}", *settings)
+        sae = train(build(name, *settings, d_in=128, n_latents=512, n_sources=n_sources), batches)
+        for format, write in WRITERS.items():
+            folder = out / format / f"{name}-{normalize}{kind}"
+            try:
+                write(sae, folder, said)
+            except UserError as e:
+                print(f"{format}/{folder.name}: {e}")
+                continue
+            save_file(expected(sae, data.probe_rows(128)[:, 0]), folder / "expected.safetensors")
+
+
+if __name__ == "__main__":
+    transcoder = ("sae.n_inputs=1", "sae.encoder_bias=true")
+    write_all(Path(sys.argv[1]), {"": ()}, 1)
+    kinds = {"-transcoder": transcoder, "-skip": (*transcoder, "sae.skip=true")}
+    write_all(Path(sys.argv[1]), kinds, 2, "lm.sites=[blocks.3.mlp.hook_in,blocks.3.hook_mlp_out]")
