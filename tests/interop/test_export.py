@@ -19,6 +19,7 @@ from sae_lab.errors import UserError
 from sae_lab.export import export, push
 from sae_lab.interop import dictionary_learning, sae_lens, sparsify
 from sae_lab.saes import MatryoshkaTopKSAE
+from sae_lab.saes.cross_layer import CrossLayerTopKSAE
 from sae_lab.saes.normalize import NORMALIZERS
 
 PROVENANCE = {
@@ -207,6 +208,8 @@ def test_a_transcoder_of_sae_lens_names_both_sites(tmp_path):
         (sae_lens, transcoder("vanilla", "sae.normalize=none", n_sources=3), "SAELens .* from 1 to 2 sites"),
         (sparsify, transcoder("topk", "sae.normalize=none", n_sources=3), "sparsify .* from 1 to 2 sites"),
         (sparsify, transcoder("jumprelu", "sae.normalize=none"), "sparsify has no form for a JumpReLUSAE"),
+        (sparsify, CrossLayerTopKSAE(k=4, d_in=16, n_latents=64, n_sources=2, normalize="none"), "a CrossLayerTopKSAE"),
+        (sae_lens, CrossLayerTopKSAE(k=4, d_in=16, n_latents=64, n_sources=4, normalize="none"), "a CrossLayerTopKSAE"),
         (dictionary_learning, transcoder("topk", "sae.normalize=none"), "dictionary_learning .* give format=sparsify"),
         (dictionary_learning, transcoder("jumprelu", "sae.normalize=none"), "dictionary_learning .* format=sae_lens"),
     ],
