@@ -4,17 +4,17 @@ Shapes: b rows (tokens), s sources (sites x models; 1 for a plain SAE), d activa
 reads the first r sources and writes the w others; for all else r = w = s.
 """
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_lab.errors import UserError
+from sae_lab.saes.registry import Registered
 from sae_lab.sparse import Code
 
 AnySAE = TypeVar("AnySAE", bound="BaseSAE")
@@ -36,15 +36,14 @@ class SAEOutput:
     """The pre-activations, for losses that need them; None where they never exist as a whole (sparse codes)."""
 
 
-class BaseSAE(nn.Module, ABC):
+class BaseSAE(Registered, ABC):
     """A dictionary learner over rows of activations `(b, s, d)`; where s is 1, `(b, d)` does as well.
 
     In `train()` an SAE uses the rule it is trained with (which may look at the whole batch), in `eval()` the rule it
     is deployed with (each row by itself). Only `forward` in train mode changes state, so an evaluation never does,
-    under either rule. Every constructor argument is kept as an attribute of the same name: `config` collects them.
+    under either rule.
     """
 
-    registry: ClassVar[dict[str, type["BaseSAE"]]] = {}
     batch_rule: bool = False
     """Whether the training rule for one row depends on the other rows of its batch."""
     foldable: bool = False
@@ -58,42 +57,6 @@ class BaseSAE(nn.Module, ABC):
     n_latents: int
     n_inputs: int = 0
     """How many of the sources, the first ones, are input alone: x_hat is of the others. 0: every source is both."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if not inspect.isabstract(cls):
-            BaseSAE.registry[cls.__name__] = cls
-
-    @classmethod
-    def arguments(cls) -> list[str]:
-        """The names of the constructor's arguments, with those that it passes on to the classes it builds on."""
-        names: dict[str, None] = {}
-        for base in cls.__mro__:
-            if base is BaseSAE:
-                break
-            parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
-            names |= {p.name: None for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD}
-        return list(names)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments: plain types, enough to build this SAE again."""
-        return {name: getattr(self, name) for name in self.arguments()}
-
-    @classmethod
-    def from_config(cls, name: str, config: dict[str, Any]) -> "BaseSAE":
-        """An untrained SAE of the registered class `name`.
-
-        Raises:
-            UserError: no such class (a file can name a class, never import one), or arguments it does not take.
-        """
-        if name not in cls.registry:
-            known = ", ".join(sorted(cls.registry))
-            raise UserError(f"there is no SAE class {name!r} among {known}: import the module that defines it first.")
-        try:
-            return cls.registry[name](**config)
-        except TypeError as e:
-            raise UserError(f"{name} cannot be built from this config: {e}") from e
 
     def as_(self, cls: type[AnySAE], **changes: Any) -> AnySAE:
         """An SAE of another class with these parameters, and these settings as far as it knows them.

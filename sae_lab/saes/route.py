@@ -114,7 +114,7 @@ class RouteSAE(BaseSAE):
         return weighted(rows, weights), weights, context
 
     def encode(self, x: Tensor) -> Float[Tensor, "b f"]:
-        return self.inner.encode(self.route(x)[0])  # type: ignore[return-value]
+        return self.inner.encode(self.route(x)[0])
 
     def decode(self, code: Code) -> Float[Tensor, "b s d"]:
         return self.inner.decode(code).expand(-1, self.n_sources, -1)
