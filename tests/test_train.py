@@ -288,6 +288,25 @@ def test_evaluate_compares_a_pursuit_with_the_saes_own_encoder(run_dir):
     assert_one_sentence(refused, "encoder=newton is not known: choose own or one of matching_pursuit")
 
 
+def test_evaluate_takes_a_kept_sae_and_writes_into_its_folder(tmp_path):
+    short = [*SMALL, "sae=topk", "n_tokens=8_192", "data.n_eval_tokens=1024", "callbacks=keep_saes"]
+    assert run(*short, "callbacks.keep_saes.every=4", f"hydra.run.dir={tmp_path}").returncode == 0
+    own = {file: file.read_bytes() for file in (tmp_path / "metrics.json", *(tmp_path / "figures").iterdir())}
+    first, last = (tmp_path / "steps" / step for step in ("4", "8"))
+    for folder, *over in ((first,), (last,), (first, "activation=batch_topk"), (first, "encoder=matching_pursuit")):
+        done = run(f"run_dir={tmp_path}", f"sae_dir={folder}", *over, module="evaluate")
+        assert done.returncode == 0, done.stderr
+    assert {file: file.read_bytes() for file in own} == own
+    assert list(tmp_path.glob("metrics*.json")) == [tmp_path / "metrics.json"]
+    assert (last / "metrics.json").read_bytes() == own[tmp_path / "metrics.json"]  # TopK needs no calibration
+    early, whole = (json.loads((folder / "metrics.json").read_text()) for folder in (first, last))
+    assert early["fvu"] > 1.05 * whole["fvu"]
+    assert json.loads((first / "metrics_batch_topk.json").read_text())["l0"] == pytest.approx(16)
+    assert json.loads((first / "metrics_matching_pursuit.json").read_text())["own"]["fvu"] == early["fvu"]
+    refused = run(f"run_dir={tmp_path}", f"sae_dir={tmp_path}/steps", module="evaluate")
+    assert_one_sentence(refused, "steps holds no config.json: give an SAE folder")
+
+
 def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
     done = run(f"run_dir={run_dir}", f"out={tmp_path}", module="export")
     assert done.returncode == 0, done.stderr
