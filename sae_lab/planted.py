@@ -21,13 +21,14 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from sae_lab.checkpoint import write_json
 from sae_lab.cli import entry_point, whole_numbers
-from sae_lab.errors import checked_number
+from sae_lab.errors import UserError, checked_number
 from sae_lab.memory import keep_freed_memory
 from sae_lab.metrics import batch_fvu
 from sae_lab.module import plain_step
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import console, print_metrics, track
 from sae_lab.sparse import l0_per_row
+from sae_lab.train import check_optimizer, has_frozen_dictionary
 
 FOUND = 0.9
 """A feature is found where a latent's direction has this cosine with it."""
@@ -138,8 +139,11 @@ def main(cfg: DictConfig) -> float:
     whole_numbers(cfg, {"n_latents": 1, "n_steps": 1, "batch_size": 1, "seed": 0})
     checked_number("planted.noise", cfg.planted.noise, 0)
     checked_number("planted.active", cfg.planted.active, above=0)
+    check_optimizer(cfg)
     planted = PlantedFeatures(seed=cfg.seed, **cfg.planted)
     sae: BaseSAE = instantiate(cfg.sae, d_in=planted.d_in, n_latents=cfg.n_latents, n_sources=planted.n_sites)
+    if has_frozen_dictionary(sae):
+        raise UserError("frozen_decoder=true would freeze a random dictionary, which finds nothing: leave it out.")
     optimizer = instantiate(cfg.optimizer)([p for p in sae.parameters() if p.requires_grad])
     schedule = LambdaLR(optimizer, partial(instantiate(cfg.schedule), n_steps=cfg.n_steps))
     train(sae, planted, optimizer, schedule, cfg.n_steps, cfg.batch_size, seed=cfg.seed + 1)
