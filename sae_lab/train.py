@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lab.checkpoint import atomic_file, save_sae
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
-from sae_lab.device import chosen
+from sae_lab.device import checked_precision, chosen
 from sae_lab.distributed import rank
 from sae_lab.errors import UserError, checked_number
 from sae_lab.evaluate import calibrate, evaluate_all, write_results
@@ -222,15 +222,6 @@ def build_trainer(
         )
     except (MisconfigurationException, ValueError) as e:
         raise UserError(f"the trainer cannot be built: {' '.join(str(e).split())}") from e
-
-
-def checked_precision(precision: str) -> Any:
-    """It, if parameters stay in float32 under it: an Adam step of 1e-4 would be lost on a weight in bf16."""
-    known = {"32-true": "all in float32", "bf16-mixed": "products in bfloat16"}
-    if precision not in known:
-        words = " or ".join(f"{name} ({meaning})" for name, meaning in known.items())
-        raise UserError(f"trainer.precision={precision} is not known: choose {words}.")
-    return precision
 
 
 def fit(member: Member, data: ActivationData) -> None:
