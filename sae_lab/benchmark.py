@@ -194,7 +194,8 @@ def floor_step(cfg: DictConfig, x: Tensor, product: Callable[[Tensor, Tensor], T
 
 
 def precision(cfg: DictConfig, x: Tensor) -> AbstractContextManager:
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=checked_precision(cfg.precision) == "bf16-mixed")
+    mixed = checked_precision("precision", cfg.precision) == "bf16-mixed"
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=mixed)
 
 
 class Stream:

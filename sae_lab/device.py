@@ -20,12 +20,18 @@ def chosen(device: str) -> str:
     return ("cuda" if found else "cpu") if device == "auto" else device
 
 
-def checked_precision(precision: str) -> Any:
-    """It, if parameters stay in float32 under it: an Adam step of 1e-4 would be lost on a weight in bf16."""
+def checked_precision(name: str, precision: str) -> Any:
+    """`precision`, the value of the setting `name`, if parameters stay in float32 under it.
+
+    An Adam step of 1e-4 would be lost on a weight in bf16.
+
+    Raises:
+        UserError: they do not, or it is an unknown word.
+    """
     known = {"32-true": "all in float32", "bf16-mixed": "products in bfloat16"}
     if precision not in known:
         words = " or ".join(f"{name} ({meaning})" for name, meaning in known.items())
-        raise UserError(f"trainer.precision={precision} is not known: choose {words}.")
+        raise UserError(f"{name}={precision} is not known: choose {words}.")
     return precision
 
 

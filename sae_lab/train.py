@@ -205,7 +205,7 @@ def build_trainer(
         return L.Trainer(
             accelerator=accelerator,
             devices=[rank()] if gpu else 1,
-            precision=checked_precision(precision),
+            precision=checked_precision("trainer.precision", precision),
             max_epochs=1,
             max_steps=n_steps,
             val_check_interval=min(validate_every, n_steps),

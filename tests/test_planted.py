@@ -90,6 +90,12 @@ def test_what_is_not_found_has_no_place(tmp_path):
     ("overrides", "sentence"),
     [
         (["planted.n_trees=0"], "planted.n_trees=0 must be a whole number of at least 1."),
+        (
+            ["planted.active=1000"],
+            "planted.active=1000 exceeds 112, what the trees of a site have on average where all are active: lower it, "
+            "or raise planted.n_trees.",
+        ),
+        (["n_latents=4"], "planted.active=6 is more than n_latents=4: change one of them."),
         (["optimizer.lr=0"], "optimizer.lr=0 must be a number above 0."),
         (["optimizer.betas=0.9"], "optimizer.betas=0.9 must be two numbers from 0 to below 1, such as [0.9,0.99]."),
         *(
