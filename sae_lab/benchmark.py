@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from sae_lab.checkpoint import write_json
 from sae_lab.cli import entry_point, whole_numbers
-from sae_lab.device import chosen, now
+from sae_lab.device import checked_precision, chosen, now
 from sae_lab.errors import UserError, checked_flag, checked_number
 from sae_lab.matmul import linear
 from sae_lab.memory import keep_freed_memory
@@ -41,7 +41,6 @@ from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.screen import console
 from sae_lab.sparse import Code
-from sae_lab.train import checked_precision
 
 WARM = 2
 NAMES = {
@@ -195,7 +194,8 @@ def floor_step(cfg: DictConfig, x: Tensor, product: Callable[[Tensor, Tensor], T
 
 
 def precision(cfg: DictConfig, x: Tensor) -> AbstractContextManager:
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=checked_precision(cfg.precision) == "bf16-mixed")
+    mixed = checked_precision("precision", cfg.precision) == "bf16-mixed"
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=mixed)
 
 
 class Stream:

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lab.seeds import nth_generator
+
 
 class Chunk(NamedTuple):
     """Some consecutive rows, the source's state from which they come again, and the text they come from, if any."""
@@ -99,8 +101,8 @@ class ShuffledBlocks:
         if self._memory is None or filled == 0:
             raise StopIteration
         self._block = self._memory[:filled]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._number)
-        self._batches = torch.randperm(filled, generator=generator).split(self.batch_size)
+        order = torch.randperm(filled, generator=nth_generator(self.seed, self._number))
+        self._batches = order.split(self.batch_size)
 
     def _open_chunk(self) -> Chunk | None:
         """The chunk that holds the next row; None at the end of the source, whose last chunk stays open."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_lab.buffer import Chunk
 from sae_lab.errors import UserError
+from sae_lab.seeds import nth_generator
 from sae_lab.shards import FORMAT, PIECE, Manifest, MappedShard, read_held_out
 from sae_lab.store import Store
 
@@ -86,8 +87,7 @@ class CachedRows:
 
     def __iter__(self) -> Generator[Chunk, None, None]:
         while True:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.cache.n_pieces, generator=generator)
+            order = torch.randperm(self.cache.n_pieces, generator=nth_generator(self.seed, self.epoch))
             while self.given < len(order):
                 state = self.state_dict()
                 pieces = order[self.given : self.given + self.pieces_at_once].sort().values  # as they lie on the disk

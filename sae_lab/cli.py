@@ -202,6 +202,8 @@ def explain(error: BaseException, config_name: str, overrides: list[str]) -> str
             return _unknown_key(unknown[1], config_name, overrides)
         if isinstance(e, FileExistsError | NotADirectoryError | PermissionError) and e.filename:
             return f"{e.filename} cannot be written ({e.strerror}): choose another path."
+        if isinstance(e, ValueError) and str(e) == "No trials are completed yet.":  # Optuna, which ends its search so
+            return "no job of this search was completed: their failed.txt say why; the same command tries them again."
         if str(e).startswith("Config group override must be"):
             return "a config group was given null: name one of its choices, which --help lists."
     if isinstance(error, InstantiationException):

@@ -59,7 +59,7 @@ class ActivationData(L.LightningDataModule):
         seq_len: tokens in a row, BOS included.
         batch_size: rows of activations (tokens) in a training batch.
         n_tokens: activations to train on, exactly; the last batch holds what is left for it.
-        block_tokens: activations that are shuffled together; the memory of a block is
+        block_tokens: activations that are shuffled together, all of a run that has fewer; the memory of a block is
             block_tokens · s · d · bytes of `lm.dtype`, twice that with prefetch.
         lm_batch_rows: text rows in one forward pass of the language model.
         exclude_bos: leave out every BOS token.
@@ -109,7 +109,9 @@ class ActivationData(L.LightningDataModule):
             raise UserError(f"data.exclude_first={exclude_first} leaves nothing of a row of seq_len={seq_len} tokens.")
         self.lm, self.documents, self.seed, self.repeat, self.pack = lm, documents, seed, repeat, pack
         self.seq_len, self.batch_size, self.n_tokens = seq_len, batch_size, int(n_tokens)
-        self.block_tokens, self.lm_batch_rows = int(block_tokens), lm_batch_rows
+        # What lies behind the run's last batch is never asked for: a short run need not wait until its block holds it.
+        self.block_tokens = min(int(block_tokens), math.ceil(n_tokens / batch_size) * batch_size)
+        self.lm_batch_rows = lm_batch_rows
         self.exclude_bos, self.exclude_first = exclude_bos, exclude_first
         self.n_eval_tokens, self.n_val_tokens = int(n_eval_tokens), int(n_val_tokens)
         self.prefetch = prefetch is True or (prefetch == "auto" and lm.device.type == "cuda")

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from sae_lab import diffing, plots
-from sae_lab.checkpoint import checkpoint_content, load_sae, write_json
+from sae_lab.checkpoint import checkpoint_content, load_sae, sae_folder, write_json
 from sae_lab.cli import entry_point, folder_of
 from sae_lab.data import ActivationData
 from sae_lab.device import now
@@ -207,7 +207,7 @@ def evaluate_under(activation: str, sae: BaseSAE, data: ActivationData, calibrat
     return (batch_wise if activation == "batch_topk" else metrics) | {"activation": activation}
 
 
-def compare(sae: BaseSAE, encoder: str, k: int | None, data: ActivationData, run_dir: Path) -> Path:
+def compare(sae: BaseSAE, encoder: str, k: int | None, data: ActivationData, folder: Path) -> Path:
     """The SAE's own encoder and a pursuit of its dictionary, side by side in a file of their own, with rows/s."""
     if encoder not in METHODS:
         raise UserError(f"encoder={encoder} is not known: choose own or one of {', '.join(METHODS)}.")
@@ -215,19 +215,21 @@ def compare(sae: BaseSAE, encoder: str, k: int | None, data: ActivationData, run
     evaluations = evaluate_all({"own": sae, encoder: pursuit}, data)
     metrics = {name: {"rows_per_second": e.rows_per_second} | e.metrics for name, e in evaluations.items()}
     metrics[encoder]["k"] = pursuit.k
-    print_metrics(metrics["own"] | {"train_mode": metrics[encoder]}, run_dir, ("own", encoder))
-    file = run_dir / f"metrics_{encoder}{'' if k is None else f'_k{k}'}.json"
+    print_metrics(metrics["own"] | {"train_mode": metrics[encoder]}, folder, ("own", encoder))
+    file = folder / f"metrics_{encoder}{'' if k is None else f'_k{k}'}.json"
     write_json(file, metrics)
     return file
 
 
 def load_run(
-    run_dir: str | Path, device: str = "auto", n_eval_tokens: int | None = None
+    run_dir: str | Path, device: str = "auto", n_eval_tokens: int | None = None, sae_dir: str | Path | None = None
 ) -> tuple[BaseSAE, ActivationData, DictConfig]:
     """The SAE that a run left, on the language model's device; its data, built again, with that model; its config.
 
+    With `sae_dir`, the SAE in that folder in place of its own.
+
     Raises:
-        UserError: no run folder, or no SAE in it; a number of tokens that is none; another model or
+        UserError: no run folder, or no SAE in it or in `sae_dir`; a number of tokens that is none; another model or
             text than the run had.
     """
     config_file = Path(run_dir) / ".hydra" / "config.yaml"
@@ -244,7 +246,7 @@ def load_run(
     if checkpoint.is_file():
         began_with = checkpoint_content(checkpoint).get(type(data).__name__, {}).get("origin", {})
         refuse_changed(began_with, data.origin, "put back what it was trained with.")
-    return load_sae(run_dir, data.lm.device), data, run
+    return load_sae(sae_dir or run_dir, data.lm.device), data, run
 
 
 @entry_point("evaluate")
@@ -252,24 +254,25 @@ def main(cfg: DictConfig) -> None:
     """Repeat the evaluation of a run on its own data; `n_eval_tokens` and `device` may differ.
 
     With another `activation` or `encoder` than the SAE's own, the run's files stay as they are: metrics_<which>.json is
-    added.
+    added. With `sae_dir` they do in any case: what is written lies in that SAE's folder.
     """
     run_dir = folder_of(cfg, "run_dir")
+    folder = run_dir if cfg.sae_dir is None else sae_folder(folder_of(cfg, "sae_dir"))
     if cfg.activation is not None and cfg.encoder != "own":
         raise UserError(f"activation={cfg.activation} and encoder={cfg.encoder} replace the same thing: give one.")
     keep_freed_memory()
-    sae, data, run = load_run(run_dir, cfg.device, cfg.n_eval_tokens)
+    sae, data, run = load_run(run_dir, cfg.device, cfg.n_eval_tokens, cfg.sae_dir)
     if cfg.activation is not None:
         metrics = evaluate_under(cfg.activation, sae, data, run.calibration_batches)
-        print_metrics(metrics, run_dir)
-        print_files([write_metrics(metrics, sae, run_dir / f"metrics_{cfg.activation}.json")])
+        print_metrics(metrics, folder)
+        print_files([write_metrics(metrics, sae, folder / f"metrics_{cfg.activation}.json")])
         return
     if cfg.encoder != "own":
-        print_files([compare(sae, cfg.encoder, cfg.pursuit.k, data, run_dir)])
+        print_files([compare(sae, cfg.encoder, cfg.pursuit.k, data, folder)])
         return
     evaluation = evaluate(sae, data)
-    print_metrics(evaluation.metrics, run_dir)
-    print_files(write_results(evaluation, sae, run_dir))
+    print_metrics(evaluation.metrics, folder)
+    print_files(write_results(evaluation, sae, folder))
 
 
 if __name__ == "__main__":

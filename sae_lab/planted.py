@@ -21,13 +21,14 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from sae_lab.checkpoint import write_json
 from sae_lab.cli import entry_point, whole_numbers
-from sae_lab.errors import checked_number
+from sae_lab.errors import UserError, checked_number
 from sae_lab.memory import keep_freed_memory
 from sae_lab.metrics import batch_fvu
 from sae_lab.module import plain_step
 from sae_lab.saes.base import BaseSAE
 from sae_lab.screen import console, print_metrics, track
 from sae_lab.sparse import l0_per_row
+from sae_lab.train import check_optimizer, has_frozen_dictionary
 
 FOUND = 0.9
 """A feature is found where a latent's direction has this cosine with it."""
@@ -46,6 +47,9 @@ class PlantedFeatures:
     Each tree of a row's site is active with the same probability, its root with strength 1 to 2. With probability
     n_children / (n_children + 1) one of the children, all alike, is active as well. `active` features are so on
     average. Tree t belongs to site t mod n_sites.
+
+    Raises:
+        UserError: so many cannot be, not even where all trees of a site always are.
     """
 
     d_in: int
@@ -56,12 +60,24 @@ class PlantedFeatures:
     noise: float = 0.02
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.active > (most := self.n_trees * self.per_tree / self.n_sites):
+            raise UserError(
+                f"planted.active={self.active} exceeds {most:g}, what the trees of a site have on average where all "
+                "are active: lower it, or raise planted.n_trees."
+            )
+
     @cached_property
     def directions(self) -> Float[Tensor, "features d"]:
         """Random unit vectors, each with mean zero over d: normalising a row leaves them as they are."""
         generator = torch.Generator().manual_seed(self.seed)
         directions = torch.randn(self.n_trees * (1 + self.n_children), self.d_in, generator=generator)
         return F.normalize(directions - directions.mean(dim=-1, keepdim=True), dim=-1)
+
+    @property
+    def per_tree(self) -> float:
+        """Features that are active of an active tree, on average."""
+        return 1 + self.n_children / (self.n_children + 1)
 
     @property
     def home(self) -> Int[Tensor, " features"]:
@@ -73,8 +89,7 @@ class PlantedFeatures:
         random = partial(torch.rand, generator=generator)
         site = torch.randint(self.n_sites, (n,), generator=generator)
         here = self.home[: self.n_trees] == site.unsqueeze(-1)
-        per_tree = 1 + self.n_children / (self.n_children + 1)
-        root = here & (random(n, self.n_trees) < self.active * self.n_sites / per_tree / self.n_trees)
+        root = here & (random(n, self.n_trees) < self.active * self.n_sites / self.per_tree / self.n_trees)
         child = (random(n, self.n_trees) * (self.n_children + 1)).long()  # n_children: none
         children = F.one_hot(child, self.n_children + 1)[..., :-1].bool() & root.unsqueeze(-1)
         active = torch.cat([root, children.flatten(1)], dim=1)
@@ -138,8 +153,13 @@ def main(cfg: DictConfig) -> float:
     whole_numbers(cfg, {"n_latents": 1, "n_steps": 1, "batch_size": 1, "seed": 0})
     checked_number("planted.noise", cfg.planted.noise, 0)
     checked_number("planted.active", cfg.planted.active, above=0)
+    check_optimizer(cfg)
     planted = PlantedFeatures(seed=cfg.seed, **cfg.planted)
+    if planted.active > cfg.n_latents:  # k, which follows it, would be refused by a name that nobody typed
+        raise UserError(f"planted.active={planted.active} is more than n_latents={cfg.n_latents}: change one of them.")
     sae: BaseSAE = instantiate(cfg.sae, d_in=planted.d_in, n_latents=cfg.n_latents, n_sources=planted.n_sites)
+    if has_frozen_dictionary(sae):
+        raise UserError("frozen_decoder=true would freeze a random dictionary, which finds nothing: leave it out.")
     optimizer = instantiate(cfg.optimizer)([p for p in sae.parameters() if p.requires_grad])
     schedule = LambdaLR(optimizer, partial(instantiate(cfg.schedule), n_steps=cfg.n_steps))
     train(sae, planted, optimizer, schedule, cfg.n_steps, cfg.batch_size, seed=cfg.seed + 1)

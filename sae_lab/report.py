@@ -43,13 +43,15 @@ def main(cfg: DictConfig) -> None:
     if not begun(folder):
         return
     table = collect(folder)
-    if copies := (table["status"] == "complete").sum() - len(complete(table)):
+    done = complete(table)
+    if copies := (table["status"] == "complete").sum() - len(done):
         log.warning("%d jobs repeat others in every setting and the seed: counted once (report.csv has them).", copies)
-    figures = draw(table, folder)
+    figures = draw(done, folder)
+    cells = headline(table, done)
     written = [folder / "report.csv", folder / "report.md", *figures]
     table.to_csv(written[0], index=False)
-    written[1].write_text(markdown(table, jobs, folder, figures), encoding="utf-8")
-    show(table, written)
+    written[1].write_text(markdown(cells, table, jobs, folder, figures), encoding="utf-8")
+    show(cells, written)
 
 
 # --- from a table to figures
@@ -70,9 +72,8 @@ def lines(table: pd.DataFrame) -> pd.Series:
     return pd.concat(parts, axis=1).agg(", ".join, axis=1)
 
 
-def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """Every figure that the table has the data for, as PNGs in folder/figures."""
-    done = complete(table)
+def draw(done: pd.DataFrame, folder: Path) -> list[Path]:
+    """Every figure that the complete jobs have the data for, as PNGs in folder/figures."""
     figures = folder / "figures"
     if len(done) == 1 and (folder / ".hydra").is_dir():
         return draw_run(folder)
@@ -168,12 +169,12 @@ def draw_run(folder: Path) -> list[Path]:
 # --- from a table to people
 
 
-def headline(table: pd.DataFrame) -> pd.DataFrame:
+def headline(table: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
     """The complete jobs, sorted by sae, k, n_latents, seed: what varies among them and the main metrics, as text.
 
     Jobs that differ in nothing but their seed are one row: how many they are, and mean ± standard deviation.
     """
-    done = complete(table).sort_values(["sae", "k", "n_latents", "seed"], kind="stable")
+    done = done.sort_values(["sae", "k", "n_latents", "seed"], kind="stable")
     varies = [c for c in settings(table) if c != "expansion" and table[c].nunique(dropna=False) > 1]
     chosen = list(dict.fromkeys(["sae", "k", "n_latents", *varies]))
     metrics = [m for m in HEADLINES if plots.has_values(done, m)]
@@ -205,9 +206,8 @@ def _rounded(value: float, form: str) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-4 else f"{value:{form}}"
 
 
-def markdown(table: pd.DataFrame, jobs: list[Standing], folder: Path, figures: list[Path]) -> str:
+def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[Standing], folder: Path, figures: list[Path]) -> str:
     """report.md: the table, the figures by relative path, what was the same for every job, and who is missing."""
-    cells = headline(table)
     rows = [list(cells.columns), ["---"] * len(cells.columns), *cells.to_numpy().tolist()]
     same = [c for c in settings(table) if c not in cells and c != "expansion" and table[c].nunique(dropna=False) == 1]
     dials = ", ".join(f"`{c}={_text(table[c].iloc[0])}`" for c in same)
@@ -221,9 +221,8 @@ def markdown(table: pd.DataFrame, jobs: list[Standing], folder: Path, figures: l
     return "\n\n".join(parts) + "\n"
 
 
-def show(table: pd.DataFrame, written: list[Path]) -> None:
+def show(cells: pd.DataFrame, written: list[Path]) -> None:
     """The table on the screen, as wide as it is: a number is never cut to fit, nor wrapped."""
-    cells = headline(table)
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in cells:
         grid.add_column(str(column).replace("_", " "), justify="right" if column in HEADLINES else "left")

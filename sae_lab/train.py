@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lab.checkpoint import atomic_file, save_sae
 from sae_lab.cli import entry_point
 from sae_lab.data import ActivationData
-from sae_lab.device import chosen
+from sae_lab.device import checked_precision, chosen
 from sae_lab.distributed import rank
 from sae_lab.errors import UserError, checked_number
 from sae_lab.evaluate import calibrate, evaluate_all, write_results
@@ -119,25 +119,33 @@ def start(sae: BaseSAE, source: str) -> None:
 
 
 def check_dials(cfg: DictConfig) -> None:
-    """Refuse a dial that is no number, no whole one where only that makes sense, or too small."""
+    """Refuse a dial that is no number, no whole one where only that makes sense, or too small to learn anything."""
     whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seq_len": 2, "seed": 0, "calibration_batches": 1}
     whole |= {f"trainer.{name}": 1 for name in ("devices", "checkpoint_every", "validate_every", "log_every")}
-    dials = whole | {"k": 0, "expansion": 0, "max_grad_norm": 0, "goal_l0": 0}
-    dials |= {f"optimizer.{name}": 0 for name in ("lr", "eps", "weight_decay")}
-    optional = {"n_latents", "expansion", "max_grad_norm", "goal_l0"}
+    dials = whole | {"k": 0, "expansion": 0, "goal_l0": 0}
+    optional = {"n_latents", "expansion", "goal_l0"}
     for key, least in dials.items():
         value = OmegaConf.select(cfg, key, default=least)
         if value is not None or key not in optional:
             checked_number(key, value, least, whole=key in whole)
-    betas = OmegaConf.select(cfg, "optimizer.betas", default=[0, 0])
-    shares = [b for b in betas if isinstance(b, int | float) and 0 <= b < 1] if isinstance(betas, Sequence) else []
-    if len(shares) != 2 or len(betas) != 2:
-        raise UserError(f"optimizer.betas={betas} must be two numbers from 0 to below 1, such as [0.9,0.99].")
+    checked_number("max_grad_norm", cfg.max_grad_norm, above=0, optional=True)
+    check_optimizer(cfg)
     if cfg.n_latents is None and cfg.expansion is None:
         raise UserError("n_latents=null with expansion=null leaves the size of the dictionary open: give one of them.")
     for key in ("batch_size", "n_tokens"):
         if cfg[key] % cfg.trainer.devices:
             raise UserError(f"{key}={cfg[key]} cannot be shared out equally: give a multiple of trainer.devices.")
+
+
+def check_optimizer(cfg: DictConfig) -> None:
+    """Refuse settings that no optimizer takes, and a rate at which none would move."""
+    checked_number("optimizer.lr", OmegaConf.select(cfg, "optimizer.lr", default=1), above=0)
+    for name in ("eps", "weight_decay"):
+        checked_number(f"optimizer.{name}", OmegaConf.select(cfg, f"optimizer.{name}", default=0), 0)
+    betas = OmegaConf.select(cfg, "optimizer.betas", default=[0, 0])
+    shares = [b for b in betas if isinstance(b, int | float) and 0 <= b < 1] if isinstance(betas, Sequence) else []
+    if len(shares) != 2 or len(betas) != 2:
+        raise UserError(f"optimizer.betas={betas} must be two numbers from 0 to below 1, such as [0.9,0.99].")
 
 
 def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:
@@ -146,10 +154,14 @@ def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:
     if n_latents < 1:
         raise UserError(f"expansion={cfg.expansion} of width {data.d_in} leaves no latent: raise expansion.")
     sae = instantiate(cfg.sae, d_in=data.d_in, n_latents=n_latents, n_sources=data.n_sources)
-    frozen = any(name.endswith("W_dec") and not W.requires_grad for name, W in sae.named_parameters())
-    if frozen and cfg.init_from is None:
+    if has_frozen_dictionary(sae) and cfg.init_from is None:
         raise UserError("frozen_decoder=true would freeze a random dictionary: give init_from=<folder of an SAE>.")
     return sae
+
+
+def has_frozen_dictionary(sae: BaseSAE) -> bool:
+    """Whether training leaves its dictionary, or that of the SAE inside it, as it is."""
+    return any(name.endswith("W_dec") and not W.requires_grad for name, W in sae.named_parameters())
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -193,7 +205,7 @@ def build_trainer(
         return L.Trainer(
             accelerator=accelerator,
             devices=[rank()] if gpu else 1,
-            precision=checked_precision(precision),
+            precision=checked_precision("trainer.precision", precision),
             max_epochs=1,
             max_steps=n_steps,
             val_check_interval=min(validate_every, n_steps),
@@ -210,15 +222,6 @@ def build_trainer(
         )
     except (MisconfigurationException, ValueError) as e:
         raise UserError(f"the trainer cannot be built: {' '.join(str(e).split())}") from e
-
-
-def checked_precision(precision: str) -> Any:
-    """It, if parameters stay in float32 under it: an Adam step of 1e-4 would be lost on a weight in bf16."""
-    known = {"32-true": "all in float32", "bf16-mixed": "products in bfloat16"}
-    if precision not in known:
-        words = " or ".join(f"{name} ({meaning})" for name, meaning in known.items())
-        raise UserError(f"trainer.precision={precision} is not known: choose {words}.")
-    return precision
 
 
 def fit(member: Member, data: ActivationData) -> None:

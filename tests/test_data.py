@@ -118,6 +118,27 @@ def test_the_budget_is_met_exactly(n_tokens):
         assert torch.equal(next(iter(resumed.train_dataloader())), batches[n])
 
 
+@pytest.mark.parametrize(("n_tokens", "rows"), [(4, 4), (10, 12), (1000, 1000), (1001, 1000), (5000, 1000)])
+def test_a_run_shorter_than_a_block_fills_no_more_than_it_needs(n_tokens, rows, monkeypatch):
+    """Nor does it run the language model for more; stopped anywhere, it goes on exactly."""
+    passes, compute = [], Echo.activations
+    monkeypatch.setattr(Echo, "activations", lambda lm, tokens: (passes.append(len(tokens)), compute(lm, tokens))[1])
+    d = data(block_tokens=1000, n_tokens=n_tokens)
+    batches = [next(iter(d.train_dataloader()))]
+    assert d.stream.block_rows == rows
+    assert sum(passes) * 6 - rows < 2 * 6  # less than a pass of two text rows of six tokens more
+    batches += list(d.train_dataloader())
+    assert sum(map(len, batches)) == n_tokens
+    for batch, again in zip(batches, d.calibration_batches(5), strict=False):
+        assert torch.equal(again[: len(batch)], batch)
+    for n in range(min(d.n_steps, 5)):
+        resumed, before = (data(block_tokens=1000, n_tokens=n_tokens) for _ in range(2))
+        for _ in range(n):
+            next(before.stream)
+        resumed.load_state_dict(before.state_dict())
+        assert torch.equal(next(iter(resumed.train_dataloader())), batches[n])
+
+
 def test_held_out_rows_come_from_other_documents():
     d = data()
     held_out = d.held_out_rows(18)

@@ -175,3 +175,12 @@ def test_a_search_minimises_its_score_and_continues(tmp_path):
     assert f" and fvu {min(fvu):.4f}:\npython -m sae_lab.train " in done.stdout
     again = sweep(tmp_path, "hydra/sweeper=search", *over, shell=True)
     assert job_folders(tmp_path / "sweep") == folders, again.stdout
+
+
+@needs("hydra_optuna_sweeper")
+def test_a_search_whose_jobs_all_fail_ends_in_one_sentence(tmp_path):
+    done = sweep(tmp_path, "hydra/sweeper=search", "hydra.sweeper.n_trials=2", "k=choice(1000,2000)")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train: no job of this search was completed: their failed.txt say")
+    assert {standing(folder)[0] for folder in job_folders(tmp_path / "sweep")} == {"failed"}

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from shell import run
 
 from sae_lab.planted import PlantedFeatures, recovery
 from sae_lab.saes.topk import TopKSAE
@@ -76,12 +77,34 @@ def test_the_command_recovers_what_it_planted(tmp_path):
     assert figures["config"]["planted"]["n_trees"] == 24
 
 
-def test_what_is_not_found_has_no_place_and_no_trees_are_refused(tmp_path):
+def test_what_is_not_found_has_no_place(tmp_path):
     command = [sys.executable, "-m", "sae_lab.planted", f"hydra.run.dir={tmp_path}", "n_steps=1", "n_latents=16"]
     done = subprocess.run([*command, "k=2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "planted.json").read_text(), parse_constant=pytest.fail)
     assert figures["found"] == 0
     assert "place_roots" not in figures
-    done = subprocess.run([*command, "planted.n_trees=0"], capture_output=True, text=True)
-    assert done.stderr == "planted: planted.n_trees=0 must be a whole number of at least 1.\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["planted.n_trees=0"], "planted.n_trees=0 must be a whole number of at least 1."),
+        (
+            ["planted.active=1000"],
+            "planted.active=1000 exceeds 112, what the trees of a site have on average where all are active: lower it, "
+            "or raise planted.n_trees.",
+        ),
+        (["n_latents=4"], "planted.active=6 is more than n_latents=4: change one of them."),
+        (["optimizer.lr=0"], "optimizer.lr=0 must be a number above 0."),
+        (["optimizer.betas=0.9"], "optimizer.betas=0.9 must be two numbers from 0 to below 1, such as [0.9,0.99]."),
+        *(
+            (over, "frozen_decoder=true would freeze a random dictionary, which finds nothing: leave it out.")
+            for over in (["sae.frozen_decoder=true"], ["sae=route", "sae.inner.frozen_decoder=true"])
+        ),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_a_mistake_gets_one_sentence(overrides, sentence, tmp_path):
+    done = run(*overrides, "n_steps=1", f"hydra.run.dir={tmp_path}", module="planted")
+    assert (done.returncode, done.stderr) == (1, f"planted: {sentence}\n")

@@ -43,6 +43,14 @@ def write_job(folder: Path, *overrides: str, done: bool = True, config: dict | N
     return folder
 
 
+def complete_jobs(folder: Path) -> pd.DataFrame:
+    return report.complete(report.collect(folder))
+
+
+def headline(table: pd.DataFrame) -> pd.DataFrame:
+    return report.headline(table, report.complete(table))
+
+
 @pytest.fixture
 def sweep(tmp_path) -> Path:
     """Two SAEs, k = 8 and 16, 256 and 512 latents, two seeds; job 10 is not complete, job 11 is of another size."""
@@ -100,7 +108,7 @@ def test_a_run_repeated_is_no_second_seed(tmp_path):
         for k in (8, 16):
             write_job(tmp_path / f"v{k}-{seed}", f"k={k}", f"seed={seed}", config=vanilla, nmse=0.2 + 0.1 * seed)
             write_job(tmp_path / f"b{k}-{seed}", f"k={k}", f"seed={seed}")
-    cells = report.headline(report.collect(tmp_path))
+    cells = headline(report.collect(tmp_path))
     assert cells[["k", "seeds"]].to_numpy().tolist() == [["8", "2"], ["16", "2"], ["–", "2"]]
     assert cells["nmse"].iloc[-1] == "0.2500 ± 0.0707"
 
@@ -210,7 +218,7 @@ def test_seeds_are_averaged_and_incomplete_jobs_are_not(sweep):
 
 
 def test_draw_has_a_figure_for_every_slice_of_the_sweep(sweep):
-    figures = report.draw(report.collect(sweep), sweep)
+    figures = report.draw(complete_jobs(sweep), sweep)
     names = [
         "nmse_ce_vs_n_latents_k8",
         "nmse_ce_vs_n_latents_k16",
@@ -225,30 +233,30 @@ def test_draw_has_a_figure_for_every_slice_of_the_sweep(sweep):
 def test_the_comparisons_draw_both_rules(sweep, monkeypatch):
     lines = []
     monkeypatch.setattr(plots, "against", lambda table, path, *_: lines.append(set(table["line"])) or path)
-    report.draw(report.collect(sweep), sweep)
+    report.draw(complete_jobs(sweep), sweep)
     assert all({"TopK", "TopK, batch-wise", "BatchTopK", "BatchTopK, batch-wise"} <= names for names in lines)
 
 
 def test_draw_counts_complete_jobs_only(tmp_path):
     for i, k in enumerate((8, 16)):
         write_job(tmp_path / f"{i}", f"k={k}", done=k == 8)
-    assert report.draw(report.collect(tmp_path), tmp_path) == []
+    assert report.draw(complete_jobs(tmp_path), tmp_path) == []
     write_job(tmp_path / "2", "k=16", "expansion=16")
     write_job(tmp_path / "3", "k=32", done=False, config={"n_latents": 512})
-    assert [f.name for f in report.draw(report.collect(tmp_path), tmp_path)] == ["nmse_ce_by_job.png"]
+    assert [f.name for f in report.draw(complete_jobs(tmp_path), tmp_path)] == ["nmse_ce_by_job.png"]
 
 
 def test_draw_falls_back_to_a_point_a_job(tmp_path):
     write_job(tmp_path / "0", "k=8", "expansion=4")
     write_job(tmp_path / "1", "k=16", "expansion=8")
-    assert [f.name for f in report.draw(report.collect(tmp_path), tmp_path)] == ["nmse_ce_by_job.png"]
+    assert [f.name for f in report.draw(complete_jobs(tmp_path), tmp_path)] == ["nmse_ce_by_job.png"]
 
 
 def test_draw_without_cross_entropies(tmp_path):
     nothing = {"ce_degradation": float("nan"), "loss_recovered": float("nan")}
     for i, k in enumerate((8, 16, 32)):
         write_job(tmp_path / f"{i}", f"k={k}", **nothing)
-    assert [f.name for f in report.draw(report.collect(tmp_path), tmp_path)] == [
+    assert [f.name for f in report.draw(complete_jobs(tmp_path), tmp_path)] == [
         "nmse_ce_vs_k_n512.png",
         "frontier.png",
     ]
@@ -259,7 +267,7 @@ def test_draw_of_a_sweep_with_an_sae_that_has_no_k(tmp_path):
         write_job(tmp_path / f"{i}", f"k={k}")
     vanilla = {"_target_": "sae_lab.saes.vanilla.VanillaSAE", "l1_coefficient": 0.002}
     write_job(tmp_path / "2", config={"sae": vanilla}, l0=200.0)
-    assert [f.name for f in report.draw(report.collect(tmp_path), tmp_path)] == [
+    assert [f.name for f in report.draw(complete_jobs(tmp_path), tmp_path)] == [
         "nmse_ce_vs_k_n512.png",
         "frontier.png",
     ]
@@ -272,14 +280,14 @@ def test_draw_of_one_run_takes_its_own_tables(tmp_path):
     (run / "figures" / "latent_density.csv").write_text("latent,density\n0,0.1\n1,0.0\n")
     (run / "figures" / "l0_per_token.csv").write_text("l0,bos,other\n0,1,0\n8,0,9\n")
     (run / "figures" / "l0_per_token.png").write_bytes(b"the run's own")
-    figures = report.draw(report.collect(run), run)
+    figures = report.draw(complete_jobs(run), run)
     assert [f.name for f in figures] == ["l0_per_token.png", "latent_density.png", "training.png"]
     assert figures[0].read_bytes() == b"the run's own"
 
 
 def test_headline_is_sorted_rounded_and_without_what_does_not_vary(sweep):
     table = report.collect(sweep)
-    cells = report.headline(table[~table["job"].isin(["9", "11"])])
+    cells = headline(table[~table["job"].isin(["9", "11"])])
     assert list(cells) == ["sae", "k", "n_latents", "seed", "nmse", "l0", "ce_degradation", "loss_recovered", "job"]
     assert cells["job"].tolist() == ["4", "5", "6", "7", "0", "1", "2", "3"]
     assert cells.iloc[5].tolist() == ["topk", "8", "512", "0", "0.0156", "8.0", "0.0312", "0.9844", "1"]
@@ -287,7 +295,7 @@ def test_headline_is_sorted_rounded_and_without_what_does_not_vary(sweep):
 
 def test_headline_of_several_seeds_has_means_and_standard_deviations(sweep):
     table = report.collect(sweep)
-    cells = report.headline(table[table["job"] != "11"])
+    cells = headline(table[table["job"] != "11"])
     assert list(cells) == ["sae", "k", "n_latents", "seeds", "nmse", "l0", "ce_degradation", "loss_recovered"]
     assert cells.iloc[4].tolist() == (
         ["topk", "8", "256", "2", "0.0363 ± 0.0071", "8.0 ± 0.0", "0.0725 ± 0.0141", "0.9637 ± 0.0071"]
@@ -312,15 +320,15 @@ def test_l0_is_drawn_for_the_largest_dictionary_at_every_k(tmp_path, monkeypatch
         (run / "figures" / "l0_per_token.csv").write_text(f"l0,bos,other\n{k},{i},100\n")
     tables = []
     monkeypatch.setattr(plots, "l0_by_line", lambda table, path: tables.append(table) or path)
-    report.draw(report.collect(tmp_path), tmp_path)
+    report.draw(complete_jobs(tmp_path), tmp_path)
     assert tables[0][["k", "l0", "bos", "other"]].to_numpy().tolist() == [[8, 8, 1, 100], [16, 16, 2, 100]]
 
 
 def test_headline_leaves_out_folders_that_repeat_the_settings(tmp_path):
     write_job(tmp_path / "k=8,sae=topk", "k=8", "sae=topk")
     write_job(tmp_path / "k=16,sae=topk", "k=16", "sae=topk")
-    assert "job" not in report.headline(report.collect(tmp_path))
-    assert "job" in report.headline(report.collect(tmp_path / "k=8,sae=topk").assign(job="0"))
+    assert "job" not in headline(report.collect(tmp_path))
+    assert "job" in headline(report.collect(tmp_path / "k=8,sae=topk").assign(job="0"))
 
 
 @pytest.mark.parametrize(
@@ -332,7 +340,8 @@ def test_rounded(value, text):
 
 def markdown(folder: Path, *figures: Path) -> str:
     jobs = standings(folder, all_jobs(folder))
-    return report.markdown(report.collect(folder), jobs, folder, list(figures))
+    table = report.collect(folder)
+    return report.markdown(headline(table), table, jobs, folder, list(figures))
 
 
 def test_markdown_embeds_the_figures_and_names_incomplete_jobs(sweep):
@@ -359,7 +368,7 @@ def test_markdown_says_what_all_jobs_share(tmp_path):
 
 
 def test_show_never_cuts_a_number(sweep, capsys):
-    report.show(report.collect(sweep), [sweep / "report.csv"])
+    report.show(headline(report.collect(sweep)), [sweep / "report.csv"])
     said = capsys.readouterr().out
     assert "0.0363 ± 0.0071" in said
     assert "…" not in said

@@ -14,7 +14,7 @@ from sae_lab.harvest import Harvester
 from sae_lab.text import take_rows
 
 BOS, SEQ_LEN = 0, 7
-SETTINGS = {"seq_len": SEQ_LEN, "batch_size": 16, "n_tokens": 16, "block_tokens": 100, "lm_batch_rows": 4, "seed": 3}
+SETTINGS = {"seq_len": SEQ_LEN, "batch_size": 16, "n_tokens": 9999, "block_tokens": 100, "lm_batch_rows": 4, "seed": 3}
 SETTINGS |= {"n_eval_tokens": 70, "n_val_tokens": 70, "repeat": False, "pack": True}
 WORDS = [UniqueWords()[i] for i in range(60)]
 

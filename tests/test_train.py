@@ -288,6 +288,25 @@ def test_evaluate_compares_a_pursuit_with_the_saes_own_encoder(run_dir):
     assert_one_sentence(refused, "encoder=newton is not known: choose own or one of matching_pursuit")
 
 
+def test_evaluate_takes_a_kept_sae_and_writes_into_its_folder(tmp_path):
+    short = [*SMALL, "sae=topk", "n_tokens=8_192", "data.n_eval_tokens=1024", "callbacks=keep_saes"]
+    assert run(*short, "callbacks.keep_saes.every=4", f"hydra.run.dir={tmp_path}").returncode == 0
+    own = {file: file.read_bytes() for file in (tmp_path / "metrics.json", *(tmp_path / "figures").iterdir())}
+    first, last = (tmp_path / "steps" / step for step in ("4", "8"))
+    for folder, *over in ((first,), (last,), (first, "activation=batch_topk"), (first, "encoder=matching_pursuit")):
+        done = run(f"run_dir={tmp_path}", f"sae_dir={folder}", *over, module="evaluate")
+        assert done.returncode == 0, done.stderr
+    assert {file: file.read_bytes() for file in own} == own
+    assert list(tmp_path.glob("metrics*.json")) == [tmp_path / "metrics.json"]
+    assert (last / "metrics.json").read_bytes() == own[tmp_path / "metrics.json"]  # TopK needs no calibration
+    early, whole = (json.loads((folder / "metrics.json").read_text()) for folder in (first, last))
+    assert early["fvu"] > 1.05 * whole["fvu"]
+    assert json.loads((first / "metrics_batch_topk.json").read_text())["l0"] == pytest.approx(16)
+    assert json.loads((first / "metrics_matching_pursuit.json").read_text())["own"]["fvu"] == early["fvu"]
+    refused = run(f"run_dir={tmp_path}", f"sae_dir={tmp_path}/steps", module="evaluate")
+    assert_one_sentence(refused, "steps holds no config.json: give an SAE folder")
+
+
 def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
     done = run(f"run_dir={run_dir}", f"out={tmp_path}", module="export")
     assert done.returncode == 0, done.stderr
@@ -327,10 +346,12 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         (["expansion=nan"], ["expansion=nan must be a number"]),
         (["seq_len=64.5"], ["seq_len=64.5 must be a whole number of at least 2"]),
         (["optimizer.lr=fast"], ["optimizer.lr=fast must be a number"]),
+        *(([f"optimizer.lr={lr}"], [f"optimizer.lr={lr} must be a number above 0."]) for lr in ("0", "-0.001", "nan")),
         (["n_tokens=null"], ["n_tokens=null must be a whole number of at least 1"]),
         (["trainer.devices=null"], ["trainer.devices=null must be a whole number of at least 1"]),
         (["expansion=null"], ["n_latents=null with expansion=null leaves the size of the dictionary open"]),
-        (["max_grad_norm=-1"], ["max_grad_norm=-1 must be a number of at least 0"]),
+        (["max_grad_norm=-1"], ["max_grad_norm=-1 must be null or a number above 0"]),
+        (["max_grad_norm=0"], ["max_grad_norm=0 must be null or a number above 0"]),
         (["experiment=mlp_encoder"], ["would freeze a random dictionary", "give init_from="]),
         (["init_from=nowhere"], ["nowhere is no folder, file or release", "give a path"]),
         (["resume=maybe"], ["resume=maybe is not known", "never"]),
@@ -351,6 +372,10 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         (["data=text_files", "data.paths=5"], ["data.paths=5 must be a list of globs"]),
         (["trainer.accelerator=tpu"], ["trainer.accelerator=tpu is not known: choose auto"]),
         (["lm.sites=null"], ["lm.sites=[] must name at least one site"]),
+        (["lm=transformers", "lm.name=./nowhere"], ["lm.name=./nowhere is no folder"]),
+        (["lm=transformer_lens", "lm.name=./nowhere"], ["lm.name=./nowhere is no folder"]),
+        (["lm=transformers", "lm.name=tiny"], ["lm.sites=[] must name", "choose among transformer.h.0 ... "]),
+        (["lm.name=null"], ["lm.name=null must be a hub name or the path of a folder"]),
         (["sae.k_aux=0"], ["sae.k_aux=0 must be null or a whole number of at least 1"]),
         (["sae.frozen_decoder=maybe"], ["sae.frozen_decoder=maybe must be true or false"]),
         (FROZEN_INSIDE, ["would freeze a random dictionary", "give init_from="]),

@@ -61,9 +61,11 @@ def load(
     network, retry each for 23 seconds.
 
     Raises:
-        UserError: no such folder or model, hub out of reach, no causal language model, no tokenizer, unknown dtype,
-            no such device.
+        UserError: no name, no such folder or model, hub out of reach, no causal language model, no tokenizer, unknown
+            dtype, no such device.
     """
+    if not isinstance(name, str):
+        raise UserError(f"lm.name={'null' if name is None else name} must be a hub name or the path of a folder.")
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise UserError(f"lm.dtype={dtype} is no floating-point dtype of torch: use float32, bfloat16 or float16.")

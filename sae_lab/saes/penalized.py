@@ -11,6 +11,7 @@ from sae_lab.distributed import concatenated
 from sae_lab.errors import UserError, checked_number
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.saes.resample import SCALE, draw, unit
+from sae_lab.seeds import nth_generator
 
 
 class PenalizedLinearSAE(LinearSAE):
@@ -52,7 +53,7 @@ class PenalizedLinearSAE(LinearSAE):
             return []
         read, target = self.normalised(self.rows(x))
         error = target - sparse.decode(self.code(read), self.W_dec, self.base(read))
-        drawn = draw(error.square().sum(dim=(1, 2)), len(dead), seed=self.seed * 1_000_003 + step)
+        drawn = draw(error.square().sum(dim=(1, 2)), len(dead), nth_generator(self.seed, step))
         length = SCALE * self.W_enc[alive].flatten(1).norm(dim=1).mean()
         self.W_enc[dead] = length * unit(read[drawn] - self.origin())
         self.W_dec[dead] = unit(target[drawn] - self.b_dec)

@@ -8,9 +8,8 @@ SCALE = 0.2
 """The length of a resampled latent's encoder, in mean lengths of those alive: it fires, and disturbs little."""
 
 
-def draw(loss: Float[Tensor, " b"], n: int, seed: int) -> Int[Tensor, " n"]:
+def draw(loss: Float[Tensor, " b"], n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
     """n different rows, drawn one after the other with probability proportional to loss²."""
-    generator = torch.Generator().manual_seed(seed)
     weights = (loss.double() / loss.max()).square().clamp_min(1e-12).cpu()
     return weights.multinomial(n, replacement=False, generator=generator).to(loss.device)
 

@@ -12,6 +12,7 @@ from sae_lab.errors import UserError, checked_number, checked_word
 from sae_lab.matmul import linear
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
 from sae_lab.saes.normalize import Context, normalizer
+from sae_lab.seeds import nth_generator
 from sae_lab.sparse import Code
 
 
@@ -77,7 +78,7 @@ class RouteSAE(BaseSAE):
         if self.inner.config.get("normalize", "none") != "none":
             raise UserError("the router's rows are normalised already: build the inner SAE with normalize=none.")
         self.batch_rule = self.inner.batch_rule
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + 1)  # not the inner SAE's numbers
+        generator = nth_generator(seed, 1)  # not the inner SAE's numbers
         bound = d_in**-0.5
         self.W_router = nn.Parameter(torch.empty(n_sources, d_in).uniform_(-bound, bound, generator=generator))
 

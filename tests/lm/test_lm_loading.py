@@ -196,6 +196,6 @@ def test_the_default_choice_runs():
 
 def test_a_folder_of_ones_own(tmp_path):
     config = compose("transformers")
-    assert OmegaConf.missing_keys(config) == {"lm.name", "lm.sites"}
+    assert OmegaConf.missing_keys(config) == {"lm.name"}
     config.name, config.sites = str(copy_of_tiny(tmp_path / "lm")), [SITE]
     assert instantiate(config, device="cpu").d == 128
