@@ -158,6 +158,10 @@ def main(cfg: DictConfig) -> float:
     if planted.active > cfg.n_latents:  # k, which follows it, would be refused by a name that nobody typed
         raise UserError(f"planted.active={planted.active} is more than n_latents={cfg.n_latents}: change one of them.")
     sae: BaseSAE = instantiate(cfg.sae, d_in=planted.d_in, n_latents=cfg.n_latents, n_sources=planted.n_sites)
+    if sae.n_inputs:
+        raise UserError(
+            "planted features lie on one site each, so a transcoder has nothing to predict: leave n_inputs=0."
+        )
     if has_frozen_dictionary(sae):
         raise UserError("frozen_decoder=true would freeze a random dictionary, which finds nothing: leave it out.")
     optimizer = instantiate(cfg.optimizer)([p for p in sae.parameters() if p.requires_grad])

@@ -98,6 +98,10 @@ def test_what_is_not_found_has_no_place(tmp_path):
         (["n_latents=4"], "planted.active=6 is more than n_latents=4: change one of them."),
         (["optimizer.lr=0"], "optimizer.lr=0 must be a number above 0."),
         (["optimizer.betas=0.9"], "optimizer.betas=0.9 must be two numbers from 0 to below 1, such as [0.9,0.99]."),
+        (
+            ["planted.n_sites=2", "sae.n_inputs=1", "sae.normalize=none"],
+            "planted features lie on one site each, so a transcoder has nothing to predict: leave n_inputs=0.",
+        ),
         *(
             (over, "frozen_decoder=true would freeze a random dictionary, which finds nothing: leave it out.")
             for over in (["sae.frozen_decoder=true"], ["sae=route", "sae.inner.frozen_decoder=true"])
