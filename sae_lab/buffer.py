@@ -1,6 +1,7 @@
 """Shuffling: consecutive rows in, batches of mixed rows out; nothing lost, nothing twice, its place can be saved."""
 
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from mmap import mmap
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +30,15 @@ class Source(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Filling:
+    """How blocks are filled in this process: for who shows progress. It decides no row and is in no state."""
+
+    def __init__(self) -> None:
+        self.rows, self.seconds = 0, 0.0
+        self.watch: Callable[[int, int], None] | None = None
+        """Told of the rows in the block that is being filled, and of those that it holds when it is full."""
+
+
 class ShuffledBlocks:
     """Batches from blocks of `block_rows` consecutive rows, each block refilled and shuffled whole.
 
@@ -43,6 +53,7 @@ class ShuffledBlocks:
         self.block_rows = max(1, block_rows // batch_size) * batch_size
         self._begin: tuple[dict[str, Any], int] = (source.state_dict(), 0)
         self._number = self._given = 0
+        self.filling = Filling()
         self._chunks: Generator[Chunk, None, None] | None = None
         self.close()
 
@@ -61,6 +72,11 @@ class ShuffledBlocks:
     def n_given(self) -> int:
         """Batches given since the stream began, in this process or before; all but those of the last block are full."""
         return self._number * (self.block_rows // self.batch_size) + self._given
+
+    @property
+    def n_ready(self) -> int:
+        """Rows of the block that are still to be given, in whole batches."""
+        return max(0, len(self._batches) - self._given) * self.batch_size
 
     def state_dict(self) -> dict[str, Any]:
         chunk, skip = self._begin
@@ -82,12 +98,12 @@ class ShuffledBlocks:
         self._given += 1
         if self._given == len(self._batches):
             self._begin, self._number, self._given = self._place(), self._number + 1, 0
-            self._block = None
+            self._block, self._batches = None, ()
         return batch
 
     def _refill(self) -> None:
         """Gather one block from the source and permute it. Raises StopIteration where nothing is left."""
-        filled = 0
+        filled, start = 0, time.perf_counter()
         while filled < self.block_rows and self._open_chunk() is not None:
             assert self._chunk is not None
             if filled == 0:
@@ -98,6 +114,10 @@ class ShuffledBlocks:
             self._memory[filled : filled + len(rows)] = rows
             self._used += len(rows)
             filled += len(rows)
+            if self.filling.watch is not None:
+                self.filling.watch(filled, self.block_rows)
+        self.filling.rows += filled
+        self.filling.seconds += time.perf_counter() - start
         if self._memory is None or filled == 0:
             raise StopIteration
         self._block = self._memory[:filled]

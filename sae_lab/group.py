@@ -25,7 +25,7 @@ from jaxtyping import Float
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from sae_lab.buffer import ShuffledBlocks
+from sae_lab.buffer import Filling, ShuffledBlocks
 from sae_lab.data import ActivationData
 from sae_lab.errors import Interrupted, UserError
 from sae_lab.interrupt import SaveWhenDue, Signals
@@ -168,6 +168,14 @@ class SharedStream:
     @property
     def n_given(self) -> int:
         return self.stream.n_given
+
+    @property
+    def n_ready(self) -> int:
+        return self.stream.n_ready
+
+    @property
+    def filling(self) -> Filling:
+        return self.stream.filling
 
     def close(self) -> None:
         """Nothing: the stream outlives the member whose Trainer ends first."""

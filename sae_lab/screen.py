@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ def track(items: Sequence[T], description: str, seconds: float = 15.0) -> Iterat
         if done and now - said >= seconds:
             said = now
             left = (now - start) / done * (len(items) - done)
-            print(f"{description} {done}/{len(items)}  {left:.0f} s left", flush=True)
+            print(f"{description} {done}/{len(items)}  {clock(left)} left", flush=True)
         yield item
 
 
@@ -56,8 +57,13 @@ class TokenProgress:
         if not console.is_terminal and now - self._said > self.seconds:
             self._said = now
             left = (self.total - self.done) / rate
-            said = f"{self.description} {self.done:,}/{self.total:,} tokens  {rate:,.0f} tokens/s  {left:.0f} s left"
+            said = f"{self.description} {self.done:,}/{self.total:,} tokens  {rate:,.0f} tokens/s  {clock(left)} left"
             print(said, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """0:04:10."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def print_metrics(

@@ -26,7 +26,7 @@ from sae_lab.checkpoint import checkpoint_content, write_atomically
 from sae_lab.cli import each_override, explain, works_in
 from sae_lab.errors import Busy, UserError
 from sae_lab.runs import FAILED, Run, is_running
-from sae_lab.screen import console
+from sae_lab.screen import clock, console
 from sae_lab.search import best
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def standing(folder: Path) -> tuple[str, str]:
     if not is_running(folder):
         return "interrupted", f"step {saved_step(folder)}/{n_steps}"
     step, rate = last_logged(folder / "metrics.csv")
-    left = f", {(n_steps - step) * config.batch_size / rate:.0f} s left" if rate else ""
+    left = f", {clock((n_steps - step) * config.batch_size / rate)} left" if rate else ""
     return "running", f"step {step}/{n_steps}{left}"
 
 

@@ -135,3 +135,15 @@ def test_a_block_gives_its_memory_back():
     assert 256 <= first < 256 + 64
     assert 256 <= second < 256 + 64
     assert max(closed, again) < 64
+
+
+def test_a_block_says_how_full_it_is():
+    """Of 7 + 12 + 1 rows, then 2 + 10: what is filled, what is ready, and how much was filled in all."""
+    stream, told, ready = ShuffledBlocks(Counter(5), block_rows=20, batch_size=5, seed=0), [], []
+    stream.filling.watch = lambda rows, of: told.append((rows, of))
+    for _ in stream:
+        ready.append(stream.n_ready)
+    assert told == [(7, 20), (19, 20), (20, 20), (2, 20), (12, 20)]
+    assert ready == [15, 10, 5, 0, 10, 5, 0]
+    assert stream.filling.rows == 32
+    assert stream.filling.seconds > 0

@@ -1,6 +1,10 @@
 """What long work says of itself."""
 
+import pytest
+
 from sae_lab import screen
+from sae_lab.buffer import Filling
+from sae_lab.progress import seconds_left
 
 
 def test_a_loop_without_a_terminal_says_now_and_then_how_far_it_is(monkeypatch, capsys):
@@ -11,4 +15,14 @@ def test_a_loop_without_a_terminal_says_now_and_then_how_far_it_is(monkeypatch, 
         seen.append(item)
         clock[0] += 10.0
     assert "".join(seen) == "abcdef"
-    assert capsys.readouterr().out == "evaluating 2/6  40 s left\nevaluating 4/6  20 s left\n"
+    assert capsys.readouterr().out == "evaluating 2/6  0:00:40 left\nevaluating 4/6  0:00:20 left\n"
+
+
+def test_the_time_left_reckons_filling_and_training_apart():
+    """Blocks of 1,000 rows, 10 s to fill one and 1 s to train on 100; after the first step 11 s have passed."""
+    filling = Filling()
+    filling.rows, filling.seconds = 1000, 10.0
+    assert seconds_left(900, 100, 11.0, 900, filling) == pytest.approx(9)
+    assert seconds_left(2900, 100, 11.0, 900, filling) == pytest.approx(29 + 20)
+    filling.rows, filling.seconds = 2000, 20.0
+    assert seconds_left(1900, 1100, 31.0, 900, filling) == pytest.approx(19 + 10)

@@ -68,7 +68,7 @@ def test_standings(tmp_path):
             ("complete", "complete", ""),
             ("failed", "failed", "out of memory"),
             ("interrupted", "interrupted", "step 24/101"),
-            ("running", "running", "step 20/100, 16 s left"),
+            ("running", "running", "step 20/100, 0:00:16 left"),
             ("waiting", "waiting", ""),
         ]
 
