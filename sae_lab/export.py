@@ -31,12 +31,13 @@ def export(run_dir: Path, format: str, out: Path) -> list[Path]:
     source = sae_folder(run_dir)
     sae = load_sae(source)
     description = json.loads((source / CONFIG).read_text())
+    sae_id = None
     if format == OURS:
         copy([source / name for name in (CONFIG, WEIGHTS, PROBE)], out)
     else:
-        WRITERS[format](sae, out, description["provenance"])
+        sae_id = WRITERS[format](sae, out, description["provenance"])
     copy(sorted((run_dir / "figures").glob("*.png")), out / "figures")
-    write_atomically(out / "README.md", card(sae, description["provenance"], run_dir, format).encode())
+    write_atomically(out / "README.md", card(sae, description["provenance"], run_dir, format, sae_id).encode())
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
@@ -46,8 +47,12 @@ def copy(files: list[Path], folder: Path) -> None:
             write_atomically(folder / file.name, file.read_bytes())
 
 
-def card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: str) -> str:
-    """The model card: what the SAE is, what it was trained on, its metrics, figures and config."""
+def card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: str, sae_id: str | None = None) -> str:
+    """The model card: what the SAE is, what it was trained on, its metrics, figures and config.
+
+    Args:
+        sae_id: the SAE's file, where its folder may hold others.
+    """
     provenance = without_folders(provenance)
     header = {"tags": ["sparse-autoencoder", "interpretability", format], "library_name": "sae_lab"}
     model, sites = provenance.get("model", {}).get("name"), ", ".join(provenance.get("sites", []))
@@ -58,7 +63,7 @@ def card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: str) -
         "```python",
         "from sae_lab import load_sae",
         "",
-        'sae = load_sae("<this folder or repository>")',
+        f'sae = load_sae("<this folder or repository>"{f", sae_id={json.dumps(sae_id)}" if sae_id else ""})',
         "```",
         "",
     ]

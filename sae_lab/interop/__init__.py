@@ -13,7 +13,7 @@ import torch
 
 from sae_lab import checkpoint
 from sae_lab.errors import UserError, first_line
-from sae_lab.interop import dictionary_learning, gemma_scope, hub, openai, sae_lens, sparsify
+from sae_lab.interop import circuit_tracer, dictionary_learning, gemma_scope, hub, openai, sae_lens, sparsify
 from sae_lab.interop.tensors import fold_decoder_norm as fold
 from sae_lab.interop.tensors import untied
 from sae_lab.saes.base import BaseSAE
@@ -23,6 +23,7 @@ FORMATS = {
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
     "gemma_scope": gemma_scope,
+    "circuit_tracer": circuit_tracer,
 }
 
 
@@ -36,10 +37,11 @@ def load_sae(
     """The SAE of a file, a folder or the hub, in eval mode, with the codes that the library it comes from computes.
 
     Args:
-        source: a run folder or SAE folder of ours; a folder of SAELens, sparsify, dictionary_learning or Gemma Scope; a
-            file of OpenAI's; `user/repository` on the hub; or a release of SAELens, whose table of them comes with
-            `pip install --no-deps sae-lens` (its dependencies exclude those of this package).
-        sae_id: which SAE of a release, or which folder of a repository.
+        source: a run folder or SAE folder of ours; a folder of SAELens, sparsify, dictionary_learning, Gemma Scope or
+            circuit-tracer; a file of OpenAI's or of one of circuit-tracer's layers; `user/repository` on the hub; or a
+            release of SAELens, whose table of them comes with `pip install --no-deps sae-lens` (its dependencies
+            exclude those of this package).
+        sae_id: which SAE of a release, or which folder or file of a folder or repository.
         fold_decoder_norm: give W_dec rows of unit norm, which training here assumes, and the codes their units.
 
     Raises:
@@ -56,17 +58,21 @@ def load_sae(
 
 def read(source: str | Path, sae_id: str | None) -> BaseSAE:
     path = Path(source).expanduser()
-    if path.is_file():
-        return read_format(openai, path)
-    if path.is_dir():
-        return read_folder(path / (sae_id or ""))
+    if path.exists():
+        return read_path(path / (sae_id or ""))
     if str(source).startswith(("/", ".", "~")):
         raise UserError(f"{source} is no folder or file: give an SAE folder, such as <run folder>/sae.")
     entry = hub.find(str(source), sae_id)
     folder = hub.download(entry)
     if is_format(folder, sae_lens.FILES):
         return read_format(sae_lens, folder, entry.overrides, entry.scale)
-    return read_folder(folder)
+    return read_path(folder)
+
+
+def read_path(path: Path) -> BaseSAE:
+    if path.is_file():
+        return read_format(circuit_tracer if path.suffix == ".safetensors" else openai, path)
+    return read_folder(path)
 
 
 def read_folder(folder: Path) -> BaseSAE:

@@ -62,7 +62,7 @@ def release_table() -> dict[str, Any]:
 
 
 def download(entry: Entry) -> Path:
-    """The folder of one SAE in the hub's cache.
+    """The folder, or file, of one SAE in the hub's cache.
 
     Raises:
         UserError: the hub cannot be reached, or does not have it.
@@ -70,7 +70,7 @@ def download(entry: Entry) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        root = snapshot_download(entry.repo_id, allow_patterns=f"{entry.path}/*" if entry.path else None)
+        root = snapshot_download(entry.repo_id, allow_patterns=[entry.path, f"{entry.path}/*"] if entry.path else None)
     except Exception as e:  # network errors come from whichever HTTP library huggingface_hub uses
         reason = first_line(e)
         raise UserError(

@@ -7,7 +7,8 @@ differently. For latent i with decoder norm n_i = |W_dec_i|, and every fold leav
     fold_scale          x was divided by r, x_hat is by w: W_enc / r, W_dec w, b_dec w, W_skip w / r  codes stay
     fold_decoder_norm   W_dec_i / n_i; W_enc_i, biases and threshold of latent i times n_i     code_i is n_i code_i
 
-r and w are one number for an SAE, two for a transcoder, which reads one site and writes another; its h lacks b_dec.
+r and w are one number for an SAE, two for a transcoder, which reads one site and writes another; its h lacks b_dec. A
+cross-layer transcoder has one r and one w a layer: a latent's W_enc has the r of the layer that it reads.
 
 An SAE of ours goes out by way of `exportable`, which folds the scale of a normaliser that has one for all rows.
 """
@@ -32,8 +33,12 @@ TRAINING_STATE = ("batches_since_fired", "steps", "threshold_updates")
 TRANSCODERS = {
     "sae_lens": ("VanillaSAE", "JumpReLUSAE", "BatchTopKSAE", "MatryoshkaSAE"),
     "sparsify": ("TopKSAE", "MatryoshkaTopKSAE"),
+    "circuit_tracer": (
+        *("VanillaSAE", "JumpReLUSAE", "BatchTopKSAE", "MatryoshkaSAE"),
+        *("CrossLayerJumpReLUSAE", "CrossLayerBatchTopKSAE"),
+    ),
 }
-"""The classes that a format has a form for as transcoders, from one site to another."""
+"""The classes that a format has a form for as transcoders, from one site, or one a layer, to as many others."""
 ONE_TO_ONE = {"n_sources": 2, "n_inputs": 1}
 """The settings that make an SAE such a transcoder."""
 
@@ -77,8 +82,8 @@ class Tensors:
 
 
 def build(name: str, tensors: Mapping[str, Tensor], **config: Any) -> BaseSAE:
-    """The SAE of class `name`, its parameters set to `tensors` (W_enc and W_dec as (f, d))."""
-    n_latents, d_in = tensors["W_dec"].shape
+    """The SAE of class `name`, its parameters set to `tensors` (W_enc and W_dec as (f, d) if of one source)."""
+    n_latents, *_, d_in = tensors["W_dec"].shape
     sae = BaseSAE.from_config(name, {"d_in": d_in, "n_latents": n_latents, "encoder_bias": True, **config})
     with torch.no_grad():
         for key, target in sae.state_dict().items():
@@ -103,10 +108,10 @@ def exportable(
         UserError: the library has no form for it: another class or normalisation, several sites, groups left out.
     """
     name, config = type(sae).__name__, sae.config
-    if name not in classes:
-        raise UserError(f"{library} has no form for a {name}: it has one for {', '.join(classes)}.")
     if sae.n_inputs:
         check_transcoder(sae, transcoders, library)
+    elif name not in classes:
+        raise UserError(f"{library} has no form for a {name}: it has one for {', '.join(classes)}.")
     elif sae.n_sources != 1:
         raise UserError(f"{library} has no form for an SAE of {sae.n_sources} sites: it has one for one site.")
     shared = [word for word, normalizer in NORMALIZERS.items() if normalizer.shared]
@@ -122,15 +127,15 @@ def exportable(
     return fold_normalizer(sae) if config["normalize"] in shared else sae
 
 
-def check_transcoder(sae: BaseSAE, classes: Collection[str], library: str) -> None:
+def check_transcoder(sae: Any, classes: Collection[str], library: str) -> None:
     """Raise a UserError unless the library has a form for this transcoder."""
     name = type(sae).__name__
     if name not in classes:
         formats = [f"format={format}" for format, names in TRANSCODERS.items() if name in names]
-        known = ", ".join(name for names in TRANSCODERS.values() for name in names)
+        known = ", ".join(dict.fromkeys(name for names in TRANSCODERS.values() for name in names))
         fix = f"give {' or '.join(formats)}" if formats else f"no format has; there are forms for {known}"
         raise UserError(f"{library} has no form for a transcoder that is a {name}: {fix}.")
-    if sae.n_sources != 2:
+    if sae.n_sources != 2 * sae.n_parts:
         raise UserError(
             f"{library} has no form for a transcoder from {sae.n_inputs} to {sae.n_sources - sae.n_inputs} sites: "
             "it has one from one site to one."
@@ -138,9 +143,15 @@ def check_transcoder(sae: BaseSAE, classes: Collection[str], library: str) -> No
 
 
 def parts(sae: BaseSAE) -> Tensors:
-    """The tensors by which `sae` computes its codes, without the axis of its one source, to be taken by a writer."""
-    theirs = {key: t.detach().cpu().squeeze(-2 if t.ndim > 1 else 0) for key, t in state(sae).items()}
-    tensors = Tensors(type(sae).__name__, theirs)
+    """What `whole` gives, without the axis of the one source."""
+    tensors = whole(sae)
+    tensors.left = {key: t.squeeze(-2 if t.ndim > 1 else 0) for key, t in tensors.left.items()}
+    return tensors
+
+
+def whole(sae: BaseSAE) -> Tensors:
+    """The tensors by which `sae` computes its codes, to be taken by a writer."""
+    tensors = Tensors(type(sae).__name__, {key: t.detach().cpu() for key, t in state(sae).items()})
     tensors.drop(*TRAINING_STATE)
     return tensors
 
@@ -179,9 +190,10 @@ def add_input_bias(sae: Any) -> None:
 
 
 @torch.no_grad()
-def fold_scale(sae: Any, read: float | Float[Tensor, "1 1"], written: float | Float[Tensor, "1 1"]) -> None:
-    """For weights that take x / read and give x_hat / written."""
-    sae.W_enc /= read
+def fold_scale(sae: Any, read: float | Float[Tensor, "r 1"], written: float | Float[Tensor, "w 1"]) -> None:
+    """For weights that take x / read and give x_hat / written; a skip connection leads from one source to one."""
+    by_part = torch.as_tensor(read).view(sae.n_parts, 1, -1, 1)  # a latent reads the sources of its part
+    sae.W_enc.copy_((sae.W_enc.unflatten(0, (sae.n_parts, -1)) / by_part).flatten(0, 1))
     sae.W_dec *= written
     sae.b_dec *= written
     if sae.skip:

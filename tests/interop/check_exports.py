@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
+from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
+from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
 from dictionary_learning.utils import load_dictionary
 from sae_lens import SAE
 from safetensors.torch import load_file
@@ -35,15 +37,38 @@ def sparsify(folder: Path):
     return encode, lambda x: sae(x).sae_out
 
 
+def circuit_tracer(folder: Path):
+    """Rows of a layer are rows of its set; those of a cross-layer transcoder are (b, layers, d) here."""
+    file = folder / "layer_0.safetensors"
+    if file.is_file():
+        (sae,) = load_transcoder_set({0: str(file)}, "", "mlp.hook_in", "hook_mlp_out")
+        return sae.encode, sae
+    clts = [load_clt(str(folder), dtype=torch.float32, lazy_decoder=lazy) for lazy in (True, False)]
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        return clts[0].encode(x.transpose(0, 1)).transpose(0, 1).flatten(1)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        lazy, loaded = (clt(x.transpose(0, 1)).transpose(0, 1) for clt in clts)
+        assert torch.equal(lazy, loaded)
+        return loaded
+
+    return encode, forward
+
+
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest |a - b| / |b| of a row: BOS' may be ten times as long as the others', and rounding goes with it."""
+    """The largest |a - b| / |b| of a row: BOS' may be ten times as long as the others', and rounding goes with it.
+
+    Of several sources each is a row of its own.
+    """
+    a, b = a.flatten(0, -2), b.flatten(0, -2)
     return ((a - b).norm(dim=1) / b.norm(dim=1).clamp_min(torch.finfo(b.dtype).tiny)).max().item()
 
 
 @torch.no_grad()
 def main(root: Path) -> int:
     worst, n = 0.0, 0
-    for load in (sae_lens, dictionary_learning, sparsify):
+    for load in (sae_lens, dictionary_learning, sparsify, circuit_tracer):
         for file in sorted((root / load.__name__).glob("*/expected.safetensors")):
             encode, forward = load(file.parent)
             expected = load_file(file)

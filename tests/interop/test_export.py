@@ -207,7 +207,7 @@ def test_a_transcoder_of_sae_lens_names_both_sites(tmp_path):
         (sae_lens, build("gated", "sae.n_inputs=1", "sae.normalize=none", n_sources=2), "a GatedSAE: no format has"),
         (sae_lens, transcoder("vanilla", "sae.normalize=none", n_sources=3), "SAELens .* from 1 to 2 sites"),
         (sparsify, transcoder("topk", "sae.normalize=none", n_sources=3), "sparsify .* from 1 to 2 sites"),
-        (sparsify, transcoder("jumprelu", "sae.normalize=none"), "sparsify has no form for a JumpReLUSAE"),
+        (sparsify, transcoder("jumprelu", "sae.normalize=none"), "sparsify .* a JumpReLUSAE: give format=sae_lens or"),
         (sparsify, CrossLayerTopKSAE(k=4, d_in=16, n_latents=64, n_sources=2, normalize="none"), "a CrossLayerTopKSAE"),
         (sae_lens, CrossLayerTopKSAE(k=4, d_in=16, n_latents=64, n_sources=4, normalize="none"), "a CrossLayerTopKSAE"),
         (dictionary_learning, transcoder("topk", "sae.normalize=none"), "dictionary_learning .* give format=sparsify"),

@@ -3,12 +3,13 @@
     python tests/interop/write_exports.py /tmp/exports
     /tmp/peers/bin/python tests/interop/check_exports.py /tmp/exports
 
-Each SAE sees 100 batches of the bundled model's activations, each transcoder those before and after an MLP. A folder
-<format>/<sae>-<normalize>[-transcoder|-skip]/ holds the export and expected.safetensors: for random and for real
-activations x, what our SAE makes of them.
+Each SAE sees 100 batches of the bundled model's activations, each transcoder those before and after an MLP, each
+cross-layer transcoder those of all six. A folder <format>/<sae>-<normalize>[-transcoder|-skip|-cross_layer]/ holds the
+export and expected.safetensors: for random and for real activations x, what our SAE makes of them.
 """
 
 import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -43,15 +44,17 @@ def train(sae: BaseSAE, batches: list[torch.Tensor]) -> BaseSAE:
 
 @torch.no_grad()
 def expected(sae: BaseSAE, real: torch.Tensor) -> dict[str, torch.Tensor]:
-    random = torch.randn(200, real.shape[-1], generator=torch.Generator().manual_seed(0))
-    rows = {"random": random * real.std(), "real": real}
+    random = torch.randn(200, *real.shape[1:], generator=torch.Generator().manual_seed(0))
+    rows = {"random": random * real.std(dim=(0, 2), keepdim=True), "real": real}
     out = {}
     for name, x in rows.items():
-        out |= {f"{name}.x": x.clone(), f"{name}.code": sae.encode(x), f"{name}.x_hat": sae.predict(x)[:, 0]}
-    return out
+        out |= {f"{name}.x": x.squeeze(1), f"{name}.code": sae.encode(x), f"{name}.x_hat": sae.predict(x).squeeze(1)}
+    return {name: t.clone() for name, t in out.items()}
 
 
-def write_all(out: Path, kinds: dict[str, tuple[str, ...]], n_sources: int, *overrides: str) -> None:
+def write_all(
+    out: Path, kinds: dict[str, tuple[str, ...]], n_sources: int, *overrides: str, names: Sequence[str] = NAMES
+) -> None:
     """Every SAE, under every normalisation, in each of the kinds, which are settings, in every format."""
     cfg = compose("data.block_tokens=102_400", "n_tokens=102_400", "lm.device=cpu", *overrides)
     data = instantiate(cfg.data, lm=instantiate(cfg.lm))
@@ -59,11 +62,11 @@ def write_all(out: Path, kinds: dict[str, tuple[str, ...]], n_sources: int, *ove
     batches = [next(stream) for _ in range(100)]
     said = provenance(OmegaConf.to_container(compose("hydra.job.chdir=false", *overrides), resolve=False), data.lm)
     said["data"] = OmegaConf.to_container(cfg.data, resolve=True)
-    for name, normalize, (kind, settings) in product(NAMES, NORMALIZERS, kinds.items()):
+    for name, normalize, (kind, settings) in product(names, NORMALIZERS, kinds.items()):
         if n_sources > 1 and NORMALIZERS[normalize].by_row:
             continue  # no transcoder takes the scale of what it predicts from the row
         settings = ("k=16", f"sae.normalize={normalize}", *settings)
-        sae = train(build(name, *settings, d_in=128, n_latents=512, n_sources=n_sources), batches)
+        sae = train(build(name, *settings, d_in=128, n_latents=576, n_sources=n_sources), batches)
         for format, write in WRITERS.items():
             folder = out / format / f"{name}-{normalize}{kind}"
             try:
@@ -71,11 +74,17 @@ def write_all(out: Path, kinds: dict[str, tuple[str, ...]], n_sources: int, *ove
             except UserError as e:
                 print(f"{format}/{folder.name}: {e}")
                 continue
-            save_file(expected(sae, data.probe_rows(128)[:, 0]), folder / "expected.safetensors")
+            real = data.probe_rows(128)[:, : sae.n_inputs or 1]
+            save_file(expected(sae, real), folder / "expected.safetensors")
 
 
 if __name__ == "__main__":
     transcoder = ("sae.n_inputs=1", "sae.encoder_bias=true")
     write_all(Path(sys.argv[1]), {"": ()}, 1)
     kinds = {"-transcoder": transcoder, "-skip": (*transcoder, "sae.skip=true")}
-    write_all(Path(sys.argv[1]), kinds, 2, "lm.sites=[blocks.3.mlp.hook_in,blocks.3.hook_mlp_out]")
+    write_all(Path(sys.argv[1]), kinds, 2, "lm.sites=[blocks.0.mlp.hook_in,blocks.0.hook_mlp_out]")
+    every = ",".join([f"blocks.{i}.{hook}" for hook in ("mlp.hook_in", "hook_mlp_out") for i in range(6)])
+    for name, rule in {"batch_topk": "BatchTopK", "jumprelu": "JumpReLU"}.items():
+        target = f"sae._target_=sae_lab.saes.cross_layer.CrossLayer{rule}SAE"
+        kinds = {"-cross_layer": (target, "sae.encoder_bias=true")}
+        write_all(Path(sys.argv[1]), kinds, 12, f"lm.sites=[{every}]", names=[name])
