@@ -42,7 +42,7 @@ class TrainingProgress(Throughput):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._said, self._step = time.perf_counter(), trainer.global_step
+        self._said, self._step, self._steps = time.perf_counter(), trainer.global_step, trainer.max_steps
         self._stream = trainer.datamodule.stream  # type: ignore[attr-defined]
         assert self._stream is not None
         self._stream.filling.watch = self._on_filling
@@ -61,10 +61,10 @@ class TrainingProgress(Throughput):
         rows = (trainer.max_steps - trainer.global_step) * len(batch) * world_size()
         elapsed = time.perf_counter() - self._start
         left = seconds_left(rows, self._tokens, elapsed, self._stream.n_ready, self._stream.filling)
-        self._show(f"step {self._step}/{trainer.max_steps}", f"{state(trainer, self.rate)}  {clock(left)} left")
+        self._show(f"step {self._step}/{self._steps}", f"{state(trainer, self.rate)}  {clock(left)} left")
 
     def _on_filling(self, rows: int, of: int) -> None:
-        self._show("filling the block", f"{rows:,}/{of:,} activations")
+        self._show(f"step {self._step}/{self._steps}", f"filling the block  {rows:,}/{of:,} activations")
 
     def _show(self, what: str, state: str) -> None:
         if self._bar is not None:
