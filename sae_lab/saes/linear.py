@@ -31,8 +31,7 @@ class LinearSAE(DictionarySAE):
     loss = mean (x - x_hat)² + aux
 
     At first W_dec is W_enc with its rows at unit norm. A transcoder's h lacks b_dec, which is of other sources than x,
-    and its W_enc is drawn by itself. The auxiliary loss gives the dead latents the residual to
-    explain (see auxk.py).
+    and its W_enc is drawn by itself. The auxiliary loss gives the dead latents the residual to explain (see auxk.py).
 
     Args:
         encoder_bias: whether h has b_enc.
@@ -42,8 +41,8 @@ class LinearSAE(DictionarySAE):
         frozen_decoder: whether W_dec and b_dec stand still, with whatever norms they have: training learns an encoder
             for a given dictionary (`start_from` gives it).
         auxk_coefficient: weight of the auxiliary loss; 0 leaves it out.
-        k_aux: how many dead latents may explain one row's residual; None is s·d / 2, half its length,
-            after Gao et al. 2024, §A.2.
+        k_aux: how many dead latents may explain one row's residual; None is half its length, s·d / 2, after Gao et al.
+            2024, §A.2.
         auxk_selection: whether those are the top k_aux of each `row` or, as the write-up of BatchTopK suggests, the
             top k_aux · b of the `batch`.
 

@@ -14,10 +14,10 @@ class Transcodable(BaseSAE):
 
     z = activate(x W_encᵀ [+ b_enc]),   y_hat = z W_dec + b_dec [+ x W_skip],   loss = mean (y - y_hat)² + aux
 
-    Where x is what an MLP reads and y what it writes, latents stand for what the MLP
-    computes, and the weights alone tell what makes them active. Any SAE with a linear encoder is one by sae.n_inputs=1
-    of two sites. Dunefsky, Chlenski, Nanda 2024, arXiv 2406.11944; the skip connection, which takes over what is linear
-    in x: Paulo, Shabalin, Belrose 2025, arXiv 2501.18823.
+    Where x is what an MLP reads and y what it writes, latents stand for what the MLP computes, and the weights alone
+    tell what makes them active. Any SAE with a linear encoder is one by sae.n_inputs=1 of two sites. Dunefsky,
+    Chlenski, Nanda 2024, arXiv 2406.11944; the skip connection, which takes over what is linear in x: Paulo, Shabalin,
+    Belrose 2025, arXiv 2501.18823.
 
     Args:
         d_in: d, the width of an activation.
@@ -34,7 +34,7 @@ class Transcodable(BaseSAE):
         super().__init__()
         self.d_in, self.n_latents, self.n_sources, self.normalize = d_in, n_latents, n_sources, normalize
         self.n_inputs = checked_inputs(n_inputs, n_sources, normalize)
-        self.n_read, self.n_written = n_inputs or n_sources, n_sources - n_inputs
+        self.n_read, self.n_written = self.n_inputs or n_sources, n_sources - self.n_inputs
         self.normalizer = normalizer(normalize, self.n_read)
         self.target_normalizer = normalizer(normalize, self.n_written) if n_inputs else None
 
@@ -68,7 +68,7 @@ def checked_inputs(n_inputs: int, n_sources: int, normalize: str) -> int:
     Raises:
         UserError: it does not.
     """
-    checked_number("sae.n_inputs", n_inputs, 0, whole=True)
+    n_inputs = checked_number("sae.n_inputs", n_inputs, 0, whole=True)
     if n_inputs and n_inputs >= n_sources:
         raise UserError(
             f"sae.n_inputs={n_inputs} of {n_sources} sites leaves none to predict: give lm.sites=[<what is read>,"
