@@ -26,7 +26,8 @@ positions keep their activation):
     ce_spliced         x replaced by x_hat; by a routed SAE at the source that it chose for the position, alone
     ce_zero, ce_mean   x replaced by 0, by the data set's mean activation
     ce_degradation     ce_spliced - ce_clean: positive is worse
-    loss_recovered     (ce_zero - ce_spliced) / (ce_zero - ce_clean): 1 is perfect, 0 as bad as zero-ablation
+    loss_recovered     (ce_zero - ce_spliced) / (ce_zero - ce_clean): 1 is perfect, 0 as bad as zero-ablation; missing
+                       where that costs nothing, as where what is predicted belongs to another model
     kl                 mean KL(clean || spliced) of the next-token distributions, nats
 """
 
@@ -173,8 +174,8 @@ class DownstreamMetrics(Metric):
     def compute(self) -> dict[str, float]:
         values = {name: (getattr(self, name) / self.n_predictions).item() for name in self.TOTALS}
         damage, reach = values["ce_spliced"] - values["ce_clean"], values["ce_zero"] - values["ce_clean"]
-        recovered = (values["ce_zero"] - values["ce_spliced"]) / reach if reach else float("nan")
-        return values | {"ce_degradation": damage, "loss_recovered": recovered}
+        values["ce_degradation"] = damage
+        return values | {"loss_recovered": (values["ce_zero"] - values["ce_spliced"]) / reach} if reach else values
 
 
 def l0_histogram(counts: Int[Tensor, " n"], bos: Bool[Tensor, " n"]) -> list[dict[str, Any]]:

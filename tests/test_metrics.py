@@ -117,3 +117,12 @@ def test_downstream_metrics_on_known_distributions():
 def test_l0_histogram_tells_bos_apart():
     table = l0_histogram(torch.tensor([2, 0, 2, 3]), torch.tensor([True, False, False, False]))
     assert [(row["bos"], row["other"]) for row in table] == [(0, 1), (0, 0), (1, 1), (0, 1)]
+
+
+def test_nothing_is_recovered_where_zero_ablation_costs_nothing():
+    """JSON has no word for 0 / 0."""
+    metrics = DownstreamMetrics()
+    metrics.update(**{name: torch.ones(1, 3) for name in DownstreamMetrics.TOTALS})
+    values = metrics.compute()
+    assert values["ce_degradation"] == 0
+    assert "loss_recovered" not in values
