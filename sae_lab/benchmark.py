@@ -68,7 +68,7 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
     peak = peak_memory_mb(device)  # before anything else needs memory: on a CPU it is the process's
     read = x[:, : sae.n_inputs or cfg.n_sources]
     steps = {"floor": floor_step(cfg, read, linear), "torch_floor": floor_step(cfg, read, F.linear), "step": ours}
-    if cfg.dense and isinstance(sae, LinearSAE):  # the others have no one dense formula
+    if cfg.dense and isinstance(sae, LinearSAE) and sae.n_parts == 1:  # the others have no one dense formula
         steps["dense"] = training_step(make(), cfg, x, dense_forward)
     times = interleaved(steps, make(), cfg, x)
     figures: dict[str, Any] = {f"{name}_ms": times.get(name) for name in NAMES}

@@ -42,7 +42,15 @@ def _takes(x: Tensor, W: Tensor) -> bool:
 
 def _product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + bias: the operator by which torch's own compiler reaches oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(packed(x), packed(W), bias, "none", [], "")
+
+
+def packed(x: Tensor) -> Tensor:
+    """x, or a copy of it where its rows or columns lie apart, as some columns of another matrix do.
+
+    oneDNN takes a transposed matrix as fast as another, but such strides up to 1,000 x slower in a gradient.
+    """
+    return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
 
 
 class _OneDNN(torch.autograd.Function):

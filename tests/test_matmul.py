@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sae_lab.matmul import linear
+from sae_lab.matmul import linear, packed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -25,3 +25,11 @@ def test_linear_is_torchs_whatever_the_strides(n, f, bias, dtype):
 def test_under_autocast_it_is_bf16():
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(torch.ones(2, 3), torch.ones(4, 3)).dtype == torch.bfloat16
+
+
+def test_columns_of_another_matrix_are_copied_and_nothing_else_is():
+    x = torch.randn(8, 6)
+    for dense in (x, x.T, x[2:5]):
+        assert packed(dense) is dense
+    assert packed(x[:, :3]).is_contiguous()
+    assert torch.equal(packed(x[:, :3]), x[:, :3])
