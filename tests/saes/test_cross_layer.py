@@ -7,6 +7,7 @@ from conftest import build, planted
 
 from sae_lab.checkpoint import load_sae, save_sae
 from sae_lab.errors import UserError
+from sae_lab.module import plain_step
 from sae_lab.saes.cross_layer import CrossLayer, CrossLayerTopKSAE
 from sae_lab.sparse import l0_per_row
 
@@ -132,11 +133,7 @@ def test_a_feature_that_two_layers_write_is_one_latent():
     adam = torch.optim.Adam(sae.parameters(), lr=1e-2)
     for epoch in range(12):
         for batch in x[torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))].split(256):
-            adam.zero_grad()
-            torch.stack(list(sae.losses(sae(batch)).values())).sum().backward()
-            sae.before_step()
-            adam.step()
-            sae.after_step()
+            plain_step(sae, adam, batch)
     written = F.normalize(directions[:, 1:].flatten(1), dim=-1)
     cosine, latent = (written @ sae.directions().flatten(1).T).max(dim=1)
     assert (cosine > 0.9).float().mean() >= 0.9

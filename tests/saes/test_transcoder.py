@@ -7,6 +7,7 @@ from conftest import SAE_NAMES, build, planted
 
 from sae_lab.checkpoint import load_sae, save_sae
 from sae_lab.errors import UserError
+from sae_lab.module import plain_step
 from sae_lab.saes import PursuitSAE, TopKSAE, VanillaSAE
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.sparse import l0_per_row
@@ -118,11 +119,7 @@ def test_it_finds_planted_pairs_of_directions():
     adam = torch.optim.Adam(sae.parameters(), lr=1e-2)
     for epoch in range(12):
         for batch in x[torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))].split(256):
-            adam.zero_grad()
-            torch.stack(list(sae.losses(sae(batch)).values())).sum().backward()
-            sae.before_step()
-            adam.step()
-            sae.after_step()
+            plain_step(sae, adam, batch)
     written = F.normalize(directions[:, 1], dim=-1)
     cosine = (written @ sae.directions()[:, 0].T).amax(dim=1)
     assert (cosine > 0.9).float().mean() >= 0.9
@@ -138,10 +135,7 @@ def test_a_skip_connection_learns_what_is_linear():
         sae = TopKSAE(k=1, d_in=16, n_latents=64, n_sources=2, n_inputs=1, skip=skip, normalize="none")
         adam = torch.optim.Adam(sae.parameters(), lr=1e-2)
         for batch in both.split(256) * 20:
-            adam.zero_grad()
-            torch.stack(list(sae.losses(sae(batch)).values())).sum().backward()
-            adam.step()
-            sae.after_step()
+            plain_step(sae, adam, batch)
         y_hat = sae.eval().predict(x)[:, 0].detach()
         errors[skip] = float((y_hat - both[:, 1]).square().sum() / both[:, 1].square().sum())
     assert errors[True] < 0.01 < 0.4 < errors[False]
