@@ -24,6 +24,7 @@ from sae_lab.interop.tensors import (
     exportable,
     parts,
     read_safetensors,
+    thresholds,
     whole,
     write_safetensors,
 )
@@ -171,11 +172,6 @@ def layer_file(sae: BaseSAE) -> dict[str, Tensor]:
         if type(sae).__name__ != "VanillaSAE":
             theirs[THRESHOLD] = thresholds(t, f)
     return theirs
-
-
-def thresholds(t: Tensors, f: int) -> Tensor:
-    """One a latent: JumpReLU's own, or the one of all that a batch-wise rule is deployed with."""
-    return t.take("thresholds", f) if "thresholds" in t.left else t.take("threshold").expand(f)
 
 
 def check_folder(folder: Path, description: str, files: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -24,6 +24,7 @@ from sae_lab.interop.tensors import (
     parts,
     read_json,
     read_safetensors,
+    thresholds,
     write_safetensors,
 )
 from sae_lab.saes.base import BaseSAE
@@ -226,7 +227,7 @@ def weights(sae: BaseSAE) -> dict[str, Tensor]:
         if architecture == "gated":
             theirs |= {name: t.take(name, f) for name in ("r_mag", "b_mag")}
         if architecture == "jumprelu":
-            theirs["threshold"] = t.take("thresholds", f) if "thresholds" in t.left else t.take("threshold").expand(f)
+            theirs["threshold"] = thresholds(t, f)
         if sae.config["skip"]:
             theirs["W_skip"] = t.take("W_skip", d, d)
     return theirs

@@ -156,6 +156,11 @@ def whole(sae: BaseSAE) -> Tensors:
     return tensors
 
 
+def thresholds(t: Tensors, f: int) -> Tensor:
+    """One a latent: JumpReLU's own, or the one of all that a batch-wise rule is deployed with."""
+    return t.take("thresholds", f) if "thresholds" in t.left else t.take("threshold").expand(f)
+
+
 def state(sae: BaseSAE) -> dict[str, Tensor]:
     """Parameters and buffers, with the bias that an SAE may do without."""
     return {"b_enc": torch.zeros(sae.n_latents), **sae.state_dict()}
