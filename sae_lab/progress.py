@@ -61,17 +61,17 @@ class TrainingProgress(Throughput):
         rows = (trainer.max_steps - trainer.global_step) * len(batch) * world_size()
         elapsed = time.perf_counter() - self._start
         left = seconds_left(rows, self._tokens, elapsed, self._stream.n_ready, self._stream.filling)
-        self._show(f"step {self._step}/{self._steps}", f"{state(trainer, self.rate)}  {clock(left)} left")
+        self._show(f"{state(trainer, self.rate)}  {clock(left)} left")
 
     def _on_filling(self, rows: int, of: int) -> None:
-        self._show(f"step {self._step}/{self._steps}", f"filling the block  {rows:,}/{of:,} activations")
+        self._show(f"filling the block  {rows:,}/{of:,} activations")
 
-    def _show(self, what: str, state: str) -> None:
+    def _show(self, state: str) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._step, state=state)
         elif time.perf_counter() - self._said > self.seconds:
             self._said = time.perf_counter()
-            print(f"{what}  {state}", flush=True)
+            print(f"step {self._step}/{self._steps}  {state}", flush=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()

@@ -91,7 +91,11 @@ class DictionarySAE(Transcodable):
         self, x: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"], code: Code, h: Float[Tensor, "b f"] | None
     ) -> SAEOutput:
         """What `forward` gives, decoded."""
-        return SAEOutput(x, target, sparse.decode(code, self.W_dec, self.base(x)), code, h)
+        return SAEOutput(x, target, self.decoded(code, x), code, h)
+
+    def decoded(self, code: Code, x: Float[Tensor, "b r d"]) -> Float[Tensor, "b w d"]:
+        """x_hat, normalised, of the code of what was read."""
+        return sparse.decode(code, self.W_dec, self.base(x))
 
     def base(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "w d"] | Float[Tensor, "b w d"]:
         """x_hat without a latent."""
@@ -137,7 +141,7 @@ class DictionarySAE(Transcodable):
         code = self.code(read)
         if edit is not None:
             code = edit(code.to_dense() if isinstance(code, SparseCode) else code)
-        return self.normalizer.undo(sparse.decode(code, self.W_dec, self.base(read)), context), code
+        return self.normalizer.undo(self.decoded(code, read), context), code
 
     def autoencode(self, x: Tensor, edit: Edit | None = None) -> tuple[Tensor, Code]:
         rows = self.rows(x)

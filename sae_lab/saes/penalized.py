@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab import sparse
 from sae_lab.distributed import concatenated
 from sae_lab.errors import UserError, checked_number
 from sae_lab.saes.linear import LinearSAE
@@ -52,7 +51,7 @@ class PenalizedLinearSAE(LinearSAE):
         if len(dead) == 0 or not alive.any():
             return []
         read, target = self.normalised(self.rows(x))
-        error = target - sparse.decode(self.code(read), self.W_dec, self.base(read))
+        error = target - self.decoded(self.code(read), read)
         drawn = draw(error.square().sum(dim=(1, 2)), len(dead), nth_generator(self.seed, step))
         length = SCALE * self.W_enc[alive].flatten(1).norm(dim=1).mean()
         self.W_enc[dead] = length * unit(read[drawn] - self.origin())
