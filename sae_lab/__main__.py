@@ -2,7 +2,7 @@
 
 import re
 
-from sae_lab.cli import CONF
+from sae_lab.cli.entry import CONF
 
 
 def commands() -> dict[str, str]:

@@ -29,18 +29,18 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import Tensor, nn
 
-from sae_lab.checkpoint import write_json
-from sae_lab.cli import entry_point, whole_numbers
-from sae_lab.device import checked_precision, chosen, now
-from sae_lab.errors import UserError, checked_flag, checked_number
-from sae_lab.matmul import linear
-from sae_lab.memory import keep_freed_memory
-from sae_lab.module import SAEModule, plain_step
-from sae_lab.pursuit import METHODS, Dictionary, pursue
+from sae_lab.cli.entry import entry_point, whole_numbers
+from sae_lab.ops.matmul import linear
+from sae_lab.ops.pursuit import METHODS, Dictionary, pursue
+from sae_lab.ops.sparse import Code
+from sae_lab.runs.checkpoint import write_json
+from sae_lab.runtime.device import checked_precision, chosen, now
+from sae_lab.runtime.errors import UserError, checked_flag, checked_number
+from sae_lab.runtime.memory import keep_freed_memory
+from sae_lab.runtime.screen import console
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.linear import LinearSAE
-from sae_lab.screen import console
-from sae_lab.sparse import Code
+from sae_lab.training.module import SAEModule, plain_step
 
 WARM = 2
 NAMES = {

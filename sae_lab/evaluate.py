@@ -12,16 +12,13 @@ from jaxtyping import Bool, Int
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from sae_lab import diffing, plots
-from sae_lab.checkpoint import checkpoint_content, load_sae, sae_folder, write_json
-from sae_lab.cli import entry_point, folder_of
-from sae_lab.data import ActivationData
-from sae_lab.device import now
-from sae_lab.downstream import Replace, constant, spliced_logits, zero
-from sae_lab.errors import UserError, checked_number
-from sae_lab.identity import refuse_changed
-from sae_lab.memory import keep_freed_memory
-from sae_lab.metrics import (
+from sae_lab import plots
+from sae_lab.activations.data import ActivationData
+from sae_lab.activations.digests import refuse_changed
+from sae_lab.cli.entry import entry_point, folder_of
+from sae_lab.evaluation import diffing
+from sae_lab.evaluation.downstream import Replace, constant, spliced_logits, zero
+from sae_lab.evaluation.metrics import (
     DownstreamMetrics,
     ReconstructionMetrics,
     cross_entropy,
@@ -29,12 +26,16 @@ from sae_lab.metrics import (
     l0_histogram,
     next_token_log_probs,
 )
-from sae_lab.pursuit import METHODS
-from sae_lab.saes.activation import with_activation
+from sae_lab.evaluation.rules import with_activation
+from sae_lab.ops.pursuit import METHODS
+from sae_lab.ops.sparse import Code, l0_per_row
+from sae_lab.runs.checkpoint import checkpoint_content, load_sae, sae_folder, write_json
+from sae_lab.runtime.device import now
+from sae_lab.runtime.errors import UserError, checked_number
+from sae_lab.runtime.memory import keep_freed_memory
+from sae_lab.runtime.screen import print_files, print_metrics, track
 from sae_lab.saes.base import BaseSAE
-from sae_lab.saes.pursuit import PursuitSAE
-from sae_lab.screen import print_files, print_metrics, track
-from sae_lab.sparse import Code, l0_per_row
+from sae_lab.saes.pursuit_sae import PursuitSAE
 
 
 class Evaluation(NamedTuple):

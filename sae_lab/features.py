@@ -16,16 +16,16 @@ from jaxtyping import Float, Int
 from omegaconf import DictConfig
 from torch import Tensor
 
-from sae_lab.checkpoint import write_atomically
-from sae_lab.cli import entry_point, folder_of, whole_numbers
-from sae_lab.data import ActivationData
-from sae_lab.errors import UserError
+from sae_lab.activations.data import ActivationData
+from sae_lab.cli.entry import entry_point, folder_of, whole_numbers
 from sae_lab.evaluate import load_run
 from sae_lab.lm.base import LanguageModel
-from sae_lab.memory import keep_freed_memory
+from sae_lab.ops.sparse import Code, SparseCode
+from sae_lab.runs.checkpoint import write_atomically
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.memory import keep_freed_memory
+from sae_lab.runtime.screen import print_files, track
 from sae_lab.saes.base import BaseSAE
-from sae_lab.screen import print_files, track
-from sae_lab.sparse import Code, SparseCode
 
 PAGE = Path(__file__).with_suffix(".html")
 N_BINS = 30

@@ -11,18 +11,18 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from sae_lab.buffer import Chunk, Source
-from sae_lab.cli import entry_point, whole_numbers
-from sae_lab.data import ActivationData
-from sae_lab.documents import HELD_OUT, TRAIN, Documents
-from sae_lab.errors import UserError
-from sae_lab.identity import digest_of_rows, lm_key
-from sae_lab.memory import keep_freed_memory
-from sae_lab.prefetch import Prefetched
-from sae_lab.screen import TokenProgress
-from sae_lab.shards import HELD_OUT_FILE, Manifest, Shard, damaged, refuse_other, write_held_out, write_shard
-from sae_lab.store import Store
-from sae_lab.text import take_rows
+from sae_lab.activations.buffer import Chunk, Source
+from sae_lab.activations.data import ActivationData
+from sae_lab.activations.digests import digest_of_rows, lm_key
+from sae_lab.activations.prefetch import Prefetched
+from sae_lab.cache.shards import HELD_OUT_FILE, Manifest, Shard, damaged, refuse_other, write_held_out, write_shard
+from sae_lab.cache.store import Store
+from sae_lab.cli.entry import entry_point, whole_numbers
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.memory import keep_freed_memory
+from sae_lab.runtime.screen import TokenProgress
+from sae_lab.text.documents import HELD_OUT, TRAIN, Documents
+from sae_lab.text.rows import take_rows
 
 log = logging.getLogger(__name__)
 

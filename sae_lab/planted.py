@@ -19,16 +19,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from sae_lab.checkpoint import write_json
-from sae_lab.cli import entry_point, whole_numbers
-from sae_lab.errors import UserError, checked_number
-from sae_lab.memory import keep_freed_memory
-from sae_lab.metrics import batch_fvu
-from sae_lab.module import plain_step
+from sae_lab.cli.entry import entry_point, whole_numbers
+from sae_lab.evaluation.metrics import batch_fvu
+from sae_lab.ops.sparse import l0_per_row
+from sae_lab.runs.checkpoint import write_json
+from sae_lab.runtime.errors import UserError, checked_number
+from sae_lab.runtime.memory import keep_freed_memory
+from sae_lab.runtime.screen import console, print_metrics, track
 from sae_lab.saes.base import BaseSAE
-from sae_lab.screen import console, print_metrics, track
-from sae_lab.sparse import l0_per_row
 from sae_lab.train import check_optimizer, has_frozen_dictionary
+from sae_lab.training.module import plain_step
 
 FOUND = 0.9
 """A feature is found where a latent's direction has this cosine with it."""

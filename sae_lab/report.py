@@ -14,10 +14,10 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from sae_lab import plots
-from sae_lab.cli import entry_point, folder_of
-from sae_lab.sweep import Standing, all_jobs, counted, distinct, standings
-from sae_lab.sweep import show as show_standings
-from sae_lab.table import RESOLVED, begun, collect, complete, settings
+from sae_lab.cli.entry import entry_point, folder_of
+from sae_lab.sweeps.standing import Standing, all_jobs, counted, distinct, standings
+from sae_lab.sweeps.standing import show as show_standings
+from sae_lab.sweeps.table import RESOLVED, begun, collect, complete, settings
 
 log = logging.getLogger(__name__)
 

@@ -23,16 +23,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from sae_lab.activations.buffer import ShuffledBlocks
+from sae_lab.activations.data import ActivationData
 from sae_lab.benchmark import training_step
-from sae_lab.buffer import ShuffledBlocks
-from sae_lab.cache import Cache, CachedRows
-from sae_lab.checkpoint import write_json
-from sae_lab.cli import entry_point, whole_numbers
-from sae_lab.data import ActivationData
-from sae_lab.device import now
+from sae_lab.cache.reader import Cache, CachedRows
+from sae_lab.cli.entry import entry_point, whole_numbers
 from sae_lab.harvest import Harvester, gathered
-from sae_lab.memory import keep_freed_memory
-from sae_lab.screen import console, track
+from sae_lab.runs.checkpoint import write_json
+from sae_lab.runtime.device import now
+from sae_lab.runtime.memory import keep_freed_memory
+from sae_lab.runtime.screen import console, track
 from sae_lab.train import build_sae
 
 Stage = Callable[[], int]  # does a slice of work and says how many tokens it was

@@ -19,26 +19,26 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lab.checkpoint import atomic_file, save_sae
-from sae_lab.cli import entry_point
-from sae_lab.data import ActivationData
-from sae_lab.device import checked_precision, chosen
-from sae_lab.distributed import rank
-from sae_lab.errors import UserError, checked_number
+from sae_lab.activations.data import ActivationData
+from sae_lab.cli.entry import entry_point
 from sae_lab.evaluate import calibrate, evaluate_all, write_results
 from sae_lab.interop import load_sae
-from sae_lab.interrupt import StopOnSignal
-from sae_lab.logs import conclude
-from sae_lab.memory import keep_freed_memory
-from sae_lab.module import SAEModule
-from sae_lab.progress import TrainingProgress
-from sae_lab.provenance import provenance
-from sae_lab.ranks import ranks
-from sae_lab.runs import Run, examine
+from sae_lab.parallel.collectives import rank
+from sae_lab.parallel.launch import ranks
+from sae_lab.runs.checkpoint import atomic_file, save_sae
+from sae_lab.runs.folder import Run, examine
+from sae_lab.runs.provenance import provenance
+from sae_lab.runtime.device import checked_precision, chosen
+from sae_lab.runtime.errors import UserError, checked_number
+from sae_lab.runtime.memory import keep_freed_memory
+from sae_lab.runtime.screen import print_files, print_metrics
 from sae_lab.saes.base import BaseSAE
-from sae_lab.screen import print_files, print_metrics
-from sae_lab.search import score
-from sae_lab.sweep import failure_recorded
+from sae_lab.sweeps.search import score
+from sae_lab.sweeps.standing import failure_recorded
+from sae_lab.training.callbacks import StopOnSignal
+from sae_lab.training.loggers import conclude
+from sae_lab.training.module import SAEModule
+from sae_lab.training.progress import TrainingProgress
 
 log = logging.getLogger(__name__)
 

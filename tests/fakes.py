@@ -2,7 +2,7 @@
 
 import torch
 
-from sae_lab.documents import IndexedDocuments
+from sae_lab.text.documents import IndexedDocuments
 
 
 class UniqueWords(IndexedDocuments):

@@ -29,8 +29,8 @@ import torch
 import sae_lab.evaluate
 import sae_lab.harvest
 import sae_lab.train
-from sae_lab.buffer import ShuffledBlocks
-from sae_lab.data import ActivationData
+from sae_lab.activations.buffer import ShuffledBlocks
+from sae_lab.activations.data import ActivationData
 
 SHARED = ["seq_len=32"]
 TINY = [

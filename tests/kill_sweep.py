@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from shell import Forked, run
 
-from sae_lab.runs import Run
-from sae_lab.sweep import plan, standing
+from sae_lab.runs.folder import Run
+from sae_lab.sweeps.standing import plan, standing
 
 DIALS = """# @package _global_
 n_tokens: {n_tokens}

@@ -9,8 +9,8 @@ import torch
 from conftest import compose
 
 from sae_lab import benchmark
-from sae_lab.errors import UserError
-from sae_lab.sparse import SparseCode
+from sae_lab.ops.sparse import SparseCode
+from sae_lab.runtime.errors import UserError
 
 TINY = ["d_in=16", "n_latents=64", "k=4", "batch_size=32", "repeats=2", "device=cpu"]
 

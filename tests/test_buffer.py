@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_lab.buffer import Chunk, ShuffledBlocks
+from sae_lab.activations.buffer import Chunk, ShuffledBlocks
 
 
 class Counter:
@@ -108,8 +108,8 @@ class Rows(Counter):
 
 MEMORY_OF_TWO_STREAMS = """
 import psutil
-from sae_lab.buffer import ShuffledBlocks
-from sae_lab.memory import keep_freed_memory
+from sae_lab.activations.buffer import ShuffledBlocks
+from sae_lab.runtime.memory import keep_freed_memory
 from test_buffer import Rows
 
 keep_freed_memory()

@@ -15,14 +15,14 @@ import pytest
 import torch
 from fakes import Follow, UniqueWords
 
-from sae_lab import store
-from sae_lab.cache import Cache, CachedRows
-from sae_lab.corpora import FileDocuments
-from sae_lab.data import ActivationData, CachedData
-from sae_lab.errors import UserError
+from sae_lab.activations.data import ActivationData, CachedData
+from sae_lab.cache import store
+from sae_lab.cache.reader import Cache, CachedRows
+from sae_lab.cache.shards import PIECE
 from sae_lab.harvest import Harvester, data_key
-from sae_lab.shards import PIECE
-from sae_lab.text import take_rows
+from sae_lab.runtime.errors import UserError
+from sae_lab.text.corpora import FileDocuments
+from sae_lab.text.rows import take_rows
 
 CPU = torch.device("cpu")
 SETTINGS = {

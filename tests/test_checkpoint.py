@@ -7,8 +7,8 @@ import torch
 from conftest import build
 from safetensors.torch import load_file, save_file
 
-from sae_lab.checkpoint import check_readable, load_sae, save_sae, write_atomically
-from sae_lab.errors import UserError
+from sae_lab.runs.checkpoint import check_readable, load_sae, save_sae, write_atomically
+from sae_lab.runtime.errors import UserError
 from sae_lab.train import AtomicCheckpointIO
 
 

@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 
-from sae_lab.corpora import FileDocuments
-from sae_lab.data import ActivationData
-from sae_lab.documents import Documents, Window
-from sae_lab.errors import UserError
-from sae_lab.text import take_rows
+from sae_lab.activations.data import ActivationData
+from sae_lab.runtime.errors import UserError
+from sae_lab.text.corpora import FileDocuments
+from sae_lab.text.documents import Documents, Window
+from sae_lab.text.rows import take_rows
 
 
 class Numbers(Documents):

@@ -22,16 +22,16 @@ from test_data import Echo, data
 from test_group import SMALL, config, stop_at_batch
 from test_module import BATCHES, fit
 
-from sae_lab import ranks
-from sae_lab.auxk import least_of_batch
-from sae_lab.buffer import ShuffledBlocks
-from sae_lab.cli import CONF
-from sae_lab.distributed import anywhere, average, concatenated, least, rank, share, total, world_size
-from sae_lab.errors import Interrupted, UserError
-from sae_lab.group import read_job, train_jobs
-from sae_lab.ranks import HOST, Child
-from sae_lab.selection import top_of_batch
-from sae_lab.sweep import standing
+from sae_lab.activations.buffer import ShuffledBlocks
+from sae_lab.cli.entry import CONF
+from sae_lab.ops.auxk import least_of_batch
+from sae_lab.ops.selection import top_of_batch
+from sae_lab.parallel import launch as ranks
+from sae_lab.parallel.collectives import anywhere, average, concatenated, least, rank, share, total, world_size
+from sae_lab.parallel.launch import HOST, Child
+from sae_lab.runtime.errors import Interrupted, UserError
+from sae_lab.sweeps.shared_stream import read_job, train_jobs
+from sae_lab.sweeps.standing import standing
 from sae_lab.train import build_data, build_member, build_sae, hydra_files, open_run, train, train_along
 from sae_lab.train import fit as fit_run
 
@@ -310,7 +310,7 @@ def command(cwd: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 def others() -> list[psutil.Process]:
     """The processes above rank 0 that this one has started."""
-    return [p for p in psutil.Process().children(recursive=True) if "sae_lab.ranks" in p.cmdline()]
+    return [p for p in psutil.Process().children(recursive=True) if "sae_lab.parallel.launch" in p.cmdline()]
 
 
 def test_alone_stopped_by_a_signal_and_continued_by_the_command(alone, tmp_path, monkeypatch):

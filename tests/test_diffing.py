@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import build
 
-from sae_lab import diffing
+from sae_lab.evaluation import diffing
 
 
 def test_the_ratio_is_that_of_the_norms_of_each_models_sources():

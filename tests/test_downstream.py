@@ -2,7 +2,7 @@
 
 import torch
 
-from sae_lab.downstream import spliced_logits, zero
+from sae_lab.evaluation.downstream import spliced_logits, zero
 
 ACTIVATIONS = torch.randn(2, 3, 2, 4, generator=torch.Generator().manual_seed(0))
 KEEP = torch.tensor([[False, True, True], [True, False, True]])

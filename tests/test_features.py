@@ -9,9 +9,9 @@ import torch
 from conftest import SAE_NAMES, build
 from test_data import SETTINGS, Echo, Numbers
 
-from sae_lab.data import ActivationData
-from sae_lab.errors import UserError
+from sae_lab.activations.data import ActivationData
 from sae_lab.features import Activations, apart, choose, describe, directions, excerpt, gather, write_page
+from sae_lab.runtime.errors import UserError
 
 
 class Waves(Echo):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import compose, equal
 
-from sae_lab.buffer import ShuffledBlocks
-from sae_lab.errors import Interrupted, UserError
-from sae_lab.group import by_stream, has_room, read_job, train_group, train_jobs
+from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.lm.base import LanguageModel
-from sae_lab.sweep import standing
+from sae_lab.runtime.errors import Interrupted, UserError
+from sae_lab.sweeps.shared_stream import by_stream, has_room, read_job, train_group, train_jobs
+from sae_lab.sweeps.standing import standing
 from sae_lab.train import train
 
 N_STEPS = 12

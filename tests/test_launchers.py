@@ -15,9 +15,9 @@ import torch
 from shell import run
 from test_sweep import arguments, sweep
 
-from sae_lab.errors import UserError
-from sae_lab.spread import deal, n_slots, run_on_ray
-from sae_lab.sweep import job_folders, plan, standing
+from sae_lab.runtime.errors import UserError
+from sae_lab.sweeps.gpus import deal, n_slots, run_on_ray
+from sae_lab.sweeps.standing import job_folders, plan, standing
 
 PRESETS = {
     "hydra/launcher=gpus": ("hydra_ray_launcher", "ray"),
@@ -61,7 +61,7 @@ def test_parallel_is_a_number_of_groups(monkeypatch, caplog):
     for wrong in (0, "two", 1.5, True):
         with pytest.raises(UserError, match=f"hydra.launcher.parallel={wrong} must be auto or a whole number"):
             n_slots(wrong)
-    monkeypatch.setattr("sae_lab.spread.ray_is_installed", lambda: False)
+    monkeypatch.setattr("sae_lab.sweeps.gpus.ray_is_installed", lambda: False)
     with pytest.raises(UserError, match=r"parallel=2 needs Ray, .*: pip install 'sae-lab\[ray\]'\."):
         n_slots(2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -69,7 +69,7 @@ def test_parallel_is_a_number_of_groups(monkeypatch, caplog):
     assert caplog.messages == [
         "One of 4 GPUs trains, as Ray is not installed: pip install 'sae-lab[ray]' for all of them."
     ]
-    monkeypatch.setattr("sae_lab.spread.ray_is_installed", lambda: True)
+    monkeypatch.setattr("sae_lab.sweeps.gpus.ray_is_installed", lambda: True)
     assert n_slots("auto") == 4
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sae_lab.matmul import linear, packed
+from sae_lab.ops.matmul import linear, packed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sae_lab.metrics import (
+from sae_lab.evaluation.metrics import (
     DownstreamMetrics,
     ReconstructionMetrics,
     batch_fvu,

@@ -8,10 +8,10 @@ import torch
 from conftest import build, dictionary, planted
 from torch.utils.data import DataLoader
 
-from sae_lab.errors import UserError
-from sae_lab.module import SAEModule, forget, training_row
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
-from sae_lab.schedule import warmup_decay
+from sae_lab.training.module import SAEModule, forget, training_row
+from sae_lab.training.schedule import warmup_decay
 
 N_STEPS = 12
 BATCHES = [planted(32, seed=i)[0] for i in range(N_STEPS)]

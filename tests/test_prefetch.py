@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_buffer import Counter, numbers
 
-from sae_lab.buffer import Chunk, ShuffledBlocks
+from sae_lab.activations.buffer import Chunk, ShuffledBlocks
+from sae_lab.activations.prefetch import Prefetched
 from sae_lab.lm import TransformersLM
-from sae_lab.prefetch import Prefetched
-from sae_lab.threads import one_thread
+from sae_lab.runtime.threads import one_thread
 
 CPU = torch.device("cpu")
 

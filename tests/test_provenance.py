@@ -9,9 +9,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from sae_lab import load_sae, provenance
-from sae_lab.checkpoint import save_sae
-from sae_lab.errors import UserError
+from sae_lab import load_sae
+from sae_lab.runs import provenance
+from sae_lab.runs.checkpoint import save_sae
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE
 
 

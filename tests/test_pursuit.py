@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sae_lab import pursuit
-from sae_lab.metrics import batch_fvu
-from sae_lab.pursuit import METHODS, Dictionary, pursue
-from sae_lab.sparse import l0_per_row
+from sae_lab.evaluation.metrics import batch_fvu
+from sae_lab.ops import pursuit
+from sae_lab.ops.pursuit import METHODS, Dictionary, pursue
+from sae_lab.ops.sparse import l0_per_row
 
 D = torch.tensor([[1, 0, 0], [0, 1, 0], [0.6, 0.8, 0], [0, 0.6, 0.8]], dtype=torch.float64)
 Y = torch.tensor([[1, 2, 0.5], [-1, 0.3, 2]], dtype=torch.float64)

@@ -9,9 +9,9 @@ import yaml
 from shell import run
 
 from sae_lab import plots, report
-from sae_lab.errors import UserError
-from sae_lab.sweep import all_jobs, standings
-from sae_lab.table import parse_overrides
+from sae_lab.runtime.errors import UserError
+from sae_lab.sweeps.standing import all_jobs, standings
+from sae_lab.sweeps.table import parse_overrides
 
 D_IN = 64
 CLASSES = {"topk": "TopKSAE", "batch_topk": "BatchTopKSAE"}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from fakes import Follow, UniqueWords
 
-from sae_lab.corpora import FileDocuments, HubDocuments
-from sae_lab.data import ActivationData, CachedData
+from sae_lab.activations.data import ActivationData, CachedData
 from sae_lab.harvest import Harvester
-from sae_lab.text import take_rows
+from sae_lab.text.corpora import FileDocuments, HubDocuments
+from sae_lab.text.rows import take_rows
 
 BOS, SEQ_LEN = 0, 7
 SETTINGS = {"seq_len": SEQ_LEN, "batch_size": 16, "n_tokens": 9999, "block_tokens": 100, "lm_batch_rows": 4, "seed": 3}

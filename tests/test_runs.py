@@ -5,8 +5,8 @@ import torch
 from conftest import compose
 from omegaconf import OmegaConf
 
-from sae_lab.errors import Busy, UserError
-from sae_lab.runs import Run, examine, flat, is_running
+from sae_lab.runs.folder import Run, examine, flat, is_running
+from sae_lab.runtime.errors import Busy, UserError
 from sae_lab.train import hydra_files
 
 

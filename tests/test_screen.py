@@ -2,9 +2,9 @@
 
 import pytest
 
-from sae_lab import screen
-from sae_lab.buffer import Filling
-from sae_lab.progress import seconds_left
+from sae_lab.activations.buffer import Filling
+from sae_lab.runtime import screen
+from sae_lab.training.progress import seconds_left
 
 
 def test_a_loop_without_a_terminal_says_now_and_then_how_far_it_is(monkeypatch, capsys):

@@ -6,8 +6,8 @@ import math
 import pytest
 from test_sweep import sweep
 
-from sae_lab.search import best, next_guess, score
-from sae_lab.sweep import job_folders, standing
+from sae_lab.sweeps.search import best, next_guess, score
+from sae_lab.sweeps.standing import job_folders, standing
 
 
 def n_trials(l0_of, low: float = 1e-4, high: float = 1.0, goal: float = 16) -> int:
@@ -94,9 +94,9 @@ def test_a_search_that_cannot_begin_says_why(over, sentence, monkeypatch):
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    from hydra_plugins.sae_lab_launchers.reach_l0 import ReachL0Sweeper
-    from sae_lab.cli import CONF
-    from sae_lab.errors import UserError
+    from hydra_plugins.sae_lab_plugins.reach_l0_sweeper import ReachL0Sweeper
+    from sae_lab.cli.entry import CONF
+    from sae_lab.runtime.errors import UserError
 
     sweeper = ReachL0Sweeper(n_trials=3, tolerance=0.05)  # without a launcher
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

@@ -2,7 +2,7 @@
 
 import torch
 
-from sae_lab.seeds import nth_generator
+from sae_lab.runtime.seeds import nth_generator
 
 
 def test_the_numbers_stay_what_they_were():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_lab import selection
-from sae_lab.selection import Preactivations, above, top_k, top_of_batch
+from sae_lab.ops import selection
+from sae_lab.ops.selection import Preactivations, above, top_k, top_of_batch
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 

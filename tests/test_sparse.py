@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_lab import losses, selection, sparse
+from sae_lab.ops import losses, selection, sparse
+from sae_lab.ops.selection import top_of_batch
+from sae_lab.ops.sparse import Pattern, SparseCode, split, truncated
 from sae_lab.saes import BatchTopKSAE, TopKSAE
-from sae_lab.selection import top_of_batch
-from sae_lab.sparse import Pattern, SparseCode, split, truncated
 
 SIZES = {"d_in": 7, "n_latents": 24, "normalize": "none"}
 

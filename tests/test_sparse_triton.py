@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_lab import sparse
+from sae_lab.ops import sparse
 from sae_lab.saes import BatchTopKSAE, TopKSAE
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from sae_lab import sparse_triton
+from sae_lab.ops import sparse_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -176,7 +176,7 @@ def test_an_saes_gradients_are_those_of_the_torch_path(sae_class, n_sources, pre
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
-from sae_lab import sparse_triton as st
+from sae_lab.ops import sparse_triton as st
 
 def compile(kernel, floats, **constants):
     types = {name: "i32" for name in ("n", "d", "per_segment")} | {"offsets": "*i64", "indices": "*i64"} | floats

@@ -12,10 +12,10 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from shell import run
 
-from sae_lab.cli import CONF, folder_name
-from sae_lab.errors import Busy, UserError
-from sae_lab.runs import Run
-from sae_lab.sweep import counted, distinct, failure_recorded, job_folders, plan, planned, standing, standings
+from sae_lab.cli.entry import CONF, folder_name
+from sae_lab.runs.folder import Run
+from sae_lab.runtime.errors import Busy, UserError
+from sae_lab.sweeps.standing import counted, distinct, failure_recorded, job_folders, plan, planned, standing, standings
 
 SMALL = """# @package _global_
 n_tokens: 2048

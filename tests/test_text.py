@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sae_lab.cli import CONF
-from sae_lab.corpora import FileDocuments, HubDocuments
-from sae_lab.documents import (
+from sae_lab.cli.entry import CONF
+from sae_lab.runtime.errors import UserError
+from sae_lab.text.corpora import FileDocuments, HubDocuments
+from sae_lab.text.documents import (
     HELD_OUT,
     TRAIN,
     DisassembledStdlib,
@@ -28,8 +29,7 @@ from sae_lab.documents import (
     disassembled,
     held_out,
 )
-from sae_lab.errors import UserError
-from sae_lab.text import TextRows
+from sae_lab.text.rows import TextRows
 
 BOS = 0
 STDLIB = sysconfig.get_paths()["stdlib"]
@@ -95,8 +95,8 @@ def texts_of(documents: Documents, epoch: int = 0) -> list[str]:
 @pytest.fixture
 def small_windows(monkeypatch):
     """Windows of a few documents, and pieces of a few characters."""
-    monkeypatch.setattr("sae_lab.documents.WINDOW", 40)
-    monkeypatch.setattr("sae_lab.documents.PIECE", 11)
+    monkeypatch.setattr("sae_lab.text.documents.WINDOW", 40)
+    monkeypatch.setattr("sae_lab.text.documents.PIECE", 11)
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +143,7 @@ def test_a_stream_that_ends_stays_ended():
 def test_a_new_pass_has_a_new_order_and_is_announced(caplog):
     texts = [f"w{i}" for i in range(30)]
     rows = TextRows(ListDocuments(texts, shuffled=True), Words(), 2, BOS)
-    with caplog.at_level(logging.WARNING, logger="sae_lab.text"):
+    with caplog.at_level(logging.WARNING, logger="sae_lab.text.rows"):
         first = rows.tokenizer.decode(list(itertools.islice(rows, 30)))
         assert not caplog.records
         second = rows.tokenizer.decode(list(itertools.islice(rows, 30)))

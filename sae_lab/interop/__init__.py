@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from sae_lab import checkpoint
-from sae_lab.errors import UserError, first_line
-from sae_lab.interop import circuit_tracer, dictionary_learning, gemma_scope, hub, openai, sae_lens, sparsify
+from sae_lab.interop import circuit_tracer, dictionary_learning, gemma_scope, openai, sae_lens, sparsify
+from sae_lab.interop import download as hub
 from sae_lab.interop.tensors import fold_decoder_norm as fold
 from sae_lab.interop.tensors import untied
+from sae_lab.runs import checkpoint
+from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.saes.base import BaseSAE
 
 FORMATS = {

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lab.checkpoint import write_json
-from sae_lab.errors import UserError
 from sae_lab.interop.tensors import (
     Tensors,
     add_input_bias,
@@ -22,6 +20,8 @@ from sae_lab.interop.tensors import (
     read_pickle,
     write_pickle,
 )
+from sae_lab.runs.checkpoint import write_json
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 
 FILES = CONFIG, WEIGHTS = "config.json", "ae.pt"

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sae_lab.errors import UserError
 from sae_lab.interop.tensors import Tensors, add_input_bias, build
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 
 FILES = (WEIGHTS,) = ("params.npz",)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from sae_lab.errors import UserError
 from sae_lab.interop.tensors import Tensors, build, need, read_pickle
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 
 STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")

@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_lab.checkpoint import write_json
-from sae_lab.errors import UserError
 from sae_lab.interop.tensors import (
     ONE_TO_ONE,
     TRANSCODERS,
@@ -27,6 +25,8 @@ from sae_lab.interop.tensors import (
     thresholds,
     write_safetensors,
 )
+from sae_lab.runs.checkpoint import write_json
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 
 log = logging.getLogger(__name__)

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_lab.checkpoint import write_json
-from sae_lab.errors import UserError
 from sae_lab.interop.tensors import (
     ONE_TO_ONE,
     TRANSCODERS,
@@ -19,6 +17,8 @@ from sae_lab.interop.tensors import (
     read_safetensors,
     write_safetensors,
 )
+from sae_lab.runs.checkpoint import write_json
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 
 FILES = CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"

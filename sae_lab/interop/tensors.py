@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sae_lab.checkpoint import atomic_file, write_atomically
-from sae_lab.errors import UserError
+from sae_lab.runs.checkpoint import atomic_file, write_atomically
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
-from sae_lab.saes.normalize import NORMALIZERS
+from sae_lab.saes.parts.normalize import NORMALIZERS
 
 TRAINING_STATE = ("batches_since_fired", "steps", "threshold_updates")
 TRANSCODERS = {

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae_lab.errors import UserError
 from sae_lab.lm.sites import check_sites, vectors
+from sae_lab.runtime.errors import UserError
 
 SiteHook = Callable[[Any], Tensor | None]
 Hooks = Mapping[str, SiteHook]

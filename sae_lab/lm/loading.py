@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from sae_lab.corpora import HUB_TIMEOUT
-from sae_lab.device import chosen
-from sae_lab.errors import UserError, first_line
 from sae_lab.lm.base import LanguageModel
+from sae_lab.runtime.device import chosen
+from sae_lab.runtime.errors import UserError, first_line
+from sae_lab.text.corpora import HUB_TIMEOUT
 
 TINY = "tiny"
 SIBLING = "outputs/tiny_disassembly"  # where fine_tune_tiny.py writes, unless told otherwise
@@ -131,7 +131,7 @@ def find_folder(name: str) -> Path | None:
             raise UserError(f"lm.name={name} is a folder without config.json: {fix}")
         return folder
     if name == SIBLING:
-        raise UserError(f"lm.name={name} is not there yet: make it with `python -m sae_lab.lm.fine_tune_tiny`.")
+        raise UserError(f"lm.name={name} is not there yet: make it with `python -m sae_lab.lm.tiny.fine_tune`.")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"lm.name={name} is no folder: {fix}")
     return None

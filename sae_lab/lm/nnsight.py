@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lab.errors import UserError
 from sae_lab.lm.base import Hooks
 from sae_lab.lm.transformers import TransformersLM
+from sae_lab.runtime.errors import UserError
 
 
 class NnsightLM(TransformersLM):

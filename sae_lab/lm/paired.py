@@ -3,9 +3,9 @@
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab.errors import UserError
 from sae_lab.lm.base import Hooks, LanguageModel
 from sae_lab.lm.loading import place
+from sae_lab.runtime.errors import UserError
 
 
 class PairedLM(LanguageModel):

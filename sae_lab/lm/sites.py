@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab.errors import UserError
+from sae_lab.runtime.errors import UserError
 
 
 class Place(NamedTuple):

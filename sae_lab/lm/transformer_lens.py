@@ -8,9 +8,9 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lab.errors import UserError
 from sae_lab.lm.base import Hooks
 from sae_lab.lm.loading import LoadedLM, quiet
+from sae_lab.runtime.errors import UserError
 
 
 class TransformerLensLM(LoadedLM):

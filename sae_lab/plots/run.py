@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from sae_lab import diffing
+from sae_lab.evaluation import diffing
 from sae_lab.plots.style import COLUMN, INK, LABELS, MUTED, PAGE, PALETTE, PLAIN, has_values, legend_below, page
 
 # The panels of a training log: label, its column in training and in validation.

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae_lab.errors import UserError
+from sae_lab.ops.sparse import Code
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.registry import Registered
-from sae_lab.sparse import Code
 
 AnySAE = TypeVar("AnySAE", bound="BaseSAE")
 Edit: TypeAlias = Callable[[Float[Tensor, "b f"]], Float[Tensor, "b f"]]

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.distributed import average, least
-from sae_lab.errors import checked_number, checked_word
+from sae_lab.ops.selection import Pieces, above, top_of_batch
+from sae_lab.ops.sparse import Code, SparseCode, l0_per_row, smallest_positive
+from sae_lab.parallel.collectives import average, least
+from sae_lab.runtime.errors import checked_number, checked_word
 from sae_lab.saes.sparse_linear import SparseLinearSAE
-from sae_lab.selection import Pieces, above, top_of_batch
-from sae_lab.sparse import Code, SparseCode, l0_per_row, smallest_positive
 
 
 class BatchTopKSAE(SparseLinearSAE):

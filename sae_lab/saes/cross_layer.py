@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lab.errors import UserError
+from sae_lab.ops.sparse import Pattern, SparseCode, encoded
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.batch_topk import BatchTopKSAE
 from sae_lab.saes.jumprelu import JumpReLUSAE
 from sae_lab.saes.linear import Encoder, LinearSAE
+from sae_lab.saes.parts.unit_norm import divide_by_norm
 from sae_lab.saes.topk import TopKSAE
-from sae_lab.saes.unit_norm import divide_by_norm
-from sae_lab.sparse import Pattern, SparseCode, encoded
 
 
 class CrossLayer(LinearSAE):

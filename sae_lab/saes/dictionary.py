@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sae_lab import losses, sparse
-from sae_lab.distributed import anywhere
-from sae_lab.errors import UserError, checked_flag, checked_number, checked_word
-from sae_lab.matmul import linear
+from sae_lab.ops import losses, sparse
+from sae_lab.ops.matmul import linear
+from sae_lab.ops.sparse import Code, SparseCode, fired
+from sae_lab.parallel.collectives import anywhere
+from sae_lab.runtime.errors import UserError, checked_flag, checked_number, checked_word
 from sae_lab.saes.base import Edit, SAEOutput
-from sae_lab.saes.transcoder import Transcodable
-from sae_lab.saes.unit_norm import divide_by_norm, project_gradient
-from sae_lab.sparse import Code, SparseCode, fired
+from sae_lab.saes.parts.sources import Transcodable
+from sae_lab.saes.parts.unit_norm import divide_by_norm, project_gradient
 
 
 class DictionarySAE(Transcodable):

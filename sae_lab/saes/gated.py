@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae_lab import losses, sparse
-from sae_lab.errors import checked_number
+from sae_lab.ops import losses, sparse
+from sae_lab.runtime.errors import checked_number
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
 

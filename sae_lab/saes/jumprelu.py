@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sae_lab.distributed import average
-from sae_lab.errors import UserError, checked_number, checked_word
+from sae_lab.parallel.collectives import average
+from sae_lab.runtime.errors import UserError, checked_number, checked_word
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
 from sae_lab.saes.sparse_linear import checked_k

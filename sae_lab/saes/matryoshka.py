@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab import losses, sparse
-from sae_lab.errors import UserError, checked_flag, checked_number
+from sae_lab.ops import losses, sparse
+from sae_lab.ops.sparse import Code
+from sae_lab.runtime.errors import UserError, checked_flag, checked_number
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.batch_topk import BatchTopKSAE
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.saes.topk import TopKSAE
-from sae_lab.sparse import Code
 
 
 @dataclass(frozen=True)

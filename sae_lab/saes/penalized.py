@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab.distributed import concatenated
-from sae_lab.errors import UserError, checked_number
+from sae_lab.parallel.collectives import concatenated
+from sae_lab.runtime.errors import UserError, checked_number
+from sae_lab.runtime.seeds import nth_generator
 from sae_lab.saes.linear import LinearSAE
-from sae_lab.saes.resample import SCALE, draw, unit
-from sae_lab.seeds import nth_generator
+from sae_lab.saes.parts.resample import SCALE, draw, unit
 
 
 class PenalizedLinearSAE(LinearSAE):

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from sae_lab.errors import UserError
+from sae_lab.runtime.errors import UserError
 
 
 class Registered(nn.Module):

@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae_lab.distributed import average
-from sae_lab.errors import UserError, checked_number, checked_word
-from sae_lab.matmul import linear
+from sae_lab.ops.matmul import linear
+from sae_lab.ops.sparse import Code
+from sae_lab.parallel.collectives import average
+from sae_lab.runtime.errors import UserError, checked_number, checked_word
+from sae_lab.runtime.seeds import nth_generator
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
-from sae_lab.saes.normalize import Context, normalizer
-from sae_lab.seeds import nth_generator
-from sae_lab.sparse import Code
+from sae_lab.saes.parts.normalize import Context, normalizer
 
 
 class RouteSAE(BaseSAE):

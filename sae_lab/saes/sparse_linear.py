@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.errors import UserError, checked_number
+from sae_lab.ops.selection import Pieces, Preactivations
+from sae_lab.ops.sparse import Code, SparseCode, encoded
+from sae_lab.runtime.errors import UserError, checked_number
 from sae_lab.saes.linear import Encoder, LinearSAE
-from sae_lab.selection import Pieces, Preactivations
-from sae_lab.sparse import Code, SparseCode, encoded
 
 
 class SparseLinearSAE(LinearSAE):

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from sae_lab.errors import UserError
+from sae_lab.ops.selection import Pieces, top_k
+from sae_lab.ops.sparse import SparseCode
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.sparse_linear import SparseLinearSAE
-from sae_lab.selection import Pieces, top_k
-from sae_lab.sparse import SparseCode
 
 
 class TopKSAE(SparseLinearSAE):

@@ -5,11 +5,11 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab import losses
-from sae_lab.errors import checked_flag, checked_number
+from sae_lab.ops import losses
+from sae_lab.ops.sparse import Code
+from sae_lab.runtime.errors import checked_flag, checked_number
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
-from sae_lab.sparse import Code
 
 
 class VanillaSAE(PenalizedLinearSAE):

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from test_export import PROVENANCE, transcoder
 
 from sae_lab import load_sae
-from sae_lab.checkpoint import save_sae
-from sae_lab.errors import UserError
 from sae_lab.export import export
 from sae_lab.interop import circuit_tracer
+from sae_lab.runs.checkpoint import save_sae
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.cross_layer import CrossLayerTopKSAE
 
 PART, LAYERS = 16, 3

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from sae_lab.downstream import spliced_logits
-from sae_lab.errors import UserError
+from sae_lab.evaluation.downstream import spliced_logits
 from sae_lab.lm import NnsightLM, TransformerLensLM, TransformersLM
 from sae_lab.lm.base import find_bos_id
 from sae_lab.lm.loading import TINY, find_folder
+from sae_lab.runtime.errors import UserError
 
 # The same places by both back ends' names: (transformers, TransformerLens, index in output_hidden_states).
 PLACES = {

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sae_lab.errors import UserError
 from sae_lab.lm import TransformerLensLM, TransformersLM
 from sae_lab.lm.loading import TINY, find_folder
 from sae_lab.lm.sites import FAMILIES, Place, find_blocks, module_places, transformer_lens_places
+from sae_lab.runtime.errors import UserError
 
 SMALL = {
     "vocab_size": 4096,

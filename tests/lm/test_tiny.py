@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sae_lab.documents import HELD_OUT, StdlibDocuments
 from sae_lab.lm import TransformersLM
 from sae_lab.lm.loading import TINY, find_folder
-from sae_lab.text import TextRows, take_rows
+from sae_lab.text.documents import HELD_OUT, StdlibDocuments
+from sae_lab.text.rows import TextRows, take_rows
 
 SITE = "transformer.h.2"  # the default of conf/lm/tiny.yaml
 

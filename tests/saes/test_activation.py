@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import build, planted
 
-from sae_lab.errors import UserError
+from sae_lab.evaluation.rules import with_activation
+from sae_lab.ops.sparse import l0_per_row
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, JumpReLUSAE, TopKSAE, VanillaSAE
-from sae_lab.saes.activation import with_activation
-from sae_lab.sparse import l0_per_row
 
 X = planted(64)[0] + 0.1
 

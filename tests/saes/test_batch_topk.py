@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import build, planted
 
-from sae_lab.errors import UserError
+from sae_lab.ops.sparse import l0_per_row, smallest_positive
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, MatryoshkaSAE
-from sae_lab.sparse import l0_per_row, smallest_positive
 
 X = planted(64)[0] + 0.1
 

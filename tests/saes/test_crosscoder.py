@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import build
 
-from sae_lab.errors import UserError
-from sae_lab.sparse import SparseCode, l0_per_row
+from sae_lab.ops.sparse import SparseCode, l0_per_row
+from sae_lab.runtime.errors import UserError
 
 X = torch.randn(40, 3, 16, generator=torch.Generator().manual_seed(0))
 

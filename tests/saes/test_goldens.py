@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from conftest import build
 
-from sae_lab import selection
-from sae_lab.auxk import BY_ENTRY_FROM, auxk
-from sae_lab.errors import UserError
+from sae_lab.ops import selection
+from sae_lab.ops.auxk import BY_ENTRY_FROM, auxk
+from sae_lab.ops.sparse import l0_per_row, smallest_positive
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, TopKSAE
-from sae_lab.saes.normalize import NORMALIZERS, ConstantNorm, PerToken
-from sae_lab.sparse import l0_per_row, smallest_positive
+from sae_lab.saes.parts.normalize import NORMALIZERS, ConstantNorm, PerToken
 
 A = torch.tensor([[3, 0.5, 0, 2], [0.2, 0.1, 0.9, 0], [0, 4, 0.3, 0.7]])
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import build, planted
 
-from sae_lab.errors import UserError
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.jumprelu import JumpReLUSAE, jump_relu, mean_l0, window
 
 X = planted(256, seed=1)[0]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import build, planted
 
-from sae_lab.checkpoint import load_sae, save_sae
-from sae_lab.errors import UserError
+from sae_lab.runs.checkpoint import load_sae, save_sae
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes import TopKSAE
 
 X = planted(64)[0] + 0.1

@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import build, planted
 
-from sae_lab.errors import UserError
+from sae_lab.ops.sparse import SparseCode, l0_per_row
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.matryoshka import MatryoshkaSAE, MatryoshkaTopKSAE, Nested, doubling
 from sae_lab.saes.vanilla import VanillaSAE
-from sae_lab.sparse import SparseCode, l0_per_row
 
 SIZES = [4, 12, 16, 32]
 X = planted(48, seed=3)[0] + 0.1

@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import SAE_NAMES, build, planted
 
-from sae_lab.errors import UserError
-from sae_lab.metrics import batch_fvu
-from sae_lab.pursuit import METHODS
+from sae_lab.evaluation.metrics import batch_fvu
+from sae_lab.ops.pursuit import METHODS
+from sae_lab.ops.sparse import l0_per_row
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes import LinearSAE, PursuitSAE
-from sae_lab.sparse import l0_per_row
 
 X = planted(64)[0] + 0.1
 WITH_ENCODER = [name for name in SAE_NAMES if isinstance(build(name), LinearSAE)]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import SAE_NAMES, build, planted
 
-from sae_lab.errors import UserError
-from sae_lab.saes.resample import draw
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.seeds import nth_generator
+from sae_lab.saes.parts.resample import draw
 from sae_lab.saes.vanilla import VanillaSAE
-from sae_lab.seeds import nth_generator
 
 RESAMPLED = [name for name in SAE_NAMES if hasattr(build(name), "resample_every")]
 X = planted(64)[0] + 0.1

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from conftest import build
 
-from sae_lab.errors import UserError
-from sae_lab.metrics import ReconstructionMetrics
+from sae_lab.evaluation.metrics import ReconstructionMetrics
+from sae_lab.ops.sparse import SparseCode
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes import RouteSAE, TopKSAE, VanillaSAE
 from sae_lab.saes.matryoshka import MatryoshkaSAE, NestedOutput
-from sae_lab.sparse import SparseCode
 
 inner_topk = partial(TopKSAE, k=3, normalize="none")
 

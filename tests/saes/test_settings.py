@@ -4,7 +4,7 @@ import pytest
 from conftest import SAE_NAMES, build
 
 from sae_lab import saes
-from sae_lab.errors import UserError
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes import TopKSAE
 
 SAES = [sae for sae in map(build, SAE_NAMES) if type(sae).__name__ in saes.__all__]  # an SAE of a user's is their own

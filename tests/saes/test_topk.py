@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import SAE_NAMES, build, planted
 
-from sae_lab.checkpoint import load_sae, save_sae
-from sae_lab.errors import UserError
+from sae_lab.ops.sparse import l0_per_row
+from sae_lab.runs.checkpoint import load_sae, save_sae
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, TopKSAE
-from sae_lab.sparse import l0_per_row
 
 WITH_K_WARMUP = [name for name in SAE_NAMES if hasattr(build(name), "k_warmup")]
 X = planted(40)[0]

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from conftest import SAE_NAMES, build, planted
 
-from sae_lab.checkpoint import load_sae, save_sae
-from sae_lab.errors import UserError
-from sae_lab.module import plain_step
+from sae_lab.ops.sparse import l0_per_row
+from sae_lab.runs.checkpoint import load_sae, save_sae
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes import PursuitSAE, TopKSAE, VanillaSAE
 from sae_lab.saes.linear import LinearSAE
-from sae_lab.sparse import l0_per_row
+from sae_lab.training.module import plain_step
 
 LINEAR = [name for name in SAE_NAMES if isinstance(build(name), LinearSAE)]
 SETTINGS = ("sae.n_inputs=1", "sae.skip=true", "sae.normalize=mean_norm", "sae.encoder_bias=true")

@@ -1,0 +1,65 @@
+"""`hydra/launcher=shared_stream`: the jobs of a sweep that want the same activations share one pass over the LM."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+log = logging.getLogger(__name__)
+
+
+class SharedStreamLauncher(Launcher):
+    """Composes every job as Hydra's own launcher does, and hands them together to sae_lab.sweeps.gpus.
+
+    Args:
+        max_members: SAEs that train side by side; None takes as many as the memory holds.
+        parallel: groups that train at a time, each on a GPU of its own; `auto` is one per GPU.
+    """
+
+    def __init__(self, max_members: int | None, parallel: int | str):
+        self.max_members, self.parallel = max_members, parallel
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from sae_lab.sweeps.gpus import train_spread  # Hydra imports its plug-ins at every start, `--help` included
+
+        setup_globals()
+        log.info("Launching %d jobs on shared streams", len(job_overrides))
+        returns = [self.compose(list(job), initial_job_idx + i) for i, job in enumerate(job_overrides)]
+        jobs = [r.return_value for r in returns]
+        last = returns[-1].hydra_cfg
+        assert last is not None
+        job_logging = OmegaConf.to_container(last.hydra.job_logging, resolve=True)
+        train_spread([job for job in jobs if job is not None], self.max_members, self.parallel, job_logging)
+        for r, job in zip(returns, jobs, strict=True):
+            r.return_value = None if job is None else job.score()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        return returns
+
+    def compose(self, overrides: list[str], number: int) -> JobReturn:
+        """Run Hydra's part of a job; it returns what there is to train, or None where its config has failed already."""
+        from sae_lab.sweeps.shared_stream import read_job
+        from sae_lab.sweeps.standing import failure_recorded
+
+        def read(cfg: DictConfig):
+            with failure_recorded(Path(cfg.run_dir)):
+                return read_job(cfg)
+
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        log.info("\t#%d : %s", number, " ".join(filter_overrides(overrides)))
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+        return run_job(
+            hydra_context=self.hydra_context,
+            task_function=read,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )

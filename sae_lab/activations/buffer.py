@@ -1,0 +1,153 @@
+"""Shuffling: consecutive rows in, batches of mixed rows out; nothing lost, nothing twice, its place can be saved."""
+
+import time
+from collections.abc import Callable, Generator
+from mmap import mmap
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lab.runtime.seeds import nth_generator
+
+
+class Chunk(NamedTuple):
+    """Some consecutive rows, the source's state from which they come again, and the text they come from, if any."""
+
+    state: dict[str, Any]
+    rows: Float[Tensor, "n s d"]
+    tokens: Int[Tensor, "r t"] | None = None
+
+
+class Source(Protocol):
+    """Rows in order, in chunks; deterministic, and able to start at any chunk that it has given before."""
+
+    def __iter__(self) -> Generator[Chunk, None, None]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Filling:
+    """How blocks are filled in this process: for who shows progress. It decides no row and is in no state."""
+
+    def __init__(self) -> None:
+        self.rows, self.seconds = 0, 0.0
+        self.watch: Callable[[int, int], None] | None = None
+        """Told of the rows in the block that is being filled, and of those that it holds when it is full."""
+
+
+class ShuffledBlocks:
+    """Batches from blocks of `block_rows` consecutive rows, each block refilled and shuffled whole.
+
+    Block number n is permuted by a generator seeded with (seed, n), so the batches are a function of (source, seed).
+    The state is the place where the block begins (the state of the chunk that holds its first row, and how many rows
+    of that chunk came before), the block's number, and how many of its batches have been given. Where the source
+    ends, the last batch may be smaller. All blocks take their turn in the memory of one.
+    """
+
+    def __init__(self, source: Source, block_rows: int, batch_size: int, seed: int):
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.block_rows = max(1, block_rows // batch_size) * batch_size
+        self._begin: tuple[dict[str, Any], int] = (source.state_dict(), 0)
+        self._number = self._given = 0
+        self.filling = Filling()
+        self._chunks: Generator[Chunk, None, None] | None = None
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the source and of the block; the next batch, if one is asked for, is still the next one."""
+        if self._chunks is not None:
+            self._chunks.close()
+        self._chunks = None
+        self._chunk: Chunk | None = None  # the chunk being read, and how many of its rows have been read
+        self._used = 0
+        self._memory: Tensor | None = None
+        self._block: Tensor | None = None
+        self._batches: tuple[Tensor, ...] = ()
+
+    @property
+    def n_given(self) -> int:
+        """Batches given since the stream began, in this process or before; all but those of the last block are full."""
+        return self._number * (self.block_rows // self.batch_size) + self._given
+
+    @property
+    def n_ready(self) -> int:
+        """Rows of the block that are still to be given, in whole batches."""
+        return max(0, len(self._batches) - self._given) * self.batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        chunk, skip = self._begin
+        return {"chunk": chunk, "skip": skip, "block": self._number, "given": self._given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._begin = (state["chunk"], state["skip"])
+        self._number, self._given = state["block"], state["given"]
+        self.close()
+
+    def __iter__(self) -> "ShuffledBlocks":
+        return self
+
+    def __next__(self) -> Float[Tensor, "b s d"]:
+        if self._block is None:
+            self._refill()
+        assert self._block is not None
+        batch = self._block[self._batches[self._given].to(self._block.device)]
+        self._given += 1
+        if self._given == len(self._batches):
+            self._begin, self._number, self._given = self._place(), self._number + 1, 0
+            self._block, self._batches = None, ()
+        return batch
+
+    def _refill(self) -> None:
+        """Gather one block from the source and permute it. Raises StopIteration where nothing is left."""
+        filled, start = 0, time.perf_counter()
+        while filled < self.block_rows and self._open_chunk() is not None:
+            assert self._chunk is not None
+            if filled == 0:
+                self._begin = self._place()
+            rows = self._chunk.rows[self._used : self._used + self.block_rows - filled]
+            if self._memory is None:
+                self._memory = apart(rows, self.block_rows)
+            self._memory[filled : filled + len(rows)] = rows
+            self._used += len(rows)
+            filled += len(rows)
+            if self.filling.watch is not None:
+                self.filling.watch(filled, self.block_rows)
+        self.filling.rows += filled
+        self.filling.seconds += time.perf_counter() - start
+        if self._memory is None or filled == 0:
+            raise StopIteration
+        self._block = self._memory[:filled]
+        order = torch.randperm(filled, generator=nth_generator(self.seed, self._number))
+        self._batches = order.split(self.batch_size)
+
+    def _open_chunk(self) -> Chunk | None:
+        """The chunk that holds the next row; None at the end of the source, whose last chunk stays open."""
+        if self._chunks is None:
+            state, skip = self._begin
+            self.source.load_state_dict(state)
+            self._chunks = iter(self.source)
+            self._chunk, self._used = next(self._chunks, None), skip
+        while self._chunk is not None and self._used >= len(self._chunk.rows):
+            following = next(self._chunks, None)
+            if following is None:
+                return None
+            self._chunk, self._used = following, 0
+        return self._chunk
+
+    def _place(self) -> tuple[dict[str, Any], int]:
+        assert self._chunk is not None
+        return self._chunk.state, self._used
+
+
+def apart(rows: Float[Tensor, "n s d"], n: int) -> Float[Tensor, "m s d"]:
+    """Memory for n such rows. On a CPU it is no part of the C library's heap, as a block leaves a hole there that the
+    next small tensor cuts up: the calibration's block then took new memory, and a run that of two blocks.
+    """
+    if rows.device.type != "cpu":
+        return rows.new_empty(n, *rows.shape[1:])
+    pages = mmap(-1, n * rows[0].numel() * rows.element_size())
+    return torch.frombuffer(pages, dtype=rows.dtype).view(n, *rows.shape[1:])

@@ -1,0 +1,341 @@
+"""Text -> frozen language model -> shuffled batches of activations, as a LightningDataModule that owns its place."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from threading import Lock
+from typing import Any
+
+import lightning as L
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sae_lab.activations.buffer import ShuffledBlocks, Source
+from sae_lab.activations.digests import digest_of_rows, lm_key, refuse_changed, tokenizer_digest, weights_digest
+from sae_lab.activations.prefetch import Prefetched
+from sae_lab.activations.source import Harvest, Shared
+from sae_lab.cache.reader import Cache, CachedRows
+from sae_lab.cache.shards import refuse_other
+from sae_lab.lm.base import LanguageModel
+from sae_lab.parallel.collectives import rank, share, world_size
+from sae_lab.runtime.errors import UserError, checked_flag, checked_number
+from sae_lab.text.corpora import FileDocuments, HubDocuments
+from sae_lab.text.documents import HELD_OUT, TRAIN, DisassembledStdlib, Documents, StdlibDocuments
+from sae_lab.text.rows import TextRows, take_rows
+
+
+class Batches:
+    """What Lightning iterates over: n_rows rows of the stream, the last batch with what is left of them.
+
+    Of several processes each gets its share of every batch. It has a length, without which Lightning would read one
+    batch ahead.
+    """
+
+    def __init__(self, stream: ShuffledBlocks, n_rows: int):
+        self.stream, self.n_rows = stream, n_rows
+
+    def __len__(self) -> int:
+        return math.ceil(self.n_rows / self.stream.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while (left := self.n_rows - self.stream.n_given * self.stream.batch_size) > 0:
+            batch = next(self.stream, None)
+            if batch is None:
+                return
+            mine = share(batch[:left])
+            if len(mine) == 0:
+                return
+            yield mine
+
+
+class ActivationData(L.LightningDataModule):
+    """Batches `(b, s, d)` of a frozen language model's activations, shuffled, deterministic in (config, seed).
+
+    Args:
+        lm: the language model and its sites. It lives here and never in a checkpoint.
+        documents: `documents(split)` gives the documents of `train` or `held_out`.
+        seq_len: tokens in a row, BOS included.
+        batch_size: rows of activations (tokens) in a training batch.
+        n_tokens: activations to train on, exactly; the last batch holds what is left for it.
+        block_tokens: activations that are shuffled together, all of a run that has fewer; the memory of a block is
+            block_tokens · s · d · bytes of `lm.dtype`, twice that with prefetch.
+        lm_batch_rows: text rows in one forward pass of the language model.
+        exclude_bos: leave out every BOS token.
+        exclude_first: leave out the first n positions of each row.
+        pack: rows may cross documents; otherwise what does not fill a row of its own is left out.
+        prefetch: harvest the next block in a thread while one trains, which changes no row; "auto" does on a GPU.
+        repeat: start the text over where it ends before n_tokens; otherwise the run ends there.
+        n_eval_tokens, n_val_tokens: held-out tokens for the evaluation after training and for validation during it.
+        seed: of the order of documents and of the shuffling.
+
+    Raises:
+        UserError: fewer tokens than one batch, or excluded positions that leave nothing of a row.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        documents: Callable[[str], Documents] | None,
+        *,
+        seq_len: int,
+        batch_size: int,
+        n_tokens: int,
+        block_tokens: int,
+        lm_batch_rows: int,
+        exclude_bos: bool,
+        exclude_first: int,
+        pack: bool,
+        prefetch: bool | str,
+        repeat: bool,
+        n_eval_tokens: int,
+        n_val_tokens: int,
+        seed: int,
+    ):
+        super().__init__()
+        sizes = {"n_tokens": n_tokens, "batch_size": batch_size, "data.block_tokens": block_tokens}
+        for name, size in (sizes | {"data.lm_batch_rows": lm_batch_rows, "data.n_eval_tokens": n_eval_tokens}).items():
+            checked_number(name, size, 1, whole=True)
+        if lm.context is not None and seq_len > lm.context:
+            raise UserError(f"seq_len={seq_len} is longer than the context of {lm.name}: give {lm.context} or less.")
+        for name, flag in {"repeat": repeat, "pack": pack}.items():
+            checked_flag(f"data.{name}", flag)
+        if not isinstance(prefetch, bool) and prefetch != "auto":
+            raise UserError(f"data.prefetch={prefetch} is not known: choose true, false or auto.")
+        if n_tokens < batch_size:
+            raise UserError(f"n_tokens={n_tokens} is less than one batch of batch_size={batch_size}: raise n_tokens.")
+        if exclude_first + exclude_bos >= seq_len:
+            raise UserError(f"data.exclude_first={exclude_first} leaves nothing of a row of seq_len={seq_len} tokens.")
+        self.lm, self.documents, self.seed, self.repeat, self.pack = lm, documents, seed, repeat, pack
+        self.seq_len, self.batch_size, self.n_tokens = seq_len, batch_size, int(n_tokens)
+        # What lies behind the run's last batch is never asked for: a short run need not wait until its block holds it.
+        self.block_tokens = min(int(block_tokens), math.ceil(n_tokens / batch_size) * batch_size)
+        self.lm_batch_rows = lm_batch_rows
+        self.exclude_bos, self.exclude_first = exclude_bos, exclude_first
+        self.n_eval_tokens, self.n_val_tokens = int(n_eval_tokens), int(n_val_tokens)
+        self.prefetch = prefetch is True or (prefetch == "auto" and lm.device.type == "cuda")
+        self.lm_turn = Lock()
+        self.stream = self.new_stream(self.prefetch)
+        self._validation: list[Tensor] | None = None
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.train_dataloader())
+
+    @property
+    def d_in(self) -> int:
+        return self.lm.d
+
+    @property
+    def n_sources(self) -> int:
+        return len(self.lm.sites)
+
+    def keep(self, tokens: Int[Tensor, "n t"]) -> Bool[Tensor, "n t"]:
+        """Which positions an SAE is trained and judged on."""
+        kept = torch.ones_like(tokens, dtype=torch.bool)
+        kept[:, : self.exclude_first] = False
+        return kept & (tokens != self.lm.bos_id) if self.exclude_bos else kept
+
+    def text(self, split: str, repeat: bool) -> TextRows:
+        assert self.documents is not None
+        return TextRows(self.documents(split), self.lm.tokenizer, self.seq_len, self.lm.bos_id, repeat, self.pack)
+
+    def text_rows(self, n: int) -> Int[Tensor, "n t"]:
+        """The first n text rows of the training text, or as many as a pass has."""
+        return take_rows(self.text(TRAIN, repeat=False), n)
+
+    def source(self) -> Source:
+        """The activations to train on, in order, from their beginning."""
+        return Harvest(self.lm, self.text(TRAIN, self.repeat), self.keep, self.lm_batch_rows, self.lm_turn)
+
+    def new_stream(self, prefetch: bool = False) -> ShuffledBlocks:
+        """The training stream from its beginning."""
+        source = self.source()
+        if prefetch:
+            ahead = max(1, self.block_tokens // (self.lm_batch_rows * self.seq_len))
+            source = Prefetched(source, ahead, self.lm.device)
+        return ShuffledBlocks(Shared(source), self.block_tokens, self.batch_size, self.seed)
+
+    def held_out_text(self, n: int) -> Int[Tensor, "n t"]:
+        """The first n text rows of the held-out split, or as many as it has."""
+        return take_rows(self.text(HELD_OUT, repeat=False), n)
+
+    def held_out_rows(self, n_tokens: int) -> Int[Tensor, "n t"]:
+        """Held-out text rows, from the beginning of the split, at least one and at most a pass; n_tokens in all.
+
+        Their order is mixed (the same way every time), so that neighbouring rows come from different documents.
+        """
+        with self.lm_turn:
+            rows = self.held_out_text(max(1, n_tokens // self.seq_len))
+        if len(rows) == 0:
+            raise UserError(
+                f"the held-out text is shorter than one row of seq_len={self.seq_len} tokens: give more text."
+            )
+        return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+
+    def probe_rows(self, n: int = 16) -> Float[Tensor, "n s d"]:
+        """Activations at n positions of one held-out text row, spread over it: what a saved SAE is checked on."""
+        tokens = self.held_out_rows(self.seq_len)
+        x = self.lm.activations(tokens)[self.keep(tokens)]
+        return x[:: max(1, len(x) // n)][:n]
+
+    def train_dataloader(self) -> Batches:
+        return Batches(self.stream, self.n_tokens)
+
+    def val_dataloader(self) -> DataLoader:
+        if self._validation is None:
+            chunks = self.held_out_rows(self.n_val_tokens).split(self.lm_batch_rows)
+            with self.lm_turn:
+                rows = torch.cat([self.lm.activations(tokens)[self.keep(tokens)] for tokens in chunks])
+            rows = rows.tensor_split(world_size())[rank()]
+            self._validation = list(rows.split(self.batch_size))
+        return DataLoader(self._validation, batch_size=None)  # type: ignore[arg-type]
+
+    def calibration_batches(self, n: int) -> Iterator[Float[Tensor, "b s d"]]:
+        """The first n training batches again, or as many as the run has."""
+        stream = self.new_stream()
+        for _ in range(min(n, self.n_steps)):
+            batch = next(stream, None)
+            if batch is None:
+                return
+            yield batch
+
+    def teardown(self, stage: str) -> None:
+        self.stream.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.stream.close()
+
+    @cached_property
+    def origin(self) -> dict[str, str]:
+        """What a run must find again to go on with the same numbers, besides its config."""
+        with self.lm_turn:
+            text = self.text(TRAIN, repeat=False)
+            digest = text.documents.digest(thorough=False) or digest_of_rows(take_rows(text, self.lm_batch_rows))
+        return {
+            "the language model's weights": weights_digest(self.lm.model),
+            "the tokenizer": tokenizer_digest(self.lm.tokenizer),
+            "the text": digest,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict() | {"origin": self.origin}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises a UserError where the stream would go on with other text, or through another model."""
+        state = dict(state_dict)
+        remedy = "put back what it began with, or type resume=never to start again."
+        refuse_changed(state.pop("origin", {}), self.origin, remedy)
+        self.stream.load_state_dict(state)
+
+
+class CachedData(ActivationData):
+    """`data=cached`: the same batches from activations that `sae_lab.harvest` put on disk; held-out text still runs.
+
+    Args:
+        path: the cache's folder or fsspec URL.
+        stream: as in ActivationData; `seq_len` and the excluded positions are those of the harvest.
+
+    Raises:
+        UserError: no finished cache, one of another language model or other settings (the keys that differ are
+            named), less held-out text in it than is asked for, a damaged file.
+    """
+
+    # Relative distance between the cache's first rows and the model's: rounding, and other kernels, stay below.
+    TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+
+    def __init__(self, lm: LanguageModel, path: str, **stream: Any):
+        self.cache = Cache(path)
+        super().__init__(lm, documents=None, **stream)
+        here = lm_key(lm) | {"seq_len": self.seq_len}
+        here |= {f"data.{name}": getattr(self, name) for name in ("exclude_bos", "exclude_first", "pack")}
+        refuse_other(self.cache.store, self.cache.manifest, here, "use what it was harvested with, or harvest anew.")
+        self._compare_first_rows()
+        self.held_out_text(max(self.n_eval_tokens, self.n_val_tokens) // self.seq_len)  # before, not after, training
+
+    def _compare_first_rows(self) -> None:
+        """Refuse a model that computes other activations, whatever its flags: what no key names shows here."""
+        shard = self.cache.shard(0)
+        tokens = shard.tokens[: self.lm_batch_rows].long()
+        x = self.lm.activations(tokens)[self.keep(tokens).to(self.lm.device)].float().cpu()
+        x, cached = x[: len(shard.activations)], shard.activations[: len(x)].float()
+        distance = ((x - cached).norm() / cached.norm()).item()
+        key = self.cache.manifest.key
+        if not distance <= max(self.TOLERANCE[key["dtype"]], self.TOLERANCE.get(key["lm.dtype"], 0)):
+            raise UserError(
+                f"{self.cache.store.url} holds activations that this language model does not compute "
+                f"(they differ by {distance:.1%}): use the lm.* keys that it was harvested with, or harvest anew."
+            )
+
+    @cached_property
+    def origin(self) -> dict[str, str]:
+        return {}  # the place in a cache names the cache, whose key names all of that
+
+    def text_rows(self, n: int) -> Int[Tensor, "n t"]:
+        """Of those that the cache was harvested from, in its order."""
+        found, shards = [torch.empty(0, self.seq_len, dtype=torch.long)], iter(range(len(self.cache.manifest.shards)))
+        while sum(map(len, found)) < n and (number := next(shards, None)) is not None:
+            found.append(self.cache.shard(number).tokens.long())
+        return torch.cat(found)[:n]
+
+    def source(self) -> Source:
+        chunk_rows = self.lm_batch_rows * self.seq_len
+        return CachedRows(self.cache, chunk_rows, self.seed, self.repeat, self.lm.device)
+
+    def held_out_text(self, n: int) -> Int[Tensor, "n t"]:
+        rows = self.cache.held_out()
+        if n > len(rows) and not self.cache.manifest.held_out_whole:
+            raise UserError(
+                f"{self.cache.store.url} holds {rows.numel()} held-out tokens: ask for no more in data.n_eval_tokens "
+                "and data.n_val_tokens, or harvest with a larger data.n_eval_tokens."
+            )
+        return rows[:n]
+
+
+def stdlib(lm: LanguageModel, seed: int, held_out_every: int, **stream: Any) -> ActivationData:
+    """`data=stdlib`: the source of Python's standard library."""
+    documents = partial(StdlibDocuments, seed=seed, held_out_every=held_out_every)
+    return ActivationData(lm, documents, seed=seed, **stream)
+
+
+def disassembly(lm: LanguageModel, seed: int, held_out_every: int, mixed: bool, **stream: Any) -> ActivationData:
+    """`data=disassembly`: its bytecode listings."""
+    documents = partial(DisassembledStdlib, seed=seed, held_out_every=held_out_every, mixed=mixed)
+    return ActivationData(lm, documents, seed=seed, **stream)
+
+
+def text_files(
+    lm: LanguageModel,
+    paths: Sequence[str] | str,
+    column: Sequence[str] | str | None,
+    seed: int,
+    held_out_every: int,
+    **stream: Any,
+) -> ActivationData:
+    """`data=text_files`: globs of txt, jsonl, csv or parquet."""
+    paths = list(paths) if isinstance(paths, Sequence) and not isinstance(paths, str) else paths
+    documents = partial(FileDocuments, paths, column=column, seed=seed, held_out_every=held_out_every)
+    return ActivationData(lm, documents, seed=seed, **stream)
+
+
+def hub(
+    lm: LanguageModel,
+    path: str,
+    name: str | None,
+    hub_split: str,
+    column: Sequence[str] | str | None,
+    seed: int,
+    held_out_documents: int,
+    revision: str | None,
+    **stream: Any,
+) -> ActivationData:
+    """`data=openwebtext`, `data=fineweb`, ...: a data set of the Hugging Face hub, streamed."""
+    options: dict[str, Any] = {
+        "name": name,
+        "hub_split": hub_split,
+        "column": column,
+        "held_out_documents": held_out_documents,
+        "revision": revision,
+    }
+    return ActivationData(lm, partial(HubDocuments, path, seed=seed, **options), seed=seed, **stream)

@@ -1,0 +1,53 @@
+"""By what a cache and a checkpoint know the model and the text that they come from: digests."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import xxhash
+from jaxtyping import Int
+from torch import Tensor
+
+from sae_lab.cache.shards import FORMAT, as_bytes
+from sae_lab.lm.base import LanguageModel
+from sae_lab.runtime.errors import UserError
+
+
+def lm_key(lm: LanguageModel) -> dict[str, Any]:
+    """What of a language model decides its activations, wherever it was loaded from."""
+    return {
+        "format": FORMAT,
+        "lm.backend": type(lm).__name__,
+        "lm.sites": list(lm.sites),
+        "lm.dtype": str(next(lm.model.parameters()).dtype).removeprefix("torch."),
+        "lm.bos_id": lm.bos_id,
+        "lm.tokenizer": tokenizer_digest(lm.tokenizer),
+        "lm.weights": weights_digest(lm.model),
+    }
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Of the parameters and buffers as loaded, so of revision and folding too (2 GB of them take a second)."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(as_bytes(tensor.detach().cpu().contiguous()))
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    text = rust.to_str() if rust is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def digest_of_rows(tokens: Int[Tensor, "r t"]) -> str:
+    return xxhash.xxh3_64_hexdigest(as_bytes(tokens))
+
+
+def refuse_changed(began_with: Mapping[str, str], here: Mapping[str, str], remedy: str) -> None:
+    """Raise a UserError that names what is no longer what a run began with; where there is no digest nothing is."""
+    changed = [name for name in began_with if began_with[name] != here.get(name)]
+    if changed:
+        raise UserError(f"{' and '.join(changed)} changed since this run began: {remedy}")

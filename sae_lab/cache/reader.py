@@ -1,0 +1,100 @@
+"""Activations on disk, read as a stream: a shuffled way through the shards, and what tells one cache from another."""
+
+import json
+import logging
+from bisect import bisect_right
+from collections.abc import Generator
+from itertools import accumulate
+from typing import Any
+
+import torch
+import xxhash
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lab.activations.buffer import Chunk
+from sae_lab.cache.shards import FORMAT, PIECE, Manifest, MappedShard, read_held_out
+from sae_lab.cache.store import Store
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.seeds import nth_generator
+
+log = logging.getLogger(__name__)
+
+
+class Cache:
+    """A finished cache, open for reading. Pieces are numbered through all shards.
+
+    Raises:
+        UserError: no cache, an unfinished one, one of another format, a damaged file (whenever it is met).
+    """
+
+    def __init__(self, path: str):
+        self.store = Store(path)
+        manifest = Manifest.read(self.store)
+        if manifest is None:
+            raise UserError(f"{path} holds no cache: make one with `python -m sae_lab.harvest cache_dir={path}`.")
+        if manifest.key.get("format") != FORMAT:
+            raise UserError(f"{path} has format {manifest.key.get('format')}, and this is {FORMAT}: harvest it again.")
+        if not manifest.complete:
+            raise UserError(
+                f"{path} is unfinished, with {manifest.rows:,} of {manifest.key['n_tokens']:,} tokens: "
+                "the command that harvested it continues."
+            )
+        self.manifest = manifest
+        self.identity = xxhash.xxh3_64_hexdigest(json.dumps(manifest.key).encode())
+        self._first = [0, *accumulate(shard.pieces for shard in manifest.shards)]
+        self._mapped: dict[int, MappedShard] = {}
+
+    @property
+    def n_pieces(self) -> int:
+        return self._first[-1]
+
+    def piece(self, i: int) -> Float[Tensor, "n s d"]:
+        number = bisect_right(self._first, i) - 1
+        return self.shard(number).piece(i - self._first[number])
+
+    def shard(self, number: int) -> MappedShard:
+        if number not in self._mapped:
+            self._mapped[number] = MappedShard(self.store, self.manifest.shards[number])
+        return self._mapped[number]
+
+    def held_out(self) -> Int[Tensor, "r t"]:
+        return read_held_out(self.store, self.manifest.held_out_checksum)
+
+
+class CachedRows:
+    """All rows of a cache, pass after pass: a `buffer.Source`.
+
+    Pass number n takes the pieces in an order drawn from (seed, n), so each block of a stream holds text from
+    everywhere; every row comes once a pass. The order is 8 bytes a piece; rows are read when they are needed.
+    """
+
+    def __init__(self, cache: Cache, chunk_rows: int, seed: int, repeat: bool, device: torch.device):
+        self.cache, self.seed, self.repeat, self.device = cache, seed, repeat, device
+        self.pieces_at_once = max(1, chunk_rows // PIECE)
+        self.epoch = self.given = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"cache": self.cache.identity, "epoch": self.epoch, "piece": self.given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["cache"] != self.cache.identity:
+            raise UserError(
+                f"{self.cache.store.url} is not the cache that this run began with: "
+                "put that one back, or type resume=never to start again."
+            )
+        self.epoch, self.given = state["epoch"], state["piece"]
+
+    def __iter__(self) -> Generator[Chunk, None, None]:
+        while True:
+            order = torch.randperm(self.cache.n_pieces, generator=nth_generator(self.seed, self.epoch))
+            while self.given < len(order):
+                state = self.state_dict()
+                pieces = order[self.given : self.given + self.pieces_at_once].sort().values  # as they lie on the disk
+                self.given += len(pieces)
+                rows = torch.cat([self.cache.piece(i) for i in pieces.tolist()])
+                yield Chunk(state, rows.to(self.device))
+            if not self.repeat:
+                return
+            self.epoch, self.given = self.epoch + 1, 0
+            log.info("All of the cache was read: it starts over in a new order (pass %d).", self.epoch + 1)

@@ -1,0 +1,175 @@
+"""`trainer=ddp trainer.devices=n`: n processes train one SAE, alone or as a job of a sweep.
+
+The process of the run is rank 0, and alone writes into its folder. It starts the others as
+`python -m sae_lab.parallel.launch`,
+which read the config from the folder's `.hydra/` and know nothing of Hydra. (Lightning's launcher would start the
+user's command again: inside `-m` that is the whole sweep, in a folder of another second.) The others live as long as
+the pipe from rank 0 is open; so none is left over, whatever ends rank 0. They leave signals to it.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sae_lab.parallel.collectives import TIMEOUT, process_group
+from sae_lab.runtime.errors import UserError
+from sae_lab.training.callbacks import Signals
+
+HOST = "127.0.0.1"
+GRACE = 30.0  # seconds between the end of one process and that of what waits for it
+
+
+class Child:
+    """A rank above 0: its process, and what it says in `rank_<r>.log`, which stays if it failed."""
+
+    def __init__(self, folder: Path, rank: int, n: int, port: int):
+        self.rank, self.n, self.log = rank, n, folder / f"rank_{rank}.log"
+        command = [sys.executable, "-m", "sae_lab.parallel.launch", str(folder), str(rank), str(n), str(port)]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
+
+    def failure(self) -> str | None:
+        """What to say where it has ended before its time."""
+        code = self.process.poll()
+        if code is None:
+            return None
+        said = self.log.read_text(errors="replace").strip() or f"exit code {code}"
+        last = said.splitlines()[-1]
+        return f"process {self.rank} of {self.n} ended early ({last}): see {self.log}; the same command continues."
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.returncode == 0:
+            self.log.unlink(missing_ok=True)
+
+
+@contextmanager
+def ranks(folder: Path, n: int) -> Iterator[None]:
+    """Inside, this process is rank 0 of n that train the run in `folder`; the others go when it leaves.
+
+    Raises:
+        UserError: another process has ended early.
+    """
+    if n == 1:
+        yield
+        return
+    children: list[Child] = []
+    with ExitStack() as stack:
+        stack.callback(end, children)
+        store = dist.TCPStore(HOST, 0, n, is_master=True, wait_for_workers=False, timeout=TIMEOUT)  # 0: any free port
+        children += [Child(folder, rank, n, store.port) for rank in range(1, n)]
+        wait_until_ready(store, children)
+        stack.enter_context(fewer_threads(n))
+        stack.enter_context(process_group(0, n, store))
+        stack.enter_context(attended(children))  # left first: the others end before rank 0 leaves the group
+        yield
+
+
+@contextmanager
+def attended(children: list[Child]) -> Iterator[None]:
+    """Say what the others say where the work inside hears no more of them, and end them after it."""
+    done = threading.Event()
+    threading.Thread(target=leave_if_stuck, args=(children, done), daemon=True).start()
+    try:
+        yield
+    except RuntimeError as e:  # what torch raises then
+        lost = isinstance(e, dist.DistError) or "gloo" in str(e)
+        reason = failure(children, GRACE if lost else 0.0)
+        if reason is None:
+            raise
+        raise UserError(reason) from e
+    finally:
+        done.set()
+        end(children)
+
+
+def end(children: list[Child]) -> None:
+    for child in children:
+        child.end()
+
+
+def wait_until_ready(store: dist.Store, children: list[Child]) -> None:
+    """Until all have come as far as rank 0 is."""
+    while store.add("ready", 0) < len(children):
+        reason = failure(children, 0.1)
+        if reason is not None:
+            raise UserError(reason)
+
+
+def failure(children: list[Child], seconds: float) -> str | None:
+    """What the first of them that failed has to say; it may take a moment until one is seen to have."""
+    end = time.monotonic() + seconds
+    while True:
+        for child in children:
+            if (reason := child.failure()) is not None:
+                return reason
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.02)
+
+
+def leave_if_stuck(children: list[Child], done: threading.Event) -> None:
+    """End this process where it waits for a rank that is no more: on a GPU no exception may come."""
+    while not done.wait(1.0):
+        reason = failure(children, 0.0)
+        if reason is not None:
+            if not done.wait(GRACE):
+                print(reason, file=sys.stderr, flush=True)
+                os._exit(1)
+            return
+
+
+@contextmanager
+def fewer_threads(n: int) -> Iterator[None]:
+    """The threads of this machine's processors, shared among n processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // n))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def main(folder: Path, rank: int, n: int, port: int) -> None:
+    """A rank above 0: train the run in `folder`, then wait for rank 0 to have done so."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, Signals.SIGNALS)  # whatever handlers Lightning sets
+    follower = threading.Thread(target=follow_rank_0, daemon=True)
+    follower.start()
+    from sae_lab.train import train_along
+
+    store = dist.TCPStore(HOST, port, n, is_master=False, timeout=TIMEOUT)
+    store.add("ready", 1)
+    with fewer_threads(n), process_group(rank, n, store):
+        try:
+            train_along(folder)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)  # at once: who hears no more of this process looks whether it has ended
+        follower.join()
+
+
+def follow_rank_0() -> None:
+    """End this process when rank 0 closes its end of the pipe, or ends."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))

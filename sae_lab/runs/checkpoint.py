@@ -1,0 +1,145 @@
+"""SAE folders (config.json + sae.safetensors), files that appear whole or not at all, and a checkpoint's soundness."""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from sae_lab.runs.provenance import check_probe, probe
+from sae_lab.runtime.errors import UserError
+from sae_lab.saes.base import BaseSAE
+
+CONFIG, WEIGHTS, PROBE = "config.json", "sae.safetensors", "probe.safetensors"
+
+
+def save_sae(
+    sae: BaseSAE,
+    folder: str | Path,
+    provenance: dict[str, Any] | None = None,
+    probe_rows: Float[Tensor, "n s d"] | None = None,
+) -> Path:
+    """Write an SAE folder: config.json (class, arguments, provenance) and sae.safetensors (parameters and buffers).
+
+    With `probe_rows`, raw activations, also probe.safetensors: what the SAE makes of them, for loading to check.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"class": type(sae).__name__, "config": sae.config, "provenance": provenance or {}}
+    if probe_rows is not None:
+        config["probe"] = PROBE
+        write_atomically(folder / PROBE, probe(sae, probe_rows))
+    # Copies: the file format takes no two names for the same memory, and tied weights are that.
+    tensors = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in sae.state_dict().items()}
+    write_atomically(folder / WEIGHTS, save(tensors))
+    write_json(folder / CONFIG, config)
+    return folder
+
+
+def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> BaseSAE:
+    """The SAE that a run saved, in eval mode: `load_sae("run/sae")`, or the run folder itself.
+
+    Raises:
+        UserError: no SAE folder, an unreadable file, an unknown class, tensors that do not fit the config, or a probe
+            that does not reproduce.
+    """
+    folder = sae_folder(folder)
+    try:
+        description = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+        spoilt = [name for name, t in tensors.items() if not t.isfinite().all()]
+        if spoilt:
+            raise ValueError(f"{', '.join(spoilt)} not finite")
+        sae = BaseSAE.from_config(description["class"], description["config"])
+        sae.load_state_dict(tensors)
+        if "probe" in description:
+            check_probe(sae.eval(), folder / PROBE)
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as e:
+        raise UserError(f"the SAE in {folder} cannot be read ({type(e).__name__}: {e}): save or copy it again.") from e
+    except RuntimeError as e:  # load_state_dict: missing, unexpected or misshapen tensors
+        raise UserError(f"the tensors of {folder / WEIGHTS} do not fit its {CONFIG}: {' '.join(str(e).split())}") from e
+    return sae.eval().to(device)
+
+
+def sae_folder(folder: str | Path) -> Path:
+    """The SAE folder itself, or that of a run folder.
+
+    Raises:
+        UserError: neither.
+    """
+    folder = Path(folder)
+    folder = folder / "sae" if (folder / "sae" / CONFIG).is_file() else folder
+    if not (folder / CONFIG).is_file():
+        if (folder / ".hydra").is_dir():
+            raise UserError(f"the run in {folder} has not saved its SAE yet: run the same command again to finish it.")
+        raise UserError(f"{folder} holds no {CONFIG}: give an SAE folder, such as <run folder>/sae.")
+    return folder
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path` that takes its place, flushed to the disk, when the block ends without an exception.
+
+    A reader or a crash sees the old file or the new one, never half of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `atomic_file` leaves in a folder when its process is killed; for one in which nobody writes now."""
+    for path in folder.glob(".*.*"):
+        if path.suffix[1:].isdigit():
+            path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    with atomic_file(path) as f:
+        f.write(content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def checkpoint_content(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds, with tensors that are not read."""
+    content: dict[str, Any] = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
+    return content
+
+
+def check_readable(checkpoint: Path, remedy: str) -> int:
+    """The step a checkpoint was saved at; every byte of it is read, as torch does not look at a file's checksums.
+
+    Raises:
+        UserError: it cannot be read, or is no checkpoint of ours; the sentence ends with `remedy`.
+    """
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"its part {damaged} is damaged")
+        content = checkpoint_content(checkpoint)
+        missing = {"state_dict", "pytorch-lightning_version"} - content.keys()
+        if missing:
+            raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
+        return content["global_step"]
+    except Exception as e:  # zipfile and torch raise BadZipFile, RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        reason = " ".join(str(e).split())[:160]
+        raise UserError(f"the checkpoint {checkpoint} cannot be read ({type(e).__name__}: {reason}): {remedy}") from e

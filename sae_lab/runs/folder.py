@@ -1,0 +1,147 @@
+"""A run folder: whose config it holds, how far the run has come, and what to do about it."""
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from omegaconf import OmegaConf
+
+from sae_lab.runs.checkpoint import check_readable, remove_unfinished, write_atomically
+from sae_lab.runtime.errors import Busy, UserError
+
+LOCK, FAILED = ".lock", "failed.txt"
+
+# What a run leaves in its folder, beside `.hydra/`, and a run that starts again removes.
+OURS = ("checkpoints", "sae", "steps", "figures", "tensorboard", "wandb", "metrics.json", "metrics.csv")
+
+# What may change when a run is continued: where and how it runs, not what it computes.
+FREE = (
+    "resume",
+    "run_dir",
+    "goal_l0",
+    "logger",
+    "callbacks",
+    "lm.device",
+    "lm.device_map",
+    "data.prefetch",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.checkpoint_every",
+    "trainer.log_every",
+    "trainer.validate_every",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder; `complete` means: metrics.json is there; `step` is where to continue from (0: start)."""
+
+    folder: Path
+    step: int
+    complete: bool
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """What to continue from."""
+        return self.last_checkpoint if self.step else None
+
+    @contextmanager
+    def begin(self, files: dict[str, str]) -> Iterator[None]:
+        """Make the folder this run's: clear what an earlier run left if this one starts, and write `.hydra/`.
+
+        Raises:
+            Busy: another process trains in it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / LOCK).open("wb") as lock:
+            if not take(lock):
+                raise Busy(f"another process trains in {self.folder}: wait for it, or choose another hydra.run.dir.")
+            if self.checkpoint is None:
+                clear(self.folder)
+            for name in ("checkpoints", "sae", ".hydra"):
+                remove_unfinished(self.folder / name)
+            for name, text in files.items():
+                write_atomically(self.folder / ".hydra" / name, text.encode())
+            yield
+
+
+def take(lock: BinaryIO) -> bool:
+    """Lock an open file until it is closed, by whatever end of this process; False where another one holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process trains in this folder."""
+    if not (folder / LOCK).is_file():
+        return False
+    with (folder / LOCK).open("rb") as lock:
+        return not take(lock)
+
+
+def examine(folder: Path, config: Any, resume: str) -> Run:
+    """What `folder` holds, seen by a run of this (resolved) config; nothing is written.
+
+    Raises:
+        UserError: it holds a run of another config, its checkpoint cannot be read, or `resume` is no known word.
+    """
+    if resume not in ("auto", "never"):
+        raise UserError(f"resume={resume} is not known: choose auto (continue where the folder stands) or never.")
+    checkpoint = Run(folder, 0, False).last_checkpoint
+    complete = (folder / "metrics.json").is_file()
+    config_file = folder / ".hydra" / "config.yaml"
+    if resume == "never" or not (checkpoint.is_file() or complete):  # nothing was learnt yet: any config may start
+        foreign = [name for name in OURS if (folder / name).exists()]
+        if foreign and not config_file.is_file():
+            raise UserError(f"{folder} is no run's, but holds {', '.join(foreign)}: choose another hydra.run.dir.")
+        return Run(folder, 0, False)
+    step = 0 if complete else check_readable(checkpoint, "delete it to start again, or type resume=never.")
+    if not config_file.is_file():
+        raise UserError(f"{folder} has lost its .hydra/config.yaml: put it back, or type resume=never to start again.")
+    refuse_other_config(folder, OmegaConf.to_container(OmegaConf.load(config_file)), config)
+    return Run(folder, step, complete)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left, and nothing else."""
+    named = [folder / name for name in (*OURS, ".hydra", FAILED)]
+    for path in (*named, *folder.glob("metrics_*.json"), *folder.glob("rank_*.log")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def refuse_other_config(folder: Path, there: Any, here: Any) -> None:
+    """Raise a UserError that names the keys which differ, leaving out those that may."""
+    theirs, ours = flat(there), flat(here)
+    by_depth = sorted(theirs | ours, key=lambda k: (k.count("."), k))
+    keys = [k for k in by_depth if not any(k == f or k.startswith(f"{f}.") for f in FREE)]
+    differing = [k for k in keys if theirs.get(k) != ours.get(k)]
+    if differing:
+        shown = ", ".join(f"{k} is {theirs.get(k)} there and {ours.get(k)} here" for k in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise UserError(
+            f"{folder} holds a run of another config ({shown}{more}): "
+            "choose another hydra.run.dir, or type resume=never to start again in it."
+        )
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} for {"a": {"b": value}}."""
+    if not isinstance(config, dict) or not config:
+        return {prefix: config}
+    return {
+        k: v for key, node in config.items() for k, v in flat(node, f"{prefix}.{key}" if prefix else str(key)).items()
+    }

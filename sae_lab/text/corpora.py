@@ -1,0 +1,219 @@
+"""Documents from files and from the Hugging Face hub, through `datasets`."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from glob import escape, glob
+from pathlib import Path
+from typing import Any
+
+from sae_lab.runtime.errors import UserError, first_line
+from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, Place, Window, digest_of, take_window
+
+log = logging.getLogger(__name__)
+
+HUB_TIMEOUT = 5.0  # seconds that the hub has to answer before it counts as unreachable
+# Columns that hold the text, best first; several are joined by blank lines.
+TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
+    *(("text",), ("content",), ("document",), ("body",), ("markdown",)),
+    *(("instruction", "input", "output"), ("instruction", "output"), ("instruction", "response")),
+    *(("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response")),
+    *(("problem", "solution"), ("output",), ("completion",)),
+)
+
+
+class FileDocuments(IndexedDocuments):
+    """Text files named by globs, through `datasets`: txt and md (one document a file), jsonl, csv, parquet (one a row).
+
+    `datasets` keeps a copy in its cache and maps that into memory, so the files may be larger than memory. Bytes of
+    txt and md that are not UTF-8 become U+FFFD.
+
+    One document in `held_out_every` belongs to the split `held_out`, chosen by its number; of fewer, the last one;
+    of a single document, its last tenth.
+
+    Raises:
+        UserError: no file matches, files of unknown or mixed kinds, a file that cannot be read, or no text column.
+    """
+
+    WHOLE = {"sample_by": "document", "encoding_errors": "replace"}
+    BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+    def __init__(
+        self,
+        paths: Sequence[str] | str,
+        split: str = TRAIN,
+        column: str | Sequence[str] | None = None,
+        seed: int = 0,
+        held_out_every: int = 10,
+    ):
+        super().__init__(seed, split)
+        if held_out_every < 2:
+            raise UserError(f"data.held_out_every={held_out_every} leaves nothing to train on: give 2 or more.")
+        globs = [paths] if isinstance(paths, str) else paths
+        if not isinstance(globs, Sequence) or not all(isinstance(g, str) for g in globs):
+            raise UserError(f"data.paths={paths} must be a list of globs, such as data.paths=['corpus/**/*.txt'].")
+        files, builder = self._find(list(globs))
+        options = self.WHOLE if builder == "text" else {}
+        self.files = [Path(f) for f in files]
+        self.rows = load_rows(builder, data_files=[escape(f) for f in files], split="train", **options)
+        self.columns = text_columns(self.rows.features, column)
+        self.split = split
+        n = len(self.rows)
+        every = min(held_out_every, n)
+        self.numbers = [i for i in range(n) if n == 1 or (i % every == every - 1) == (split == HELD_OUT)]
+
+    @classmethod
+    def _find(cls, globs: list[str]) -> tuple[list[str], str]:
+        found = {f for g in globs for f in glob(str(Path(g).expanduser()), recursive=True)}  # noqa: PTH207 (no root)
+        files = sorted(f for f in found if Path(f).is_file())
+        if not files:
+            raise UserError(f"no file matches data.paths={globs}: give globs, such as data.paths=['corpus/**/*.txt'].")
+        suffixes = sorted({Path(f).suffix.lower() for f in files})
+        builders = {cls.BUILDERS.get(suffix) for suffix in suffixes}
+        builder = builders.pop()
+        if builders or builder is None:
+            raise UserError(
+                f"data.paths match files of kinds {suffixes}: give files of one kind of {list(cls.BUILDERS)}."
+            )
+        return files, builder
+
+    def digest(self, thorough: bool = True) -> str:
+        return digest_of(self.files, thorough)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> str:
+        text = joined(self.rows[self.numbers[i]], self.columns)
+        if len(self.rows) > 1:
+            return text
+        cut = len(text) * 9 // 10
+        return text[cut:] if self.split == HELD_OUT else text[:cut]
+
+
+class HubDocuments(Documents):
+    """A data set of the Hugging Face hub (or a local folder in its format), streamed through `datasets` in its order.
+
+    The first `held_out_documents` documents belong to the split `held_out` and are skipped in training. A place in the
+    stream is the state of `datasets`, which then skips whole shards, and reads again what came before in one shard.
+
+    `revision` (a branch, a tag or a commit) pins what is read. The hub's commit is the text's digest.
+
+    Raises:
+        UserError: the data set or its revision cannot be reached or read, or has no text column.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        split: str = TRAIN,
+        name: str | None = None,
+        hub_split: str = "train",
+        column: str | Sequence[str] | None = None,
+        seed: int = 0,
+        held_out_documents: int = 1000,
+        revision: str | None = None,
+    ):
+        super().__init__(seed, split)
+        self.commit = commit_on_hub(path, revision)
+        rows = load_rows(path, name=name, split=hub_split, streaming=True, revision=self.commit or revision)
+        self.columns = text_columns(rows.features or next(iter(rows), {}), column)
+        self.rows = rows.take(held_out_documents) if split == HELD_OUT else rows.skip(held_out_documents)
+
+    def digest(self, thorough: bool = True) -> str:
+        return self.commit or ""
+
+    def windows(self, epoch: int, place: Place | None) -> Iterator[Window]:
+        place = place or {"window": 0, "rows": None}
+        self.rows.load_state_dict(place["rows"])
+        texts = (joined(row, self.columns) for row in self.rows)
+        while window := take_window(texts):
+            yield Window(place, window)
+            place = {"window": place["window"] + 1, "rows": self.rows.state_dict()}
+
+
+def load_rows(path: str, **options: Any):
+    """`datasets.load_dataset`, whose failures (no such data set, a broken file) become one sentence."""
+    import datasets
+
+    try:
+        with quiet():
+            return datasets.load_dataset(path, **options)
+    except Exception as e:  # datasets raises a dozen kinds, from many libraries; all of them mean the same to a user
+        if "data_files" in options:
+            raise UserError(f"the files of data.paths cannot be read as {path}: {root_of(e)}") from e
+        raise unreachable(path, e) from e
+
+
+def commit_on_hub(path: str, revision: str | None) -> str | None:
+    """The commit that a hub data set's revision names now; None for a local folder, and with HF_HUB_OFFLINE=1.
+
+    `datasets` would ask as well, but retry for 23 seconds where nobody answers.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+
+    if datasets.config.HF_HUB_OFFLINE or path.startswith(("/", ".", "~")) or Path(path).exists():
+        return None
+    try:
+        return HfApi().dataset_info(path, revision=revision, timeout=HUB_TIMEOUT).sha
+    except Exception as e:  # network errors come from whichever HTTP library huggingface_hub uses
+        raise unreachable(path if revision is None else f"{path} at {revision}", e) from e
+
+
+def unreachable(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"the data set {path!r} cannot be loaded ({root_of(error)}): check its name and the network, "
+        "or train on local text with data=stdlib or data=text_files data.paths=[...]."
+    )
+
+
+def root_of(error: BaseException) -> str:
+    """What the first of a chain of errors says, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no warnings of `datasets` inside, as before outside."""
+    import datasets
+
+    bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity_error()
+    if bars:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def text_columns(columns: Mapping[str, Any], named: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The columns that hold the text: those named, else the first usual ones, else the only column of strings.
+
+    `columns` are the features of a data set, or one of its rows.
+    """
+    strings = [name for name, kind in columns.items() if kind is None or is_text(kind)]
+    if named is not None:
+        chosen = (named,) if isinstance(named, str) else tuple(named)
+        if not chosen or not set(chosen) <= set(strings):
+            raise UserError(f"data.column={named} is not a text column of the data: choose among {strings}.")
+        return chosen
+    usual = [choice for choice in TEXT_COLUMNS if set(choice) <= set(strings)]
+    if not usual and len(strings) != 1:
+        raise UserError(f"no text column among {list(columns)}: name it with data.column=...")
+    return usual[0] if usual else (strings[0],)
+
+
+def is_text(kind: Any) -> bool:
+    """Whether a feature of `datasets`, or a value, is a string."""
+    return isinstance(kind, str) or getattr(kind, "dtype", None) in ("string", "large_string")
+
+
+def joined(row: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """The text of a row: its columns that are not empty, with a blank line between them."""
+    return "\n\n".join(row[c] for c in columns if row[c])

@@ -1,0 +1,136 @@
+"""The training step, as a LightningModule that knows no architecture."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sae_lab.evaluation.metrics import ReconstructionMetrics, batch_fvu
+from sae_lab.ops.sparse import l0_per_row
+from sae_lab.parallel.collectives import average, average_gradients, world_size
+from sae_lab.runtime.errors import UserError
+from sae_lab.saes.base import BaseSAE, SAEOutput
+
+NO_AUTOCAST = nullcontext()
+
+
+class SAEModule(L.LightningModule):
+    """resample -> forward -> backward -> project gradients -> clip -> optimizer step -> project parameters (SPEC §3.2)
+
+    Of several processes each calls it on its share of the batch; gradients are averaged before anything looks at them.
+
+    Args:
+        sae: what is trained.
+        optimizer: parameters -> torch optimizer.
+        schedule: step -> factor of the learning rate.
+        max_grad_norm: clip the gradient to this norm; None does not clip.
+    """
+
+    tokens: Tensor
+    """How many rows were trained on."""
+
+    def __init__(
+        self,
+        sae: BaseSAE,
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        schedule: Callable[[int], float],
+        max_grad_norm: float | None = None,
+    ):
+        super().__init__()
+        self.sae, self.validation = sae, ReconstructionMetrics(sae.n_latents)
+        self.register_buffer("tokens", torch.zeros((), dtype=torch.long))
+        self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(list(self.sae.parameters()))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, x: Float[Tensor, "b s d"], batch_idx: int) -> Tensor:
+        for parameter, rows in self.sae.resample(x):
+            forget(self.trainer.optimizers[0], parameter, rows)
+        out = self.sae(x)
+        terms = self.sae.losses(out)
+        loss = torch.stack(list(terms.values())).sum()
+        self.tokens += len(x) * world_size()
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            row = training_row(self.sae, out, terms, loss)
+            self.refuse_unless_finite(row["loss"])
+            lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.log_dict(row | {"tokens": self.tokens.float(), "lr": lr})
+        return loss
+
+    def on_after_backward(self) -> None:
+        average_gradients(self.sae.parameters())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.refuse_unless_finite(torch.stack([p.detach().abs().max() for p in self.sae.parameters()]).max())
+
+    def refuse_unless_finite(self, value: Tensor) -> None:
+        """Looked at when something is logged or saved, and not more often: a GPU would have to be waited for."""
+        if not value.isfinite():
+            raise UserError(
+                f"training has diverged by step {self.trainer.global_step} (a loss or a weight is {value.item()}): "
+                "lower optimizer.lr, or set max_grad_norm."
+            )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.sae.before_step()
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.sae.parameters(), self.max_grad_norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.sae.after_step()
+
+    def validation_step(self, x: Float[Tensor, "b s d"], batch_idx: int) -> None:
+        self.validation.update(x, *self.sae.autoencode(x), self.sae.covers(x))
+
+    def on_validation_epoch_end(self) -> None:
+        values = self.validation.compute()
+        self.log_dict({f"val/{key}": values[key] for key in ("nmse", "fvu", "l0", "dead_fraction")})
+        self.validation.reset()
+
+
+def plain_step(
+    sae: BaseSAE,
+    optimizer: torch.optim.Optimizer,
+    x: Float[Tensor, "b s d"],
+    forward: Callable[[Any, Tensor], SAEOutput] = nn.Module.__call__,
+    autocast: AbstractContextManager = NO_AUTOCAST,
+) -> None:
+    """A training step as SAEModule takes it, without Lightning."""
+    for parameter, rows in sae.resample(x):
+        forget(optimizer, parameter, rows)
+    optimizer.zero_grad()
+    with autocast:
+        loss = torch.stack(list(sae.losses(forward(sae, x)).values())).sum()
+    loss.backward()
+    sae.before_step()
+    optimizer.step()
+    sae.after_step()
+
+
+def forget(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: Int[Tensor, " n"]) -> None:
+    """Zero what the optimizer has gathered about some rows of a parameter; its count of steps stays."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value[rows] = 0
+
+
+@torch.no_grad()
+def training_row(sae: BaseSAE, out: SAEOutput, terms: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+    """What the training log says of one SAE at one step."""
+    row = {"loss": average(loss)} | {f"loss/{name}": average(term) for name, term in terms.items()}
+    row |= {"fvu": batch_fvu(out.target, out.x_hat), "l0": average(l0_per_row(out.code).float().mean())}
+    if out.target.shape[1] > 1:
+        sources = zip(out.target.split(1, dim=1), out.x_hat.split(1, dim=1), strict=True)
+        row |= {f"fvu_{i}": batch_fvu(*pair) for i, pair in enumerate(sources, start=sae.n_inputs)}
+    dead = sae.dead()
+    return row if dead is None else row | {"dead_share": dead.float().mean()}

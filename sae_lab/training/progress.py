@@ -1,0 +1,109 @@
+"""What training shows: a progress bar on a terminal, else a line now and then; and the speed, for the log.
+
+Apart from screen.py, so that `report` and `export`, which train nothing, start without Lightning's three seconds.
+"""
+
+import time
+from typing import Any
+
+import lightning as L
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from sae_lab.activations.buffer import Filling, ShuffledBlocks
+from sae_lab.parallel.collectives import world_size
+from sae_lab.runtime.screen import clock, console
+
+
+class Throughput(L.Callback):
+    """Logs tokens_per_second."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start, self._tokens, self.rate = time.perf_counter(), 0, 0.0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        self._tokens += len(batch) * world_size()
+        self.rate = self._tokens / (time.perf_counter() - self._start)
+        if (i + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log("tokens_per_second", self.rate)
+
+
+class TrainingProgress(Throughput):
+    """Steps, loss, l0, dead share, tokens/s and ETA: a live bar on a terminal, a line every `seconds` elsewhere.
+
+    So does the filling of a block, for as long as a large one takes.
+    """
+
+    def __init__(self, seconds: float = 15.0):
+        self.seconds = seconds
+        self._bar: Progress | None = None
+        self._stream: ShuffledBlocks | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._said, self._step, self._steps = time.perf_counter(), trainer.global_step, trainer.max_steps
+        self._stream = trainer.datamodule.stream  # type: ignore[attr-defined]
+        assert self._stream is not None
+        self._stream.filling.watch = self._on_filling
+        if console.is_terminal:
+            columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")]
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, state="")
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, i)
+        assert self._stream is not None
+        self._step = trainer.global_step
+        rows = (trainer.max_steps - trainer.global_step) * len(batch) * world_size()
+        elapsed = time.perf_counter() - self._start
+        left = seconds_left(rows, self._tokens, elapsed, self._stream.n_ready, self._stream.filling)
+        self._show(f"{state(trainer, self.rate)}  {clock(left)} left")
+
+    def _on_filling(self, rows: int, of: int) -> None:
+        self._show(f"filling the block  {rows:,}/{of:,} activations")
+
+    def _show(self, state: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._step, state=state)
+        elif time.perf_counter() - self._said > self.seconds:
+            self._said = time.perf_counter()
+            print(f"step {self._step}/{self._steps}  {state}", flush=True)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._stream is not None:
+            self._stream.filling.watch = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def seconds_left(rows: int, trained: int, elapsed: float, n_ready: int, filling: Filling) -> float:
+    """For `rows` more, where `trained` took `elapsed` seconds, the filling of blocks among them.
+
+    A block is filled before the steps that train on it: the two are reckoned apart, or the first step of a block would
+    stand for all that are to come. The n_ready rows that are left of it need no filling.
+    """
+    steps = max(0.0, elapsed - filling.seconds) / trained * rows
+    return steps + filling.seconds / max(1, filling.rows) * max(0, rows - n_ready)
+
+
+def state(trainer: L.Trainer, rate: float) -> str:
+    """The last logged figures, in a line."""
+    logged = trainer.logged_metrics
+    shown = {"loss": "{:.4f}", "l0": "{:.1f}", "dead_share": "{:.1%}"}
+    parts = [
+        f"{name.replace('_share', '')} {form.format(float(logged[name]))}"
+        for name, form in shown.items()
+        if name in logged
+    ]
+    return "  ".join([*parts, f"{rate:,.0f} tokens/s"])
