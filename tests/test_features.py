@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SAE_NAMES, build
-from test_data import SETTINGS, Echo, Numbers
+from fakes import SETTINGS, Echo, Numbers
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.features import Activations, apart, choose, describe, directions, excerpt, gather, write_page

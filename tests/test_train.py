@@ -13,29 +13,16 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SAE_NAMES, equal
+from conftest import SAE_NAMES
 from shell import Forked, run
+from small_runs import N_EVAL, N_STEPS, SMALL, assert_continues_to_the_bits_of, assert_one_sentence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_lab
 from sae_lab import load_sae
 from sae_lab.text.documents import HELD_OUT, StdlibDocuments
 
-N_EVAL = 2048
-SMALL = [
-    "n_tokens=60_000",
-    "expansion=4",
-    "seq_len=64",
-    "data.block_tokens=10_000",
-    f"data.n_eval_tokens={N_EVAL}",
-    "data.n_val_tokens=1024",
-    "calibration_batches=5",
-    "trainer.validate_every=20",
-    "trainer.checkpoint_every=15",
-    "trainer.log_every=10",
-]
 FROZEN_INSIDE = ["sae=route", "lm.sites=[transformer.h.1,transformer.h.3]", "sae.inner.frozen_decoder=true"]
-N_STEPS = 60_000 // 1024 + 1  # the last one smaller
 
 
 @pytest.fixture(scope="module")
@@ -184,36 +171,6 @@ def test_so_it_does_on_two_threads(tmp_path):
     done = run(*short, f"hydra.run.dir={tmp_path / 'whole'}", threads=2)
     assert done.returncode == 0, done.stderr
     assert_continues_to_the_bits_of(tmp_path / "whole", tmp_path / "stopped", short, signal.SIGINT, 20, threads=2)
-
-
-def assert_continues_to_the_bits_of(whole_dir: Path, folder: Path, dials: list[str], stop, n_steps: int, threads=1):
-    """Stop the same run by a signal after its first checkpoint, and start it again."""
-    overrides = [*dials, f"hydra.run.dir={folder}"]
-    forked = Forked(*overrides, threads=threads)
-    while not (folder / "checkpoints" / "last.ckpt").is_file():
-        assert forked.running, forked.communicate().stderr
-        time.sleep(0.01)
-    forked.send_signal(stop)
-    stopped = forked.communicate()
-    assert stopped.returncode == 128 + stop
-    assert f"Stopped by {stop.name} at step" in stopped.stderr.splitlines()[-1]
-    assert not (folder / "metrics.json").exists()
-    step = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    assert 0 < step < n_steps
-
-    again = run(*overrides, threads=threads)
-    assert again.returncode == 0, again.stderr
-    assert f"continuing from step {step}" in again.stderr
-    kept = [str(file.relative_to(whole_dir)) for file in whole_dir.glob("steps/*/sae.safetensors")]
-    assert len(kept) == (n_steps // 4 if "callbacks=keep_saes" in dials else 0)
-    for file in ("metrics.json", "sae/sae.safetensors", *kept):
-        assert (folder / file).read_bytes() == (whole_dir / file).read_bytes(), file
-    whole, resumed = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (whole_dir, folder))
-    assert whole["global_step"] == resumed["global_step"] == n_steps
-    assert whole["ActivationData"] == resumed["ActivationData"]
-    assert equal(whole["optimizer_states"], resumed["optimizer_states"])
-    logs = [pd.read_csv(f / "metrics.csv").drop(columns="tokens_per_second") for f in (whole_dir, folder)]
-    pd.testing.assert_frame_equal(*logs)
 
 
 def test_a_complete_run_says_so_and_changes_nothing(run_dir):
@@ -438,13 +395,6 @@ def test_so_does_one_about_a_run(module, override, sentence, run_dir):
 def test_a_mistake_gets_one_sentence_from_the_shell_too(tmp_path):
     """What libraries say at import would stand beside it."""
     assert_one_sentence(run("k=abc", f"hydra.run.dir={tmp_path}", shell=True), "k=abc must be a number")
-
-
-def assert_one_sentence(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert [part for part in parts if part not in done.stderr] == [], done.stderr
 
 
 def test_help_shows_every_dial_with_its_comment_every_choice_and_examples():

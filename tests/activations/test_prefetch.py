@@ -143,6 +143,6 @@ chunks = iter(Prefetched(Slow(), 500, CPU))
 next(chunks)
 sys.exit(3)
 """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, timeout=100, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (3, "")

@@ -2,14 +2,13 @@
 
 import json
 import logging
-import os
-import signal
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import compose, equal
+from conftest import equal
+from groups import N_STEPS, config, stop_at_batch
 
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.lm.base import LanguageModel
@@ -18,21 +17,6 @@ from sae_lab.sweeps.shared_stream import by_stream, has_room, read_job, train_gr
 from sae_lab.sweeps.standing import standing
 from sae_lab.train import train
 
-N_STEPS = 12
-SMALL = [
-    f"n_tokens={N_STEPS * 128}",
-    "batch_size=128",
-    "seq_len=32",
-    "expansion=2",
-    "data.block_tokens=512",
-    "data.lm_batch_rows=4",
-    "data.n_eval_tokens=256",
-    "data.n_val_tokens=128",
-    "calibration_batches=3",
-    "trainer.validate_every=5",
-    "trainer.checkpoint_every=4",
-    "trainer.log_every=3",
-]
 # Architectures, widths, rates, schedules, clipping, precision and intervals differ; text and language model do not.
 MEMBERS = {
     "topk": ["sae=topk", "k=4", "optimizer.lr=3e-3"],
@@ -41,10 +25,6 @@ MEMBERS = {
     "gated": ["sae=gated", "optimizer.betas=[0.5,0.9]", "trainer.precision=bf16-mixed"],
 }
 BAD = ["sae=vanilla", "optimizer.lr=1e30"]
-
-
-def config(folder: Path, *overrides: str):
-    return compose(*SMALL, *overrides, f"run_dir={folder}")
 
 
 def together(root: Path, *names: str, **options) -> None:
@@ -118,19 +98,6 @@ def test_members_at_different_steps_share_a_pass(alone, tmp_path, monkeypatch):
     for name in MEMBERS:
         assert_same_run(alone / name, tmp_path / name)
     assert {p: p.stat().st_mtime_ns for p in before} == before
-
-
-def stop_at_batch(monkeypatch, n: int) -> None:
-    """A SIGTERM to this process while the n-th batch is drawn."""
-    draw, drawn = ShuffledBlocks.__next__, []
-
-    def stopping(self):
-        drawn.append(None)
-        if len(drawn) == n:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return draw(self)
-
-    monkeypatch.setattr(ShuffledBlocks, "__next__", stopping)
 
 
 def test_what_a_group_leaves_is_continued_alone(alone, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from shell import run
-from test_train import assert_continues_to_the_bits_of
+from small_runs import assert_continues_to_the_bits_of
 from transformers import AutoModelForCausalLM
 
 from sae_lab.evaluate import load_run

@@ -5,25 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from fakes import SETTINGS, Echo, data
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.runtime.errors import UserError
 from sae_lab.text.corpora import FileDocuments
-from sae_lab.text.documents import Documents, Window
 from sae_lab.text.rows import take_rows
-
-
-class Numbers(Documents):
-    """Documents of single-digit words, of uneven lengths; the held-out split holds other numbers."""
-
-    def __init__(self, split: str, n_documents: int = 12):
-        super().__init__(seed=0)
-        self.split, self.n_documents = split, n_documents
-
-    def windows(self, epoch: int, place=None):
-        first = 100 + 1000 * (self.split == "held_out")
-        ids = [[first + 10 * i + j for j in range(1 + i % 7)] for i in range(self.n_documents)]
-        yield Window({"window": 0}, [" ".join(map(str, document)) for document in ids])
 
 
 class WordIds:
@@ -34,41 +21,6 @@ class WordIds:
 
     def get_vocab(self) -> dict[str, int]:
         return {}
-
-
-class Echo:
-    """A language model whose activation at a token is the token's id (twice: d = 2), so rows can be told apart."""
-
-    name, sites, d, bos_id, context, tokenizer = "echo", ("a", "b"), 2, 0, 200, WordIds()
-    device = torch.device("cpu")
-
-    def __init__(self):
-        self.model = torch.nn.ParameterDict({"scale": torch.ones(1)})
-
-    def activations(self, tokens):
-        return tokens[:, :, None, None].expand(-1, -1, 2, 2).float()
-
-
-SETTINGS = {
-    "seq_len": 6,
-    "batch_size": 4,
-    "n_tokens": 40,
-    "block_tokens": 16,
-    "lm_batch_rows": 2,
-    "exclude_bos": False,
-    "exclude_first": 0,
-    "pack": True,
-    "prefetch": False,
-    "repeat": True,
-    "n_eval_tokens": 18,
-    "n_val_tokens": 12,
-    "seed": 0,
-}
-
-
-def data(**changes) -> ActivationData:
-    documents = partial(Numbers, n_documents=changes.pop("n_documents", 12))
-    return ActivationData(Echo(), documents, **(SETTINGS | changes))
 
 
 def ids(batches) -> list[int]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from shell import run
-from test_train import N_EVAL, SMALL, assert_one_sentence
+from small_runs import N_EVAL, SMALL, assert_one_sentence
 
 CACHE = ["n_tokens=10_000", "shard_tokens=4_096", "seq_len=64", f"data.n_eval_tokens={N_EVAL}"]
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SAE_NAMES, build, dictionary, equal
+from fakes import Echo, data
+from fitting import BATCHES, fit
+from groups import SMALL, config, stop_at_batch
 from safetensors.torch import load_file
-from test_data import Echo, data
-from test_group import SMALL, config, stop_at_batch
-from test_module import BATCHES, fit
 
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.cli.entry import CONF
