@@ -29,8 +29,8 @@ from sae_lab.benchmark import training_step
 from sae_lab.cache.reader import Cache, CachedRows
 from sae_lab.cli.entry import entry_point, whole_numbers
 from sae_lab.harvest import Harvester, gathered
-from sae_lab.runs.checkpoint import write_json
 from sae_lab.runtime.device import now
+from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import console, track
 from sae_lab.train import build_sae

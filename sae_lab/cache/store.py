@@ -12,8 +12,8 @@ import xxhash
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
-from sae_lab.runs.checkpoint import write_atomically
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.files import write_atomically
 
 log = logging.getLogger(__name__)
 

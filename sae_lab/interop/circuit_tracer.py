@@ -26,8 +26,8 @@ from sae_lab.interop.tensors import (
     whole,
     write_safetensors,
 )
-from sae_lab.runs.checkpoint import write_atomically
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.files import write_atomically
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.cross_layer import CrossLayer
 

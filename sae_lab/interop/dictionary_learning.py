@@ -20,8 +20,8 @@ from sae_lab.interop.tensors import (
     read_pickle,
     write_pickle,
 )
-from sae_lab.runs.checkpoint import write_json
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.files import write_json
 from sae_lab.saes.base import BaseSAE
 
 FILES = CONFIG, WEIGHTS = "config.json", "ae.pt"

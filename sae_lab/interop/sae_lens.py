@@ -25,8 +25,8 @@ from sae_lab.interop.tensors import (
     thresholds,
     write_safetensors,
 )
-from sae_lab.runs.checkpoint import write_json
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.files import write_json
 from sae_lab.saes.base import BaseSAE
 
 log = logging.getLogger(__name__)

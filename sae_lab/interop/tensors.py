@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sae_lab.runs.checkpoint import atomic_file, write_atomically
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.files import atomic_file, write_atomically
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.parts.normalize import NORMALIZERS
 

@@ -1,12 +1,9 @@
 """SAE folders (config.json + sae.safetensors), files that appear whole or not at all, and a checkpoint's soundness."""
 
 import json
-import os
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from sae_lab.runs.provenance import check_probe, probe
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.files import write_atomically, write_json
 from sae_lab.saes.base import BaseSAE
 
 CONFIG, WEIGHTS, PROBE = "config.json", "sae.safetensors", "probe.safetensors"
@@ -82,40 +80,6 @@ def sae_folder(folder: str | Path) -> Path:
             raise UserError(f"the run in {folder} has not saved its SAE yet: run the same command again to finish it.")
         raise UserError(f"{folder} holds no {CONFIG}: give an SAE folder, such as <run folder>/sae.")
     return folder
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path` that takes its place, flushed to the disk, when the block ends without an exception.
-
-    A reader or a crash sees the old file or the new one, never half of it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what `atomic_file` leaves in a folder when its process is killed; for one in which nobody writes now."""
-    for path in folder.glob(".*.*"):
-        if path.suffix[1:].isdigit():
-            path.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    with atomic_file(path) as f:
-        f.write(content)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def checkpoint_content(checkpoint: Path) -> dict[str, Any]:

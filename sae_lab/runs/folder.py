@@ -10,8 +10,9 @@ from typing import Any, BinaryIO
 
 from omegaconf import OmegaConf
 
-from sae_lab.runs.checkpoint import check_readable, remove_unfinished, write_atomically
+from sae_lab.runs.checkpoint import check_readable
 from sae_lab.runtime.errors import Busy, UserError
+from sae_lab.runtime.files import remove_unfinished, write_atomically
 
 LOCK, FAILED = ".lock", "failed.txt"
 

@@ -23,9 +23,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from sae_lab.cli.entry import each_override, explain, works_in
-from sae_lab.runs.checkpoint import checkpoint_content, write_atomically
+from sae_lab.runs.checkpoint import checkpoint_content
 from sae_lab.runs.folder import FAILED, Run, is_running
 from sae_lab.runtime.errors import Busy, UserError
+from sae_lab.runtime.files import write_atomically
 from sae_lab.runtime.screen import clock, console
 from sae_lab.sweeps.search import best
 

@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from sae_lab.runs.checkpoint import write_atomically
 from sae_lab.runtime.errors import UserError, first_line
+from sae_lab.runtime.files import write_atomically
 
 
 class CSVLog(Logger):
