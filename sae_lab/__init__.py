@@ -7,7 +7,6 @@ x_hat = sae.reconstruct(activations)    # in the units of the activations
 """
 
 from sae_lab.interop import load_sae
-from sae_lab.runs.checkpoint import save_sae
 from sae_lab.saes import (
     BaseSAE,
     BatchTopKSAE,
@@ -20,6 +19,7 @@ from sae_lab.saes import (
     TopKSAE,
     VanillaSAE,
 )
+from sae_lab.saes.files import save_sae
 
 __all__ = [
     "BaseSAE",

@@ -9,11 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.cli.entry import entry_point, folder_of
 from sae_lab.interop import FORMATS, load_sae
-from sae_lab.runs.checkpoint import CONFIG, PROBE, WEIGHTS, sae_folder
 from sae_lab.runtime.errors import UserError, checked_flag, first_line
 from sae_lab.runtime.files import write_atomically
 from sae_lab.runtime.screen import figure, print_files
 from sae_lab.saes.base import BaseSAE
+from sae_lab.saes.files import CONFIG, PROBE, WEIGHTS, sae_folder
 
 OURS = "sae_lab"
 MACHINES_OWN = ("run_dir", "logger")

@@ -25,7 +25,6 @@ from sae_lab.evaluate import calibrate, evaluate_all, write_results
 from sae_lab.interop import load_sae
 from sae_lab.parallel.collectives import rank
 from sae_lab.parallel.launch import ranks
-from sae_lab.runs.checkpoint import save_sae
 from sae_lab.runs.folder import Run, examine
 from sae_lab.runs.provenance import provenance
 from sae_lab.runtime.device import checked_precision, chosen
@@ -34,6 +33,7 @@ from sae_lab.runtime.files import atomic_file
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import print_files, print_metrics
 from sae_lab.saes.base import BaseSAE
+from sae_lab.saes.files import save_sae
 from sae_lab.sweeps.search import score
 from sae_lab.sweeps.standing import failure_recorded
 from sae_lab.training.callbacks import StopOnSignal

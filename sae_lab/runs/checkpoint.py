@@ -1,85 +1,12 @@
 """SAE folders (config.json + sae.safetensors), files that appear whole or not at all, and a checkpoint's soundness."""
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
 
-from sae_lab.runs.provenance import check_probe, probe
 from sae_lab.runtime.errors import UserError
-from sae_lab.runtime.files import write_atomically, write_json
-from sae_lab.saes.base import BaseSAE
-
-CONFIG, WEIGHTS, PROBE = "config.json", "sae.safetensors", "probe.safetensors"
-
-
-def save_sae(
-    sae: BaseSAE,
-    folder: str | Path,
-    provenance: dict[str, Any] | None = None,
-    probe_rows: Float[Tensor, "n s d"] | None = None,
-) -> Path:
-    """Write an SAE folder: config.json (class, arguments, provenance) and sae.safetensors (parameters and buffers).
-
-    With `probe_rows`, raw activations, also probe.safetensors: what the SAE makes of them, for loading to check.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"class": type(sae).__name__, "config": sae.config, "provenance": provenance or {}}
-    if probe_rows is not None:
-        config["probe"] = PROBE
-        write_atomically(folder / PROBE, probe(sae, probe_rows))
-    # Copies: the file format takes no two names for the same memory, and tied weights are that.
-    tensors = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in sae.state_dict().items()}
-    write_atomically(folder / WEIGHTS, save(tensors))
-    write_json(folder / CONFIG, config)
-    return folder
-
-
-def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> BaseSAE:
-    """The SAE that a run saved, in eval mode: `load_sae("run/sae")`, or the run folder itself.
-
-    Raises:
-        UserError: no SAE folder, an unreadable file, an unknown class, tensors that do not fit the config, or a probe
-            that does not reproduce.
-    """
-    folder = sae_folder(folder)
-    try:
-        description = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-        spoilt = [name for name, t in tensors.items() if not t.isfinite().all()]
-        if spoilt:
-            raise ValueError(f"{', '.join(spoilt)} not finite")
-        sae = BaseSAE.from_config(description["class"], description["config"])
-        sae.load_state_dict(tensors)
-        if "probe" in description:
-            check_probe(sae.eval(), folder / PROBE)
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as e:
-        raise UserError(f"the SAE in {folder} cannot be read ({type(e).__name__}: {e}): save or copy it again.") from e
-    except RuntimeError as e:  # load_state_dict: missing, unexpected or misshapen tensors
-        raise UserError(f"the tensors of {folder / WEIGHTS} do not fit its {CONFIG}: {' '.join(str(e).split())}") from e
-    return sae.eval().to(device)
-
-
-def sae_folder(folder: str | Path) -> Path:
-    """The SAE folder itself, or that of a run folder.
-
-    Raises:
-        UserError: neither.
-    """
-    folder = Path(folder)
-    folder = folder / "sae" if (folder / "sae" / CONFIG).is_file() else folder
-    if not (folder / CONFIG).is_file():
-        if (folder / ".hydra").is_dir():
-            raise UserError(f"the run in {folder} has not saved its SAE yet: run the same command again to finish it.")
-        raise UserError(f"{folder} holds no {CONFIG}: give an SAE folder, such as <run folder>/sae.")
-    return folder
 
 
 def checkpoint_content(checkpoint: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from typing import Any
 import lightning as L
 
 from sae_lab.parallel.collectives import rank
-from sae_lab.runs.checkpoint import save_sae
 from sae_lab.runtime.errors import checked_number
+from sae_lab.saes.files import save_sae
 
 
 class KeepSAEs(L.Callback):

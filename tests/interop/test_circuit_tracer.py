@@ -13,9 +13,9 @@ from test_export import PROVENANCE, transcoder
 from sae_lab import load_sae
 from sae_lab.export import export
 from sae_lab.interop import circuit_tracer
-from sae_lab.runs.checkpoint import save_sae
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.cross_layer import CrossLayerTopKSAE
+from sae_lab.saes.files import save_sae
 
 PART, LAYERS = 16, 3
 CLASSES = {"batch_topk": "CrossLayerBatchTopKSAE", "jumprelu": "CrossLayerJumpReLUSAE"}

@@ -16,10 +16,10 @@ from test_load import CASES, FIXTURES, output, source
 from sae_lab import load_sae
 from sae_lab.export import export, push
 from sae_lab.interop import dictionary_learning, sae_lens, sparsify
-from sae_lab.runs.checkpoint import save_sae
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import MatryoshkaTopKSAE
 from sae_lab.saes.cross_layer import CrossLayerTopKSAE
+from sae_lab.saes.files import save_sae
 from sae_lab.saes.parts.normalize import NORMALIZERS
 
 PROVENANCE = {

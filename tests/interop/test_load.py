@@ -13,9 +13,9 @@ from sae_lab import load_sae
 from sae_lab.interop import download as hub
 from sae_lab.interop import sae_lens
 from sae_lab.ops.sparse import l0_per_row
-from sae_lab.runs.checkpoint import save_sae
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import GatedSAE, JumpReLUSAE, PursuitSAE, VanillaSAE
+from sae_lab.saes.files import save_sae
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = sorted(str(p.parent.relative_to(FIXTURES)) for p in FIXTURES.glob("*/*/expected.safetensors"))

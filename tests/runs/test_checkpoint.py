@@ -7,9 +7,10 @@ import torch
 from conftest import build
 from safetensors.torch import load_file, save_file
 
-from sae_lab.runs.checkpoint import check_readable, load_sae, save_sae
+from sae_lab.runs.checkpoint import check_readable
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_atomically
+from sae_lab.saes.files import load_sae, save_sae
 from sae_lab.train import AtomicCheckpointIO
 
 

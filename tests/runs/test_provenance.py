@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from sae_lab import load_sae
 from sae_lab.runs import provenance
-from sae_lab.runs.checkpoint import save_sae
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE
+from sae_lab.saes.files import save_sae
 
 
 @pytest.fixture

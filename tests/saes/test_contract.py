@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from conftest import build, dictionary, planted
 
 from sae_lab.ops.sparse import fired, l0_per_row
-from sae_lab.runs.checkpoint import load_sae, save_sae
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
+from sae_lab.saes.files import load_sae, save_sae
 
 
 @pytest.fixture(params=[1, 3], ids=["1source", "3sources"])

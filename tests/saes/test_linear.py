@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import build, planted
 
-from sae_lab.runs.checkpoint import load_sae, save_sae
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import TopKSAE
+from sae_lab.saes.files import load_sae, save_sae
 
 X = planted(64)[0] + 0.1
 

@@ -6,9 +6,9 @@ from conftest import SAE_NAMES, build, planted
 
 from sae_lab.evaluation.metrics import batch_fvu
 from sae_lab.ops.sparse import l0_per_row
-from sae_lab.runs.checkpoint import load_sae, save_sae
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BaseSAE, BatchTopKSAE, TopKSAE
+from sae_lab.saes.files import load_sae, save_sae
 
 X = planted(64)[0] + 0.1
 

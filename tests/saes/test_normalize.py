@@ -9,9 +9,9 @@ import torch
 from conftest import SAE_NAMES, build, dictionary, planted
 from test_contract import same, snapshot, step
 
-from sae_lab.runs.checkpoint import load_sae, save_sae
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, PursuitSAE, RouteSAE, TopKSAE
+from sae_lab.saes.files import load_sae, save_sae
 from sae_lab.saes.parts.normalize import MeanNorm
 
 mean_normed = partial(build, "topk", "sae.normalize=mean_norm")

@@ -5,9 +5,9 @@ import torch
 from conftest import SAE_NAMES, build, planted
 
 from sae_lab.ops.sparse import l0_per_row
-from sae_lab.runs.checkpoint import load_sae, save_sae
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, TopKSAE
+from sae_lab.saes.files import load_sae, save_sae
 
 WITH_K_WARMUP = [name for name in SAE_NAMES if hasattr(build(name), "k_warmup")]
 X = planted(40)[0]

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from conftest import SAE_NAMES, build, planted
 
 from sae_lab.ops.sparse import l0_per_row
-from sae_lab.runs.checkpoint import load_sae, save_sae
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import PursuitSAE, TopKSAE, VanillaSAE
+from sae_lab.saes.files import load_sae, save_sae
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.training.module import plain_step
 

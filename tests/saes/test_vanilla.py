@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import SAE_NAMES, build, planted
 
-from sae_lab.runs.checkpoint import load_sae, save_sae
+from sae_lab.saes.files import load_sae, save_sae
 
 PENALIZED = [name for name in SAE_NAMES if hasattr(build(name), "sparsity_warmup")]
 X = planted(32)[0]
