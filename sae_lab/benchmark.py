@@ -33,8 +33,9 @@ from sae_lab.cli.entry import entry_point, whole_numbers
 from sae_lab.ops.matmul import linear
 from sae_lab.ops.pursuit import METHODS, Dictionary, pursue
 from sae_lab.ops.sparse import Code
+from sae_lab.runtime.checks import checked_flag, checked_number
 from sae_lab.runtime.device import checked_precision, chosen, now
-from sae_lab.runtime.errors import UserError, checked_flag, checked_number
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import console

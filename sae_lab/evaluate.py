@@ -30,8 +30,9 @@ from sae_lab.evaluation.rules import with_activation
 from sae_lab.ops.pursuit import METHODS
 from sae_lab.ops.sparse import Code, l0_per_row
 from sae_lab.runs.checkpoint import checkpoint_content
+from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.device import now
-from sae_lab.runtime.errors import UserError, checked_number
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import print_files, print_metrics, track

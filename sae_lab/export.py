@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.cli.entry import entry_point, folder_of
 from sae_lab.interop import FORMATS, load_sae
-from sae_lab.runtime.errors import UserError, checked_flag, first_line
+from sae_lab.runtime.checks import checked_flag
+from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.files import write_atomically
 from sae_lab.runtime.screen import figure, print_files
 from sae_lab.saes.base import BaseSAE

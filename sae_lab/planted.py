@@ -22,7 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from sae_lab.cli.entry import entry_point, whole_numbers
 from sae_lab.evaluation.metrics import batch_fvu
 from sae_lab.ops.sparse import l0_per_row
-from sae_lab.runtime.errors import UserError, checked_number
+from sae_lab.runtime.checks import checked_number
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import console, print_metrics, track

@@ -27,8 +27,9 @@ from sae_lab.parallel.collectives import rank
 from sae_lab.parallel.launch import ranks
 from sae_lab.runs.folder import Run, examine
 from sae_lab.runs.provenance import provenance
+from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.device import checked_precision, chosen
-from sae_lab.runtime.errors import UserError, checked_number
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import atomic_file
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import print_files, print_metrics

@@ -20,7 +20,8 @@ from sae_lab.cache.reader import Cache, CachedRows
 from sae_lab.cache.shards import refuse_other
 from sae_lab.lm.base import LanguageModel
 from sae_lab.parallel.collectives import rank, share, world_size
-from sae_lab.runtime.errors import UserError, checked_flag, checked_number
+from sae_lab.runtime.checks import checked_flag, checked_number
+from sae_lab.runtime.errors import UserError
 from sae_lab.text.corpora import FileDocuments, HubDocuments
 from sae_lab.text.documents import HELD_OUT, TRAIN, DisassembledStdlib, Documents, StdlibDocuments
 from sae_lab.text.rows import TextRows, take_rows

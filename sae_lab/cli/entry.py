@@ -21,7 +21,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from sae_lab.runtime.errors import Interrupted, UserError, checked_number
+from sae_lab.runtime.checks import checked_number
+from sae_lab.runtime.errors import Interrupted, UserError
 
 
 # Job folders are named by their overrides, which may hold paths: a name must stay one folder, of a length disks take.

@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_lab.ops.selection import Pieces, above, top_of_batch
 from sae_lab.ops.sparse import Code, SparseCode, l0_per_row, smallest_positive
 from sae_lab.parallel.collectives import average, least
-from sae_lab.runtime.errors import checked_number, checked_word
+from sae_lab.runtime.checks import checked_number, checked_word
 from sae_lab.saes.sparse_linear import SparseLinearSAE
 
 

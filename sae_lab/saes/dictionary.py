@@ -12,7 +12,8 @@ from sae_lab.ops import losses, sparse
 from sae_lab.ops.matmul import linear
 from sae_lab.ops.sparse import Code, SparseCode, fired
 from sae_lab.parallel.collectives import anywhere
-from sae_lab.runtime.errors import UserError, checked_flag, checked_number, checked_word
+from sae_lab.runtime.checks import checked_flag, checked_number, checked_word
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import Edit, SAEOutput
 from sae_lab.saes.parts.sources import Transcodable
 from sae_lab.saes.parts.unit_norm import divide_by_norm, project_gradient

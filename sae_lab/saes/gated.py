@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lab.ops import losses, sparse
-from sae_lab.runtime.errors import checked_number
+from sae_lab.runtime.checks import checked_number
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sae_lab.parallel.collectives import average
-from sae_lab.runtime.errors import UserError, checked_number, checked_word
+from sae_lab.runtime.checks import checked_number, checked_word
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
 from sae_lab.saes.sparse_linear import checked_k

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sae_lab.ops.auxk import auxk
 from sae_lab.ops.matmul import linear_by_part
 from sae_lab.ops.sparse import Code
-from sae_lab.runtime.errors import UserError, checked_flag, checked_number, checked_word
+from sae_lab.runtime.checks import checked_flag, checked_number, checked_word
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.dictionary import DictionarySAE
 from sae_lab.saes.parts.mlp import MLP, checked_widths

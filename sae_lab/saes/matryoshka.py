@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sae_lab.ops import losses, sparse
 from sae_lab.ops.sparse import Code
-from sae_lab.runtime.errors import UserError, checked_flag, checked_number
+from sae_lab.runtime.checks import checked_flag, checked_number
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.batch_topk import BatchTopKSAE
 from sae_lab.saes.linear import LinearSAE

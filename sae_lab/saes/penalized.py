@@ -7,7 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.parallel.collectives import concatenated
-from sae_lab.runtime.errors import UserError, checked_number
+from sae_lab.runtime.checks import checked_number
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.seeds import nth_generator
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.saes.parts.resample import SCALE, draw, unit

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sae_lab.ops.pursuit import METHODS, Dictionary, pursue
 from sae_lab.ops.sparse import SparseCode
-from sae_lab.runtime.errors import UserError, checked_number, checked_word
+from sae_lab.runtime.checks import checked_number, checked_word
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE, check_sizes, check_units
 from sae_lab.saes.dictionary import DictionarySAE
 from sae_lab.saes.parts.unit_norm import divide_by_norm

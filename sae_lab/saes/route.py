@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from sae_lab.ops.matmul import linear
 from sae_lab.ops.sparse import Code
 from sae_lab.parallel.collectives import average
-from sae_lab.runtime.errors import UserError, checked_number, checked_word
+from sae_lab.runtime.checks import checked_number, checked_word
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.seeds import nth_generator
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
 from sae_lab.saes.parts.normalize import Context, normalizer

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sae_lab.ops.selection import Pieces, Preactivations
 from sae_lab.ops.sparse import Code, SparseCode, encoded
-from sae_lab.runtime.errors import UserError, checked_number
+from sae_lab.runtime.checks import checked_number
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.linear import Encoder, LinearSAE
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae_lab.ops import losses
 from sae_lab.ops.sparse import Code
-from sae_lab.runtime.errors import checked_flag, checked_number
+from sae_lab.runtime.checks import checked_flag, checked_number
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
 

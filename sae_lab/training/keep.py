@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 
 from sae_lab.parallel.collectives import rank
-from sae_lab.runtime.errors import checked_number
+from sae_lab.runtime.checks import checked_number
 from sae_lab.saes.files import save_sae
 
 

@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae_lab.runtime.errors import UserError, checked_number
+from sae_lab.runtime.checks import checked_number
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.parts.normalize import NORMALIZERS, Context, normalizer
 
