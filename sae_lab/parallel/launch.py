@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from sae_lab.parallel.collectives import TIMEOUT, process_group
 from sae_lab.runtime.errors import UserError
-from sae_lab.training.callbacks import Signals
+from sae_lab.runtime.signals import Signals
 
 HOST = "127.0.0.1"
 GRACE = 30.0  # seconds between the end of one process and that of what waits for it

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 
 from sae_lab.runs.folder import FAILED
 from sae_lab.runtime.errors import Interrupted, UserError, first_line
+from sae_lab.runtime.signals import Signals
 from sae_lab.sweeps.shared_stream import Job, by_stream, log_files, train_jobs
 from sae_lab.sweeps.standing import record_failure
-from sae_lab.training.callbacks import Signals
 
 log = logging.getLogger(__name__)
 

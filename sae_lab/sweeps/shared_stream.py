@@ -29,6 +29,7 @@ from sae_lab.activations.buffer import Filling, ShuffledBlocks
 from sae_lab.activations.data import ActivationData
 from sae_lab.runs.folder import FAILED
 from sae_lab.runtime.errors import Interrupted, UserError
+from sae_lab.runtime.signals import Signals
 from sae_lab.sweeps.search import score
 from sae_lab.sweeps.standing import failure_recorded, record_failure
 from sae_lab.train import (
@@ -42,7 +43,7 @@ from sae_lab.train import (
     open_run,
     show_complete,
 )
-from sae_lab.training.callbacks import SaveWhenDue, Signals
+from sae_lab.training.callbacks import SaveWhenDue
 from sae_lab.training.progress import Throughput, TrainingProgress
 
 log = logging.getLogger(__name__)

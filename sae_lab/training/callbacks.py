@@ -1,47 +1,16 @@
 """SIGINT and SIGTERM while training: finish the step, save a checkpoint, leave."""
 
 import signal
-import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
 
+from sae_lab.parallel.collectives import rank
+from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.errors import Interrupted
-
-
-class Signals:
-    """Notes the first SIGINT or SIGTERM as `received`, to be acted on once it is `due`; a later one ends the process.
-
-    A repeat within ECHO seconds is the same wish: `timeout make demo` sends it to make, which passes it on, and to us.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-    ECHO = 2.0
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._time = 0.0
-        self.due: int | None = None
-        self._handlers: dict[int, Any] = {}
-
-    def listen(self) -> None:
-        """From now on; again where other code has put its handlers in between."""
-        before: dict[int, Any] = {s: signal.signal(s, self._note) for s in self.SIGNALS}
-        self._handlers = self._handlers or before
-
-    def restore(self) -> None:
-        """As it was before the first `listen`."""
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-        self._handlers = {}
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self._time = signum, time.monotonic()
-        elif time.monotonic() - self._time > self.ECHO:
-            raise Interrupted("Stopped at once by a second signal; what was saved before stands", signum)
+from sae_lab.runtime.signals import Signals
+from sae_lab.saes.files import save_sae
 
 
 class SaveWhenDue(L.Callback):
@@ -80,3 +49,24 @@ class StopOnSignal(SaveWhenDue):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.signals.restore()
+
+
+class KeepSAEs(L.Callback):
+    """`callbacks=keep_saes`: every so many steps an SAE folder, a third the size of a checkpoint and never overwritten.
+
+    It holds what training holds then: a threshold that `calibrate` will replace is still the running one.
+
+    Args:
+        folder: in which <step>/ is made.
+        every: steps.
+
+    Raises:
+        UserError: `every` is no whole number of at least 1.
+    """
+
+    def __init__(self, folder: str, every: int):
+        self.folder, self.every = Path(folder), checked_number("callbacks.keep_saes.every", every, 1, whole=True)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step % self.every == 0 and rank() == 0:
+            save_sae(pl_module.sae, self.folder / str(trainer.global_step))  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from sae_lab.runtime.errors import Interrupted
-from sae_lab.training.callbacks import Signals
+from sae_lab.runtime.signals import Signals
 
 
 def test_an_echo_is_the_same_wish_and_a_later_signal_another(monkeypatch):
