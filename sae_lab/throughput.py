@@ -27,8 +27,8 @@ from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.data import ActivationData
 from sae_lab.benchmark import training_step
 from sae_lab.cache.reader import Cache, CachedRows
+from sae_lab.cache.writer import Harvester, gathered
 from sae_lab.cli.entry import entry_point, whole_numbers
-from sae_lab.harvest import Harvester, gathered
 from sae_lab.runtime.device import now
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory

@@ -271,7 +271,7 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
     metadata = {name: config["metadata"][name] for name in ("model_name", "hook_name", "context_size", "prepend_bos")}
     expected = {"model_name": "tiny", "hook_name": "blocks.2.hook_resid_post", "context_size": 64, "prepend_bos": True}
     assert metadata == expected
-    assert config["metadata"]["dataset_path"] == "sae_lab.activations.data.stdlib"
+    assert config["metadata"]["dataset_path"] == "sae_lab.activations.from_text.stdlib"
     x = torch.randn(20, 128)
     torch.testing.assert_close(load_sae(tmp_path).encode(x), load_sae(run_dir).encode(x), rtol=1e-5, atol=1e-5)
     card = (tmp_path / "README.md").read_text()

@@ -3,31 +3,14 @@
 import time
 from collections.abc import Callable, Generator
 from mmap import mmap
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.activations.source import Chunk, Source
 from sae_lab.runtime.seeds import nth_generator
-
-
-class Chunk(NamedTuple):
-    """Some consecutive rows, the source's state from which they come again, and the text they come from, if any."""
-
-    state: dict[str, Any]
-    rows: Float[Tensor, "n s d"]
-    tokens: Int[Tensor, "r t"] | None = None
-
-
-class Source(Protocol):
-    """Rows in order, in chunks; deterministic, and able to start at any chunk that it has given before."""
-
-    def __iter__(self) -> Generator[Chunk, None, None]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Filling:

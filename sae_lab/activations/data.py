@@ -1,8 +1,8 @@
 """Text -> frozen language model -> shuffled batches of activations, as a LightningDataModule that owns its place."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -12,18 +12,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sae_lab.activations.buffer import ShuffledBlocks, Source
-from sae_lab.activations.digests import digest_of_rows, lm_key, refuse_changed, tokenizer_digest, weights_digest
+from sae_lab.activations.buffer import ShuffledBlocks
+from sae_lab.activations.digests import digest_of_rows, refuse_changed, tokenizer_digest, weights_digest
 from sae_lab.activations.prefetch import Prefetched
-from sae_lab.activations.source import Harvest, Shared
-from sae_lab.cache.reader import Cache, CachedRows
-from sae_lab.cache.shards import refuse_other
+from sae_lab.activations.source import Harvest, Shared, Source
 from sae_lab.lm.base import LanguageModel
 from sae_lab.parallel.collectives import rank, share, world_size
 from sae_lab.runtime.checks import checked_flag, checked_number
 from sae_lab.runtime.errors import UserError
-from sae_lab.text.corpora import FileDocuments, HubDocuments
-from sae_lab.text.documents import HELD_OUT, TRAIN, DisassembledStdlib, Documents, StdlibDocuments
+from sae_lab.text.documents import HELD_OUT, TRAIN, Documents
 from sae_lab.text.rows import TextRows, take_rows
 
 
@@ -229,114 +226,3 @@ class ActivationData(L.LightningDataModule):
         remedy = "put back what it began with, or type resume=never to start again."
         refuse_changed(state.pop("origin", {}), self.origin, remedy)
         self.stream.load_state_dict(state)
-
-
-class CachedData(ActivationData):
-    """`data=cached`: the same batches from activations that `sae_lab.harvest` put on disk; held-out text still runs.
-
-    Args:
-        path: the cache's folder or fsspec URL.
-        stream: as in ActivationData; `seq_len` and the excluded positions are those of the harvest.
-
-    Raises:
-        UserError: no finished cache, one of another language model or other settings (the keys that differ are
-            named), less held-out text in it than is asked for, a damaged file.
-    """
-
-    # Relative distance between the cache's first rows and the model's: rounding, and other kernels, stay below.
-    TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
-
-    def __init__(self, lm: LanguageModel, path: str, **stream: Any):
-        self.cache = Cache(path)
-        super().__init__(lm, documents=None, **stream)
-        here = lm_key(lm) | {"seq_len": self.seq_len}
-        here |= {f"data.{name}": getattr(self, name) for name in ("exclude_bos", "exclude_first", "pack")}
-        refuse_other(self.cache.store, self.cache.manifest, here, "use what it was harvested with, or harvest anew.")
-        self._compare_first_rows()
-        self.held_out_text(max(self.n_eval_tokens, self.n_val_tokens) // self.seq_len)  # before, not after, training
-
-    def _compare_first_rows(self) -> None:
-        """Refuse a model that computes other activations, whatever its flags: what no key names shows here."""
-        shard = self.cache.shard(0)
-        tokens = shard.tokens[: self.lm_batch_rows].long()
-        x = self.lm.activations(tokens)[self.keep(tokens).to(self.lm.device)].float().cpu()
-        x, cached = x[: len(shard.activations)], shard.activations[: len(x)].float()
-        distance = ((x - cached).norm() / cached.norm()).item()
-        key = self.cache.manifest.key
-        if not distance <= max(self.TOLERANCE[key["dtype"]], self.TOLERANCE.get(key["lm.dtype"], 0)):
-            raise UserError(
-                f"{self.cache.store.url} holds activations that this language model does not compute "
-                f"(they differ by {distance:.1%}): use the lm.* keys that it was harvested with, or harvest anew."
-            )
-
-    @cached_property
-    def origin(self) -> dict[str, str]:
-        return {}  # the place in a cache names the cache, whose key names all of that
-
-    def text_rows(self, n: int) -> Int[Tensor, "n t"]:
-        """Of those that the cache was harvested from, in its order."""
-        found, shards = [torch.empty(0, self.seq_len, dtype=torch.long)], iter(range(len(self.cache.manifest.shards)))
-        while sum(map(len, found)) < n and (number := next(shards, None)) is not None:
-            found.append(self.cache.shard(number).tokens.long())
-        return torch.cat(found)[:n]
-
-    def source(self) -> Source:
-        chunk_rows = self.lm_batch_rows * self.seq_len
-        return CachedRows(self.cache, chunk_rows, self.seed, self.repeat, self.lm.device)
-
-    def held_out_text(self, n: int) -> Int[Tensor, "n t"]:
-        rows = self.cache.held_out()
-        if n > len(rows) and not self.cache.manifest.held_out_whole:
-            raise UserError(
-                f"{self.cache.store.url} holds {rows.numel()} held-out tokens: ask for no more in data.n_eval_tokens "
-                "and data.n_val_tokens, or harvest with a larger data.n_eval_tokens."
-            )
-        return rows[:n]
-
-
-def stdlib(lm: LanguageModel, seed: int, held_out_every: int, **stream: Any) -> ActivationData:
-    """`data=stdlib`: the source of Python's standard library."""
-    documents = partial(StdlibDocuments, seed=seed, held_out_every=held_out_every)
-    return ActivationData(lm, documents, seed=seed, **stream)
-
-
-def disassembly(lm: LanguageModel, seed: int, held_out_every: int, mixed: bool, **stream: Any) -> ActivationData:
-    """`data=disassembly`: its bytecode listings."""
-    documents = partial(DisassembledStdlib, seed=seed, held_out_every=held_out_every, mixed=mixed)
-    return ActivationData(lm, documents, seed=seed, **stream)
-
-
-def text_files(
-    lm: LanguageModel,
-    paths: Sequence[str] | str,
-    column: Sequence[str] | str | None,
-    seed: int,
-    held_out_every: int,
-    **stream: Any,
-) -> ActivationData:
-    """`data=text_files`: globs of txt, jsonl, csv or parquet."""
-    paths = list(paths) if isinstance(paths, Sequence) and not isinstance(paths, str) else paths
-    documents = partial(FileDocuments, paths, column=column, seed=seed, held_out_every=held_out_every)
-    return ActivationData(lm, documents, seed=seed, **stream)
-
-
-def hub(
-    lm: LanguageModel,
-    path: str,
-    name: str | None,
-    hub_split: str,
-    column: Sequence[str] | str | None,
-    seed: int,
-    held_out_documents: int,
-    revision: str | None,
-    **stream: Any,
-) -> ActivationData:
-    """`data=openwebtext`, `data=fineweb`, ...: a data set of the Hugging Face hub, streamed."""
-    options: dict[str, Any] = {
-        "name": name,
-        "hub_split": hub_split,
-        "column": column,
-        "held_out_documents": held_out_documents,
-        "revision": revision,
-    }
-    return ActivationData(lm, partial(HubDocuments, path, seed=seed, **options), seed=seed, **stream)

@@ -9,22 +9,7 @@ import xxhash
 from jaxtyping import Int
 from torch import Tensor
 
-from sae_lab.cache.shards import FORMAT, as_bytes
-from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import UserError
-
-
-def lm_key(lm: LanguageModel) -> dict[str, Any]:
-    """What of a language model decides its activations, wherever it was loaded from."""
-    return {
-        "format": FORMAT,
-        "lm.backend": type(lm).__name__,
-        "lm.sites": list(lm.sites),
-        "lm.dtype": str(next(lm.model.parameters()).dtype).removeprefix("torch."),
-        "lm.bos_id": lm.bos_id,
-        "lm.tokenizer": tokenizer_digest(lm.tokenizer),
-        "lm.weights": weights_digest(lm.model),
-    }
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -51,3 +36,8 @@ def refuse_changed(began_with: Mapping[str, str], here: Mapping[str, str], remed
     changed = [name for name in began_with if began_with[name] != here.get(name)]
     if changed:
         raise UserError(f"{' and '.join(changed)} changed since this run began: {remedy}")
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of any dtype."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sae_lab.activations.buffer import Chunk, Source
+from sae_lab.activations.source import Chunk, Source
 
 EXIT_SECONDS = 10.0  # that a process which ends waits for the chunk in hand
 

@@ -4,16 +4,33 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from itertools import islice
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lab.activations.buffer import Chunk, Source
 from sae_lab.lm.base import LanguageModel
 from sae_lab.parallel.collectives import rank, receive, world_size
 from sae_lab.text.rows import TextRows, take_rows
+
+
+class Chunk(NamedTuple):
+    """Some consecutive rows, the source's state from which they come again, and the text they come from, if any."""
+
+    state: dict[str, Any]
+    rows: Float[Tensor, "n s d"]
+    tokens: Int[Tensor, "r t"] | None = None
+
+
+class Source(Protocol):
+    """Rows in order, in chunks; deterministic, and able to start at any chunk that it has given before."""
+
+    def __iter__(self) -> Generator[Chunk, None, None]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Harvest:

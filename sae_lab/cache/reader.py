@@ -12,7 +12,7 @@ import xxhash
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lab.activations.buffer import Chunk
+from sae_lab.activations.source import Chunk
 from sae_lab.cache.shards import FORMAT, PIECE, Manifest, MappedShard, read_held_out
 from sae_lab.cache.store import Store
 from sae_lab.runtime.errors import UserError

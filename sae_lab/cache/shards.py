@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sae_lab.activations.buffer import Chunk
+from sae_lab.activations.digests import as_bytes
+from sae_lab.activations.source import Chunk
 from sae_lab.cache.store import Store
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.screen import track
@@ -127,11 +128,6 @@ def damaged(store: Store, manifest: Manifest) -> list[str]:
         for file, checksum in track(list(checksums.items()), "checking the files")
         if not store.exists(file) or xxhash.xxh3_128_hexdigest(store.read(file)) != checksum
     ]
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor of any dtype."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def piece_checksums(rows: Float[Tensor, "n s d"]) -> Int[Tensor, " p"]:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sae_lab.activations.buffer import Chunk, ShuffledBlocks
+from sae_lab.activations.buffer import ShuffledBlocks
+from sae_lab.activations.source import Chunk
 
 
 class Counter:

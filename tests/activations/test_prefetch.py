@@ -10,8 +10,9 @@ import pytest
 import torch
 from test_buffer import Counter, numbers
 
-from sae_lab.activations.buffer import Chunk, ShuffledBlocks
+from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.prefetch import Prefetched
+from sae_lab.activations.source import Chunk
 from sae_lab.lm import TransformersLM
 from sae_lab.runtime.threads import one_thread
 

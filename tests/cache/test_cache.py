@@ -15,11 +15,13 @@ import pytest
 import torch
 from fakes import Follow, UniqueWords
 
-from sae_lab.activations.data import ActivationData, CachedData
+from sae_lab.activations.data import ActivationData
 from sae_lab.cache import store
+from sae_lab.cache.data import CachedData
+from sae_lab.cache.key import data_key
 from sae_lab.cache.reader import Cache, CachedRows
 from sae_lab.cache.shards import PIECE
-from sae_lab.harvest import Harvester, data_key
+from sae_lab.cache.writer import Harvester
 from sae_lab.runtime.errors import UserError
 from sae_lab.text.corpora import FileDocuments
 from sae_lab.text.rows import take_rows

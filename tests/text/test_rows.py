@@ -8,8 +8,9 @@ import pytest
 import torch
 from fakes import Follow, UniqueWords
 
-from sae_lab.activations.data import ActivationData, CachedData
-from sae_lab.harvest import Harvester
+from sae_lab.activations.data import ActivationData
+from sae_lab.cache.data import CachedData
+from sae_lab.cache.writer import Harvester
 from sae_lab.text.corpora import FileDocuments, HubDocuments
 from sae_lab.text.rows import take_rows
 

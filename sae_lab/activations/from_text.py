@@ -1,0 +1,58 @@
+"""What `data=stdlib`, `disassembly`, `text_files` and `hub` build: activations of a language model on documents."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from sae_lab.activations.data import ActivationData
+from sae_lab.lm.base import LanguageModel
+from sae_lab.text.corpora import FileDocuments, HubDocuments
+from sae_lab.text.documents import DisassembledStdlib, StdlibDocuments
+
+
+def stdlib(lm: LanguageModel, seed: int, held_out_every: int, **stream: Any) -> ActivationData:
+    """`data=stdlib`: the source of Python's standard library."""
+    documents = partial(StdlibDocuments, seed=seed, held_out_every=held_out_every)
+    return ActivationData(lm, documents, seed=seed, **stream)
+
+
+def disassembly(lm: LanguageModel, seed: int, held_out_every: int, mixed: bool, **stream: Any) -> ActivationData:
+    """`data=disassembly`: its bytecode listings."""
+    documents = partial(DisassembledStdlib, seed=seed, held_out_every=held_out_every, mixed=mixed)
+    return ActivationData(lm, documents, seed=seed, **stream)
+
+
+def text_files(
+    lm: LanguageModel,
+    paths: Sequence[str] | str,
+    column: Sequence[str] | str | None,
+    seed: int,
+    held_out_every: int,
+    **stream: Any,
+) -> ActivationData:
+    """`data=text_files`: globs of txt, jsonl, csv or parquet."""
+    paths = list(paths) if isinstance(paths, Sequence) and not isinstance(paths, str) else paths
+    documents = partial(FileDocuments, paths, column=column, seed=seed, held_out_every=held_out_every)
+    return ActivationData(lm, documents, seed=seed, **stream)
+
+
+def hub(
+    lm: LanguageModel,
+    path: str,
+    name: str | None,
+    hub_split: str,
+    column: Sequence[str] | str | None,
+    seed: int,
+    held_out_documents: int,
+    revision: str | None,
+    **stream: Any,
+) -> ActivationData:
+    """`data=openwebtext`, `data=fineweb`, ...: a data set of the Hugging Face hub, streamed."""
+    options: dict[str, Any] = {
+        "name": name,
+        "hub_split": hub_split,
+        "column": column,
+        "held_out_documents": held_out_documents,
+        "revision": revision,
+    }
+    return ActivationData(lm, partial(HubDocuments, path, seed=seed, **options), seed=seed, **stream)

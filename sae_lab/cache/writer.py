@@ -1,0 +1,181 @@
+"""The writing of a cache: a language model's activations, shard after shard, on disk."""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from sae_lab.activations.data import ActivationData
+from sae_lab.activations.prefetch import Prefetched
+from sae_lab.activations.source import Chunk, Source
+from sae_lab.cache.key import data_key, lm_key
+from sae_lab.cache.shards import HELD_OUT_FILE, Manifest, Shard, damaged, refuse_other, write_held_out, write_shard
+from sae_lab.cache.store import Store
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.screen import TokenProgress
+from sae_lab.text.documents import HELD_OUT, TRAIN
+from sae_lab.text.rows import take_rows
+
+log = logging.getLogger(__name__)
+
+
+class Harvester:
+    """Fills the folder of a cache, shard by shard. Whenever it is stopped, what is whole stays and it goes on there.
+
+    Args:
+        data: language model, text, and the positions that are kept; `data.n_eval_tokens` of held-out text go along.
+        path: a folder, or any fsspec URL.
+        n_tokens: rows of activations, exactly; fewer where the text ends before (`data.repeat=false`).
+        shard_tokens: rows in a shard, to a pass of the language model more; a shard is gathered in memory.
+        dtype: of the cache: float32, float16, bfloat16, or auto: the language model's.
+
+    Raises:
+        UserError: another cache lies there, the folder cannot be written, no text, rows that `dtype` cannot hold.
+    """
+
+    def __init__(self, data: ActivationData, path: str, n_tokens: int, shard_tokens: int, dtype: str = "auto"):
+        self.data, self.store = data, Store(path)
+        self.n_tokens, self.shard_tokens = n_tokens, shard_tokens
+        lm_dtype: torch.dtype = next(data.lm.model.parameters()).dtype
+        if dtype not in ("auto", "float32", "float16", "bfloat16"):
+            raise UserError(f"dtype={dtype} is not known: choose float32, float16, bfloat16 or auto.")
+        self.dtype = lm_dtype if dtype == "auto" else getattr(torch, dtype)
+        size = {"n_tokens": n_tokens, "dtype": str(self.dtype).removeprefix("torch.")}
+        self.key = lm_key(data.lm) | data_key(data) | size
+
+    def build(self, rebuild: bool = False) -> Manifest:
+        """Harvest what is missing; with `rebuild`, check every shard first and make damaged ones again."""
+        manifest = self._read(start_over=rebuild)
+        if manifest is None or rebuild or not manifest.complete:
+            with self.store.locked():
+                self.store.sweep()
+                manifest = self._read(start_over=rebuild) or self._begin()
+                if rebuild:
+                    self._mend(manifest)
+                if not manifest.complete:
+                    self._extend(manifest)
+        log.info("%s is complete: %s tokens in %d shards.", self.store.url, f"{manifest.rows:,}", len(manifest.shards))
+        return manifest
+
+    def verify(self) -> None:
+        """Check every byte of every shard that is there.
+
+        Raises:
+            UserError: naming the damaged and missing ones.
+        """
+        manifest = self._read()
+        bad = damaged(self.store, manifest) if manifest else []
+        if bad:
+            raise UserError(f"{self.store.url}: damaged: {', '.join(bad)}; rebuild=true makes them again.")
+        log.info("%s: %d shards, all whole.", self.store.url, len(manifest.shards) if manifest else 0)
+        if manifest is None or not manifest.complete:
+            rows = manifest.rows if manifest else 0
+            log.warning("It is unfinished, with %s of %s tokens: harvest continues.", f"{rows:,}", f"{self.n_tokens:,}")
+
+    def _read(self, start_over: bool = False) -> Manifest | None:
+        """This cache's manifest, None where there is none, or a damaged one that is not to be kept."""
+        try:
+            manifest = Manifest.read(self.store)
+        except UserError:
+            if start_over:
+                return None
+            raise
+        if manifest is not None:
+            refuse_other(self.store, manifest, self.key, "choose another cache_dir=...")
+        return manifest
+
+    def _begin(self) -> Manifest:
+        """Say what is going to be written, and write the held-out text and an empty manifest."""
+        data = self.data
+        bytes_per_token = len(data.lm.sites) * data.d_in * self.dtype.itemsize
+        log.info(
+            "%s: %s tokens x %d sites x %d x %s = %.2f GB%s.",
+            *(self.store.url, f"{self.n_tokens:,}", len(data.lm.sites), data.d_in, self.key["dtype"]),
+            *(self.n_tokens * bytes_per_token / 1e9, self._free()),
+        )
+        whole, checksum = self._write_held_out()
+        manifest = Manifest(data.lm.name, self.key, held_out_whole=whole, held_out_checksum=checksum)
+        manifest.write(self.store)
+        return manifest
+
+    def _write_held_out(self) -> tuple[bool, str]:
+        """Whether that is all of the held-out text, and the file's checksum."""
+        wanted = max(1, self.data.n_eval_tokens // self.data.seq_len)
+        held_out = take_rows(self.data.text(HELD_OUT, repeat=False), wanted)
+        return len(held_out) < wanted, write_held_out(self.store, held_out)
+
+    def _free(self) -> str:
+        folder = self.store.folder
+        return "" if folder is None else f" ({shutil.disk_usage(folder).free / 1e9:.1f} GB are free there)"
+
+    def _extend(self, manifest: Manifest) -> None:
+        """Shard after shard, the manifest after each, from the end of the last one to n_tokens or the text's end."""
+        source: Source = self.data.source()
+        source.load_state_dict(self._place(manifest))
+        if self.data.prefetch:
+            source = Prefetched(source, 4, self.data.lm.device)
+        with TokenProgress("harvesting", self.n_tokens, manifest.rows) as bar:
+            for chunks in gathered(source, self.n_tokens - manifest.rows, self.shard_tokens, self.dtype, bar.advance):
+                left = self.n_tokens - manifest.rows
+                manifest.shards.append(self.write_shard(f"shard-{len(manifest.shards):05d}.safetensors", chunks, left))
+                manifest.complete = manifest.rows == self.n_tokens
+                manifest.write(self.store)
+        if not manifest.complete:
+            self._text_ended(manifest)
+
+    def _text_ended(self, manifest: Manifest) -> None:
+        if manifest.rows == 0:
+            raise UserError(f"the text is shorter than one row of seq_len={self.data.seq_len} tokens: give more text.")
+        log.warning("The text ended after %s of %s tokens.", f"{manifest.rows:,}", f"{self.n_tokens:,}")
+        manifest.complete = True
+        manifest.write(self.store)
+
+    def _place(self, manifest: Manifest) -> dict[str, Any]:
+        """The text's state after the last shard."""
+        rows = self.data.text(TRAIN, self.data.repeat)
+        if manifest.shards:
+            last = manifest.shards[-1]
+            rows.load_state_dict(last.begin)
+            take_rows(rows, last.text_rows)
+        return rows.state_dict()
+
+    def write_shard(self, file: str, chunks: list[Chunk], limit: int) -> Shard:
+        if not all(chunk.rows.isfinite().all() for chunk in chunks):
+            raise UserError(f"activations of {list(self.data.lm.sites)} do not fit {self.dtype}: give dtype=bfloat16.")
+        return write_shard(self.store, file, chunks, limit)
+
+    def _mend(self, manifest: Manifest) -> None:
+        bad = damaged(self.store, manifest)
+        for file in bad:
+            log.warning("%s is damaged or missing: making it again.", file)
+        if HELD_OUT_FILE in bad:
+            manifest.held_out_whole, manifest.held_out_checksum = self._write_held_out()
+            manifest.write(self.store)
+        for i, shard in enumerate(manifest.shards):
+            if shard.file in bad:
+                source = self.data.source()
+                source.load_state_dict(shard.begin)
+                chunks = next(gathered(source, shard.rows, self.shard_tokens, self.dtype, lambda n: None))
+                manifest.shards[i] = self.write_shard(shard.file, chunks, shard.rows)
+                manifest.write(self.store)
+
+
+def gathered(
+    source: Source, n_rows: int, at_once: int, dtype: torch.dtype, advance: Callable[[int], None]
+) -> Iterator[list[Chunk]]:
+    """Chunks of the source, on the CPU and of this dtype, `at_once` rows or a few more at a time, up to n_rows."""
+    chunks: list[Chunk] = []
+    held = given = 0
+    stream = iter(source)
+    while given + held < n_rows and (chunk := next(stream, None)) is not None:
+        chunks.append(chunk._replace(rows=chunk.rows.to("cpu", dtype)))
+        held += len(chunk.rows)
+        advance(len(chunk.rows))
+        if held >= at_once:
+            yield chunks
+            given, held, chunks = given + held, 0, []
+    stream.close()
+    if held:
+        yield chunks
