@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_lab
 from sae_lab import load_sae
-from sae_lab.text.documents import HELD_OUT, StdlibDocuments
+from sae_lab.text.bundled import StdlibDocuments
+from sae_lab.text.documents import HELD_OUT
 
 FROZEN_INSIDE = ["sae=route", "lm.sites=[transformer.h.1,transformer.h.3]", "sae.inner.frozen_decoder=true"]
 

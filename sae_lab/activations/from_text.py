@@ -6,8 +6,8 @@ from typing import Any
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.lm.base import LanguageModel
+from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments
 from sae_lab.text.corpora import FileDocuments, HubDocuments
-from sae_lab.text.documents import DisassembledStdlib, StdlibDocuments
 
 
 def stdlib(lm: LanguageModel, seed: int, held_out_every: int, **stream: Any) -> ActivationData:

@@ -1,11 +1,5 @@
 """Documents: text in passes, each in an order of its own, that can be entered anywhere. The bundled ones are here."""
 
-import dis
-import io
-import re
-import sysconfig
-import warnings
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from os import SEEK_END
@@ -119,65 +113,3 @@ def take_window(texts: Iterator[str]) -> list[str]:
 def permutation(n: int, *key: int) -> list[int]:
     """The numbers below n, in an order drawn from the key."""
     return np.random.default_rng(key).permutation(n).tolist()
-
-
-def held_out(name: str, every: int) -> bool:
-    """Whether the document of this name is kept from training: one in `every`, by checksum, the same everywhere."""
-    return zlib.crc32(name.encode()) % every == 0
-
-
-class StdlibDocuments(IndexedDocuments):
-    """The source text and docstrings of the running Python's standard library, one document a module.
-
-    Left out: tests (some distributions do not ship them) and the character tables of `encodings`.
-    One module in `held_out_every` belongs to the split `held_out`, the others to `train`.
-    """
-
-    LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "lib2to3"}
-
-    def __init__(self, split: str = TRAIN, seed: int = 0, held_out_every: int = 10):
-        super().__init__(seed, split)
-        root = Path(sysconfig.get_paths()["stdlib"])
-        names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
-        names = [n for n in names if not self.LEFT_OUT & set(n.split("/")[:-1])]
-        self.paths = [root / n for n in names if held_out(n, held_out_every) == (split == HELD_OUT)]
-
-    def digest(self, thorough: bool = True) -> str:
-        return digest_of(self.paths, thorough)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> str:
-        return self.paths[i].read_text(encoding="utf-8", errors="replace")
-
-
-class DisassembledStdlib(StdlibDocuments):
-    """The same modules as bytecode listings (`dis`), each cut to the length of its source; `mixed` adds the source.
-
-    Text of another kind that every machine has. A module that does not compile is an empty document.
-    """
-
-    def __init__(self, split: str = TRAIN, seed: int = 0, held_out_every: int = 10, mixed: bool = False):
-        super().__init__(split, seed, held_out_every)
-        self.mixed = mixed
-
-    def __len__(self) -> int:
-        return len(self.paths) * (1 + self.mixed)
-
-    def __getitem__(self, i: int) -> str:
-        source = super().__getitem__(i % len(self.paths))
-        return source if i >= len(self.paths) else disassembled(source)[: len(source)]
-
-
-def disassembled(source: str) -> str:
-    """The listing of a module's bytecode, without addresses in memory; empty where it does not compile."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            code = compile(source, "module", "exec")
-    except (SyntaxError, ValueError):
-        return ""
-    listing = io.StringIO()
-    dis.dis(code, file=listing)
-    return re.sub(r" at 0x[0-9a-f]+", "", listing.getvalue())

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from sae_lab.lm import TransformersLM
 from sae_lab.lm.loading import TINY, find_folder
-from sae_lab.text.documents import HELD_OUT, StdlibDocuments
+from sae_lab.text.bundled import StdlibDocuments
+from sae_lab.text.documents import HELD_OUT
 from sae_lab.text.rows import TextRows, take_rows
 
 SITE = "transformer.h.2"  # the default of conf/lm/tiny.yaml

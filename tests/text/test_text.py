@@ -17,18 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_lab.cli.entry import CONF
 from sae_lab.runtime.errors import UserError
+from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments, disassembled, held_out
 from sae_lab.text.corpora import FileDocuments, HubDocuments
-from sae_lab.text.documents import (
-    HELD_OUT,
-    TRAIN,
-    DisassembledStdlib,
-    Documents,
-    IndexedDocuments,
-    Piece,
-    StdlibDocuments,
-    disassembled,
-    held_out,
-)
+from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, Piece
 from sae_lab.text.rows import TextRows
 
 BOS = 0

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from sae_lab.lm.loading import SIBLING, TINY, find_folder
 from sae_lab.lm.tiny.train import SEED, all_rows, held_out_loss, train
 from sae_lab.runtime.memory import keep_freed_memory
-from sae_lab.text.documents import HELD_OUT, TRAIN, DisassembledStdlib, StdlibDocuments
+from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments
+from sae_lab.text.documents import HELD_OUT, TRAIN
 
 LR = 1e-3  # a third of the bundled model's
 

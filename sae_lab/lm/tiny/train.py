@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sae_lab.runtime.memory import keep_freed_memory
-from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, StdlibDocuments
+from sae_lab.text.bundled import StdlibDocuments
+from sae_lab.text.documents import HELD_OUT, TRAIN, Documents
 from sae_lab.text.rows import TextRows
 
 BOS = "<|endoftext|>"
