@@ -10,8 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lab.cli.entry import entry_point, folder_of
 from sae_lab.interop import FORMATS, load_sae
 from sae_lab.runtime.checks import checked_flag
-from sae_lab.runtime.errors import UserError, first_line
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_atomically
+from sae_lab.runtime.hub import hub_errors
 from sae_lab.runtime.screen import figure, print_files
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import CONFIG, PROBE, WEIGHTS, sae_folder
@@ -119,17 +120,14 @@ def push(folder: Path, repository: str, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    try:
+    refused = (
+        f"{folder} is written, but was not pushed to {repository} ({{reason}}): log in with `hf auth login` and type "
+        f"`hf upload {repository} {folder}{' --private' if private else ''}`."
+    )
+    with hub_errors(refused):
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder))
-    except Exception as e:  # network errors come from whichever HTTP library huggingface_hub uses
-        reason = first_line(e)
-        raise UserError(
-            f"{folder} is written, but was not pushed to {repository} ({reason}): "
-            "log in with `hf auth login` and type "
-            f"`hf upload {repository} {folder}{' --private' if private else ''}`."
-        ) from e
 
 
 @entry_point("export")

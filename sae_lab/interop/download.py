@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from sae_lab.runtime.errors import UserError, first_line
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.hub import hub_errors
 
 CONVERSIONS = (None, "gemma_2", "sparsify", "dictionary_learning_1")
 """The conversions of SAELens' release table whose files a reader of this package knows; None is its own format."""
@@ -69,11 +70,6 @@ def download(entry: Entry) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    try:
+    with hub_errors(f"{entry.repo_id} cannot be fetched from the hub ({{reason}}): download it, and give its folder."):
         root = snapshot_download(entry.repo_id, allow_patterns=[entry.path, f"{entry.path}/*"] if entry.path else None)
-    except Exception as e:  # network errors come from whichever HTTP library huggingface_hub uses
-        reason = first_line(e)
-        raise UserError(
-            f"{entry.repo_id} cannot be fetched from the hub ({reason}): download it, and give its folder."
-        ) from e
     return Path(root) / entry.path

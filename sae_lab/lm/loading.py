@@ -9,8 +9,8 @@ import torch
 
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.device import chosen
-from sae_lab.runtime.errors import UserError, first_line
-from sae_lab.text.corpora import HUB_TIMEOUT
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.hub import HUB_TIMEOUT, hub_errors
 
 TINY = "tiny"
 SIBLING = "outputs/tiny_disassembly"  # where fine_tune_tiny.py writes, unless told otherwise
@@ -142,21 +142,20 @@ def check_hub(name: str, revision: str | None) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    try:
-        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
-    except RevisionNotFoundError as e:
-        raise UserError(f"the hub's {name} has no revision {revision}: correct lm.revision=...") from e
-    except RepositoryNotFoundError as e:
-        raise UserError(
-            f"{name} is neither a local folder nor a model of the hub that you may see: "
-            "correct lm.name=..., or log in with `hf auth login` if it is private."
-        ) from e
-    except Exception as e:  # network errors come from whichever HTTP library huggingface_hub uses
-        reason = first_line(e)
-        raise UserError(
-            f"{name} is neither a local folder nor in the Hugging Face cache, and the hub cannot be reached "
-            f"({reason}): use lm=tiny, give lm.name=<local folder>, or download it first with `hf download {name}`."
-        ) from e
+    unreachable = (
+        f"{name} is neither a local folder nor in the Hugging Face cache, and the hub cannot be reached "
+        f"({{reason}}): use lm=tiny, give lm.name=<local folder>, or download it first with `hf download {name}`."
+    )
+    with hub_errors(unreachable):
+        try:
+            HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
+        except RevisionNotFoundError as e:
+            raise UserError(f"the hub's {name} has no revision {revision}: correct lm.revision=...") from e
+        except RepositoryNotFoundError as e:
+            raise UserError(
+                f"{name} is neither a local folder nor a model of the hub that you may see: "
+                "correct lm.name=..., or log in with `hf auth login` if it is private."
+            ) from e
 
 
 @contextmanager

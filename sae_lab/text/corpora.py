@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sae_lab.runtime.errors import UserError, first_line
+from sae_lab.runtime.hub import HUB_TIMEOUT, hub_errors
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, Place, Window, digest_of, take_window
 
 log = logging.getLogger(__name__)
 
-HUB_TIMEOUT = 5.0  # seconds that the hub has to answer before it counts as unreachable
 # Columns that hold the text, best first; several are joined by blank lines.
 TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
     *(("text",), ("content",), ("document",), ("body",), ("markdown",)),
@@ -136,13 +136,9 @@ def load_rows(path: str, **options: Any):
     """`datasets.load_dataset`, whose failures (no such data set, a broken file) become one sentence."""
     import datasets
 
-    try:
-        with quiet():
-            return datasets.load_dataset(path, **options)
-    except Exception as e:  # datasets raises a dozen kinds, from many libraries; all of them mean the same to a user
-        if "data_files" in options:
-            raise UserError(f"the files of data.paths cannot be read as {path}: {root_of(e)}") from e
-        raise unreachable(path, e) from e
+    sentence = f"the files of data.paths cannot be read as {path}: {{reason}}"
+    with hub_errors(sentence if "data_files" in options else unreachable(path), root_of), quiet():
+        return datasets.load_dataset(path, **options)
 
 
 def commit_on_hub(path: str, revision: str | None) -> str | None:
@@ -155,15 +151,13 @@ def commit_on_hub(path: str, revision: str | None) -> str | None:
 
     if datasets.config.HF_HUB_OFFLINE or path.startswith(("/", ".", "~")) or Path(path).exists():
         return None
-    try:
+    with hub_errors(unreachable(path if revision is None else f"{path} at {revision}"), root_of):
         return HfApi().dataset_info(path, revision=revision, timeout=HUB_TIMEOUT).sha
-    except Exception as e:  # network errors come from whichever HTTP library huggingface_hub uses
-        raise unreachable(path if revision is None else f"{path} at {revision}", e) from e
 
 
-def unreachable(path: str, error: Exception) -> UserError:
-    return UserError(
-        f"the data set {path!r} cannot be loaded ({root_of(error)}): check its name and the network, "
+def unreachable(path: str) -> str:
+    return (
+        f"the data set {path!r} cannot be loaded ({{reason}}): check its name and the network, "
         "or train on local text with data=stdlib or data=text_files data.paths=[...]."
     )
 
