@@ -18,9 +18,9 @@ from torch import Tensor
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.cli.entry import entry_point, folder_of, whole_numbers
-from sae_lab.evaluate import load_run
 from sae_lab.lm.base import LanguageModel
 from sae_lab.ops.sparse import Code, SparseCode
+from sae_lab.runs.loading import load_run
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_atomically
 from sae_lab.runtime.memory import keep_freed_memory

@@ -21,12 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.cli.entry import entry_point
-from sae_lab.evaluate import calibrate, evaluate_all, write_results
+from sae_lab.evaluation.calibration import calibrate
+from sae_lab.evaluation.evaluator import evaluate_all
 from sae_lab.interop import load_sae
 from sae_lab.parallel.collectives import rank
 from sae_lab.parallel.launch import ranks
 from sae_lab.runs.folder import Run, examine
 from sae_lab.runs.provenance import provenance
+from sae_lab.runs.results import write_results
 from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.device import checked_precision, chosen
 from sae_lab.runtime.errors import UserError

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from sae_lab.activations.data import ActivationData
+from sae_lab.evaluation.calibration import calibrate
+from sae_lab.evaluation.evaluator import evaluate
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.batch_topk import BatchTopKSAE
@@ -31,3 +34,13 @@ def with_activation(sae: BaseSAE, activation: str) -> BaseSAE:
     if lacking:
         raise UserError(f"activation={activation} needs {', '.join(lacking)}, and a {type(sae).__name__} has none.")
     return other
+
+
+def evaluate_under(activation: str, sae: BaseSAE, data: ActivationData, calibration_batches: int) -> dict[str, Any]:
+    """The metrics of the parameters of `sae` under the rule that `activation` names."""
+    other = with_activation(sae, activation)
+    if other.batch_rule:
+        calibrate([other], data, calibration_batches)
+    metrics = evaluate(other, data).metrics
+    batch_wise = metrics.pop("train_mode")
+    return (batch_wise if activation == "batch_topk" else metrics) | {"activation": activation}

@@ -8,10 +8,11 @@ import torch
 from conftest import compose
 from hydra.utils import instantiate
 
-from sae_lab.evaluate import evaluate, write_results
 from sae_lab.evaluation import diffing
+from sae_lab.evaluation.evaluator import evaluate
 from sae_lab.lm import PairedLM, TransformersLM
 from sae_lab.lm.loading import SIBLING, TINY
+from sae_lab.runs.results import write_results
 from sae_lab.runtime.errors import UserError
 from sae_lab.train import build_sae
 

@@ -11,7 +11,7 @@ from shell import run
 from small_runs import assert_continues_to_the_bits_of
 from transformers import AutoModelForCausalLM
 
-from sae_lab.evaluate import load_run
+from sae_lab.runs.loading import load_run
 
 SMALL = [
     *("experiment=transcoder", "sae=topk", "sae.skip=true", "n_tokens=30_000", "expansion=4", "seq_len=64"),

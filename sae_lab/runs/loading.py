@@ -1,0 +1,42 @@
+"""A run folder -> its SAE, and its data with the language model."""
+
+from pathlib import Path
+
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from sae_lab.activations.data import ActivationData
+from sae_lab.activations.digests import refuse_changed
+from sae_lab.runs.checkpoint import checkpoint_content
+from sae_lab.runtime.checks import checked_number
+from sae_lab.runtime.errors import UserError
+from sae_lab.saes.base import BaseSAE
+from sae_lab.saes.files import load_sae
+
+
+def load_run(
+    run_dir: str | Path, device: str = "auto", n_eval_tokens: int | None = None, sae_dir: str | Path | None = None
+) -> tuple[BaseSAE, ActivationData, DictConfig]:
+    """The SAE that a run left, on the language model's device; its data, built again, with that model; its config.
+
+    With `sae_dir`, the SAE in that folder in place of its own.
+
+    Raises:
+        UserError: no run folder, or no SAE in it or in `sae_dir`; a number of tokens that is none; another model or
+            text than the run had.
+    """
+    config_file = Path(run_dir) / ".hydra" / "config.yaml"
+    if not config_file.is_file():
+        raise UserError(f"{run_dir} is not a run folder (no .hydra/config.yaml): give run_dir=<folder of a run>.")
+    run = OmegaConf.load(config_file)
+    assert isinstance(run, DictConfig)
+    if n_eval_tokens is not None:
+        run.data.n_eval_tokens = checked_number("n_eval_tokens", n_eval_tokens, 1, whole=True)
+    run.lm.device = device
+    get_class(run.sae._target_)  # registers an SAE that lies outside this package
+    data = instantiate(run.data, lm=instantiate(run.lm))
+    checkpoint = Path(run_dir) / "checkpoints" / "last.ckpt"
+    if checkpoint.is_file():
+        began_with = checkpoint_content(checkpoint).get(type(data).__name__, {}).get("origin", {})
+        refuse_changed(began_with, data.origin, "put back what it was trained with.")
+    return load_sae(sae_dir or run_dir, data.lm.device), data, run

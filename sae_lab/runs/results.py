@@ -1,0 +1,35 @@
+"""What an evaluation leaves in a run folder: metrics.json, tables and figures."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sae_lab import plots
+from sae_lab.evaluation.evaluator import Evaluation
+from sae_lab.runtime.files import write_json
+from sae_lab.saes.base import BaseSAE
+
+
+def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[Path]:
+    """metrics.json last, since it marks a run as complete; before it the tables and figures of `figures/`."""
+    figures = run_dir / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    for name, table in evaluation.tables.items():
+        table.to_csv(figures / f"{name}.csv", index=False)
+    written = [
+        plots.l0_per_token(evaluation.tables["l0_per_token"], figures / "l0_per_token.png", k=sae.config.get("k")),
+        plots.latent_density(evaluation.tables["latent_density"], figures / "latent_density.png"),
+    ]
+    if "relative_norm" in evaluation.tables:
+        written.append(plots.relative_norm(evaluation.tables["relative_norm"], figures / "relative_norm.png"))
+    log_file = run_dir / "metrics.csv"
+    if log_file.is_file():
+        written.append(plots.training_curves(pd.read_csv(log_file), figures / "training.png"))
+    return [write_metrics(evaluation.metrics, sae, run_dir / "metrics.json"), *written]
+
+
+def write_metrics(metrics: dict[str, Any], sae: BaseSAE, path: Path) -> Path:
+    sizes = {"n_latents": sae.n_latents, "d_in": sae.d_in, "n_sources": sae.n_sources}
+    write_json(path, metrics | sizes)
+    return path
