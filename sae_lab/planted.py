@@ -28,8 +28,9 @@ from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import console, print_metrics, track
 from sae_lab.saes.base import BaseSAE
-from sae_lab.train import check_optimizer, has_frozen_dictionary
 from sae_lab.training.module import plain_step
+from sae_lab.training.options import check_optimizer
+from sae_lab.training.run import has_frozen_dictionary
 
 FOUND = 0.9
 """A feature is found where a latent's direction has this cosine with it."""

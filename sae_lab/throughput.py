@@ -33,7 +33,7 @@ from sae_lab.runtime.device import now
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import console, track
-from sae_lab.train import build_sae
+from sae_lab.training.run import build_sae
 
 Stage = Callable[[], int]  # does a slice of work and says how many tokens it was
 

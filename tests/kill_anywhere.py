@@ -40,7 +40,7 @@ TINY = [
 ]
 PLACES: dict[str, tuple[Any, str, int]] = {  # where it is called, its name, and how often about it is called in a run
     "refill": (ShuffledBlocks, "_refill", 7),
-    "checkpoint": (sae_lab.train.AtomicCheckpointIO, "save_checkpoint", 8),
+    "checkpoint": (sae_lab.training.trainer.AtomicCheckpointIO, "save_checkpoint", 8),
     "validation": (ActivationData, "val_dataloader", 1),
     "calibration": (sae_lab.train, "calibrate", 1),
     "evaluation": (sae_lab.train, "evaluate_all", 1),

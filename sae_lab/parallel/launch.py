@@ -151,7 +151,7 @@ def main(folder: Path, rank: int, n: int, port: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, Signals.SIGNALS)  # whatever handlers Lightning sets
     follower = threading.Thread(target=follow_rank_0, daemon=True)
     follower.start()
-    from sae_lab.train import train_along
+    from sae_lab.training.run import train_along
 
     store = dist.TCPStore(HOST, port, n, is_master=False, timeout=TIMEOUT)
     store.add("ready", 1)

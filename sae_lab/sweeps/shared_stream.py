@@ -32,7 +32,9 @@ from sae_lab.runtime.errors import Interrupted, UserError
 from sae_lab.runtime.signals import Signals
 from sae_lab.sweeps.search import score
 from sae_lab.sweeps.standing import failure_recorded, record_failure
-from sae_lab.train import (
+from sae_lab.training.callbacks import SaveWhenDue
+from sae_lab.training.progress import Throughput, TrainingProgress
+from sae_lab.training.run import (
     Member,
     build_data,
     build_member,
@@ -43,8 +45,6 @@ from sae_lab.train import (
     open_run,
     show_complete,
 )
-from sae_lab.training.callbacks import SaveWhenDue
-from sae_lab.training.progress import Throughput, TrainingProgress
 
 log = logging.getLogger(__name__)
 

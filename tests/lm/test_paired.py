@@ -14,7 +14,7 @@ from sae_lab.lm import PairedLM, TransformersLM
 from sae_lab.lm.loading import SIBLING, TINY
 from sae_lab.runs.results import write_results
 from sae_lab.runtime.errors import UserError
-from sae_lab.train import build_sae
+from sae_lab.training.run import build_sae
 
 SITES = ["transformer.h.2", "transformer.h.0"]
 

@@ -32,8 +32,8 @@ from sae_lab.parallel.launch import HOST, Child
 from sae_lab.runtime.errors import Interrupted, UserError
 from sae_lab.sweeps.shared_stream import read_job, train_jobs
 from sae_lab.sweeps.standing import standing
-from sae_lab.train import build_data, build_member, build_sae, hydra_files, open_run, train, train_along
-from sae_lab.train import fit as fit_run
+from sae_lab.training.run import build_data, build_member, build_sae, hydra_files, open_run, train, train_along
+from sae_lab.training.run import fit as fit_run
 
 TWO = ["trainer=ddp", "trainer.accelerator=cpu"]
 

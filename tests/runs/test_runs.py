@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from sae_lab.runs.folder import Run, examine, flat, is_running
 from sae_lab.runtime.errors import Busy, UserError
-from sae_lab.train import hydra_files
+from sae_lab.training.run import hydra_files
 
 
 def open_run(folder, *overrides) -> Run:

@@ -15,7 +15,7 @@ from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import Interrupted, UserError
 from sae_lab.sweeps.shared_stream import by_stream, has_room, read_job, train_group, train_jobs
 from sae_lab.sweeps.standing import standing
-from sae_lab.train import train
+from sae_lab.training.run import train
 
 # Architectures, widths, rates, schedules, clipping, precision and intervals differ; text and language model do not.
 MEMBERS = {

@@ -1,0 +1,182 @@
+"""One run, from its config to its metrics: build, fit, calibrate, save, evaluate."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from sae_lab.activations.data import ActivationData
+from sae_lab.evaluation.calibration import calibrate
+from sae_lab.evaluation.evaluator import evaluate_all
+from sae_lab.interop import load_sae
+from sae_lab.parallel.collectives import rank
+from sae_lab.parallel.launch import ranks
+from sae_lab.runs.folder import Run, examine
+from sae_lab.runs.provenance import provenance
+from sae_lab.runs.results import write_results
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.memory import keep_freed_memory
+from sae_lab.runtime.screen import print_files, print_metrics
+from sae_lab.saes.base import BaseSAE
+from sae_lab.saes.files import save_sae
+from sae_lab.training.callbacks import StopOnSignal
+from sae_lab.training.loggers import conclude
+from sae_lab.training.module import SAEModule
+from sae_lab.training.options import check_dials
+from sae_lab.training.progress import TrainingProgress
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Member:
+    """One SAE on its way: what was asked for, its run folder, and what trains it."""
+
+    cfg: DictConfig
+    run: Run
+    sae: BaseSAE
+    module: SAEModule
+    trainer: L.Trainer
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """One run, from wherever its folder stands to its metrics."""
+    run = open_run(cfg)
+    if run.complete:
+        return show_complete(run)
+    data = build_data(cfg)
+    callbacks = [StopOnSignal(run.last_checkpoint), TrainingProgress()]
+    member = build_member(cfg, run, build_sae(cfg, data), data, callbacks)
+    with run.begin(hydra_files(cfg)):  # all that can be wrong with the config has shown by now
+        with ranks(run.folder, cfg.trainer.devices):
+            fit(member, data)
+        [metrics] = finish([member], data)
+    return metrics
+
+
+def train_along(folder: Path) -> None:
+    """Train the run in `folder` as another rank than 0, which has begun it and writes all files."""
+    cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    data = build_data(cfg)
+    run = examine(folder, OmegaConf.to_container(cfg), "auto")
+    fit(build_member(cfg, run, build_sae(cfg, data), data, []), data)
+
+
+def open_run(cfg: DictConfig) -> Run:
+    """The folder of this run, and how far it has come."""
+    check_dials(cfg)
+    return examine(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
+
+
+def build_data(cfg: DictConfig) -> ActivationData:
+    keep_freed_memory()
+    return instantiate(cfg.data, lm=instantiate(cfg.lm))
+
+
+def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, callbacks: list[Callback]) -> Member:
+    if cfg.init_from is not None and not run.step:
+        start(sae, cfg.init_from)
+    schedule = partial(instantiate(cfg.schedule), n_steps=data.n_steps)
+    schedule(0)  # refuses what it cannot take before the run begins
+    module = SAEModule(sae, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
+    observers = [instantiate(node) for node in (cfg.callbacks or {}).values()]  # first: a signal ends the step's round
+    trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps, callbacks=[*observers, *callbacks])
+    return Member(cfg, run, sae, module, trainer)
+
+
+@torch.no_grad()
+def start(sae: BaseSAE, source: str) -> None:
+    """Give `sae` the weights of another, of ours or of another library.
+
+    Raises:
+        UserError: they have no place in it, or would not stay as they are: another library's rows of W_dec may have
+            norms that the first step would take away from them.
+    """
+    sae.start_from(load_sae(source))
+    given = [parameter.clone() for parameter in sae.parameters()]
+    sae.after_step()
+    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(given, sae.parameters(), strict=True)):
+        raise UserError(
+            f"{source} has rows of W_dec that are not of unit norm, as training keeps them: give "
+            "sae.frozen_decoder=true, or save what load_sae(..., fold_decoder_norm=True) makes of it and start there."
+        )
+
+
+def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:
+    """The SAE that `sae=...` names, with n_latents latents, or expansion times the width of an activation."""
+    n_latents = int(cfg.n_latents or cfg.expansion * data.d_in)
+    if n_latents < 1:
+        raise UserError(f"expansion={cfg.expansion} of width {data.d_in} leaves no latent: raise expansion.")
+    sae = instantiate(cfg.sae, d_in=data.d_in, n_latents=n_latents, n_sources=data.n_sources)
+    if has_frozen_dictionary(sae) and cfg.init_from is None:
+        raise UserError("frozen_decoder=true would freeze a random dictionary: give init_from=<folder of an SAE>.")
+    return sae
+
+
+def has_frozen_dictionary(sae: BaseSAE) -> bool:
+    """Whether training leaves its dictionary, or that of the SAE inside it, as it is."""
+    return any(name.endswith("W_dec") and not W.requires_grad for name, W in sae.named_parameters())
+
+
+def fit(member: Member, data: ActivationData) -> None:
+    """Train to the end of the stream, from the folder's checkpoint where there is one; leave one of the last step."""
+    run, trainer = member.run, member.trainer
+    log.info("training %d steps of %d tokens in %s", data.n_steps, data.batch_size, run.folder)
+    if run.step:
+        log.info("continuing from step %d of %s", run.step, run.checkpoint)
+    if rank() == 0:
+        trainer.loggers = [instantiate(node) for node in member.cfg.logger.values()]
+        for logger in trainer.loggers:
+            logger.log_hyperparams(OmegaConf.to_container(member.cfg, resolve=True))  # type: ignore[arg-type]
+    trainer.fit(member.module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
+    if trainer.global_step < data.n_steps:
+        log.warning("the text ended at step %d of %d (data.repeat=false)", trainer.global_step, data.n_steps)
+    if rank() == 0:
+        trainer.save_checkpoint(run.last_checkpoint)
+
+
+def finish(members: Sequence[Member], data: ActivationData) -> list[dict[str, Any]]:
+    """Calibrate, save, evaluate: members of one stream together. Returns the metrics of each."""
+    saes = [member.sae.to(data.lm.device) for member in members]  # Lightning moved them to the CPU when it was done
+    calibrate(saes, data, members[0].cfg.calibration_batches)
+    probe_rows = data.probe_rows()
+    for member, sae in zip(members, saes, strict=True):
+        config = OmegaConf.to_container(member.cfg, resolve=True)
+        assert isinstance(config, dict)
+        save_sae(sae, member.run.folder / "sae", provenance(config, data.lm), probe_rows)
+    evaluations = evaluate_all({str(member.run.folder): member.sae for member in members}, data)
+    for member, evaluation in zip(members, evaluations.values(), strict=True):
+        files = write_results(evaluation, member.sae, member.run.folder)
+        conclude(member.trainer.loggers, evaluation.metrics)
+        print_metrics(evaluation.metrics, member.run.folder)
+        print_files([member.run.folder / "sae", *files])
+    return [evaluation.metrics for evaluation in evaluations.values()]
+
+
+def hydra_files(cfg: DictConfig) -> dict[str, str]:
+    """`.hydra/` as Hydra writes it, but resolved."""
+    files = {"config.yaml": OmegaConf.to_yaml(cfg, resolve=True)}
+    if HydraConfig.initialized():
+        hydra = HydraConfig.get()
+        files["hydra.yaml"] = OmegaConf.to_yaml(OmegaConf.masked_copy(OmegaConf.create({"hydra": hydra}), "hydra"))
+        files["overrides.yaml"] = OmegaConf.to_yaml(hydra.overrides.task)
+    return files
+
+
+def show_complete(run: Run) -> dict[str, Any]:
+    """Say that there is nothing left to do, and show what there is."""
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    print_metrics(metrics, run.folder)
+    log.info("%s is complete: type resume=never to train it again.", run.folder)
+    return metrics

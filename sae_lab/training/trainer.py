@@ -1,0 +1,76 @@
+"""The Lightning Trainer of a run."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from sae_lab.parallel.collectives import rank
+from sae_lab.runtime.device import checked_precision, chosen
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.files import atomic_file
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own goes through a temporary file in /tmp, whose move to another disk is a copy, not a rename."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        with atomic_file(Path(path)) as f:
+            torch.save(checkpoint, f)
+
+
+def build_trainer(
+    run_dir: Path,
+    n_steps: int,
+    callbacks: list[Callback],
+    accelerator: str,
+    devices: int,
+    precision: str,
+    checkpoint_every: int,
+    validate_every: int,
+    log_every: int,
+) -> L.Trainer:
+    """A Lightning Trainer for one pass over a stream of n_steps batches.
+
+    Its length comes from max_steps and the stream; Lightning 2.6 loses its place on resume where anything asks it to
+    estimate the number of steps.
+
+    Raises:
+        UserError: more devices than there are, an unknown precision, an interval that is not positive.
+    """
+    accelerator = chosen(accelerator)
+    if accelerator not in ("cpu", "cuda", "gpu", "mps"):
+        raise UserError(f"trainer.accelerator={accelerator} is not known: choose auto, cpu, gpu or mps.")
+    gpu, found = accelerator in ("cuda", "gpu"), torch.cuda.device_count()
+    if devices > 1 and accelerator != "cpu" and not (gpu and devices <= found):
+        raise UserError(f"trainer.devices={devices} exceeds the {found} GPUs: give fewer, or trainer.accelerator=cpu.")
+    checkpoints = run_dir / "checkpoints"
+    saving = ModelCheckpoint(checkpoints, "last", every_n_train_steps=checkpoint_every, enable_version_counter=False)
+    noise = "does not have many workers|dataloader is not resumable|LeafSpec|sync_dist|Checkpoint directory .* exists"
+    warnings.filterwarnings("ignore", message=f".*({noise}).*")
+    try:
+        return L.Trainer(
+            accelerator=accelerator,
+            devices=[rank()] if gpu else 1,
+            precision=checked_precision("trainer.precision", precision),
+            max_epochs=1,
+            max_steps=n_steps,
+            val_check_interval=min(validate_every, n_steps),
+            log_every_n_steps=min(log_every, n_steps),
+            num_sanity_val_steps=0,
+            logger=False,
+            callbacks=[saving, *callbacks] if rank() == 0 else callbacks,
+            enable_checkpointing=rank() == 0,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=run_dir,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except (MisconfigurationException, ValueError) as e:
+        raise UserError(f"the trainer cannot be built: {' '.join(str(e).split())}") from e
