@@ -1,19 +1,16 @@
 """`trainer=ddp trainer.devices=n`: n processes train one SAE, alone or as a job of a sweep.
 
 The process of the run is rank 0, and alone writes into its folder. It starts the others as
-`python -m sae_lab.parallel.launch`,
-which read the config from the folder's `.hydra/` and know nothing of Hydra. (Lightning's launcher would start the
+`python -m sae_lab.parallel.follower`, which read the config from the folder's `.hydra/` and know nothing of Hydra. (Lightning's launcher would start the
 user's command again: inside `-m` that is the whole sweep, in a folder of another second.) The others live as long as
 the pipe from rank 0 is open; so none is left over, whatever ends rank 0. They leave signals to it.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,7 +20,6 @@ import torch.distributed as dist
 
 from sae_lab.parallel.collectives import TIMEOUT, process_group
 from sae_lab.runtime.errors import UserError
-from sae_lab.runtime.signals import Signals
 
 HOST = "127.0.0.1"
 GRACE = 30.0  # seconds between the end of one process and that of what waits for it
@@ -32,9 +28,9 @@ GRACE = 30.0  # seconds between the end of one process and that of what waits fo
 class Child:
     """A rank above 0: its process, and what it says in `rank_<r>.log`, which stays if it failed."""
 
-    def __init__(self, folder: Path, rank: int, n: int, port: int):
+    def __init__(self, target: str, folder: Path, rank: int, n: int, port: int):
         self.rank, self.n, self.log = rank, n, folder / f"rank_{rank}.log"
-        command = [sys.executable, "-m", "sae_lab.parallel.launch", str(folder), str(rank), str(n), str(port)]
+        command = [sys.executable, "-m", "sae_lab.parallel.follower", target, str(folder), *map(str, (rank, n, port))]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
 
@@ -60,8 +56,13 @@ class Child:
 
 
 @contextmanager
-def ranks(folder: Path, n: int) -> Iterator[None]:
+def ranks(folder: Path, n: int, target: str) -> Iterator[None]:
     """Inside, this process is rank 0 of n that train the run in `folder`; the others go when it leaves.
+
+    Args:
+        folder: of the run.
+        n: processes.
+        target: what the others call with the folder, as "module:function".
 
     Raises:
         UserError: another process has ended early.
@@ -73,7 +74,7 @@ def ranks(folder: Path, n: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(end, children)
         store = dist.TCPStore(HOST, 0, n, is_master=True, wait_for_workers=False, timeout=TIMEOUT)  # 0: any free port
-        children += [Child(folder, rank, n, store.port) for rank in range(1, n)]
+        children += [Child(target, folder, rank, n, store.port) for rank in range(1, n)]
         wait_until_ready(store, children)
         stack.enter_context(fewer_threads(n))
         stack.enter_context(process_group(0, n, store))
@@ -144,32 +145,3 @@ def fewer_threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def main(folder: Path, rank: int, n: int, port: int) -> None:
-    """A rank above 0: train the run in `folder`, then wait for rank 0 to have done so."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, Signals.SIGNALS)  # whatever handlers Lightning sets
-    follower = threading.Thread(target=follow_rank_0, daemon=True)
-    follower.start()
-    from sae_lab.training.run import train_along
-
-    store = dist.TCPStore(HOST, port, n, is_master=False, timeout=TIMEOUT)
-    store.add("ready", 1)
-    with fewer_threads(n), process_group(rank, n, store):
-        try:
-            train_along(folder)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)  # at once: who hears no more of this process looks whether it has ended
-        follower.join()
-
-
-def follow_rank_0() -> None:
-    """End this process when rank 0 closes its end of the pipe, or ends."""
-    os.read(sys.stdin.fileno(), 1)
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))

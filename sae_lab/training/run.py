@@ -49,7 +49,7 @@ class Member:
     trainer: L.Trainer
 
 
-def train(cfg: DictConfig) -> dict[str, Any]:
+def train_run(cfg: DictConfig) -> dict[str, Any]:
     """One run, from wherever its folder stands to its metrics."""
     run = open_run(cfg)
     if run.complete:
@@ -58,7 +58,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     callbacks = [StopOnSignal(run.last_checkpoint), TrainingProgress()]
     member = build_member(cfg, run, build_sae(cfg, data), data, callbacks)
     with run.begin(hydra_files(cfg)):  # all that can be wrong with the config has shown by now
-        with ranks(run.folder, cfg.trainer.devices):
+        with ranks(run.folder, cfg.trainer.devices, f"{__name__}:{train_along.__name__}"):
             fit(member, data)
         [metrics] = finish([member], data)
     return metrics
@@ -86,7 +86,7 @@ def build_data(cfg: DictConfig) -> ActivationData:
 
 def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, callbacks: list[Callback]) -> Member:
     if cfg.init_from is not None and not run.step:
-        start(sae, cfg.init_from)
+        initialize_from(sae, cfg.init_from)
     schedule = partial(instantiate(cfg.schedule), n_steps=data.n_steps)
     schedule(0)  # refuses what it cannot take before the run begins
     module = SAEModule(sae, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
@@ -96,7 +96,7 @@ def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, 
 
 
 @torch.no_grad()
-def start(sae: BaseSAE, source: str) -> None:
+def initialize_from(sae: BaseSAE, source: str) -> None:
     """Give `sae` the weights of another, of ours or of another library.
 
     Raises:

@@ -32,7 +32,7 @@ from sae_lab.parallel.launch import HOST, Child
 from sae_lab.runtime.errors import Interrupted, UserError
 from sae_lab.sweeps.shared_stream import read_job, train_jobs
 from sae_lab.sweeps.standing import standing
-from sae_lab.training.run import build_data, build_member, build_sae, hydra_files, open_run, train, train_along
+from sae_lab.training.run import build_data, build_member, build_sae, hydra_files, open_run, train_along, train_run
 from sae_lab.training.run import fit as fit_run
 
 TWO = ["trainer=ddp", "trainer.accelerator=cpu"]
@@ -281,7 +281,7 @@ def alone(tmp_path_factory) -> Path:
     """The runs of one process."""
     root = tmp_path_factory.mktemp("alone")
     for name, overrides in MEMBERS.items():
-        train(config(root / name, *overrides, *SETTINGS, "trainer.devices=1"))
+        train_run(config(root / name, *overrides, *SETTINGS, "trainer.devices=1"))
     return root
 
 
@@ -310,14 +310,14 @@ def command(cwd: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 def others() -> list[psutil.Process]:
     """The processes above rank 0 that this one has started."""
-    return [p for p in psutil.Process().children(recursive=True) if "sae_lab.parallel.launch" in p.cmdline()]
+    return [p for p in psutil.Process().children(recursive=True) if "sae_lab.parallel.follower" in p.cmdline()]
 
 
 def test_alone_stopped_by_a_signal_and_continued_by_the_command(alone, tmp_path, monkeypatch):
     folder = tmp_path / "batch_topk"
     stop_at_batch(monkeypatch, 7)
     with pytest.raises(Interrupted, match="Stopped by SIGTERM at step 7 of 12"):
-        train(config(folder, *MEMBERS["batch_topk"], *SETTINGS))
+        train_run(config(folder, *MEMBERS["batch_topk"], *SETTINGS))
     monkeypatch.undo()
     assert others() == []
     assert not dist.is_initialized()
@@ -390,7 +390,7 @@ def test_rank_0_does_not_wait_for_ever(monkeypatch, capfd):
 )
 def test_what_cannot_be_shared_out_is_refused(tmp_path, overrides, words):
     with pytest.raises(UserError, match=words):
-        train(config(tmp_path / "run", *TWO, *overrides))
+        train_run(config(tmp_path / "run", *TWO, *overrides))
     assert not (tmp_path / "run").exists()
 
 

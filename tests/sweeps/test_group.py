@@ -15,7 +15,7 @@ from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import Interrupted, UserError
 from sae_lab.sweeps.shared_stream import by_stream, has_room, read_job, train_group, train_jobs
 from sae_lab.sweeps.standing import standing
-from sae_lab.training.run import train
+from sae_lab.training.run import train_run
 
 # Architectures, widths, rates, schedules, clipping, precision and intervals differ; text and language model do not.
 MEMBERS = {
@@ -36,7 +36,7 @@ def alone(tmp_path_factory) -> Path:
     """Every member's run, by itself."""
     root = tmp_path_factory.mktemp("alone")
     for name, overrides in MEMBERS.items():
-        train(config(root / name, *overrides))
+        train_run(config(root / name, *overrides))
     return root
 
 
@@ -105,7 +105,7 @@ def test_what_a_group_leaves_is_continued_alone(alone, tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         together(tmp_path, "topk", "batch_topk")
     monkeypatch.undo()
-    train(config(tmp_path / "batch_topk", *MEMBERS["batch_topk"]))
+    train_run(config(tmp_path / "batch_topk", *MEMBERS["batch_topk"]))
     assert_same_run(alone / "batch_topk", tmp_path / "batch_topk")
 
 
@@ -145,7 +145,7 @@ def test_a_config_that_is_wrong_fails_by_itself(alone, tmp_path):
 def test_a_job_that_another_process_has_done_meanwhile_is_left_alone(tmp_path):
     job = read_job(config(tmp_path / "topk", *MEMBERS["topk"]))
     assert by_stream([job]) == [[job]]
-    train(config(tmp_path / "topk", *MEMBERS["topk"]))
+    train_run(config(tmp_path / "topk", *MEMBERS["topk"]))
     before = (tmp_path / "topk" / "metrics.json").stat().st_mtime_ns
     assert train_group([job], None) == []
     assert (tmp_path / "topk" / "metrics.json").stat().st_mtime_ns == before
