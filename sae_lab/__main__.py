@@ -2,7 +2,7 @@
 
 import re
 
-from sae_lab.cli.entry import CONF
+from sae_lab.cli.help import CONF
 
 
 def commands() -> dict[str, str]:

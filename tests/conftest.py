@@ -15,7 +15,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 
-from sae_lab.cli.entry import CONF
+from sae_lab.cli.help import CONF
 from sae_lab.saes.base import BaseSAE
 
 torch.set_num_threads(1)

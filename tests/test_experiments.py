@@ -4,7 +4,7 @@ import pytest
 from conftest import compose
 from hydra.utils import instantiate
 
-from sae_lab.cli.entry import CONF
+from sae_lab.cli.help import CONF
 
 PRESETS = sorted(
     p.relative_to(CONF / "experiment").with_suffix("").as_posix() for p in CONF.glob("experiment/**/*.yaml")

@@ -22,7 +22,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from sae_lab.cli.entry import each_override, explain, works_in
+from sae_lab.cli.entry import works_in
+from sae_lab.cli.explain import explain
+from sae_lab.cli.folder_names import each_override
 from sae_lab.runs.checkpoint import checkpoint_content
 from sae_lab.runs.folder import FAILED, Run, is_running
 from sae_lab.runtime.errors import Busy, UserError

@@ -15,7 +15,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-from sae_lab.cli.entry import CONF
+from sae_lab.cli.help import CONF
 from sae_lab.lm import TransformerLensLM, TransformersLM
 from sae_lab.lm.loading import TINY, find_folder, load
 from sae_lab.lm.sites import find_blocks

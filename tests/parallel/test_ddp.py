@@ -23,7 +23,7 @@ from groups import SMALL, config, stop_at_batch
 from safetensors.torch import load_file
 
 from sae_lab.activations.buffer import ShuffledBlocks
-from sae_lab.cli.entry import CONF
+from sae_lab.cli.help import CONF
 from sae_lab.ops.auxk import least_of_batch
 from sae_lab.ops.selection import top_of_batch
 from sae_lab.parallel import launch as ranks

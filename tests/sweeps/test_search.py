@@ -95,7 +95,7 @@ def test_a_search_that_cannot_begin_says_why(over, sentence, monkeypatch):
     from hydra.types import RunMode
 
     from hydra_plugins.sae_lab_plugins.reach_l0_sweeper import ReachL0Sweeper
-    from sae_lab.cli.entry import CONF
+    from sae_lab.cli.help import CONF
     from sae_lab.runtime.errors import UserError
 
     sweeper = ReachL0Sweeper(n_trials=3, tolerance=0.05)  # without a launcher

@@ -12,7 +12,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from shell import run
 
-from sae_lab.cli.entry import CONF, folder_name
+from sae_lab.cli.folder_names import folder_name
+from sae_lab.cli.help import CONF
 from sae_lab.runs.folder import Run
 from sae_lab.runtime.errors import Busy, UserError
 from sae_lab.sweeps.standing import counted, distinct, failure_recorded, job_folders, plan, planned, standing, standings

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sae_lab.cli.entry import CONF
+from sae_lab.cli.help import CONF
 from sae_lab.runtime.errors import UserError
 from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments, disassembled, held_out
 from sae_lab.text.corpora import FileDocuments, HubDocuments

@@ -1,0 +1,89 @@
+"""An exception -> the one sentence that a user is told."""
+
+import difflib
+import re
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from sae_lab.cli.help import CONF
+from sae_lab.runtime.errors import UserError
+
+# What a preset of conf/hydra/ is built on, and the extra of this package that installs it.
+EXTRAS = {"launcher/ray": "ray", "launcher/submitit_slurm": "slurm", "sweeper/optuna": "optuna"}
+
+
+def explain(error: BaseException, config_name: str, overrides: list[str]) -> str | None:
+    """One sentence for a user's mistake; None for anything else (a bug keeps its traceback)."""
+    chain = list(_causes(error))
+    for e in chain:
+        if isinstance(e, UserError):
+            return str(e)
+    for e in chain:
+        if isinstance(e, MissingMandatoryValue):
+            key = e.full_key or _one_line(e)
+            return f"{key} has no value: give {key}=..."
+        if isinstance(e, InterpolationKeyError):
+            return _one_line(e)
+        missing = re.search(r"In 'hydra/(.*?)': Could not (?:find|load) 'hydra/(.*?)'", str(e))
+        if missing and missing[2] in EXTRAS:
+            preset = missing[1].replace("/", "=", 1)
+            return f"hydra/{preset} needs a package that is not installed: pip install 'sae-lab[{EXTRAS[missing[2]]}]'."
+        unknown = re.search(r"Could not override '([^']+)'", str(e))
+        if unknown:
+            return _unknown_key(unknown[1], config_name, overrides)
+        if isinstance(e, FileExistsError | NotADirectoryError | PermissionError) and e.filename:
+            return f"{e.filename} cannot be written ({e.strerror}): choose another path."
+        if isinstance(e, ValueError) and str(e) == "No trials are completed yet.":  # Optuna, which ends its search so
+            return "no job of this search was completed: their failed.txt say why; the same command tries them again."
+        if str(e).startswith("Config group override must be"):
+            return "a config group was given null: name one of its choices, which --help lists."
+    if isinstance(error, InstantiationException):
+        return _unknown_argument(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _one_line(error)
+    return None
+
+
+def _unknown_argument(error: InstantiationException) -> str | None:
+    """A key that the `_target_` does not take (added with +, or missing); any other failure inside it is a bug."""
+    message = _one_line(error)
+    if missing := re.search(r"Error locating target '(.*?)'.*full_key: (\S+)", message):
+        return f"{missing[2]}._target_={missing[1]} cannot be imported: correct that name."
+    wrong = re.search(r"TypeError\((.*(unexpected keyword argument|missing \d+ required).*?)\)", message)
+    return f"{wrong[1].strip(chr(34))}: correct that key." if wrong else None
+
+
+def _causes(error: BaseException | None):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).partition("Config search path:")[0].split())
+
+
+def _unknown_key(key: str, config_name: str, overrides: list[str]) -> str:
+    """Names the keys that stand where the unknown one was looked for."""
+    parent, _, leaf = key.rpartition(".")
+    kept = [o for o in overrides if not o.startswith(("-", f"{key}=")) and "," not in o and "=" in o]
+    known: list[str] = []
+    try:
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            config = hydra.compose(config_name, overrides=kept)
+        node = OmegaConf.select(config, parent) if parent else config
+        known = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, DictConfig) else []
+    except (HydraException, OmegaConfBaseException):
+        known = []  # another override is wrong too: the sentence below still names this one
+    if leaf in known:  # a sweep composes all of its jobs before the first one starts
+        return f"{parent or 'the config'} has no key {leaf} in some jobs of this sweep: sweep those that have it alone."
+    close = difflib.get_close_matches(leaf, known, n=1)
+    hint = f"did you mean {close[0]}? It" if close else "it"
+    listing = f"{hint} has {', '.join(known)}" if known else "`--cfg job` prints every key"
+    typed = next((o for o in overrides if o.startswith(f"{key}=")), f"{key}=...")
+    return f"{parent or 'the config'} has no key {leaf}: {listing}; +{typed} adds it."

@@ -1,0 +1,48 @@
+"""What `--help` shows: a command's config with its comments, and every choice of its groups."""
+
+import re
+import textwrap
+from pathlib import Path
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from omegaconf import OmegaConf
+
+
+# What `--help` shows. Hydra's own lists every group, for an entry point that takes none of them too, and the fragments
+# that choices share (`_linear`), which nobody is to choose.
+def choices(config_name: str, *more: str) -> str:
+    """The groups that an entry point's config names, and more of them, each with what it may be."""
+    named = [next(iter(d)) for d in OmegaConf.load(conf_file(config_name)).defaults if d != "_self_"]
+    groups = [*sorted(g for g in named if not g.startswith("override")), *more]
+    lines = [
+        textwrap.fill(f"{group}: {', '.join(options(group))}", 96, initial_indent="  ", subsequent_indent="      ")
+        for group in groups
+    ]
+    return "\n".join(["Choices (name=choice)", *lines]) if lines else ""
+
+
+def options(group: str) -> list[str]:
+    """What a group may be, then what the groups inside it may be, as one types it: `matched/topk`."""
+    loader = GlobalHydra.instance().config_loader()
+    inner = sorted(loader.get_group_options(group, ObjectType.GROUP))
+    nested = [f"{name}/{option}" for name in inner for option in options(f"{group}/{name}")]
+    return [o for o in sorted(loader.get_group_options(group, ObjectType.CONFIG)) if o[0] != "_"] + nested
+
+
+def dials(config_name: str) -> str:
+    """An entry point's config as it is written, comments included, without what only Hydra reads."""
+    text = re.sub(r"\n(#.*\n)*hydra:\n(.*\n)*", "", conf_file(config_name).read_text())
+    text = re.sub(r"^defaults:\n( .*\n)+", "", text, flags=re.MULTILINE)
+    return text.strip().replace("$", "$$")  # Hydra fills what it shows into a template
+
+
+def conf_file(config_name: str) -> Path:
+    return CONF / f"{config_name}.yaml"
+
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+# An installed wheel carries conf/ inside the package; a checkout keeps it at the top.
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
