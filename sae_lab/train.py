@@ -7,8 +7,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point
+from sae_lab.sweeps.failures import failure_recorded
 from sae_lab.sweeps.search import score
-from sae_lab.sweeps.standing import failure_recorded
 from sae_lab.training.run import train_run
 
 

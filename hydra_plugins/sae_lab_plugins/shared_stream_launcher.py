@@ -44,8 +44,8 @@ class SharedStreamLauncher(Launcher):
 
     def compose(self, overrides: list[str], number: int) -> JobReturn:
         """Run Hydra's part of a job; it returns what there is to train, or None where its config has failed already."""
+        from sae_lab.sweeps.failures import failure_recorded
         from sae_lab.sweeps.shared_stream import read_job
-        from sae_lab.sweeps.standing import failure_recorded
 
         def read(cfg: DictConfig):
             with failure_recorded(Path(cfg.run_dir)):

@@ -1,4 +1,4 @@
-"""What every entry point shares: where conf/ lies, what `--help` shows, and a mistake as one sentence."""
+"""What every command shares: Hydra over conf/, and a mistake as one sentence."""
 
 import functools
 import os
@@ -20,11 +20,8 @@ from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.errors import Interrupted, UserError
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-
-
 OmegaConf.register_new_resolver("choices", choices, replace=True)
 OmegaConf.register_new_resolver("dials", dials, replace=True)
-
 
 # How a command that was stopped goes on; the others start anew.
 CONTINUES = {"train": ": the same command{} continues", "harvest": ": the same command continues"}

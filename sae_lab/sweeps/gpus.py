@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 from sae_lab.runs.folder import FAILED
 from sae_lab.runtime.errors import Interrupted, UserError, first_line
 from sae_lab.runtime.signals import Signals
-from sae_lab.sweeps.shared_stream import Job, by_stream, log_files, train_jobs
-from sae_lab.sweeps.standing import record_failure
+from sae_lab.sweeps.failures import record_failure
+from sae_lab.sweeps.member_logs import log_files
+from sae_lab.sweeps.shared_stream import Job, by_stream, train_jobs
 
 log = logging.getLogger(__name__)
 

@@ -9,29 +9,23 @@ when the stream is where it stopped.
 
 import json
 import logging
-import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from functools import partial
+from contextlib import ExitStack
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import torch
-from greenlet import getcurrent, greenlet
-from jaxtyping import Float
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
-from sae_lab.activations.buffer import Filling, ShuffledBlocks
 from sae_lab.activations.data import ActivationData
 from sae_lab.runs.folder import FAILED
-from sae_lab.runtime.errors import Interrupted, UserError
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.signals import Signals
+from sae_lab.sweeps.failures import failure_recorded, record_failure
+from sae_lab.sweeps.lockstep import train_in_step
+from sae_lab.sweeps.member_logs import log_files, of_member
 from sae_lab.sweeps.search import score
-from sae_lab.sweeps.standing import failure_recorded, record_failure
 from sae_lab.training.callbacks import SaveWhenDue
 from sae_lab.training.progress import Throughput, TrainingProgress
 from sae_lab.training.run import (
@@ -40,7 +34,6 @@ from sae_lab.training.run import (
     build_member,
     build_sae,
     finish,
-    fit,
     hydra_files,
     open_run,
     show_complete,
@@ -157,88 +150,6 @@ def has_room(members: list[Member], free: int, max_members: int | None) -> bool:
     return not sizes or 16 * (sum(sizes) + max(sizes)) < free / 2
 
 
-# --- one stream, many trainers
-
-
-class SharedStream:
-    """A stream as its members see it: who asks for a batch waits until all have asked."""
-
-    def __init__(self, stream: ShuffledBlocks):
-        self.stream, self.batch_size = stream, stream.batch_size
-
-    @property
-    def n_given(self) -> int:
-        return self.stream.n_given
-
-    @property
-    def n_ready(self) -> int:
-        return self.stream.n_ready
-
-    @property
-    def filling(self) -> Filling:
-        return self.stream.filling
-
-    def close(self) -> None:
-        """Nothing: the stream outlives the member whose Trainer ends first."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.stream.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state != self.stream.state_dict():  # a member that joins finds the stream there, with its block filled
-            self.stream.load_state_dict(state)
-
-    def __iter__(self) -> "SharedStream":
-        return self
-
-    def __next__(self) -> Float[Tensor, "b s d"]:
-        batch = getcurrent().parent.switch()
-        if batch is None:
-            raise StopIteration
-        return batch
-
-
-def train_in_step(members: list[Member], data: ActivationData, signals: Signals) -> None:
-    """`fit` every member, all on the same batches; one that fails leaves, and the others go on.
-
-    Args:
-        members: in the order of their steps.
-
-    Raises:
-        Interrupted: a signal arrived; every member that has joined has saved a checkpoint of the same step.
-    """
-    stream = data.stream
-    data.stream = SharedStream(stream)  # type: ignore[assignment]
-    waiting, alive = list(members), list[greenlet]()
-    try:
-        while signals.due is None:
-            alive = [run for run in alive if not run.dead]
-            if waiting and (not alive or waiting[0].run.step <= stream.n_given):
-                alive.append(greenlet(partial(fit_member, waiting.pop(0), data)))
-                alive[-1].switch()  # as far as its first batch
-                continue
-            if not alive:
-                break
-            signals.listen()  # again: a Trainer that fails puts back the handlers that it found
-            batch = next(stream, None)
-            signals.due = signals.received
-            for run in alive:
-                run.switch(batch)
-    finally:
-        signals.restore()
-        stream.close()
-        data.stream = stream
-    if signals.received is not None:
-        name, saved = signal.Signals(signals.received).name, f"{len(members)} SAEs are saved"
-        raise Interrupted(f"Stopped by {name}, {saved}", signals.received)
-
-
-def fit_member(member: Member, data: ActivationData) -> None:
-    MEMBER.set(member.run.folder)  # a greenlet has a context of its own
-    with failure_recorded(member.run.folder):
-        fit(member, data)
-
-
 def finish_together(members: list[Member], data: ActivationData) -> None:
     """Calibrate, save and evaluate those that did not fail, in one pass; a failure here is that of all."""
     alive = unfailed(members)
@@ -253,41 +164,3 @@ def finish_together(members: list[Member], data: ActivationData) -> None:
 
 def unfailed(members: list[Member]) -> list[Member]:
     return [member for member in members if not (member.run.folder / FAILED).exists()]
-
-
-# --- every member's own log
-
-MEMBER: ContextVar[Path | None] = ContextVar("MEMBER", default=None)
-"""The run folder that is being worked for; None: all of them."""
-
-
-@contextmanager
-def of_member(folder: Path) -> Iterator[None]:
-    token = MEMBER.set(folder)
-    try:
-        yield
-    finally:
-        MEMBER.reset(token)
-
-
-@contextmanager
-def log_files(folders: list[Path]) -> Iterator[None]:
-    """One log file a folder, in place of the one that Hydra has opened: each gets what is said of it or of all."""
-    root = logging.getLogger()
-    theirs = [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]
-    ours = [log_file(folder, handler) for folder in folders for handler in theirs]
-    root.handlers = [*(handler for handler in root.handlers if handler not in theirs), *ours]
-    try:
-        yield
-    finally:
-        for handler in ours:
-            root.removeHandler(handler)
-            handler.close()
-
-
-def log_file(folder: Path, like: logging.FileHandler) -> logging.FileHandler:
-    """A log file of the same name and form in another folder; what is said before the folder is there is not kept."""
-    handler = logging.FileHandler(folder / Path(like.baseFilename).name, delay=True)
-    handler.setFormatter(like.formatter)
-    handler.addFilter(lambda record: folder.is_dir() and MEMBER.get() in (None, folder))
-    return handler

@@ -4,85 +4,25 @@ import csv
 import logging
 import math
 import re
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from hydra._internal.config_loader_impl import get_overrides_dirname
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from sae_lab.cli.entry import works_in
-from sae_lab.cli.explain import explain
 from sae_lab.cli.folder_names import each_override
 from sae_lab.runs.checkpoint import checkpoint_content
 from sae_lab.runs.folder import FAILED, Run, is_running
-from sae_lab.runtime.errors import Busy, UserError
-from sae_lab.runtime.files import write_atomically
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.screen import clock, console
-from sae_lab.sweeps.search import best
 
 log = logging.getLogger(__name__)
 
 PLAN = "jobs.txt"
-
-
-class SweepSummary(Callback):
-    """Notes in `jobs.txt` which jobs a sweep will have; at its end shows a table, and exits with 1 if any failed."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        works_in(f"hydra.sweep.dir={config.hydra.sweep.dir}")
-        names = planned(config)
-        write_atomically(Path(config.hydra.sweep.dir) / PLAN, "".join(f"{name}\n" for name in names).encode())
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        root = Path(config.hydra.sweep.dir)
-        folders = plan(root) or job_folders(root)
-        jobs = standings(root, folders)
-        show(jobs)
-        if not grid(config) and (sentence := best(folders, config.get("goal_l0"))):
-            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-        if any(job.status == "failed" for job in jobs):
-            sys.exit(1)
-
-
-def planned(config: DictConfig) -> list[str]:
-    """The folder names of the jobs that Hydra's own sweeper will start; none where another sweeper decides as it goes.
-
-    Composing the config of every job would tell as well, but takes a third of a second each.
-    """
-    if not grid(config):
-        return []
-    parser = OverridesParser.create()
-    overrides = parser.parse_overrides(list(config.hydra.overrides.task))
-    [jobs] = BasicSweeper.split_arguments(overrides, None)
-    named = dict(config.hydra.job.config.override_dirname)
-    names, job_config = [], config.copy()
-    OmegaConf.set_readonly(job_config.hydra.job, False)
-    before = HydraConfig.instance().cfg
-    for i, job in enumerate(jobs):
-        with open_dict(job_config):
-            job_config.hydra.job.override_dirname = get_overrides_dirname(parser.parse_overrides(job), **named)
-            job_config.hydra.job.num = job_config.hydra.job.id = i
-        HydraConfig.instance().set_config(job_config)
-        names.append(str(OmegaConf.select(job_config, "hydra.sweep.subdir")))
-    HydraConfig.instance().cfg = before
-    return names
-
-
-def grid(config: DictConfig) -> bool:
-    """Whether all jobs are known from the start; else this is a search."""
-    return config.hydra.sweeper._target_.endswith(".BasicSweeper")
 
 
 def plan(sweep_dir: Path) -> list[Path]:
@@ -125,36 +65,6 @@ def _runs(folder: Path) -> Iterator[Path]:
 def _counting(folder: Path) -> list[tuple[bool, float, str]]:
     parts = re.findall(r"\d+(?:\.\d+)?|\D+", folder.as_posix())
     return [(not part[0].isdigit(), float(part) if part[0].isdigit() else 0.0, part) for part in parts]
-
-
-# --- what went wrong
-
-
-@contextmanager
-def failure_recorded(folder: Path) -> Iterator[None]:
-    """Keep an exception from the caller, and write its reason to `failed.txt`, which an earlier attempt may have left.
-
-    A folder in which another process trains is that process's affair.
-    """
-    (folder / FAILED).unlink(missing_ok=True)
-    try:
-        yield
-    except Busy as e:
-        log.warning("%s", e)
-    except Exception as e:
-        record_failure(folder, e)
-
-
-def record_failure(folder: Path, error: Exception) -> None:
-    """Write `failed.txt`: the reason in a line, and for what was no user's mistake the traceback."""
-    sentence = explain(error, "train", [])
-    reason = sentence or " ".join(f"{type(error).__name__}: {error}".split())
-    details = "" if sentence else "\n" + "".join(traceback.format_exception(error))
-    write_atomically(folder / FAILED, f"{reason}\n{details}".encode())
-    log.error("%s failed: %s", folder.name, reason)
-
-
-# --- how the jobs stand
 
 
 class Standing(NamedTuple):

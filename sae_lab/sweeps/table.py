@@ -162,3 +162,14 @@ def complete(table: pd.DataFrame) -> pd.DataFrame:
     """
     done = table[table["status"] == "complete"]
     return done[~done.duplicated(settings(table))]
+
+
+def cell_text(value: Any) -> str:
+    if pd.isna(value):
+        return "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def named_after_settings(table: pd.DataFrame) -> bool:
+    """Whether every job's folder spells out its overrides, as in `k=8,sae=topk`."""
+    return bool(table["job"].str.fullmatch(r"[^/]*=[^/]*").all())

@@ -16,7 +16,9 @@ from sae_lab.cli.folder_names import folder_name
 from sae_lab.cli.help import CONF
 from sae_lab.runs.folder import Run
 from sae_lab.runtime.errors import Busy, UserError
-from sae_lab.sweeps.standing import counted, distinct, failure_recorded, job_folders, plan, planned, standing, standings
+from sae_lab.sweeps.failures import failure_recorded
+from sae_lab.sweeps.standing import counted, distinct, job_folders, plan, standing, standings
+from sae_lab.sweeps.summary import planned
 
 SMALL = """# @package _global_
 n_tokens: 2048

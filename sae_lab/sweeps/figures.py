@@ -1,0 +1,118 @@
+"""A sweep's table -> the figures that its jobs have the data for."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from sae_lab import plots
+from sae_lab.sweeps.standing import distinct
+from sae_lab.sweeps.table import RESOLVED, cell_text, named_after_settings, settings
+
+COMPARED = ("nmse", "ce_degradation")
+
+
+def lines(table: pd.DataFrame) -> pd.Series:
+    """Which line of a figure each job is a point of: its architecture, and whatever else its twins differ in.
+
+    Twins are jobs of equal sae, k and n_latents. Only their seeds are averaged over: if a learning rate varies among
+    them, it is part of the line's name (`TopK, lr=0.001`).
+    """
+    twins = table.groupby(["sae", "k", "n_latents"], dropna=False)
+    others = [c for c in settings(table) if c not in RESOLVED and twins[c].nunique(dropna=False).max() > 1]
+    leaves = [re.split(r"[.@/]", c)[-1] for c in others]
+    names = [leaf if leaves.count(leaf) == 1 else c for leaf, c in zip(leaves, others, strict=True)]
+    parts = [table["sae"].map(str).map(plots.spelled)]
+    parts += [
+        table[c].map(lambda v, name=name: f"{name}={cell_text(v)}") for c, name in zip(others, names, strict=True)
+    ]
+    return pd.concat(parts, axis=1).agg(", ".join, axis=1)
+
+
+def draw(done: pd.DataFrame, folder: Path) -> list[Path]:
+    """Every figure that the complete jobs have the data for, as PNGs in folder/figures."""
+    figures = folder / "figures"
+    if len(done) == 1 and (folder / ".hydra").is_dir():
+        return draw_run(folder)
+    if len(done) < 2:
+        return []
+    done = done.assign(line=lines(done), architecture=done["sae"].map(str).map(plots.spelled))
+    y = [metric for metric in COMPARED if plots.has_values(done, metric)]
+    compared = draw_comparisons(done, figures, y) if y else []
+    return compared + draw_frontier(done, figures) + draw_l0(done, folder)
+
+
+def under_both_rules(done: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+    """The jobs under the rule that their SAE is deployed with; then, where the batch-wise rule scores otherwise, that.
+
+    The write-up's third line: is one threshold as good as a choice over the batch?
+    """
+    columns = {f"train_mode/{metric}": metric for metric in metrics if f"train_mode/{metric}" in done}
+    if not columns:
+        return done
+    differs = done[list(columns)].to_numpy() != done[list(columns.values())].to_numpy()
+    again = done[differs.any(axis=1) & done[list(columns)].notna().all(axis=1)]
+    again = again.assign(**{metric: again[column] for column, metric in columns.items()})
+    return pd.concat([done, again.assign(line=again["line"] + ", batch-wise")], ignore_index=True)
+
+
+def draw_comparisons(done: pd.DataFrame, figures: Path, y: list[str]) -> list[Path]:
+    """The write-up's two figures wherever the sweep has them: over dictionary sizes at one k, over k at one size."""
+    paths, both = [], under_both_rules(done, y)
+    for fixed, x, name in (("k", "n_latents", "vs_n_latents_k"), ("n_latents", "k", "vs_k_n")):
+        for value, jobs in ((float(str(v)), group) for v, group in both.groupby(fixed)):
+            if jobs[x].nunique() > 1:
+                path = figures / f"nmse_ce_{name}{value:.10g}.png"
+                paths.append(plots.against(both, path, x, y, "line", {fixed: value}))
+    if not paths:
+        paths.append(plots.by_job(done.assign(label=_labels(done)), figures / "nmse_ce_by_job.png", y, "label"))
+    return paths
+
+
+def _labels(done: pd.DataFrame) -> pd.Series:
+    if named_after_settings(done):
+        return pd.Series(distinct(list(done["job"])), done.index)
+    label = done["job"] + ": " + done["line"]
+    for column in ("k", "n_latents", "seed"):
+        if done[column].nunique() > 1:
+            label += done[column].map(lambda v, column=column: f", {column}={cell_text(v)}")
+    return label
+
+
+def draw_frontier(done: pd.DataFrame, figures: Path) -> list[Path]:
+    """What three jobs or more buy with their L0; the reconstruction alone where no language model was at hand."""
+    for metric in ("loss_recovered", "nmse"):
+        if (
+            plots.has_values(done, metric)
+            and plots.has_values(done, "l0")
+            and len(done.dropna(subset=[metric, "l0"])) > 2
+        ):
+            return [plots.frontier(done, figures / "frontier.png", metric, "architecture", "line")]
+    return []
+
+
+def draw_l0(done: pd.DataFrame, folder: Path) -> list[Path]:
+    """How many latents are active on a token: for each line its largest dictionary, at every k."""
+    files = [folder / job / "figures" / "l0_per_token.csv" for job in done["job"]]
+    kept = done.assign(file=files)[[file.is_file() for file in files]]
+    if kept.empty:
+        return []
+    kept = kept[kept["n_latents"] == kept.groupby("line")["n_latents"].transform("max")]
+    which = zip(kept["file"], kept["line"], kept["k"], strict=True)
+    tables = [pd.read_csv(file).assign(line=line, k=k) for file, line, k in which]
+    return [plots.l0_by_line(pd.concat(tables), folder / "figures" / "l0_per_token.png")]
+
+
+def draw_run(folder: Path) -> list[Path]:
+    """One run's own figures, from its tables; those that it drew itself are kept."""
+    figures = folder / "figures"
+    sources = {
+        "training": (folder / "metrics.csv", plots.training_curves),
+        "l0_per_token": (figures / "l0_per_token.csv", plots.l0_per_token),
+        "latent_density": (figures / "latent_density.csv", plots.latent_density),
+    }
+    for name, (source, plot) in sources.items():
+        path = figures / f"{name}.png"
+        if source.is_file() and source.stat().st_size and not path.is_file():
+            plot(pd.read_csv(source), path)
+    return sorted(figures.glob("*.png"))

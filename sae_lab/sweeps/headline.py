@@ -1,0 +1,89 @@
+"""A sweep's table -> the table that people read, on the screen and in report.md."""
+
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from sae_lab import plots
+from sae_lab.sweeps.standing import Standing, counted
+from sae_lab.sweeps.table import cell_text, named_after_settings, settings
+
+# The columns of the table for people, and how each is written; report.csv has every column with every digit.
+HEADLINES = {
+    "fvu": ".4f",
+    "nmse": ".4f",
+    "l0": ".1f",
+    "dead_fraction": ".3f",
+    "ce_degradation": ".4f",
+    "loss_recovered": ".4f",
+    "kl": ".4f",
+}
+
+
+def headline(table: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
+    """The complete jobs, sorted by sae, k, n_latents, seed: what varies among them and the main metrics, as text.
+
+    Jobs that differ in nothing but their seed are one row: how many they are, and mean ± standard deviation.
+    """
+    done = done.sort_values(["sae", "k", "n_latents", "seed"], kind="stable")
+    varies = [c for c in settings(table) if c != "expansion" and table[c].nunique(dropna=False) > 1]
+    chosen = list(dict.fromkeys(["sae", "k", "n_latents", *varies]))
+    metrics = [m for m in HEADLINES if plots.has_values(done, m)]
+    twins = [c for c in chosen if c != "seed"]
+    if done.duplicated(twins).any():
+        groups = done.groupby(twins, dropna=False, sort=False)
+        cells = groups.size().rename("seeds").reset_index()
+        for metric in metrics:
+            cells[metric] = [_mean_and_spread(values, HEADLINES[metric]) for _, values in groups[metric]]
+        return cells.assign(**{c: cells[c].map(cell_text) for c in [*twins, "seeds"]})
+    cells = (
+        done[chosen].map(cell_text).assign(**{m: done[m].map(partial(_rounded, form=HEADLINES[m])) for m in metrics})
+    )
+    # Last, because it is long; left out where it would only repeat the settings.
+    return cells if named_after_settings(done) else cells.assign(job=done["job"])
+
+
+def _mean_and_spread(values: pd.Series, form: str) -> str:
+    return _rounded(values.mean(), form) + (f" ± {_rounded(values.std(), form)}" if values.count() > 1 else "")
+
+
+def _rounded(value: float, form: str) -> str:
+    if pd.isna(value):
+        return "–"
+    return f"{value:.1e}" if 0 < abs(value) < 1e-4 else f"{value:{form}}"
+
+
+def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[Standing], folder: Path, figures: list[Path]) -> str:
+    """report.md: the table, the figures by relative path, what was the same for every job, and who is missing."""
+    rows = [list(cells.columns), ["---"] * len(cells.columns), *cells.to_numpy().tolist()]
+    same = [c for c in settings(table) if c not in cells and c != "expansion" and table[c].nunique(dropna=False) == 1]
+    dials = ", ".join(f"`{c}={cell_text(table[c].iloc[0])}`" for c in same)
+    parts = [f"# {folder.resolve().name}", counted(jobs)]
+    missing = [f"- {job.job}: {job.status} {job.detail}".rstrip() for job in jobs if job.status != "complete"]
+    parts += ["\n".join(missing)] if missing else []
+    parts += [f"{'The same for every job' if len(table) > 1 else 'Its settings'}: {dials}."] if dials else []
+    parts += ["\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)]
+    parts += ["Every setting and metric, with every digit: [report.csv](report.csv)."]
+    parts += [f"![{path.stem}]({path.relative_to(folder).as_posix()})" for path in figures]
+    return "\n\n".join(parts) + "\n"
+
+
+def show(cells: pd.DataFrame, written: list[Path]) -> None:
+    """The table on the screen, as wide as it is: a number is never cut to fit, nor wrapped."""
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in cells:
+        grid.add_column(str(column).replace("_", " "), justify="right" if column in HEADLINES else "left")
+    for row in cells.to_numpy().tolist():
+        grid.add_row(*row)
+    console = Console()
+    needed = Measurement.get(console, console.options.update(max_width=10_000), grid).maximum
+    console.width = max(console.width, needed)
+    if len(cells):
+        console.print(grid)
+    for path in written:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)

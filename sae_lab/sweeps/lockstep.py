@@ -1,0 +1,96 @@
+"""One stream, many trainers: each in a greenlet that pauses where it asks for a batch."""
+
+import signal
+from functools import partial
+from typing import Any
+
+from greenlet import getcurrent, greenlet
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.activations.buffer import Filling, ShuffledBlocks
+from sae_lab.activations.data import ActivationData
+from sae_lab.runtime.errors import Interrupted
+from sae_lab.runtime.signals import Signals
+from sae_lab.sweeps.failures import failure_recorded
+from sae_lab.sweeps.member_logs import MEMBER
+from sae_lab.training.run import Member, fit
+
+
+class SharedStream:
+    """A stream as its members see it: who asks for a batch waits until all have asked."""
+
+    def __init__(self, stream: ShuffledBlocks):
+        self.stream, self.batch_size = stream, stream.batch_size
+
+    @property
+    def n_given(self) -> int:
+        return self.stream.n_given
+
+    @property
+    def n_ready(self) -> int:
+        return self.stream.n_ready
+
+    @property
+    def filling(self) -> Filling:
+        return self.stream.filling
+
+    def close(self) -> None:
+        """Nothing: the stream outlives the member whose Trainer ends first."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state != self.stream.state_dict():  # a member that joins finds the stream there, with its block filled
+            self.stream.load_state_dict(state)
+
+    def __iter__(self) -> "SharedStream":
+        return self
+
+    def __next__(self) -> Float[Tensor, "b s d"]:
+        batch = getcurrent().parent.switch()
+        if batch is None:
+            raise StopIteration
+        return batch
+
+
+def train_in_step(members: list[Member], data: ActivationData, signals: Signals) -> None:
+    """`fit` every member, all on the same batches; one that fails leaves, and the others go on.
+
+    Args:
+        members: in the order of their steps.
+
+    Raises:
+        Interrupted: a signal arrived; every member that has joined has saved a checkpoint of the same step.
+    """
+    stream = data.stream
+    data.stream = SharedStream(stream)  # type: ignore[assignment]
+    waiting, alive = list(members), list[greenlet]()
+    try:
+        while signals.due is None:
+            alive = [run for run in alive if not run.dead]
+            if waiting and (not alive or waiting[0].run.step <= stream.n_given):
+                alive.append(greenlet(partial(fit_member, waiting.pop(0), data)))
+                alive[-1].switch()  # as far as its first batch
+                continue
+            if not alive:
+                break
+            signals.listen()  # again: a Trainer that fails puts back the handlers that it found
+            batch = next(stream, None)
+            signals.due = signals.received
+            for run in alive:
+                run.switch(batch)
+    finally:
+        signals.restore()
+        stream.close()
+        data.stream = stream
+    if signals.received is not None:
+        name, saved = signal.Signals(signals.received).name, f"{len(members)} SAEs are saved"
+        raise Interrupted(f"Stopped by {name}, {saved}", signals.received)
+
+
+def fit_member(member: Member, data: ActivationData) -> None:
+    MEMBER.set(member.run.folder)  # a greenlet has a context of its own
+    with failure_recorded(member.run.folder):
+        fit(member, data)
