@@ -8,8 +8,8 @@ import pytest
 import torch
 from shell import run
 
-from sae_lab.planted import PlantedFeatures, recovery
 from sae_lab.saes.topk import TopKSAE
+from sae_lab.studies.planted_features import PlantedFeatures, recovery
 
 TREES = PlantedFeatures(d_in=32, n_trees=8, n_children=2, active=2.0, noise=0.0)
 

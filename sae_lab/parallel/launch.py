@@ -1,9 +1,10 @@
 """`trainer=ddp trainer.devices=n`: n processes train one SAE, alone or as a job of a sweep.
 
 The process of the run is rank 0, and alone writes into its folder. It starts the others as
-`python -m sae_lab.parallel.follower`, which read the config from the folder's `.hydra/` and know nothing of Hydra. (Lightning's launcher would start the
-user's command again: inside `-m` that is the whole sweep, in a folder of another second.) The others live as long as
-the pipe from rank 0 is open; so none is left over, whatever ends rank 0. They leave signals to it.
+`python -m sae_lab.parallel.follower`, which read the config from the folder's `.hydra/` and know nothing of Hydra.
+(Lightning's launcher would start the user's command again: inside `-m` that is the whole sweep, in a folder of another
+second.) The others live as long as the pipe from rank 0 is open; so none is left over, whatever ends rank 0. They leave
+signals to it.
 """
 
 import os

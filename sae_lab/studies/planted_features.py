@@ -1,0 +1,139 @@
+"""Rows of planted features, and whether an SAE finds them.
+
+Rows are sparse sums of planted directions, in trees: a child is active only where its root is, which is what tempts an
+SAE to merge the two (absorption, Chanin et al. 2024, arXiv 2409.14507; Matryoshka SAEs are to resist: Bussmann et al.
+2025, arXiv 2503.17547). With `n_sites` above one a row's features stand at one site and noise at the others, which a
+router has to find out.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from sae_lab.evaluation.metrics import batch_fvu
+from sae_lab.ops.sparse import l0_per_row
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.screen import track
+from sae_lab.saes.base import BaseSAE
+from sae_lab.training.module import plain_step
+
+FOUND = 0.9
+"""A feature is found where a latent's direction has this cosine with it."""
+
+
+class Rows(NamedTuple):
+    x: Float[Tensor, "b s d"]
+    site: Int[Tensor, " b"]
+    """Where the features of each row stand."""
+
+
+@dataclass(frozen=True)
+class PlantedFeatures:
+    """n_trees roots, each with n_children children; feature i is a root where i < n_trees.
+
+    Each tree of a row's site is active with the same probability, its root with strength 1 to 2. With probability
+    n_children / (n_children + 1) one of the children, all alike, is active as well. `active` features are so on
+    average. Tree t belongs to site t mod n_sites.
+
+    Raises:
+        UserError: so many cannot be, not even where all trees of a site always are.
+    """
+
+    d_in: int
+    n_trees: int
+    n_children: int
+    active: float
+    n_sites: int = 1
+    noise: float = 0.02
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.active > (most := self.n_trees * self.per_tree / self.n_sites):
+            raise UserError(
+                f"planted.active={self.active} exceeds {most:g}, what the trees of a site have on average where all "
+                "are active: lower it, or raise planted.n_trees."
+            )
+
+    @cached_property
+    def directions(self) -> Float[Tensor, "features d"]:
+        """Random unit vectors, each with mean zero over d: normalising a row leaves them as they are."""
+        generator = torch.Generator().manual_seed(self.seed)
+        directions = torch.randn(self.n_trees * (1 + self.n_children), self.d_in, generator=generator)
+        return F.normalize(directions - directions.mean(dim=-1, keepdim=True), dim=-1)
+
+    @property
+    def per_tree(self) -> float:
+        """Features that are active of an active tree, on average."""
+        return 1 + self.n_children / (self.n_children + 1)
+
+    @property
+    def home(self) -> Int[Tensor, " features"]:
+        """The site of each feature."""
+        trees = torch.arange(self.n_trees)
+        return torch.cat([trees, trees.repeat_interleave(self.n_children)]) % self.n_sites
+
+    def rows(self, n: int, generator: torch.Generator) -> Rows:
+        random = partial(torch.rand, generator=generator)
+        site = torch.randint(self.n_sites, (n,), generator=generator)
+        here = self.home[: self.n_trees] == site.unsqueeze(-1)
+        root = here & (random(n, self.n_trees) < self.active * self.n_sites / self.per_tree / self.n_trees)
+        child = (random(n, self.n_trees) * (self.n_children + 1)).long()  # n_children: none
+        children = F.one_hot(child, self.n_children + 1)[..., :-1].bool() & root.unsqueeze(-1)
+        active = torch.cat([root, children.flatten(1)], dim=1)
+        signal = (active * (1 + random(active.shape))) @ self.directions
+        x = torch.randn(n, self.n_sites, self.d_in, generator=generator)
+        x[torch.arange(n), site] = signal + self.noise * x[torch.arange(n), site]
+        return Rows(x, site)
+
+
+def train_on_planted(
+    sae: BaseSAE,
+    planted: PlantedFeatures,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    n_steps: int,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Plain training on fresh rows, then the calibration."""
+    generator = torch.Generator().manual_seed(seed)
+    sae.train()
+    for _ in track(range(n_steps), "training on planted features"):
+        plain_step(sae, optimizer, planted.rows(batch_size, generator).x)
+        schedule.step()
+    for i in range(20):
+        sae.calibrate(planted.rows(batch_size, generator).x, i)
+
+
+@torch.no_grad()
+def recovery(sae: BaseSAE, planted: PlantedFeatures, n_rows: int = 8192) -> dict[str, float]:
+    """What of the planted dictionary the SAE has, and how it codes fresh rows under its deployed rule.
+
+    For each feature the largest cosine between it and a latent's decoder direction at its site: `mmcs` is the mean over
+    features, `found` the share above 0.9; both for roots and children by themselves too. `place` of roots and of
+    children: where in the dictionary the found ones' latents stand, 0 first, 1 last, on average: nested dictionaries
+    put what is general first. `routed`: on which share of the rows the site that the SAE covers is the features'.
+    """
+    sae.eval()
+    decoder = F.normalize(sae.directions(), dim=-1)
+    best, latent = torch.einsum("id,fid->if", planted.directions, decoder[:, planted.home]).max(dim=-1)
+    x, site = planted.rows(n_rows, torch.Generator().manual_seed(planted.seed + 10**6))
+    x_hat, code = sae.autoencode(x)
+    rows, covers = torch.arange(n_rows), sae.covers(x)
+    figures = {"mmcs": best.mean(), "found": (best > FOUND).float().mean()}
+    for name, part in (("roots", slice(0, planted.n_trees)), ("children", slice(planted.n_trees, None))):
+        if len(best[part]):
+            figures[f"mmcs_{name}"] = best[part].mean()
+            figures[f"found_{name}"] = (best[part] > FOUND).float().mean()
+        if (best[part] > FOUND).any():
+            figures[f"place_{name}"] = latent[part][best[part] > FOUND].float().mean() / sae.n_latents
+    figures |= {"l0": l0_per_row(code).float().mean(), "fvu": batch_fvu(x[rows, site], x_hat[rows, site])}
+    if covers is not None:
+        figures["routed"] = covers[rows, site].float().mean()
+    return {name: float(value) for name, value in figures.items()}

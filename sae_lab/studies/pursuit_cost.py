@@ -1,0 +1,49 @@
+"""What a search for codes costs, in encoder products a step."""
+
+import statistics
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.table import Table
+
+from sae_lab.ops.matmul import linear
+from sae_lab.ops.pursuit import METHODS, Dictionary, pursue
+from sae_lab.runtime.device import chosen, now
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.memory import keep_freed_memory
+from sae_lab.runtime.screen import console
+from sae_lab.studies.step_cost import Step, superposed_rows, written
+
+
+def search(cfg: DictConfig) -> dict[str, Any]:
+    """A pursuit of one batch, with the Gram matrix and without: the figures, on the screen and in benchmark.json."""
+    keep_freed_memory()
+    device = torch.device(chosen(cfg.device))
+    if cfg.pursuit not in METHODS:
+        raise UserError(f"pursuit={cfg.pursuit} is not known: choose one of {', '.join(METHODS)}.")
+    y = superposed_rows(cfg.batch_size, cfg.n_sources, cfg.d_in).flatten(1).to(device)
+    rows = torch.randn(cfg.n_latents, y.shape[1], generator=torch.Generator().manual_seed(cfg.seed)).to(device)
+    gram, products = Dictionary(rows), Dictionary(rows, gram=False)
+    steps: dict[str, Step] = {
+        "product": lambda: linear(y, rows),
+        "gram matrix": lambda: Dictionary(rows),
+        "pursuit": lambda: pursue(cfg.pursuit, y, gram, cfg.k),
+        "pursuit without": lambda: pursue(cfg.pursuit, y, products, cfg.k),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(1 + cfg.repeats):
+        for name, step in steps.items():
+            start = now(device)
+            step()
+            seconds[name].append(now(device) - start)
+    ms = {name: 1e3 * statistics.median(times[1:]) for name, times in seconds.items()}
+    figures = {"ms": ms, "products_per_step": {n: ms[n] / ms["product"] / cfg.k for n in ms if n.startswith("pursuit")}}
+    result = Table(title=f"{cfg.pursuit}, d {cfg.d_in}, f {cfg.n_latents}, k {cfg.k}, b {cfg.batch_size}")
+    for column in ("", "ms", "products a step"):
+        result.add_column(column, justify="right" if column else "left")
+    for name, value in ms.items():
+        ratio = figures["products_per_step"].get(name)
+        result.add_row(name, f"{value:,.1f}", "" if ratio is None else f"{ratio:.2f}")
+    console.print(result)
+    return written(figures, cfg)

@@ -1,0 +1,111 @@
+"""Which stage limits a run, in tokens/s.
+
+    forward       the language model alone, stopped at the last site, over tokens in memory
+    harvest       text -> tokens -> language model -> kept activations, as a run streams them
+    cache write   activations in memory -> shards on disk, each flushed
+    cache read    shards -> shuffled blocks -> batches; the files are warm, as they are for all jobs of a sweep but one
+    step          training step of the SAE on a batch in memory
+    streaming     harvest, shuffle and step: a run by itself
+    cached        cache read and step: a run from the cache
+
+The stages take turns, a slice each, so that a machine that others use slows them alike: trust the ratios.
+"""
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from sae_lab.activations.buffer import ShuffledBlocks
+from sae_lab.activations.data import ActivationData
+from sae_lab.cache.reader import Cache, CachedRows
+from sae_lab.cache.writer import Harvester, gathered
+from sae_lab.runtime.device import now
+from sae_lab.runtime.files import write_json
+from sae_lab.runtime.memory import keep_freed_memory
+from sae_lab.runtime.screen import console, track
+from sae_lab.studies.step_cost import training_step
+from sae_lab.training.run import build_sae
+
+Stage = Callable[[], int]  # does a slice of work and says how many tokens it was
+
+
+def throughput(cfg: DictConfig) -> dict[str, Any]:
+    """Tokens/s of each stage, on the screen and in throughput.json."""
+    keep_freed_memory()
+    data: ActivationData = instantiate(cfg.data, lm=instantiate(cfg.lm))
+    run_dir = Path(cfg.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=run_dir) as folder:  # on the disk that the cache would be on
+        rates = measured(stages(cfg, data, folder), cfg.slices, data.lm.device)
+    cuda = data.lm.device.type == "cuda"
+    device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    figures = {"tokens_per_second": rates, "device": device, "config": OmegaConf.to_container(cfg, resolve=True)}
+    console.print(table(figures))
+    write_json(run_dir / "throughput.json", figures)
+    return figures
+
+
+def stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str, Stage]:
+    """The stages by name; a slice is `slice_tokens` tokens, or a little more: whole blocks."""
+    block_rows = data.stream.block_rows
+    n_batches = -(-cfg.slice_tokens // block_rows) * block_rows // data.batch_size
+    n_passes = -(-cfg.slice_tokens // (data.lm_batch_rows * data.seq_len))
+    tokens = data.text_rows(data.lm_batch_rows)
+    harvest = iter(data.source())
+    writer = Harvester(data, folder, cfg.slice_tokens, cfg.slice_tokens)
+    shard = next(gathered(data.source(), cfg.slice_tokens, cfg.slice_tokens, writer.dtype, lambda n: None))
+    writer.build()
+    source = CachedRows(Cache(folder), data.lm_batch_rows * data.seq_len, 0, True, data.lm.device)
+    streamed = data.new_stream(data.prefetch)
+    cached = ShuffledBlocks(source, data.block_tokens, data.batch_size, seed=0)
+    batch = next(data.new_stream())
+    sae = build_sae(cfg, data).to(data.lm.device)
+    step = training_step(sae, cfg, batch)
+
+    def run(stream: ShuffledBlocks, train: bool) -> int:
+        for x in islice(stream, n_batches):
+            batch.copy_(x)
+            if train:
+                step()
+        stream.close()  # ends its thread, if it has one
+        return n_batches * data.batch_size
+
+    return {
+        "forward": lambda: sum(data.lm.activations(tokens)[..., 0, 0].numel() for _ in range(n_passes)),
+        "harvest": lambda: sum(len(chunk.rows) for chunk in islice(harvest, n_passes)),
+        "cache write": lambda: writer.write_shard("written.safetensors", shard, cfg.slice_tokens).rows,
+        "cache read": lambda: run(cached, train=False),
+        "step": lambda: sum(len(batch) for _ in range(n_batches) if step() is None),
+        "streaming": lambda: run(streamed, train=True),
+        "cached": lambda: run(cached, train=True),
+    }
+
+
+def measured(named: dict[str, Stage], slices: int, device: torch.device) -> dict[str, float]:
+    """Median tokens/s of each stage over its slices, after one that is not counted."""
+    rates: dict[str, list[float]] = {name: [] for name in named}
+    for _ in track(range(1 + slices), "measuring"):
+        for name, stage in named.items():
+            start = now(device)
+            n = stage()
+            rates[name].append(n / (now(device) - start))
+    return {name: statistics.median(of_slices[1:]) for name, of_slices in rates.items()}
+
+
+def table(figures: dict[str, Any]) -> Table:
+    """A line a stage."""
+    result = Table(title=f"stages on {figures['device']}", title_justify="left")
+    for column in ("stage", "tokens/s", "x forward"):
+        result.add_column(column, justify="left" if column == "stage" else "right")
+    rates = figures["tokens_per_second"]
+    for name, rate in rates.items():
+        result.add_row(name, f"{rate:,.0f}", f"{rate / rates['forward']:.2f}")
+    return result

@@ -1,0 +1,221 @@
+"""What a training step costs: the floor, a dense reference, ours, and ours in the Lightning loop.
+
+    floor         one encoder product and one fused Adam step over the same parameters, in the same precision; the
+                  product is the fastest at hand (matmul.py), `torch_floor` has torch's own `x @ W`
+    dense         the step by plain autograd of the dense formula: h whole, torch.topk, five dense products
+    step          ours: forward, losses, backward, projection, optimizer, renormalisation
+    lightning     ours as `train` runs it: SAEModule in its Trainer, from batches in memory
+
+All are measured in one process and in turns, so that a machine that others use slows them alike: trust the ratios.
+"""
+
+import resource
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from jaxtyping import Float
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+from torch import Tensor, nn
+
+from sae_lab.ops.matmul import linear
+from sae_lab.ops.sparse import Code
+from sae_lab.runtime.device import checked_precision, chosen, now
+from sae_lab.runtime.files import write_json
+from sae_lab.runtime.memory import keep_freed_memory
+from sae_lab.runtime.screen import console
+from sae_lab.saes.base import BaseSAE, SAEOutput
+from sae_lab.saes.linear import LinearSAE
+from sae_lab.training.module import SAEModule, plain_step
+
+WARM = 2
+
+
+NAMES = {
+    "floor": "floor: encoder product + fused Adam",
+    "torch_floor": "the same by torch's x @ W",
+    "dense": "dense reference step",
+    "step": "our step",
+    "lightning_step": "our step in the Lightning loop",
+}
+
+
+Step = Callable[[], Any]
+
+
+def benchmark(cfg: DictConfig) -> dict[str, Any]:
+    """One size and one SAE: its figures, on the screen and in benchmark.json."""
+    keep_freed_memory()
+    warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # it has none on purpose
+    device = chosen(cfg.device)
+    x = superposed_rows(cfg.batch_size, cfg.n_sources, cfg.d_in).to(device)
+    make = partial(build_sae, cfg, device)
+    sae = make()
+    ours = training_step(sae, cfg, x)
+    for _ in range(WARM):
+        ours()
+    peak = peak_memory_mb(device)  # before anything else needs memory: on a CPU it is the process's
+    read = x[:, : sae.n_inputs or cfg.n_sources]
+    steps = {"floor": floor_step(cfg, read, linear), "torch_floor": floor_step(cfg, read, F.linear), "step": ours}
+    if cfg.dense and isinstance(sae, LinearSAE) and sae.n_parts == 1:  # the others have no one dense formula
+        steps["dense"] = training_step(make(), cfg, x, dense_forward)
+    times = interleaved(steps, make(), cfg, x)
+    figures: dict[str, Any] = {f"{name}_ms": times.get(name) for name in NAMES}
+    figures["peak_memory_mb"] = peak
+    figures["tokens_per_second"] = 1e3 * cfg.batch_size / times["step"]
+    figures["device"] = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    written(figures, cfg)
+    console.print(table(figures))
+    return figures
+
+
+def written(figures: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
+    """The figures with what they are of, as they now stand in benchmark.json."""
+    figures |= {"config": OmegaConf.to_container(cfg, resolve=True)}
+    write_json(Path(cfg.run_dir) / "benchmark.json", figures)
+    return figures
+
+
+def superposed_rows(n_rows: int, n_sources: int, d_in: int) -> Float[Tensor, "b s d"]:
+    """Rows like a language model's: sparse sums of more directions than dimensions, and a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    width, n_directions = n_sources * d_in, max(2048, 2 * n_sources * d_in)
+    directions = F.normalize(torch.randn(n_directions, width, generator=generator), dim=-1)
+    active = torch.rand(n_rows, n_directions, generator=generator) < 20 / n_directions
+    strengths = 3 * active * torch.rand(n_rows, n_directions, generator=generator)
+    noise = 0.05 * torch.randn(n_rows, width, generator=generator)
+    return (strengths @ directions + noise).view(n_rows, n_sources, d_in)
+
+
+def build_sae(cfg: DictConfig, device: str) -> BaseSAE:
+    """The SAE, with the share of dead latents that is asked for, and no others for as long as this runs."""
+    sae: BaseSAE = instantiate(cfg.sae, d_in=cfg.d_in, n_latents=cfg.n_latents, n_sources=cfg.n_sources)
+    for part in sae.modules():
+        if isinstance(part, LinearSAE):
+            dead = slice(0, int(cfg.dead_share * cfg.n_latents))
+            part.dead_after = 10**9
+            part.batches_since_fired[dead] = part.dead_after
+            with torch.no_grad():
+                part.W_enc[dead] *= 1e-3  # too weak to be among the k largest
+    return sae.to(device)
+
+
+def training_step(
+    sae: BaseSAE, cfg: DictConfig, x: Tensor, forward: Callable[[Any, Tensor], SAEOutput] = nn.Module.__call__
+) -> Step:
+    """A whole training step, as the module does it."""
+    optimizer = build_optimizer(cfg)([{"params": list(sae.parameters())}])
+    return partial(plain_step, sae, optimizer, x, forward, precision(cfg, x))
+
+
+def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
+    """The optimizer of conf, at a rate that leaves the weights, and with them the work, as they are."""
+    return partial(instantiate(cfg.optimizer), lr=1e-7)
+
+
+def dense_forward(sae: LinearSAE, x: Tensor) -> SAEOutput:
+    """The forward pass with h and the code as whole matrices, in plain torch."""
+    sae.learn_units(x)
+    read, target = sae.normalised(x)
+    inputs, origin, W = sae.encoder(read)
+    h = F.linear((inputs - origin).flatten(1), W.flatten(1), sae.b_enc)
+    code = dense_code(sae, h)
+    sae.observe(code)
+    return sae.output(read, target, code, h)
+
+
+def dense_code(sae: LinearSAE, h: Float[Tensor, "b f"]) -> Code:
+    """relu(h) with all but the k largest entries zero, of each row or, for a batch-wise rule, on average."""
+    k = sae.config.get("k")
+    if k is None:
+        return sae.activate(h)
+    rows = h.relu().view(1, -1) if sae.batch_rule else h.relu()
+    values, kept = rows.topk(int(k * len(h) / len(rows)), dim=-1)
+    return torch.zeros_like(rows).scatter(-1, kept, values).view_as(h)
+
+
+def floor_step(cfg: DictConfig, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    """One product x Wᵀ in the precision asked for, and one fused Adam step over as many parameters as an SAE has."""
+    dtype = torch.bfloat16 if cfg.precision == "bf16-mixed" else torch.float32
+    rows, W = x.flatten(1).to(dtype), torch.randn(cfg.n_latents, x[0].numel(), device=x.device).to(dtype)
+    parameters = nn.Parameter(torch.randn(2 * W.numel(), device=x.device))
+    parameters.grad = torch.randn_like(parameters)
+    adam = torch.optim.Adam([parameters], lr=1e-4, fused=True)
+
+    def step() -> None:
+        product(rows, W)
+        adam.step()
+
+    return step
+
+
+def precision(cfg: DictConfig, x: Tensor) -> AbstractContextManager:
+    mixed = checked_precision("precision", cfg.precision) == "bf16-mixed"
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=mixed)
+
+
+class Stream:
+    """Batches for Lightning; between two of them, every other step is timed.
+
+    Lightning asks for one batch a step, so the time from handing a batch over to being asked again is that of a step
+    with all that the loop does around it.
+    """
+
+    def __init__(self, x: Tensor, others: dict[str, Step], repeats: int):
+        self.x, self.others, self.repeats = x, others, repeats
+        self.seconds: dict[str, list[float]] = {name: [] for name in (*others, "lightning_step")}
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(WARM + self.repeats + 1):  # Lightning takes the first two batches at once
+            for name, step in self.others.items():
+                start = now(self.x.device)
+                step()
+                self.seconds[name].append(now(self.x.device) - start)
+            start = now(self.x.device)
+            yield self.x
+            self.seconds["lightning_step"].append(now(self.x.device) - start)
+
+
+def interleaved(steps: dict[str, Step], sae: BaseSAE, cfg: DictConfig, x: Tensor) -> dict[str, float]:
+    """Median milliseconds of each step, and of a training step of `sae` in the Lightning loop."""
+    stream = Stream(x, steps, cfg.repeats)
+    module = SAEModule(sae, build_optimizer(cfg), partial(instantiate(cfg.schedule), n_steps=10**6))
+    n_steps = WARM + cfg.repeats + 1
+    accelerator = "cuda" if x.is_cuda else "cpu"
+    options = {"accelerator": accelerator, "precision": cfg.precision, "checkpoint_every": 10**9}
+    trainer = instantiate(cfg.trainer)(run_dir=Path(cfg.run_dir), n_steps=n_steps, callbacks=[], **options)
+    trainer.fit(module, stream)
+    return {name: 1e3 * statistics.median(seconds[WARM:]) for name, seconds in stream.seconds.items()}
+
+
+def peak_memory_mb(device: str) -> float:
+    """The most memory that was held so far: on the GPU by tensors, on a CPU by the process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def table(figures: dict[str, Any]) -> Table:
+    """The figures, one line a step."""
+    cfg = figures["config"]
+    size = ", ".join(f"{key} {cfg[key]}" for key in ("d_in", "n_latents", "k", "batch_size", "precision"))
+    title = f"{cfg['sae']['_target_'].rpartition('.')[2]}, {size}, {figures['device']}"
+    memory = f"peak memory of our step: {figures['peak_memory_mb']:,.0f} MB"
+    result = Table(title=title, caption=memory, title_justify="left", caption_justify="left")
+    for column in ("", "ms", "x floor", "tokens/s"):
+        result.add_column(column, justify="right" if column else "left")
+    for name, meaning in NAMES.items():
+        ms = figures[f"{name}_ms"]
+        if ms is not None:
+            ratio = ms / figures["floor_ms"]
+            result.add_row(meaning, f"{ms:,.1f}", f"{ratio:.2f}", f"{1e3 * cfg['batch_size'] / ms:,.0f}")
+    return result
