@@ -10,7 +10,8 @@ from conftest import SAE_NAMES, build
 from fakes import SETTINGS, Echo, Numbers
 
 from sae_lab.activations.data import ActivationData
-from sae_lab.features import Activations, apart, choose, describe, directions, excerpt, gather, write_page
+from sae_lab.evaluation.latents import Activations, apart, choose, describe, directions, excerpt, gather
+from sae_lab.plots.feature_page import write_page
 from sae_lab.runtime.errors import UserError
 
 

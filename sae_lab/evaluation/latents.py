@@ -1,0 +1,170 @@
+"""What latents respond to and what they promote: one walk over text, and all that is derived from it."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lab.activations.data import ActivationData
+from sae_lab.lm.base import LanguageModel
+from sae_lab.ops.sparse import Code, SparseCode
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.screen import track
+from sae_lab.saes.base import BaseSAE
+
+N_BINS = 30
+
+
+class Activations(NamedTuple):
+    """Where the chosen latents are active in the text, and how strongly: one entry for each active (token, latent)."""
+
+    tokens: Int[Tensor, "n t"]
+    """The text, in rows."""
+    n_positions: int
+    """How many positions of it an SAE looks at."""
+    latents: Int[Tensor, " m"]
+    """Of each entry: which of the chosen latents, counted from 0."""
+    positions: Int[Tensor, " m"]
+    """Of each entry: its token's place in the flattened text."""
+    values: Float[Tensor, " m"]
+
+
+@torch.no_grad()
+def gather(sae: BaseSAE, data: ActivationData, latents: Int[Tensor, " c"], n_tokens: int) -> Activations:
+    """Every activation of `latents` over the first n_tokens of the training text, under the deployed rule."""
+    rows = data.text_rows(max(1, n_tokens // data.seq_len))
+    place = torch.full((sae.n_latents,), -1)
+    place[latents] = torch.arange(len(latents))
+    parts, n_positions = [], 0
+    for start, tokens in numbered(track(rows.split(data.lm_batch_rows), "reading")):
+        keep = data.keep(tokens).flatten()
+        x = data.lm.activations(tokens).flatten(0, 1)
+        x = x[keep.to(x.device)]
+        row, latent, value = entries(sae.autoencode(x)[1])
+        chosen = place[latent] >= 0
+        positions = start + keep.nonzero().squeeze(-1)[row[chosen]]
+        parts.append((place[latent[chosen]], positions, value[chosen].float()))
+        n_positions += int(keep.sum())
+    return Activations(rows, n_positions, *(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def numbered(batches) -> Iterator[tuple[int, Tensor]]:
+    """Batches of text rows, each with the number of tokens before it."""
+    start = 0
+    for tokens in batches:
+        yield start, tokens
+        start += tokens.numel()
+
+
+def entries(code: Code) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, latent, value) of every active entry, on the CPU."""
+    if isinstance(code, SparseCode):
+        return code.pattern.rows.cpu(), code.latents.cpu(), code.values.cpu()
+    rows, latents = code.nonzero(as_tuple=True)
+    return rows.cpu(), latents.cpu(), code[rows, latents].cpu()
+
+
+def describe(
+    activations: Activations, n: int, *, n_top: int, n_random: int, context: int, seed: int = 0
+) -> list[dict[str, Any]]:
+    """For each of the n chosen latents: density, largest activation, histogram and contexts."""
+    order = torch.argsort(activations.latents, stable=True)
+    counts = torch.bincount(activations.latents, minlength=n).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    described = []
+    for mine in order.split(counts):
+        values, positions = activations.values[mine], activations.positions[mine]
+        row: dict[str, Any] = {
+            "density": len(mine) / max(1, activations.n_positions),
+            "max": float(values.max()) if len(mine) else 0.0,
+        }
+        ranked = apart(positions[values.argsort(descending=True, stable=True)], context)
+        rest = ranked[n_top:]
+        chance = rest[torch.randperm(len(rest), generator=generator)[:n_random]]
+        strengths = dict(zip(positions.tolist(), values.tolist(), strict=True))
+        row["histogram"] = histogram(values)
+        for name, centres in (("top", ranked[:n_top]), ("random", chance)):
+            row[name] = [excerpt(activations.tokens, c, context, strengths) for c in centres.tolist()]
+        described.append(row)
+    return described
+
+
+def apart(positions: Int[Tensor, " m"], context: int) -> Int[Tensor, " _"]:
+    """The first, in the order given, of each stretch of 2·context + 1 tokens that the text is cut into."""
+    cells = (positions // (2 * context + 1)).numpy()
+    return positions[np.sort(np.unique(cells, return_index=True)[1])]
+
+
+def excerpt(tokens: Int[Tensor, "n t"], centre: int, context: int, strengths: dict[int, float]) -> dict[str, Any]:
+    """The tokens around one position, within its row, and the latent's activation on each of them."""
+    length = tokens.shape[1]
+    start, column = centre - centre % length, centre % length
+    window = range(start + max(0, column - context), start + min(length, column + context + 1))
+    return {
+        "tokens": tokens.flatten()[window.start : window.stop].tolist(),
+        "activations": [round(strengths.get(i, 0.0), 4) for i in window],
+        "centre": centre - window.start,
+    }
+
+
+def histogram(values: Float[Tensor, " m"]) -> dict[str, Any]:
+    """How often the latent is active how strongly, in bins of equal width from 0 to its largest activation."""
+    top = float(values.max()) if len(values) else 1.0
+    return {"counts": np.histogram(values.numpy(), bins=N_BINS, range=(0, top))[0].tolist(), "top": top}
+
+
+@torch.no_grad()
+def directions(
+    sae: BaseSAE, lm: LanguageModel, latents: Int[Tensor, " c"], n_logits: int, n_neighbours: int
+) -> list[dict[str, Any]]:
+    """What each latent's decoder row does: the tokens it promotes and suppresses, the latents that point its way.
+
+    Logits are those of the row through the unembedding alone, about their mean over the vocabulary; they are left
+    out where the site does not have the unembedding's width.
+    """
+    rows = F.normalize(sae.directions().float().flatten(1), dim=-1)
+    unembedding = lm.unembedding()
+    found = []
+    for chunk in latents.to(rows.device).split(256):
+        row: list[dict[str, Any]] = [{} for _ in chunk]
+        similarity = rows[chunk] @ rows.T
+        similarity[torch.arange(len(chunk)), chunk] = -torch.inf
+        near = similarity.topk(min(n_neighbours, len(rows) - 1))
+        for i, (cosines, others) in enumerate(zip(near.values.tolist(), near.indices.tolist(), strict=True)):
+            row[i]["neighbours"] = [{"latent": o, "cosine": round(c, 3)} for o, c in zip(others, cosines, strict=True)]
+        if unembedding is not None and unembedding.shape[1] == rows.shape[1]:
+            logits = rows[chunk] @ unembedding.to(rows).T
+            logits -= logits.mean(dim=-1, keepdim=True)
+            for name, sign in (("promoted", 1), ("suppressed", -1)):
+                top = (sign * logits).topk(min(n_logits, logits.shape[1]))
+                for i, (values, ids) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True)):
+                    row[i][name] = [{"token": t, "logit": round(sign * v, 3)} for t, v in zip(ids, values, strict=True)]
+        found += row
+    return found
+
+
+def choose(sae: BaseSAE, latents: Any, n_latents: int) -> Int[Tensor, " c"]:
+    """The latents that the page is about, ascending: those that the list `latents` names, or n_latents of all.
+
+    Raises:
+        UserError: no list, or one with something that is no latent's number.
+    """
+    if latents is None:
+        drawn = torch.randperm(sae.n_latents, generator=torch.Generator().manual_seed(0))[:n_latents]
+        return drawn.sort().values
+    named = isinstance(latents, Sequence) and all(isinstance(i, int) and 0 <= i < sae.n_latents for i in latents)
+    if not named or not latents:
+        last = sae.n_latents - 1
+        raise UserError(f"latents={latents} must be a list of numbers between 0 and {last}, such as [0,{last}].")
+    return torch.tensor(sorted(set(latents)))
+
+
+def spell(tokenizer: Any, found: list[dict[str, Any]]) -> dict[int, str]:
+    """The text of every token id that the descriptions name."""
+    ids = {t for row in found for name in ("top", "random") for e in row[name] for t in e["tokens"]}
+    ids |= {p["token"] for row in found for name in ("promoted", "suppressed") for p in row.get(name, [])}
+    return {i: tokenizer.decode([i]) for i in sorted(ids)}
