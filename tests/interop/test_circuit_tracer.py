@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from test_export import PROVENANCE, transcoder
 
 from sae_lab import load_sae
-from sae_lab.export import export
 from sae_lab.interop import circuit_tracer
+from sae_lab.runs.export import export
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.cross_layer import CrossLayerTopKSAE
 from sae_lab.saes.files import save_sae

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from test_load import CASES, FIXTURES, output, source
 
 from sae_lab import load_sae
-from sae_lab.export import export, push
 from sae_lab.interop import dictionary_learning, sae_lens, sparsify
+from sae_lab.runs.export import export, push
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import MatryoshkaTopKSAE
 from sae_lab.saes.cross_layer import CrossLayerTopKSAE

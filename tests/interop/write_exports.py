@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import SAE_NAMES, build, compose
 
-from sae_lab.export import WRITERS
+from sae_lab.runs.export import WRITERS
 from sae_lab.runs.provenance import provenance
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE

@@ -1,0 +1,64 @@
+"""A run's SAE, in the files of this or another library, with figures and a card; and the way to the hub."""
+
+import json
+from pathlib import Path
+
+from sae_lab.interop import FORMATS, load_sae
+from sae_lab.runs.card import card
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.files import write_atomically
+from sae_lab.runtime.hub import hub_errors
+from sae_lab.saes.files import CONFIG, PROBE, WEIGHTS, sae_folder
+
+OURS = "sae_lab"
+
+
+WRITERS = {name: format.write for name, format in FORMATS.items() if hasattr(format, "write")}
+
+
+def export(run_dir: Path, format: str, out: Path) -> list[Path]:
+    """Write the run's SAE, its figures and a card into `out`; returns the files.
+
+    Raises:
+        UserError: an unknown format, no SAE in the run, or one that the format has no form for.
+    """
+    if format not in (*WRITERS, OURS):
+        raise UserError(f"format={format} is not known: choose one of {', '.join((*WRITERS, OURS))}.")
+    source = sae_folder(run_dir)
+    sae = load_sae(source)
+    description = json.loads((source / CONFIG).read_text())
+    sae_id = None
+    if format == OURS:
+        copy([source / name for name in (CONFIG, WEIGHTS, PROBE)], out)
+    else:
+        sae_id = WRITERS[format](sae, out, description["provenance"])
+    copy(sorted((run_dir / "figures").glob("*.png")), out / "figures")
+    write_atomically(out / "README.md", card(sae, description["provenance"], run_dir, format, sae_id).encode())
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def copy(files: list[Path], folder: Path) -> None:
+    for file in files:
+        if file.is_file():
+            write_atomically(folder / file.name, file.read_bytes())
+
+
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Upload a folder to the hub, making the repository if need be; returns its address.
+
+    Args:
+        private: whether a repository that is made is its owner's alone; one that exists stays what it is.
+
+    Raises:
+        UserError: the hub cannot be reached or refuses; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    refused = (
+        f"{folder} is written, but was not pushed to {repository} ({{reason}}): log in with `hf auth login` and type "
+        f"`hf upload {repository} {folder}{' --private' if private else ''}`."
+    )
+    with hub_errors(refused):
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder))
