@@ -6,7 +6,7 @@ code = sae.encode(activations)          # (b, d) or (b, s, d) -> (b, f)
 x_hat = sae.reconstruct(activations)    # in the units of the activations
 """
 
-from sae_lab.interop import load_sae
+from sae_lab.interop.load import load_sae
 from sae_lab.saes import (
     BaseSAE,
     BatchTopKSAE,

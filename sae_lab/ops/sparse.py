@@ -234,7 +234,7 @@ def weighted_sums(
 ) -> Float[Tensor, "n d"]:
     """out_i = sum_{j from offsets_i to offsets_{i+1}} weights_j rows[indices_j]: a sparse matrix times a dense one."""
     if rows.is_cuda and HAS_TRITON:
-        from sae_lab import sparse_triton  # Triton takes a second to import
+        from sae_lab.ops import sparse_triton  # Triton takes a second to import
 
         return sparse_triton.weighted_sums(offsets, indices, weights, rows)
     return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)

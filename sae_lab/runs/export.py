@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from sae_lab.interop import FORMATS, load_sae
+from sae_lab.interop.load import FORMATS, load_sae
 from sae_lab.runs.card import card
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_atomically

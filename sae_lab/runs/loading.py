@@ -11,7 +11,7 @@ from sae_lab.runs.checkpoint import checkpoint_content
 from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
-from sae_lab.saes.files import load_sae
+from sae_lab.saes.files import load_sae_folder
 
 
 def load_run(
@@ -39,4 +39,4 @@ def load_run(
     if checkpoint.is_file():
         began_with = checkpoint_content(checkpoint).get(type(data).__name__, {}).get("origin", {})
         refuse_changed(began_with, data.origin, "put back what it was trained with.")
-    return load_sae(sae_dir or run_dir, data.lm.device), data, run
+    return load_sae_folder(sae_dir or run_dir, data.lm.device), data, run

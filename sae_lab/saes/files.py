@@ -41,7 +41,7 @@ def save_sae(
     return folder
 
 
-def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> BaseSAE:
+def load_sae_folder(folder: str | Path, device: str | torch.device = "cpu") -> BaseSAE:
     """The SAE that a run saved, in eval mode: `load_sae("run/sae")`, or the run folder itself.
 
     Raises:

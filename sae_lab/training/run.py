@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lab.activations.data import ActivationData
 from sae_lab.evaluation.calibration import calibrate
 from sae_lab.evaluation.evaluator import evaluate_all
-from sae_lab.interop import load_sae
+from sae_lab.interop.load import load_sae
 from sae_lab.parallel.collectives import rank
 from sae_lab.parallel.launch import ranks
 from sae_lab.runs.folder import Run, examine

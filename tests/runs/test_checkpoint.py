@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from sae_lab.runs.checkpoint import check_readable
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_atomically
-from sae_lab.saes.files import load_sae, save_sae
+from sae_lab.saes.files import load_sae_folder, save_sae
 from sae_lab.training.trainer import AtomicCheckpointIO
 
 
@@ -32,7 +32,7 @@ def retensor(folder, change) -> None:
 
 
 def test_a_run_folder_loads_its_sae(folder):
-    assert torch.equal(load_sae(folder).W_enc, load_sae(folder.parent).W_enc)
+    assert torch.equal(load_sae_folder(folder).W_enc, load_sae_folder(folder.parent).W_enc)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_run_folder_loads_its_sae(folder):
 def test_a_damaged_folder_is_refused(folder, break_it, sentence):
     break_it(folder)
     with pytest.raises(UserError, match=sentence):
-        load_sae(folder)
+        load_sae_folder(folder)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -101,4 +101,4 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage, reason):
 def test_an_unfinished_run_is_told_from_no_run(tmp_path):
     (tmp_path / ".hydra").mkdir()
     with pytest.raises(UserError, match="has not saved its SAE yet: run the same command again"):
-        load_sae(tmp_path)
+        load_sae_folder(tmp_path)

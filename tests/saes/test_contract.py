@@ -8,7 +8,7 @@ from conftest import build, dictionary, planted
 from sae_lab.ops.sparse import fired, l0_per_row
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
-from sae_lab.saes.files import load_sae, save_sae
+from sae_lab.saes.files import load_sae_folder, save_sae
 
 
 @pytest.fixture(params=[1, 3], ids=["1source", "3sources"])
@@ -110,7 +110,7 @@ def test_training_forward_changes_only_buffers(sae, x):
 
 def test_folder_round_trip_is_exact(sae, x, tmp_path):
     sae(x)
-    loaded = load_sae(save_sae(sae, tmp_path / "sae"))
+    loaded = load_sae_folder(save_sae(sae, tmp_path / "sae"))
     assert type(loaded) is type(sae)
     assert loaded.config == sae.config
     assert not loaded.training
@@ -159,7 +159,7 @@ def test_a_latent_dies_exactly_after_dead_after_batches(sae, x):
 def test_the_dead_stay_dead_through_files_and_devices(sae, tmp_path):
     """P-12: what an SAE remembers is a buffer; a tensor that is none would not move, nor be saved."""
     dictionary(sae).batches_since_fired[:8] = 100
-    assert load_sae(save_sae(sae, tmp_path)).dead().nonzero().flatten().tolist() == list(range(8))
+    assert load_sae_folder(save_sae(sae, tmp_path)).dead().nonzero().flatten().tolist() == list(range(8))
     assert [v for module in sae.modules() for v in vars(module).values() if isinstance(v, torch.Tensor)] == []
     assert sae.to("meta").dead().is_meta
 

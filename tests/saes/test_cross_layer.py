@@ -8,7 +8,7 @@ from conftest import build, planted
 from sae_lab.ops.sparse import l0_per_row
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.cross_layer import CrossLayer, CrossLayerTopKSAE
-from sae_lab.saes.files import load_sae, save_sae
+from sae_lab.saes.files import load_sae_folder, save_sae
 from sae_lab.training.module import plain_step
 
 SETTINGS = ("sae.encoder_bias=true", "sae.normalize=none")
@@ -143,7 +143,7 @@ def test_a_feature_that_two_layers_write_is_one_latent():
 def test_eval_codes_and_folders(name, tmp_path):
     sae, x = cross_layer(name), rows()
     sae(x)
-    loaded = load_sae(save_sae(sae.eval(), tmp_path / "sae"))
+    loaded = load_sae_folder(save_sae(sae.eval(), tmp_path / "sae"))
     assert type(loaded) is type(sae)
     assert torch.equal(loaded.encode(x)[:5] != 0, sae.encode(x[:5, :3]) != 0)
     assert l0_per_row(loaded.encode(x)).sum() > 0

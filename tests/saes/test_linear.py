@@ -6,7 +6,7 @@ from conftest import build, planted
 
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import TopKSAE
-from sae_lab.saes.files import load_sae, save_sae
+from sae_lab.saes.files import load_sae_folder, save_sae
 
 X = planted(64)[0] + 0.1
 
@@ -27,7 +27,7 @@ class TestTied:
     def test_there_is_one_matrix_with_unit_rows_and_it_stays_one(self, name, tmp_path):
         sae = build(name, "sae.tied=true")
         train(sae)
-        loaded = load_sae(save_sae(sae, tmp_path))
+        loaded = load_sae_folder(save_sae(sae, tmp_path))
         for each in (sae, sae.to("cpu", torch.float64).float(), loaded):
             assert each.W_enc is each.W_dec
             assert sum(p.numel() for p in each.parameters() if p.ndim == 3) == 64 * 16

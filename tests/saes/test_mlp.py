@@ -8,7 +8,7 @@ from sae_lab.evaluation.metrics import batch_fvu
 from sae_lab.ops.sparse import l0_per_row
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BaseSAE, BatchTopKSAE, TopKSAE
-from sae_lab.saes.files import load_sae, save_sae
+from sae_lab.saes.files import load_sae_folder, save_sae
 
 X = planted(64)[0] + 0.1
 
@@ -84,7 +84,7 @@ def test_the_auxiliary_loss_reaches_the_dead_latents_rows_and_no_hidden_layer():
 def test_it_is_saved_loaded_and_taken_to_another_rule(tmp_path):
     sae = with_mlp(build("batch_topk"))
     train(sae, 3)
-    loaded = load_sae(save_sae(sae, tmp_path))
+    loaded = load_sae_folder(save_sae(sae, tmp_path))
     assert loaded.config["hidden"] == [24, 12]
     assert torch.equal(loaded.encode(X), sae.eval().encode(X))
     row_wise = sae.as_(TopKSAE)

@@ -11,7 +11,7 @@ from test_contract import same, snapshot, step
 
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, PursuitSAE, RouteSAE, TopKSAE
-from sae_lab.saes.files import load_sae, save_sae
+from sae_lab.saes.files import load_sae_folder, save_sae
 from sae_lab.saes.parts.normalize import MeanNorm
 
 mean_normed = partial(build, "topk", "sae.normalize=mean_norm")
@@ -90,7 +90,7 @@ def test_the_scale_travels_with_the_weights(tmp_path):
     started = mean_normed()
     started.start_from(sae)
     started(100 * x)
-    heirs = [load_sae(save_sae(sae, tmp_path)), copy.deepcopy(sae), started, sae.as_(BatchTopKSAE)]
+    heirs = [load_sae_folder(save_sae(sae, tmp_path)), copy.deepcopy(sae), started, sae.as_(BatchTopKSAE)]
     heirs.append(PursuitSAE.of(sae, "gradient_pursuit"))
     assert all(torch.equal(heir.normalizer.scale, scale) for heir in heirs)
     assert torch.equal(heirs[0].reconstruct(x), x_hat)

@@ -7,7 +7,7 @@ from conftest import SAE_NAMES, build, planted
 from sae_lab.ops.sparse import l0_per_row
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, TopKSAE
-from sae_lab.saes.files import load_sae, save_sae
+from sae_lab.saes.files import load_sae_folder, save_sae
 
 WITH_K_WARMUP = [name for name in SAE_NAMES if hasattr(build(name), "k_warmup")]
 X = planted(40)[0]
@@ -42,7 +42,7 @@ def test_a_saved_sae_remembers_how_far_it_was_and_evaluation_neither_counts_nor_
     sae.reconstruct(X)
     sae.eval()(X)
     assert sae.current_k == 4
-    loaded = load_sae(save_sae(sae, tmp_path)).train()
+    loaded = load_sae_folder(save_sae(sae, tmp_path)).train()
     assert loaded.current_k == 10
 
 

@@ -8,7 +8,7 @@ from conftest import SAE_NAMES, build, planted
 from sae_lab.ops.sparse import l0_per_row
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import PursuitSAE, TopKSAE, VanillaSAE
-from sae_lab.saes.files import load_sae, save_sae
+from sae_lab.saes.files import load_sae_folder, save_sae
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.training.module import plain_step
 
@@ -161,7 +161,7 @@ def test_resampling_points_each_side_at_its_own_sources():
 def test_a_folder_brings_back_the_transcoder(name, tmp_path):
     sae, x = transcoder(name), rows()
     sae(x)
-    loaded = load_sae(save_sae(sae, tmp_path / "sae"))
+    loaded = load_sae_folder(save_sae(sae, tmp_path / "sae"))
     assert loaded.config == sae.config
     assert torch.equal(loaded.predict(x[:, 0]), sae.eval().predict(x[:, 0]))
 

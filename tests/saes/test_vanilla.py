@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import SAE_NAMES, build, planted
 
-from sae_lab.saes.files import load_sae, save_sae
+from sae_lab.saes.files import load_sae_folder, save_sae
 
 PENALIZED = [name for name in SAE_NAMES if hasattr(build(name), "sparsity_warmup")]
 X = planted(32)[0]
@@ -35,7 +35,7 @@ def test_only_training_batches_count_and_a_saved_sae_remembers_them(name, tmp_pa
         sae.reconstruct(X)
     sae.eval()(X)
     assert sae.steps == 1
-    assert load_sae(save_sae(sae, tmp_path)).steps == 1
+    assert load_sae_folder(save_sae(sae, tmp_path)).steps == 1
 
 
 class TestFreeNorms:
