@@ -22,6 +22,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --verbose >$(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sae_lab.interop import circuit_tracer, dictionary_learning, gemma_scope, openai, sae_lens, sparsify
-from sae_lab.interop import download as hub
+from sae_lab.interop import download
 from sae_lab.interop.tensors import fold_decoder_norm as fold
 from sae_lab.interop.tensors import untied
 from sae_lab.runtime.errors import UserError, first_line
@@ -58,8 +58,8 @@ def read(source: str | Path, sae_id: str | None) -> BaseSAE:
         return read_path(path / (sae_id or ""))
     if str(source).startswith(("/", ".", "~")):
         raise UserError(f"{source} is no folder or file: give an SAE folder, such as <run folder>/sae.")
-    entry = hub.find(str(source), sae_id)
-    folder = hub.download(entry)
+    entry = download.find(str(source), sae_id)
+    folder = download.download(entry)
     if is_format(folder, sae_lens.FILES):
         return read_format(sae_lens, folder, entry.overrides, entry.scale)
     return read_path(folder)
