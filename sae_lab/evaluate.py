@@ -5,7 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sae_lab.activations.data import ActivationData
-from sae_lab.cli.entry import entry_point, folder_of
+from sae_lab.cli.entry import entry_point, folder_from
 from sae_lab.evaluation.evaluator import evaluate, evaluate_all
 from sae_lab.evaluation.rules import evaluate_under
 from sae_lab.ops.pursuit import METHODS
@@ -41,8 +41,8 @@ def main(cfg: DictConfig) -> None:
     With another `activation` or `encoder` than the SAE's own, the run's files stay as they are: metrics_<which>.json is
     added. With `sae_dir` they do in any case: what is written lies in that SAE's folder.
     """
-    run_dir = folder_of(cfg, "run_dir")
-    folder = run_dir if cfg.sae_dir is None else sae_folder(folder_of(cfg, "sae_dir"))
+    run_dir = folder_from(cfg, "run_dir")
+    folder = run_dir if cfg.sae_dir is None else sae_folder(folder_from(cfg, "sae_dir"))
     if cfg.activation is not None and cfg.encoder != "own":
         raise UserError(f"activation={cfg.activation} and encoder={cfg.encoder} replace the same thing: give one.")
     keep_freed_memory()

@@ -4,19 +4,19 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from sae_lab.cli.entry import entry_point, folder_of
-from sae_lab.runs.export import export, push
+from sae_lab.cli.entry import entry_point, folder_from
+from sae_lab.runs.export import export_run, push_to_hub
 from sae_lab.runtime.checks import checked_flag
 from sae_lab.runtime.screen import print_files
 
 
 @entry_point("export")
 def main(cfg: DictConfig) -> None:
-    run_dir, private = folder_of(cfg, "run_dir"), checked_flag("private", cfg.private)
+    run_dir, private = folder_from(cfg, "run_dir"), checked_flag("private", cfg.private)
     out = Path(cfg.out or run_dir / "export" / str(cfg.format))
-    print_files(export(run_dir, cfg.format, out))
+    print_files(export_run(run_dir, cfg.format, out))
     if cfg.push_to_hub:
-        print(push(out, cfg.push_to_hub, private))
+        print(push_to_hub(out, cfg.push_to_hub, private))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,14 @@
 
 from omegaconf import DictConfig
 
-from sae_lab.cli.entry import entry_point, folder_of, whole_numbers
-from sae_lab.evaluation.latents import choose, describe, directions, gather, spell
+from sae_lab.cli.entry import check_whole_numbers, entry_point, folder_from
+from sae_lab.evaluation.latents import (
+    choose_latents,
+    describe_activations,
+    describe_directions,
+    gather_activations,
+    spell_tokens,
+)
 from sae_lab.plots.feature_page import write_page
 from sae_lab.runs.loading import load_run
 from sae_lab.runtime.memory import keep_freed_memory
@@ -15,14 +21,14 @@ LEAST = {"n_latents": 1, "n_tokens": 1, "n_top": 0, "n_random": 0, "context": 0,
 
 @entry_point("features")
 def main(cfg: DictConfig) -> None:
-    run_dir = folder_of(cfg, "run_dir")
-    whole_numbers(cfg, LEAST)
+    run_dir = folder_from(cfg, "run_dir")
+    check_whole_numbers(cfg, LEAST)
     keep_freed_memory()
     sae, data, _ = load_run(run_dir, cfg.device)
-    latents = choose(sae, cfg.latents, cfg.n_latents)
-    activations = gather(sae, data, latents, cfg.n_tokens)
-    found = describe(activations, len(latents), n_top=cfg.n_top, n_random=cfg.n_random, context=cfg.context)
-    meanings = directions(sae, data.lm, latents, cfg.n_logits, cfg.n_neighbours)
+    latents = choose_latents(sae, cfg.latents, cfg.n_latents)
+    activations = gather_activations(sae, data, latents, cfg.n_tokens)
+    found = describe_activations(activations, len(latents), n_top=cfg.n_top, n_random=cfg.n_random, context=cfg.context)
+    meanings = describe_directions(sae, data.lm, latents, cfg.n_logits, cfg.n_neighbours)
     found = [{"latent": i} | a | b for i, a, b in zip(latents.tolist(), found, meanings, strict=True)]
     description = {
         "run": run_dir.name,
@@ -31,7 +37,7 @@ def main(cfg: DictConfig) -> None:
         "lm": data.lm.name,
         "sites": list(data.lm.sites),
         "n_tokens": activations.n_positions,
-        "tokens": spell(data.lm.tokenizer, found),
+        "tokens": spell_tokens(data.lm.tokenizer, found),
         "latents": found,
     }
     print_files(write_page(description, run_dir / "features"))

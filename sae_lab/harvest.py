@@ -4,8 +4,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from sae_lab.activations.data import ActivationData
-from sae_lab.cache.writer import Harvester
-from sae_lab.cli.entry import entry_point, whole_numbers
+from sae_lab.cache.writer import CacheWriter
+from sae_lab.cli.entry import check_whole_numbers, entry_point
 from sae_lab.runtime.memory import keep_freed_memory
 
 
@@ -13,9 +13,9 @@ from sae_lab.runtime.memory import keep_freed_memory
 def main(cfg: DictConfig) -> None:
     """Build the cache, or what is missing of it; `verify=true` only checks it, `rebuild=true` also mends it."""
     keep_freed_memory()
-    whole_numbers(cfg, {"n_tokens": 1, "shard_tokens": 1})
+    check_whole_numbers(cfg, {"n_tokens": 1, "shard_tokens": 1})
     data: ActivationData = instantiate(cfg.data, lm=instantiate(cfg.lm))
-    harvester = Harvester(data, cfg.cache_dir, cfg.n_tokens, cfg.shard_tokens, cfg.dtype)
+    harvester = CacheWriter(data, cfg.cache_dir, cfg.n_tokens, cfg.shard_tokens, cfg.dtype)
     if cfg.verify:
         harvester.verify()
     else:

@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import LambdaLR
 
-from sae_lab.cli.entry import entry_point, whole_numbers
+from sae_lab.cli.entry import check_whole_numbers, entry_point
 from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_json
@@ -23,8 +23,8 @@ from sae_lab.training.run import has_frozen_dictionary
 @entry_point("planted")
 def main(cfg: DictConfig) -> float:
     keep_freed_memory()
-    whole_numbers(cfg, {"planted.d_in": 2, "planted.n_trees": 1, "planted.n_children": 0, "planted.n_sites": 1})
-    whole_numbers(cfg, {"n_latents": 1, "n_steps": 1, "batch_size": 1, "seed": 0})
+    check_whole_numbers(cfg, {"planted.d_in": 2, "planted.n_trees": 1, "planted.n_children": 0, "planted.n_sites": 1})
+    check_whole_numbers(cfg, {"n_latents": 1, "n_steps": 1, "batch_size": 1, "seed": 0})
     checked_number("planted.noise", cfg.planted.noise, 0)
     checked_number("planted.active", cfg.planted.active, above=0)
     check_optimizer(cfg)

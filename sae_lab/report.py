@@ -4,34 +4,34 @@ import logging
 
 from omegaconf import DictConfig
 
-from sae_lab.cli.entry import entry_point, folder_of
-from sae_lab.sweeps.figures import draw
-from sae_lab.sweeps.headline import headline, markdown, show
+from sae_lab.cli.entry import entry_point, folder_from
+from sae_lab.sweeps.figures import draw_sweep
+from sae_lab.sweeps.headline import headline, markdown, show_headline
 from sae_lab.sweeps.standing import all_jobs, standings
-from sae_lab.sweeps.standing import show as show_standings
-from sae_lab.sweeps.table import begun, collect, complete
+from sae_lab.sweeps.standing import show_standings as show_standings
+from sae_lab.sweeps.table import collect_table, complete_jobs, started_jobs
 
 log = logging.getLogger(__name__)
 
 
 @entry_point("report")
 def main(cfg: DictConfig) -> None:
-    folder = folder_of(cfg, "sweep_dir")
+    folder = folder_from(cfg, "sweep_dir")
     jobs = standings(folder, all_jobs(folder))
     if {job.status for job in jobs} != {"complete"}:
         show_standings(jobs)
-    if not begun(folder):
+    if not started_jobs(folder):
         return
-    table = collect(folder)
-    done = complete(table)
+    table = collect_table(folder)
+    done = complete_jobs(table)
     if copies := (table["status"] == "complete").sum() - len(done):
         log.warning("%d jobs repeat others in every setting and the seed: counted once (report.csv has them).", copies)
-    figures = draw(done, folder)
+    figures = draw_sweep(done, folder)
     cells = headline(table, done)
     written = [folder / "report.csv", folder / "report.md", *figures]
     table.to_csv(written[0], index=False)
     written[1].write_text(markdown(cells, table, jobs, folder, figures), encoding="utf-8")
-    show(cells, written)
+    show_headline(cells, written)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from omegaconf import DictConfig
 
-from sae_lab.cli.entry import entry_point, whole_numbers
-from sae_lab.studies.stage_rates import throughput
+from sae_lab.cli.entry import check_whole_numbers, entry_point
+from sae_lab.studies.stage_rates import measure_throughput
 
 
 @entry_point("throughput")
 def main(cfg: DictConfig) -> None:
-    whole_numbers(cfg, {"slice_tokens": 1, "slices": 1})
-    throughput(cfg)
+    check_whole_numbers(cfg, {"slice_tokens": 1, "slices": 1})
+    measure_throughput(cfg)
 
 
 if __name__ == "__main__":

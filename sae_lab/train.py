@@ -8,16 +8,16 @@ from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point
 from sae_lab.sweeps.failures import failure_recorded
-from sae_lab.sweeps.search import score
+from sae_lab.sweeps.search import search_score
 from sae_lab.training.run import train_run
 
 
 @entry_point("train")
 def main(cfg: DictConfig) -> float | None:
     if HydraConfig.get().mode == RunMode.RUN:
-        return score(train_run(cfg), cfg.goal_l0)
+        return search_score(train_run(cfg), cfg.goal_l0)
     with failure_recorded(Path(cfg.run_dir)):  # one job's failure must not end a sweep
-        return score(train_run(cfg), cfg.goal_l0)
+        return search_score(train_run(cfg), cfg.goal_l0)
     return None  # not nan, over which Optuna's sweeper breaks
 
 

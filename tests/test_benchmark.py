@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import compose
 
-from sae_lab import benchmark
 from sae_lab.ops.sparse import SparseCode
 from sae_lab.runtime.errors import UserError
+from sae_lab.studies import step_cost
+from sae_lab.studies.pursuit_cost import benchmark_pursuit
 
 TINY = ["d_in=16", "n_latents=64", "k=4", "batch_size=32", "repeats=2", "device=cpu"]
 
@@ -40,18 +41,18 @@ def test_an_sae_without_a_dense_formula_is_timed_without_it(tmp_path):
 
 
 def test_a_search_is_measured_in_encoder_products_a_step(tmp_path):
-    figures = benchmark.search(configured("pursuit=gradient_pursuit", f"run_dir={tmp_path}"))
+    figures = benchmark_pursuit(configured("pursuit=gradient_pursuit", f"run_dir={tmp_path}"))
     ms, ratios = figures["ms"], figures["products_per_step"]
     assert ratios == {name: ms[name] / ms["product"] / 4 for name in ("pursuit", "pursuit without")}
     assert ms["gram matrix"] > 0
     assert json.loads((tmp_path / "benchmark.json").read_text())["ms"] == ms
     with pytest.raises(UserError, match="pursuit=newton is not known: choose one of matching_pursuit"):
-        benchmark.search(configured("pursuit=newton", f"run_dir={tmp_path}"))
+        benchmark_pursuit(configured("pursuit=newton", f"run_dir={tmp_path}"))
 
 
 def test_an_unknown_precision_is_called_as_it_was_typed():
     with pytest.raises(UserError, match=r"^precision=bf16-true is not known: choose 32-true \(all in float32\) or"):
-        benchmark.precision(configured("precision=bf16-true"), torch.zeros(1))
+        step_cost.autocast(configured("precision=bf16-true"), torch.zeros(1))
 
 
 def configured(*overrides: str):
@@ -61,8 +62,8 @@ def configured(*overrides: str):
 @pytest.mark.parametrize("name", ["topk", "batch_topk", "vanilla"])
 def test_the_dense_reference_computes_what_we_do(name):
     cfg = configured(f"sae={name}", "dead_share=0.25")
-    sae, x = benchmark.build_sae(cfg, "cpu"), benchmark.superposed_rows(32, 1, 16)
-    ours, dense = sae(x), benchmark.dense_forward(sae, x)
+    sae, x = step_cost.build_sae(cfg, "cpu"), step_cost.superposed_rows(32, 1, 16)
+    ours, dense = sae(x), step_cost.dense_forward(sae, x)
     torch.testing.assert_close(dense.x_hat, ours.x_hat)
     assert sae.dead().sum() == (16 if "k" in sae.config else 0)
     code = ours.code.to_dense() if isinstance(ours.code, SparseCode) else ours.code
@@ -71,12 +72,12 @@ def test_the_dense_reference_computes_what_we_do(name):
 
 def test_a_step_of_the_reference_is_a_step_of_ours():
     cfg = configured("sae=batch_topk", "dead_share=0.25")
-    x = benchmark.superposed_rows(32, 1, 16)
+    x = step_cost.superposed_rows(32, 1, 16)
     trained = []
-    for forward in ({}, {"forward": benchmark.dense_forward}):
-        sae = benchmark.build_sae(cfg, "cpu")
+    for forward in ({}, {"forward": step_cost.dense_forward}):
+        sae = step_cost.build_sae(cfg, "cpu")
         before = sae.W_enc.clone()
-        step = benchmark.training_step(sae, cfg, x, **forward)
+        step = step_cost.training_step(sae, cfg, x, **forward)
         for _ in range(3):
             step()
         assert not torch.equal(sae.W_enc, before)

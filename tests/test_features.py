@@ -10,7 +10,15 @@ from conftest import SAE_NAMES, build
 from fakes import SETTINGS, Echo, Numbers
 
 from sae_lab.activations.data import ActivationData
-from sae_lab.evaluation.latents import Activations, apart, choose, describe, directions, excerpt, gather
+from sae_lab.evaluation.latents import (
+    Activations,
+    choose_latents,
+    describe_activations,
+    describe_directions,
+    excerpt,
+    gather_activations,
+    one_per_stretch,
+)
 from sae_lab.plots.feature_page import write_page
 from sae_lab.runtime.errors import UserError
 
@@ -27,7 +35,7 @@ def read_text(name: str, latents: torch.Tensor) -> tuple[ActivationData, Activat
     """The data, what is gathered of 30 tokens, and, recomputed, each of the latents on each token."""
     data = ActivationData(Waves(), Numbers, **SETTINGS)
     sae = build(name, "sae.normalize=none", d_in=2, n_latents=16, n_sources=2).eval()
-    found = gather(sae, data, latents, n_tokens=30)
+    found = gather_activations(sae, data, latents, n_tokens=30)
     x, keep = data.lm.activations(found.tokens).flatten(0, 1), data.keep(found.tokens).flatten()
     code = torch.where(keep.unsqueeze(1), sae.encode(x).detach(), 0)[:, latents]
     assert (code > 0).any(dim=0).sum() > 1
@@ -46,7 +54,7 @@ def test_gather_finds_every_activation(name):
 def test_top_contexts_are_the_strongest_activations_of_the_text():
     """Recomputed from the text: the strongest of each stretch of 3 tokens, in order, and where they stand."""
     _, found, code = read_text("vanilla", torch.arange(16))
-    for row, values in zip(describe(found, 16, n_top=4, n_random=0, context=1), code.T, strict=True):
+    for row, values in zip(describe_activations(found, 16, n_top=4, n_random=0, context=1), code.T, strict=True):
         best = values.view(-1, 3).max(dim=1).values.sort(descending=True).values[:4]
         best = best[best > 0].tolist()
         assert [e["activations"][e["centre"]] for e in row["top"]] == pytest.approx(best, abs=1e-4)
@@ -64,7 +72,7 @@ def activations(entries: list[tuple[int, int, float]]) -> Activations:
 
 
 def test_describe():
-    found = describe(
+    found = describe_activations(
         activations([(0, 30, 2.0), (2, 5, 1.0), (0, 3, 4.0), (0, 31, 1.0)]), 3, n_top=1, n_random=5, context=2
     )
     assert [row["density"] for row in found] == [3 / 96, 0.0, 1 / 96]
@@ -83,7 +91,7 @@ def test_an_excerpt_stays_in_its_row():
 
 
 def test_apart_keeps_the_first_of_a_window():
-    assert apart(torch.tensor([12, 40, 14, 10, 3]), context=2).tolist() == [12, 40, 3]
+    assert one_per_stretch(torch.tensor([12, 40, 14, 10, 3]), context=2).tolist() == [12, 40, 3]
 
 
 def test_directions_name_what_a_decoder_row_writes():
@@ -94,24 +102,24 @@ def test_directions_name_what_a_decoder_row_writes():
         sae.W_dec[9, 0] = sae.W_dec[5, 0]
         sae.W_dec[2, 0] = -unembedding[7] / unembedding[7].norm()
     lm = SimpleNamespace(unembedding=lambda: unembedding)
-    first, second = directions(sae, lm, torch.tensor([5, 2]), n_logits=3, n_neighbours=2)
+    first, second = describe_directions(sae, lm, torch.tensor([5, 2]), n_logits=3, n_neighbours=2)
     logits = sae.W_dec[5, 0].detach() @ unembedding.T
     assert first["promoted"][0]["token"] == int(logits.argmax())
     assert first["promoted"][0]["logit"] == pytest.approx(float(logits.max() - logits.mean()), abs=1e-3)
     assert [p["token"] for p in second["suppressed"]] == [p["token"] for p in first["promoted"]]
     assert first["neighbours"][0] == {"latent": 9, "cosine": 1.0}
     narrow = SimpleNamespace(unembedding=lambda: unembedding[:, :4])
-    assert "promoted" not in directions(sae, narrow, torch.tensor([5]), 3, 2)[0]
+    assert "promoted" not in describe_directions(sae, narrow, torch.tensor([5]), 3, 2)[0]
 
 
 def test_choose():
     sae = build("topk", n_latents=64)
-    assert choose(sae, None, 1024).tolist() == list(range(64))
-    assert len(set(choose(sae, None, 10).tolist())) == 10
-    assert choose(sae, [9, 3, 3], 10).tolist() == [3, 9]
+    assert choose_latents(sae, None, 1024).tolist() == list(range(64))
+    assert len(set(choose_latents(sae, None, 10).tolist())) == 10
+    assert choose_latents(sae, [9, 3, 3], 10).tolist() == [3, 9]
     for wrong in ([64], [-1], [], 3, "all", ["a"], [1.5]):
         with pytest.raises(UserError, match="between 0 and 63"):
-            choose(sae, wrong, 10)
+            choose_latents(sae, wrong, 10)
 
 
 def test_the_page_carries_the_json(tmp_path):

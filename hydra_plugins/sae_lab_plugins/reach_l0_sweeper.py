@@ -39,7 +39,7 @@ class ReachL0Sweeper(Sweeper):
         assert self.config is not None
         if (goal := self.config.goal_l0) is None:
             raise UserError("hydra/sweeper=reach_l0 needs an L0 to reach: give goal_l0=...")
-        key, low, high, fixed = one_interval(arguments)
+        key, low, high, fixed = parse_interval(arguments)
         assert self.launcher is not None
         tried: dict[float, float] = {}
         while len(tried) < self.n_trials and (number := next_guess(tried, goal, low, high)) is not None:
@@ -54,7 +54,7 @@ class ReachL0Sweeper(Sweeper):
         log.warning("l0 %s was not reached with %s between %s and %s in %d jobs.", goal, key, low, high, len(tried))
 
 
-def one_interval(arguments: list[str]) -> tuple[str, float, float, list[str]]:
+def parse_interval(arguments: list[str]) -> tuple[str, float, float, list[str]]:
     """The key whose value is `interval(low,high)`, low, high, and the other overrides.
 
     Raises:

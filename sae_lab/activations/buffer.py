@@ -93,7 +93,7 @@ class ShuffledBlocks:
                 self._begin = self._place()
             rows = self._chunk.rows[self._used : self._used + self.block_rows - filled]
             if self._memory is None:
-                self._memory = apart(rows, self.block_rows)
+                self._memory = allocate_block(rows, self.block_rows)
             self._memory[filled : filled + len(rows)] = rows
             self._used += len(rows)
             filled += len(rows)
@@ -126,7 +126,7 @@ class ShuffledBlocks:
         return self._chunk.state, self._used
 
 
-def apart(rows: Float[Tensor, "n s d"], n: int) -> Float[Tensor, "m s d"]:
+def allocate_block(rows: Float[Tensor, "n s d"], n: int) -> Float[Tensor, "m s d"]:
     """Memory for n such rows. On a CPU it is no part of the C library's heap, as a block leaves a hole there that the
     next small tensor cuts up: the calibration's block then took new memory, and a run that of two blocks.
     """

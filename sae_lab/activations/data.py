@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.digests import digest_of_rows, refuse_changed, tokenizer_digest, weights_digest
-from sae_lab.activations.prefetch import Prefetched
-from sae_lab.activations.source import Harvest, Shared, Source
+from sae_lab.activations.prefetch import PrefetchedSource
+from sae_lab.activations.source import LMSource, SharedSource, Source
 from sae_lab.lm.base import LanguageModel
-from sae_lab.parallel.collectives import rank, share, world_size
+from sae_lab.parallel.collectives import rank, rank_share, world_size
 from sae_lab.runtime.checks import checked_flag, checked_number
 from sae_lab.runtime.errors import UserError
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents
@@ -42,7 +42,7 @@ class Batches:
             batch = next(self.stream, None)
             if batch is None:
                 return
-            mine = share(batch[:left])
+            mine = rank_share(batch[:left])
             if len(mine) == 0:
                 return
             yield mine
@@ -145,15 +145,15 @@ class ActivationData(L.LightningDataModule):
 
     def source(self) -> Source:
         """The activations to train on, in order, from their beginning."""
-        return Harvest(self.lm, self.text(TRAIN, self.repeat), self.keep, self.lm_batch_rows, self.lm_turn)
+        return LMSource(self.lm, self.text(TRAIN, self.repeat), self.keep, self.lm_batch_rows, self.lm_turn)
 
     def new_stream(self, prefetch: bool = False) -> ShuffledBlocks:
         """The training stream from its beginning."""
         source = self.source()
         if prefetch:
             ahead = max(1, self.block_tokens // (self.lm_batch_rows * self.seq_len))
-            source = Prefetched(source, ahead, self.lm.device)
-        return ShuffledBlocks(Shared(source), self.block_tokens, self.batch_size, self.seed)
+            source = PrefetchedSource(source, ahead, self.lm.device)
+        return ShuffledBlocks(SharedSource(source), self.block_tokens, self.batch_size, self.seed)
 
     def held_out_text(self, n: int) -> Int[Tensor, "n t"]:
         """The first n text rows of the held-out split, or as many as it has."""

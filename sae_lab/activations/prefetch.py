@@ -14,7 +14,7 @@ from sae_lab.activations.source import Chunk, Source
 EXIT_SECONDS = 10.0  # that a process which ends waits for the chunk in hand
 
 
-class Prefetched:
+class PrefetchedSource:
     """A `buffer.Source` that another one feeds, up to `n_chunks` chunks ahead.
 
     The chunks are the same, in the same order. Each carries the state from which it comes again, so what lies ready

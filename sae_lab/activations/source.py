@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.lm.base import LanguageModel
-from sae_lab.parallel.collectives import rank, receive, world_size
+from sae_lab.parallel.collectives import broadcast_from, rank, world_size
 from sae_lab.text.rows import TextRows, take_rows
 
 
@@ -33,7 +33,7 @@ class Source(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Harvest:
+class LMSource:
     """Runs the language model over text rows: a `buffer.Source` of activations, one chunk a forward pass.
 
     It holds `turn` while it does: hooks and tokenizer serve one thread at a time. Of several processes each reads all
@@ -55,7 +55,7 @@ class Harvest:
         while texts := self._read(world_size()):
             for i, (state, tokens) in enumerate(texts):
                 mine = i == rank() or len(texts) < world_size()  # at the end of the text all run what is left
-                yield Chunk(state, self._activations(tokens) if mine else self._elsewhere(tokens), tokens)
+                yield Chunk(state, self._activations(tokens) if mine else self._other_rank_rows(tokens), tokens)
 
     def _read(self, n: int) -> list[tuple[dict[str, Any], Int[Tensor, "r t"]]]:
         """The text of the next n chunks, or of as many as there are, and where each begins."""
@@ -68,12 +68,12 @@ class Harvest:
             activations = self.lm.activations(tokens)
             return activations[self.keep(tokens).to(activations.device)]
 
-    def _elsewhere(self, tokens: Int[Tensor, "r t"]) -> Float[Tensor, "n s d"]:
+    def _other_rank_rows(self, tokens: Int[Tensor, "r t"]) -> Float[Tensor, "n s d"]:
         """A tensor without memory, in the shape of what another process computes."""
         return torch.empty(int(self.keep(tokens).sum()), len(self.lm.sites), self.lm.d, device="meta")
 
 
-class Shared:
+class SharedSource:
     """A `buffer.Source` that several processes harvest together: each comes to have all chunks, in the same order."""
 
     def __init__(self, source: Source):
@@ -88,9 +88,9 @@ class Shared:
     def __iter__(self) -> Generator[Chunk, None, None]:
         with closing(iter(self.source)) as chunks:
             while group := list(islice(chunks, world_size())):
-                yield from self._fetched(group)
+                yield from self._fetch(group)
 
-    def _fetched(self, group: list[Chunk]) -> list[Chunk]:
+    def _fetch(self, group: list[Chunk]) -> list[Chunk]:
         """The chunks with the rows that others have computed: the r-th comes from rank r."""
         if not any(chunk.rows.is_meta for chunk in group):
             return group
@@ -100,5 +100,5 @@ class Shared:
             for i, chunk in enumerate(group)
         ]
         for i, chunk_rows in enumerate(rows):
-            receive(chunk_rows, i)
+            broadcast_from(chunk_rows, i)
         return [chunk._replace(rows=chunk_rows) for chunk, chunk_rows in zip(group, rows, strict=True)]

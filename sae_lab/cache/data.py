@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.source import Source
 from sae_lab.cache.key import lm_key
-from sae_lab.cache.reader import Cache, CachedRows
+from sae_lab.cache.reader import Cache, CachedSource
 from sae_lab.cache.shards import refuse_other
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import UserError
@@ -67,7 +67,7 @@ class CachedData(ActivationData):
 
     def source(self) -> Source:
         chunk_rows = self.lm_batch_rows * self.seq_len
-        return CachedRows(self.cache, chunk_rows, self.seed, self.repeat, self.lm.device)
+        return CachedSource(self.cache, chunk_rows, self.seed, self.repeat, self.lm.device)
 
     def held_out_text(self, n: int) -> Int[Tensor, "n t"]:
         rows = self.cache.held_out()

@@ -42,13 +42,13 @@ def data_key(data: ActivationData) -> dict[str, Any]:
         "data.exclude_first": data.exclude_first,
         "data.pack": data.pack,
         "data.repeat": data.repeat,
-        **{f"data.{name}": value for name, value in described(data.documents).items()},
+        **{f"data.{name}": value for name, value in describe_documents(data.documents).items()},
         "data.digest": text.documents.digest(),
         "data.first_rows": digest_of_rows(take_rows(text, data.lm_batch_rows)),
     }
 
 
-def described(documents: Callable[[str], Documents]) -> dict[str, Any]:
+def describe_documents(documents: Callable[[str], Documents]) -> dict[str, Any]:
     """Class and arguments of a partial, as plain values."""
     if not isinstance(documents, functools.partial):
         return {"documents": getattr(documents, "__qualname__", repr(documents))}

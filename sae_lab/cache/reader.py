@@ -62,7 +62,7 @@ class Cache:
         return read_held_out(self.store, self.manifest.held_out_checksum)
 
 
-class CachedRows:
+class CachedSource:
     """All rows of a cache, pass after pass: a `buffer.Source`.
 
     Pass number n takes the pieces in an order drawn from (seed, n), so each block of a stream holds text from

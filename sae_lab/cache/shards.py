@@ -120,7 +120,7 @@ def read_held_out(store: Store, checksum: str) -> Int[Tensor, "r t"]:
     return load(content)["tokens"].long()
 
 
-def damaged(store: Store, manifest: Manifest) -> list[str]:
+def find_damaged(store: Store, manifest: Manifest) -> list[str]:
     """The files that are missing or not as they were written, by every byte of them."""
     checksums = {shard.file: shard.checksum for shard in manifest.shards} | {HELD_OUT_FILE: manifest.held_out_checksum}
     return [

@@ -58,7 +58,7 @@ class Store:
 
     def write(self, name: str, content: bytes) -> None:
         """Put a whole file there, in place of an older one; a reader or a crash sees the one or the other."""
-        with self._explained():
+        with self._explain_errors():
             if self.folder is not None:
                 write_atomically(self.folder / name, content)
             else:  # object stores show an object once all of it is there
@@ -73,7 +73,7 @@ class Store:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Alone at work in this folder (afar: on this machine); where another process is, wait for it and say so."""
-        with self._explained():
+        with self._explain_errors():
             file = self._lock_file()
             file.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(file)
@@ -93,7 +93,7 @@ class Store:
         return Path(tempfile.gettempdir()) / f"sae_lab-{xxhash.xxh3_64_hexdigest(self.url.encode())}.lock"
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explain_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as e:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from sae_lab.activations.data import ActivationData
-from sae_lab.activations.prefetch import Prefetched
+from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Chunk, Source
 from sae_lab.cache.key import data_key, lm_key
-from sae_lab.cache.shards import HELD_OUT_FILE, Manifest, Shard, damaged, refuse_other, write_held_out, write_shard
+from sae_lab.cache.shards import HELD_OUT_FILE, Manifest, Shard, find_damaged, refuse_other, write_held_out, write_shard
 from sae_lab.cache.store import Store
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.screen import TokenProgress
@@ -21,7 +21,7 @@ from sae_lab.text.rows import take_rows
 log = logging.getLogger(__name__)
 
 
-class Harvester:
+class CacheWriter:
     """Fills the folder of a cache, shard by shard. Whenever it is stopped, what is whole stays and it goes on there.
 
     Args:
@@ -66,7 +66,7 @@ class Harvester:
             UserError: naming the damaged and missing ones.
         """
         manifest = self._read()
-        bad = damaged(self.store, manifest) if manifest else []
+        bad = find_damaged(self.store, manifest) if manifest else []
         if bad:
             raise UserError(f"{self.store.url}: damaged: {', '.join(bad)}; rebuild=true makes them again.")
         log.info("%s: %d shards, all whole.", self.store.url, len(manifest.shards) if manifest else 0)
@@ -115,9 +115,11 @@ class Harvester:
         source: Source = self.data.source()
         source.load_state_dict(self._place(manifest))
         if self.data.prefetch:
-            source = Prefetched(source, 4, self.data.lm.device)
+            source = PrefetchedSource(source, 4, self.data.lm.device)
         with TokenProgress("harvesting", self.n_tokens, manifest.rows) as bar:
-            for chunks in gathered(source, self.n_tokens - manifest.rows, self.shard_tokens, self.dtype, bar.advance):
+            for chunks in gather_chunks(
+                source, self.n_tokens - manifest.rows, self.shard_tokens, self.dtype, bar.advance
+            ):
                 left = self.n_tokens - manifest.rows
                 manifest.shards.append(self.write_shard(f"shard-{len(manifest.shards):05d}.safetensors", chunks, left))
                 manifest.complete = manifest.rows == self.n_tokens
@@ -147,7 +149,7 @@ class Harvester:
         return write_shard(self.store, file, chunks, limit)
 
     def _mend(self, manifest: Manifest) -> None:
-        bad = damaged(self.store, manifest)
+        bad = find_damaged(self.store, manifest)
         for file in bad:
             log.warning("%s is damaged or missing: making it again.", file)
         if HELD_OUT_FILE in bad:
@@ -157,12 +159,12 @@ class Harvester:
             if shard.file in bad:
                 source = self.data.source()
                 source.load_state_dict(shard.begin)
-                chunks = next(gathered(source, shard.rows, self.shard_tokens, self.dtype, lambda n: None))
+                chunks = next(gather_chunks(source, shard.rows, self.shard_tokens, self.dtype, lambda n: None))
                 manifest.shards[i] = self.write_shard(shard.file, chunks, shard.rows)
                 manifest.write(self.store)
 
 
-def gathered(
+def gather_chunks(
     source: Source, n_rows: int, at_once: int, dtype: torch.dtype, advance: Callable[[int], None]
 ) -> Iterator[list[Chunk]]:
     """Chunks of the source, on the CPU and of this dtype, `at_once` rows or a few more at a time, up to n_rows."""

@@ -15,13 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.cli.explain import explain
 from sae_lab.cli.folder_names import folder_name
-from sae_lab.cli.help import CONF, choices, dials
+from sae_lab.cli.help import CONF, config_text, list_choices
 from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.errors import Interrupted, UserError
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-OmegaConf.register_new_resolver("choices", choices, replace=True)
-OmegaConf.register_new_resolver("dials", dials, replace=True)
+OmegaConf.register_new_resolver("choices", list_choices, replace=True)
+OmegaConf.register_new_resolver("dials", config_text, replace=True)
 
 # How a command that was stopped goes on; the others start anew.
 CONTINUES = {"train": ": the same command{} continues", "harvest": ": the same command continues"}
@@ -41,7 +41,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             """The task; outside a multirun its exception is kept from Hydra, which would print a line of its own."""
             sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
             if not sweeping:
-                works_in(f"hydra.run.dir={HydraConfig.get().run.dir}")
+                remember_folder(f"hydra.run.dir={HydraConfig.get().run.dir}")
             try:
                 return task(cfg)
             except Exception as e:
@@ -80,13 +80,13 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     return decorate
 
 
-def whole_numbers(cfg: DictConfig, least: Mapping[str, int]) -> None:
+def check_whole_numbers(cfg: DictConfig, least: Mapping[str, int]) -> None:
     """Make ints of some keys, and refuse what is no whole number or less than it must be at least."""
     for name, bound in least.items():
         OmegaConf.update(cfg, name, checked_number(name, OmegaConf.select(cfg, name), bound, whole=True))
 
 
-def folder_of(cfg: DictConfig, key: str) -> Path:
+def folder_from(cfg: DictConfig, key: str) -> Path:
     """The folder that a key names.
 
     Raises:
@@ -97,7 +97,7 @@ def folder_of(cfg: DictConfig, key: str) -> Path:
     return Path(cfg[key])
 
 
-def works_in(dial: str) -> None:
+def remember_folder(dial: str) -> None:
     """Remember the override that leads a command into the folder in which this one works."""
     global _dial
     _dial = dial

@@ -11,26 +11,28 @@ from omegaconf import OmegaConf
 
 # What `--help` shows. Hydra's own lists every group, for an entry point that takes none of them too, and the fragments
 # that choices share (`_linear`), which nobody is to choose.
-def choices(config_name: str, *more: str) -> str:
+def list_choices(config_name: str, *more: str) -> str:
     """The groups that an entry point's config names, and more of them, each with what it may be."""
     named = [next(iter(d)) for d in OmegaConf.load(conf_file(config_name)).defaults if d != "_self_"]
     groups = [*sorted(g for g in named if not g.startswith("override")), *more]
     lines = [
-        textwrap.fill(f"{group}: {', '.join(options(group))}", 96, initial_indent="  ", subsequent_indent="      ")
+        textwrap.fill(
+            f"{group}: {', '.join(group_options(group))}", 96, initial_indent="  ", subsequent_indent="      "
+        )
         for group in groups
     ]
     return "\n".join(["Choices (name=choice)", *lines]) if lines else ""
 
 
-def options(group: str) -> list[str]:
+def group_options(group: str) -> list[str]:
     """What a group may be, then what the groups inside it may be, as one types it: `matched/topk`."""
     loader = GlobalHydra.instance().config_loader()
     inner = sorted(loader.get_group_options(group, ObjectType.GROUP))
-    nested = [f"{name}/{option}" for name in inner for option in options(f"{group}/{name}")]
+    nested = [f"{name}/{option}" for name in inner for option in group_options(f"{group}/{name}")]
     return [o for o in sorted(loader.get_group_options(group, ObjectType.CONFIG)) if o[0] != "_"] + nested
 
 
-def dials(config_name: str) -> str:
+def config_text(config_name: str) -> str:
     """An entry point's config as it is written, comments included, without what only Hydra reads."""
     text = re.sub(r"\n(#.*\n)*hydra:\n(.*\n)*", "", conf_file(config_name).read_text())
     text = re.sub(r"^defaults:\n( .*\n)+", "", text, flags=re.MULTILINE)

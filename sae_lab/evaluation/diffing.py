@@ -44,7 +44,7 @@ def class_of(ratio: float) -> str:
     return next((name for name, (low, high) in CLASSES.items() if low <= ratio <= high), BETWEEN)
 
 
-def latents(directions: Float[Tensor, "f s d"], density: Float[Tensor, " f"]) -> pd.DataFrame:
+def latent_table(directions: Float[Tensor, "f s d"], density: Float[Tensor, " f"]) -> pd.DataFrame:
     """One row a latent: latent, relative_norm, class, cosine, density (share of tokens on which it fires)."""
     ratio = relative_norm(directions).tolist()
     return pd.DataFrame(

@@ -32,11 +32,11 @@ def spliced_logits(
     return lm.logits(tokens, spliced, where)
 
 
-def zero(x: Tensor) -> Tensor:
+def zero_ablation(x: Tensor) -> Tensor:
     """Zero-ablation."""
     return torch.zeros_like(x)
 
 
-def constant(value: Float[Tensor, "s d"]) -> Replace:
+def constant_ablation(value: Float[Tensor, "s d"]) -> Replace:
     """Ablation to a constant, such as the mean activation."""
     return lambda x: value.to(x).expand_as(x)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.evaluation import diffing
-from sae_lab.evaluation.downstream import Replace, constant, spliced_logits, zero
+from sae_lab.evaluation.downstream import Replace, constant_ablation, spliced_logits, zero_ablation
 from sae_lab.evaluation.metrics import (
     DownstreamMetrics,
     ReconstructionMetrics,
@@ -21,7 +21,7 @@ from sae_lab.evaluation.metrics import (
     next_token_log_probs,
 )
 from sae_lab.ops.sparse import Code, l0_per_row
-from sae_lab.runtime.device import now
+from sae_lab.runtime.device import synchronized_time
 from sae_lab.runtime.screen import track
 from sae_lab.saes.base import BaseSAE
 
@@ -35,7 +35,7 @@ class Evaluation(NamedTuple):
     """How fast the SAE gave x_hat and codes: encoder and decoder, in turns with the other SAEs of this evaluation."""
 
 
-class Subject:
+class EvaluatedSAE:
     """One SAE under one rule, and the totals gathered for it."""
 
     def __init__(self, sae: BaseSAE, training_rule: bool, batch_size: int):
@@ -52,14 +52,14 @@ class Subject:
         self.sae.train(self.training_rule)
         try:
             for batch in x.to(self.device).tensor_split(max(1, round(len(x) / self.batch_size))):
-                yield batch, *self.timed(batch)
+                yield batch, *self._timed_autoencode(batch)
         finally:
             self.sae.train(before)
 
-    def timed(self, x: Tensor) -> tuple[Tensor, Code]:
-        start = now(self.device)
+    def _timed_autoencode(self, x: Tensor) -> tuple[Tensor, Code]:
+        start = synchronized_time(self.device)
         result = self.sae.autoencode(x)
-        self.seconds += now(self.device) - start
+        self.seconds += synchronized_time(self.device) - start
         self.n_rows += len(x)
         return result
 
@@ -84,8 +84,8 @@ def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str,
     """
     rows_at_once = max(data.lm_batch_rows, math.ceil(data.batch_size / data.seq_len))
     batches = data.held_out_rows(data.n_eval_tokens).split(rows_at_once)
-    deployed = {name: Subject(sae, False, data.batch_size) for name, sae in saes.items()}
-    trained = {name: Subject(sae, True, data.batch_size) for name, sae in saes.items() if sae.batch_rule}
+    deployed = {name: EvaluatedSAE(sae, False, data.batch_size) for name, sae in saes.items()}
+    trained = {name: EvaluatedSAE(sae, True, data.batch_size) for name, sae in saes.items() if sae.batch_rule}
     subjects = [*deployed.values(), *trained.values()]
     bos = reconstruct_all(subjects, data, batches)
     splice_all(subjects, data, batches)
@@ -93,15 +93,17 @@ def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str,
     for name, subject in deployed.items():
         metrics = subject.metrics()
         train_mode = trained[name].metrics() if name in trained else dict(metrics)
-        drawn = tables(subject, bos)
+        drawn = build_tables(subject, bos)
         if data.lm.models and not subject.sae.n_inputs:
-            drawn["relative_norm"] = diffing.latents(subject.sae.directions(), subject.reconstruction.density())
+            drawn["relative_norm"] = diffing.latent_table(subject.sae.directions(), subject.reconstruction.density())
             metrics |= diffing.class_counts(drawn["relative_norm"])
         evaluations[name] = Evaluation(metrics | {"train_mode": train_mode}, drawn, subject.n_rows / subject.seconds)
     return evaluations
 
 
-def reconstruct_all(subjects: list[Subject], data: ActivationData, batches: tuple[Tensor, ...]) -> Bool[Tensor, " n"]:
+def reconstruct_all(
+    subjects: list[EvaluatedSAE], data: ActivationData, batches: tuple[Tensor, ...]
+) -> Bool[Tensor, " n"]:
     """First walk: reconstruction metrics and L0s. Returns which of the n tokens are BOS."""
     bos = []
     for tokens in track(batches, "evaluating reconstruction"):
@@ -110,20 +112,20 @@ def reconstruct_all(subjects: list[Subject], data: ActivationData, batches: tupl
         x = x[keep.to(x.device)]
         for subject in subjects:
             for batch, x_hat, code in subject.autoencode(x):
-                subject.reconstruction.update(batch, x_hat, code, subject.sae.covers(batch))
+                subject.reconstruction.update(batch, x_hat, code, subject.sae.predicted_mask(batch))
                 subject.l0.append(l0_per_row(code).cpu())
         bos.append(tokens[keep] == data.lm.bos_id)
     return torch.cat(bos)
 
 
-def splice_all(subjects: list[Subject], data: ActivationData, batches: tuple[Tensor, ...]) -> None:
+def splice_all(subjects: list[EvaluatedSAE], data: ActivationData, batches: tuple[Tensor, ...]) -> None:
     """Second walk: cross-entropies with the activations clean, zeroed, set to their mean and, per subject, spliced."""
-    mean = constant(subjects[0].reconstruction.mean_activation())
+    mean = constant_ablation(subjects[0].reconstruction.mean_activation())
     for tokens in track(batches, "evaluating cross-entropy"):
-        splice(subjects, data, tokens, mean)
+        splice_batch(subjects, data, tokens, mean)
 
 
-def splice(subjects: list[Subject], data: ActivationData, tokens: Int[Tensor, "n t"], mean: Replace) -> None:
+def splice_batch(subjects: list[EvaluatedSAE], data: ActivationData, tokens: Int[Tensor, "n t"], mean: Replace) -> None:
     """One batch of `splice_all`; subjects that predict the same sources share the ablations."""
     lm, keep, targets = data.lm, data.keep(tokens), tokens.to(data.lm.device)
     activations = lm.activations(tokens)
@@ -134,19 +136,19 @@ def splice(subjects: list[Subject], data: ActivationData, tokens: Int[Tensor, "n
 
     def ablated(n_inputs: int) -> dict[str, Tensor]:
         covers = (torch.arange(rows.shape[1]) >= n_inputs).unsqueeze(0)
-        by = {"ce_zero": zero, "ce_mean": mean}
+        by = {"ce_zero": zero_ablation, "ce_mean": mean}
         return {name: cross_entropy(log_probs(replace, covers), targets) for name, replace in by.items()}
 
     clean = next_token_log_probs(lm.logits(tokens))
     p, ce_clean = clean.exp(), cross_entropy(clean, targets)
     ablations = {n: ablated(n) for n in {subject.sae.n_inputs for subject in subjects}}
     for subject in subjects:
-        spliced = log_probs(subject.reconstruct, subject.sae.covers(rows))
+        spliced = log_probs(subject.reconstruct, subject.sae.predicted_mask(rows))
         own = {"ce_spliced": cross_entropy(spliced, targets), "kl": kl_divergence(p, clean, spliced)}
         subject.downstream.to(lm.device).update(ce_clean=ce_clean, **ablations[subject.sae.n_inputs], **own)
 
 
-def tables(subject: Subject, bos: Bool[Tensor, " n"]) -> dict[str, pd.DataFrame]:
+def build_tables(subject: EvaluatedSAE, bos: Bool[Tensor, " n"]) -> dict[str, pd.DataFrame]:
     """Tokens by L0 (BOS apart), and the share of tokens on which each latent fires."""
     density = subject.reconstruction.density().cpu().numpy()
     return {

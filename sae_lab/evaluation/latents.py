@@ -34,17 +34,17 @@ class Activations(NamedTuple):
 
 
 @torch.no_grad()
-def gather(sae: BaseSAE, data: ActivationData, latents: Int[Tensor, " c"], n_tokens: int) -> Activations:
+def gather_activations(sae: BaseSAE, data: ActivationData, latents: Int[Tensor, " c"], n_tokens: int) -> Activations:
     """Every activation of `latents` over the first n_tokens of the training text, under the deployed rule."""
     rows = data.text_rows(max(1, n_tokens // data.seq_len))
     place = torch.full((sae.n_latents,), -1)
     place[latents] = torch.arange(len(latents))
     parts, n_positions = [], 0
-    for start, tokens in numbered(track(rows.split(data.lm_batch_rows), "reading")):
+    for start, tokens in with_offsets(track(rows.split(data.lm_batch_rows), "reading")):
         keep = data.keep(tokens).flatten()
         x = data.lm.activations(tokens).flatten(0, 1)
         x = x[keep.to(x.device)]
-        row, latent, value = entries(sae.autoencode(x)[1])
+        row, latent, value = active_entries(sae.autoencode(x)[1])
         chosen = place[latent] >= 0
         positions = start + keep.nonzero().squeeze(-1)[row[chosen]]
         parts.append((place[latent[chosen]], positions, value[chosen].float()))
@@ -52,7 +52,7 @@ def gather(sae: BaseSAE, data: ActivationData, latents: Int[Tensor, " c"], n_tok
     return Activations(rows, n_positions, *(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def numbered(batches) -> Iterator[tuple[int, Tensor]]:
+def with_offsets(batches) -> Iterator[tuple[int, Tensor]]:
     """Batches of text rows, each with the number of tokens before it."""
     start = 0
     for tokens in batches:
@@ -60,7 +60,7 @@ def numbered(batches) -> Iterator[tuple[int, Tensor]]:
         start += tokens.numel()
 
 
-def entries(code: Code) -> tuple[Tensor, Tensor, Tensor]:
+def active_entries(code: Code) -> tuple[Tensor, Tensor, Tensor]:
     """(row, latent, value) of every active entry, on the CPU."""
     if isinstance(code, SparseCode):
         return code.pattern.rows.cpu(), code.latents.cpu(), code.values.cpu()
@@ -68,7 +68,7 @@ def entries(code: Code) -> tuple[Tensor, Tensor, Tensor]:
     return rows.cpu(), latents.cpu(), code[rows, latents].cpu()
 
 
-def describe(
+def describe_activations(
     activations: Activations, n: int, *, n_top: int, n_random: int, context: int, seed: int = 0
 ) -> list[dict[str, Any]]:
     """For each of the n chosen latents: density, largest activation, histogram and contexts."""
@@ -82,7 +82,7 @@ def describe(
             "density": len(mine) / max(1, activations.n_positions),
             "max": float(values.max()) if len(mine) else 0.0,
         }
-        ranked = apart(positions[values.argsort(descending=True, stable=True)], context)
+        ranked = one_per_stretch(positions[values.argsort(descending=True, stable=True)], context)
         rest = ranked[n_top:]
         chance = rest[torch.randperm(len(rest), generator=generator)[:n_random]]
         strengths = dict(zip(positions.tolist(), values.tolist(), strict=True))
@@ -93,7 +93,7 @@ def describe(
     return described
 
 
-def apart(positions: Int[Tensor, " m"], context: int) -> Int[Tensor, " _"]:
+def one_per_stretch(positions: Int[Tensor, " m"], context: int) -> Int[Tensor, " _"]:
     """The first, in the order given, of each stretch of 2·context + 1 tokens that the text is cut into."""
     cells = (positions // (2 * context + 1)).numpy()
     return positions[np.sort(np.unique(cells, return_index=True)[1])]
@@ -118,7 +118,7 @@ def histogram(values: Float[Tensor, " m"]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def directions(
+def describe_directions(
     sae: BaseSAE, lm: LanguageModel, latents: Int[Tensor, " c"], n_logits: int, n_neighbours: int
 ) -> list[dict[str, Any]]:
     """What each latent's decoder row does: the tokens it promotes and suppresses, the latents that point its way.
@@ -147,7 +147,7 @@ def directions(
     return found
 
 
-def choose(sae: BaseSAE, latents: Any, n_latents: int) -> Int[Tensor, " c"]:
+def choose_latents(sae: BaseSAE, latents: Any, n_latents: int) -> Int[Tensor, " c"]:
     """The latents that the page is about, ascending: those that the list `latents` names, or n_latents of all.
 
     Raises:
@@ -163,7 +163,7 @@ def choose(sae: BaseSAE, latents: Any, n_latents: int) -> Int[Tensor, " c"]:
     return torch.tensor(sorted(set(latents)))
 
 
-def spell(tokenizer: Any, found: list[dict[str, Any]]) -> dict[int, str]:
+def spell_tokens(tokenizer: Any, found: list[dict[str, Any]]) -> dict[int, str]:
     """The text of every token id that the descriptions name."""
     ids = {t for row in found for name in ("top", "random") for e in row[name] for t in e["tokens"]}
     ids |= {p["token"] for row in found for name in ("promoted", "suppressed") for p in row.get(name, [])}

@@ -40,13 +40,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from sae_lab.ops.sparse import Code, fire_counts, l0_per_row
-from sae_lab.parallel.collectives import average, total
+from sae_lab.parallel.collectives import mean_over_ranks, sum_over_ranks
 
 
 def batch_fvu(x: Float[Tensor, "b s d"], x_hat: Float[Tensor, "b s d"]) -> Tensor:
     """fvu of one batch, by itself: for training curves."""
-    mean = average(x.mean(dim=0))
-    return total((x - x_hat).float().square().sum()) / total((x - mean).float().square().sum())
+    mean = mean_over_ranks(x.mean(dim=0))
+    return sum_over_ranks((x - x_hat).float().square().sum()) / sum_over_ranks((x - mean).float().square().sum())
 
 
 class ReconstructionMetrics(Metric):

@@ -29,7 +29,7 @@ def with_activation(sae: BaseSAE, activation: str) -> BaseSAE:
     cls, settings = ACTIVATIONS[activation]
     if sae.config.get("k") is None:
         raise UserError(f"activation={activation} needs a k, and a {type(sae).__name__} has none.")
-    other = sae.as_(cls, **settings)
+    other = sae.convert_to(cls, **settings)
     lacking = dict(other.named_parameters()).keys() - dict(sae.named_parameters(remove_duplicate=False)).keys()
     if lacking:
         raise UserError(f"activation={activation} needs {', '.join(lacking)}, and a {type(sae).__name__} has none.")

@@ -19,7 +19,7 @@ from sae_lab.interop.tensors import (
     TRANSCODERS,
     Tensors,
     build,
-    exportable,
+    check_exportable,
     parts,
     read_safetensors,
     thresholds,
@@ -106,7 +106,7 @@ def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> str | No
             "circuit-tracer has no form for an SAE, only for transcoders: train experiment=transcoder or cross_layer."
         )
     crosses = isinstance(sae, CrossLayer)
-    sae = exportable(sae, (), ("none",), "circuit-tracer", TRANSCODERS["circuit_tracer"])
+    sae = check_exportable(sae, (), ("none",), "circuit-tracer", TRANSCODERS["circuit_tracer"])
     if provenance.get("model", {}).get("processing", "none") != "none":
         raise UserError(
             "circuit-tracer runs a model as it is, and this transcoder's was processed "

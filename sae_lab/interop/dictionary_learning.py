@@ -11,13 +11,13 @@ from sae_lab.interop.tensors import (
     Tensors,
     add_input_bias,
     build,
-    exportable,
+    check_exportable,
     fold_decoder_norm,
     has_unit_rows,
-    need,
     parts,
     read_json,
     read_pickle,
+    require,
     write_pickle,
 )
 from sae_lab.runtime.errors import UserError
@@ -36,8 +36,8 @@ def read(folder: Path) -> BaseSAE:
         UserError: what Tensors raises, or another class than the seven that `load_dictionary` knows.
     """
     file = folder / CONFIG
-    trainer = need(read_json(file), "trainer", file)
-    name = need(trainer, "dict_class", file)
+    trainer = require(read_json(file), "trainer", file)
+    name = require(trainer, "dict_class", file)
     if name not in READERS:
         raise UserError(f"{file} has the class {name!r}: known here are {', '.join(READERS)}.")
     with Tensors(folder / WEIGHTS, read_pickle(folder / WEIGHTS)) as t:
@@ -115,7 +115,7 @@ def matrices(t: Tensors) -> dict[str, Tensor]:
 def take_k(t: Tensors, trainer: dict[str, Any]) -> int:
     """k, once or twice in the same words."""
     said = trainer.get("k")
-    k = int(t.take("k")) if "k" in t.left else need(trainer, "k", CONFIG)
+    k = int(t.take("k")) if "k" in t.left else require(trainer, "k", CONFIG)
     if said is not None and said != k:
         raise UserError(f"{t.source} has k={k} and its {CONFIG} k={said}: correct {CONFIG}.")
     return k
@@ -138,7 +138,7 @@ def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
     Raises:
         UserError: dictionary_learning has no form for it, or a k that is not whole.
     """
-    sae = exportable(sae, CLASSES, ("none",), "dictionary_learning")
+    sae = check_exportable(sae, CLASSES, ("none",), "dictionary_learning")
     name, k = CLASSES[type(sae).__name__], sae.config.get("k") or 0
     if name == "AutoEncoder" and not has_unit_rows(sae):
         name = "AutoEncoderNew"  # `load_dictionary` divides by the norms in the other, which changes the codes' units

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from sae_lab.interop import circuit_tracer, dictionary_learning, gemma_scope, openai, sae_lens, sparsify
-from sae_lab.interop import download
+from sae_lab.interop import circuit_tracer, dictionary_learning, download, gemma_scope, openai, sae_lens, sparsify
 from sae_lab.interop.tensors import fold_decoder_norm as fold
-from sae_lab.interop.tensors import untied
+from sae_lab.interop.tensors import untie
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder
@@ -47,7 +46,7 @@ def load_sae(
     if fold_decoder_norm:
         if not sae.foldable:
             raise UserError(f"{type(sae).__name__} compares latents, so folding its norms would change its choice.")
-        sae = untied(sae)
+        sae = untie(sae)
         fold(sae)
     return sae.eval().to(device)
 

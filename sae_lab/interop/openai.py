@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sae_lab.interop.tensors import Tensors, build, need, read_pickle
+from sae_lab.interop.tensors import Tensors, build, read_pickle, require
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 
@@ -21,7 +21,7 @@ def read(file: Path) -> BaseSAE:
     activation, arguments = state.pop("activation", "ReLU"), state.pop("activation_state_dict", {})
     config = {"normalize": "none"}
     if activation == "TopK":
-        config = {"normalize": "per_token", "k": need(arguments, "k", file)}
+        config = {"normalize": "per_token", "k": require(arguments, "k", file)}
     if activation not in ("ReLU", "TopK") or arguments.get("postact_fn", "ReLU") != "ReLU":
         raise UserError(f"{file} has the activation {activation} ({arguments}): known here are ReLU, and TopK of it.")
     with Tensors(file, state) as t:

@@ -15,13 +15,13 @@ from sae_lab.interop.tensors import (
     Tensors,
     add_input_bias,
     build,
-    exportable,
+    check_exportable,
     fold_decoder_norm,
     fold_scale,
-    need,
     parts,
     read_json,
     read_safetensors,
+    require,
     thresholds,
     write_safetensors,
 )
@@ -127,7 +127,7 @@ def modern(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def sae_class(config: Mapping[str, Any], file: Path) -> str:
-    architecture = need(config, "architecture", file)
+    architecture = require(config, "architecture", file)
     if architecture not in CLASSES:
         raise UserError(f"{file} has the architecture {architecture!r}: known here are {', '.join(CLASSES)}.")
     check_sites(config, file)
@@ -153,7 +153,7 @@ def check_sites(config: Mapping[str, Any], file: Path) -> None:
                 f"{file} describes a transcoder by the architecture {config['architecture']!r}: known here are {known}."
             )
         return
-    d_in, d_out = need(config, "d_in", file), need(config, "d_out", file)
+    d_in, d_out = require(config, "d_in", file), require(config, "d_out", file)
     if d_in != d_out:
         raise UserError(f"{file} predicts width {d_out} from width {d_in}: here a transcoder's sites are of one width.")
     if config.get("apply_b_dec_to_input", True):  # SAELens takes true where nothing is said, and loads no such file
@@ -168,11 +168,11 @@ def read_scale(folder: Path) -> float:
             "release, for whose table `pip install --no-deps sae-lens` does, or put "
             f'{{"scaling_factor": ...}} into {SCALER} there.'
         )
-    return float(need(read_json(file), "scaling_factor", file))
+    return float(require(read_json(file), "scaling_factor", file))
 
 
 def read_weights(file: Path, config: Mapping[str, Any], name: str, normalize: str) -> BaseSAE:
-    d, f = need(config, "d_in", CONFIG), need(config, "d_sae", CONFIG)
+    d, f = require(config, "d_in", CONFIG), require(config, "d_sae", CONFIG)
     arguments: dict[str, Any] = {"normalize": normalize}
     if is_transcoder(config):
         arguments |= {**ONE_TO_ONE, "skip": "skip" in config["architecture"]}
@@ -185,11 +185,11 @@ def read_weights(file: Path, config: Mapping[str, Any], name: str, normalize: st
             ours["thresholds"] = t.take("threshold", f).clamp_min(0)
             arguments["penalty"] = "l0"
         elif name != "VanillaSAE":
-            arguments["k"] = need(config, "k", CONFIG)
+            arguments["k"] = require(config, "k", CONFIG)
         if name in ("BatchTopKSAE", "MatryoshkaSAE"):
             ours["threshold"] = t.take("topk_threshold")
         if name == "MatryoshkaSAE":
-            widths = [0, *need(config, "matryoshka_widths", CONFIG)]
+            widths = [0, *require(config, "matryoshka_widths", CONFIG)]
             arguments["group_sizes"] = [b - a for a, b in pairwise(widths)]
         if arguments.get("skip"):
             ours["W_skip"] = t.take("W_skip", d, d)
@@ -204,7 +204,7 @@ def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
     Raises:
         UserError: SAELens has no form for it.
     """
-    sae = exportable(sae, ARCHITECTURES, NORMALIZED, "SAELens", TRANSCODERS["sae_lens"])
+    sae = check_exportable(sae, ARCHITECTURES, NORMALIZED, "SAELens", TRANSCODERS["sae_lens"])
     theirs = weights(sae)  # before anything is written: it refuses what it does not know
     write_safetensors(folder / WEIGHTS, theirs)
     write_json(folder / CONFIG, description(sae, provenance))

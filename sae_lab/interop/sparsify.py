@@ -9,12 +9,12 @@ from sae_lab.interop.tensors import (
     TRANSCODERS,
     Tensors,
     build,
-    exportable,
+    check_exportable,
     has_unit_rows,
-    need,
     parts,
     read_json,
     read_safetensors,
+    require,
     write_safetensors,
 )
 from sae_lab.runtime.errors import UserError
@@ -40,8 +40,8 @@ def read(folder: Path) -> BaseSAE:
     activation = config.get("activation", "topk")
     if activation != "topk" or config.get("signed"):
         raise UserError(f"{file} has the activation {activation!r}, signed or not: known here is topk of positives.")
-    d, k = need(config, "d_in", file), need(config, "k", file)
-    f = config.get("num_latents") or d * need(config, "expansion_factor", file)
+    d, k = require(config, "d_in", file), require(config, "k", file)
+    f = config.get("num_latents") or d * require(config, "expansion_factor", file)
     with Tensors(folder / WEIGHTS, read_safetensors(folder / WEIGHTS)) as t:
         ours = {"W_enc": t.take("encoder.weight", f, d), "b_enc": t.take("encoder.bias", f)}
         ours |= {"W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
@@ -57,7 +57,7 @@ def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
     Raises:
         UserError: sparsify has no form for it.
     """
-    sae = exportable(sae, ("TopKSAE", "MatryoshkaTopKSAE"), ("none",), "sparsify", TRANSCODERS["sparsify"])
+    sae = check_exportable(sae, ("TopKSAE", "MatryoshkaTopKSAE"), ("none",), "sparsify", TRANSCODERS["sparsify"])
     d, f = sae.d_in, sae.n_latents
     with parts(sae) as t:
         theirs = {"encoder.weight": t.take("W_enc", f, d), "encoder.bias": t.take("b_enc", f)}

@@ -92,7 +92,7 @@ def build(name: str, tensors: Mapping[str, Tensor], **config: Any) -> BaseSAE:
     return sae.eval()
 
 
-def exportable(
+def check_exportable(
     sae: BaseSAE,
     classes: Collection[str],
     normalizers: Collection[str],
@@ -180,15 +180,15 @@ def fold_normalizer(sae: Any) -> BaseSAE:
     return raw.eval()
 
 
-def untied(sae: BaseSAE) -> BaseSAE:
+def untie(sae: BaseSAE) -> BaseSAE:
     """`sae`, or where its weights are tied a copy that has them twice: a fold scales one up and the other down."""
-    return sae.as_(type(sae), tied=False) if sae.config.get("tied") else sae
+    return sae.convert_to(type(sae), tied=False) if sae.config.get("tied") else sae
 
 
 @torch.no_grad()
 def add_input_bias(sae: Any) -> None:
     """For weights that take x itself: ours take x - b_dec, but for a transcoder's, where this changes nothing."""
-    shift = sae.W_enc.flatten(1) @ sae.origin().flatten()
+    shift = sae.W_enc.flatten(1) @ sae.encoder_center().flatten()
     sae.b_enc += shift
     if hasattr(sae, "b_mag"):
         sae.b_mag += sae.r_mag.exp() * shift
@@ -213,7 +213,7 @@ def fold_decoder_norm(sae: Any) -> None:
     sae.W_enc *= norms.view(-1, 1, 1)
     if sae.mlp is not None:
         sae.mlp.W_out *= norms.view(-1, 1)
-    for name in sae.beside_h:
+    for name in sae.pre_activation_parameters:
         if getattr(sae, name) is not None:
             getattr(sae, name).mul_(norms)
 
@@ -231,7 +231,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def need(config: Mapping[str, Any], key: str, file: Any) -> Any:
+def require(config: Mapping[str, Any], key: str, file: Any) -> Any:
     if config.get(key) is None:
         raise UserError(f"{file} does not say {key!r}: it is incomplete, get it again.")
     return config[key]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae_lab.lm.sites import check_sites, vectors
+from sae_lab.lm.sites import check_sites, describe_sites
 from sae_lab.runtime.errors import UserError
 
 SiteHook = Callable[[Any], Tensor | None]
@@ -50,7 +50,7 @@ class LanguageModel(ABC):
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self.bos_id = find_bos_id(name, tokenizer, bos_id, text_config.vocab_size)
         self.model: Any = model.eval().requires_grad_(False)
-        check_sites(name, self.sites, self.known_sites(), self.offer())
+        check_sites(name, self.sites, self.known_sites(), self.describe_choices())
         self.d = self._width()
 
     @abstractmethod
@@ -58,7 +58,7 @@ class LanguageModel(ABC):
         """Every name that may be a site."""
 
     @abstractmethod
-    def offer(self) -> str:
+    def describe_choices(self) -> str:
         """The end of an error's sentence: which sites there are."""
 
     @abstractmethod
@@ -69,7 +69,7 @@ class LanguageModel(ABC):
         """What the sites hold in a forward pass that stops at the last of them; a site may be missing."""
         seen: dict[str, Any] = {}
         with suppress(AllSitesReached):
-            self.forward(tokens, {site: taking(site, seen, len(self.sites)) for site in self.sites})
+            self.forward(tokens, {site: capture_into(site, seen, len(self.sites)) for site in self.sites})
         return seen
 
     @abstractmethod
@@ -114,8 +114,10 @@ class LanguageModel(ABC):
         seen = self.capture(tokens)
         missing = [site for site in self.sites if site not in seen]
         if missing:
-            raise UserError(f"lm.sites: {self.name} never computes {missing} in a forward pass: {self.offer()}")
-        return {site: vectors(site, seen[site], tokens) for site in self.sites}
+            raise UserError(
+                f"lm.sites: {self.name} never computes {missing} in a forward pass: {self.describe_choices()}"
+            )
+        return {site: describe_sites(site, seen[site], tokens) for site in self.sites}
 
     def _checked(self, tokens: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
         if self.context is not None and tokens.shape[1] > self.context:
@@ -132,7 +134,7 @@ class LanguageModel(ABC):
         return widths[self.sites[0]]
 
 
-def taking(site: str, seen: dict[str, Any], n_sites: int) -> SiteHook:
+def capture_into(site: str, seen: dict[str, Any], n_sites: int) -> SiteHook:
     """A hook that puts what the site holds into `seen`, and ends the forward pass once that has all sites."""
 
     def hook(x: Any) -> None:

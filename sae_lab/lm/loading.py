@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sae_lab.lm.base import LanguageModel
-from sae_lab.runtime.device import chosen
+from sae_lab.runtime.device import resolve_device
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.hub import HUB_TIMEOUT, hub_errors
 
@@ -73,12 +73,12 @@ def load(
         raise UserError(f"lm.device={device} and lm.device_map={device_map} exclude each other: give one of them.")
     options = {"dtype": torch_dtype, "device_map": device_map, "revision": revision or "main"}
     model, tokenizer = _find(name, revision, options)
-    return (place(model, device) if device_map is None else model), tokenizer
+    return (place_model(model, device) if device_map is None else model), tokenizer
 
 
-def place(model: Any, device: str) -> Any:
+def place_model(model: Any, device: str) -> Any:
     """The model moved to the device; "auto" is CUDA where there is one, else the CPU."""
-    device = chosen(device)
+    device = resolve_device(device)
     try:
         return model.to(device)
     except (AssertionError, RuntimeError) as e:  # torch's two ways to say that there is no such device

@@ -4,7 +4,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.lm.base import Hooks, LanguageModel
-from sae_lab.lm.loading import place
+from sae_lab.lm.loading import place_model
 from sae_lab.runtime.errors import UserError
 
 
@@ -34,7 +34,7 @@ class PairedLM(LanguageModel):
         super().__init__(
             name=f"{base.name} and {tuned.name}",
             sites=[f"{which}.{site}" for which, lm in self.pair.items() for site in lm.sites],
-            model=nn.ModuleDict({which: place(lm.model, device) for which, lm in self.pair.items()}),
+            model=nn.ModuleDict({which: place_model(lm.model, device) for which, lm in self.pair.items()}),
             config=base.model.config,
             tokenizer=base.tokenizer,
             bos_id=base.bos_id,
@@ -43,8 +43,8 @@ class PairedLM(LanguageModel):
     def known_sites(self) -> list[str]:
         return [f"{which}.{site}" for which, lm in self.pair.items() for site in lm.known_sites()]
 
-    def offer(self) -> str:
-        return f"for each of {' and '.join(self.pair)}, {self.pair['base'].offer()}"
+    def describe_choices(self) -> str:
+        return f"for each of {' and '.join(self.pair)}, {self.pair['base'].describe_choices()}"
 
     def forward(self, tokens: Int[Tensor, "n t"], hooks: Hooks) -> Float[Tensor, "n t v"]:
         lm = self.pair[self.spliced]

@@ -112,7 +112,7 @@ def check_sites(name: str, sites: Sequence[str], known: Sequence[str], offer: st
             raise UserError(f"lm.sites: {name} has no site {site!r}: {hint}{offer}")
 
 
-def vectors(site: str, x: Any, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t d"]:
+def describe_sites(site: str, x: Any, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t d"]:
     """What a site holds, as one vector a token (attention heads are joined); UserError if it is anything else."""
     if not isinstance(x, Tensor) or x.ndim < 3 or x.shape[:2] != tokens.shape:
         kind = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

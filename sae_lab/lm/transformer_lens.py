@@ -37,7 +37,7 @@ class TransformerLensLM(LoadedLM):
     def known_sites(self) -> list[str]:
         return list(self.model.hook_dict)
 
-    def offer(self) -> str:
+    def describe_choices(self) -> str:
         blocks = [name for name in self.model.hook_dict if name.endswith(".hook_resid_pre")]
         return f"choose among {blocks[0]} ... {blocks[-1]}."
 
@@ -48,7 +48,7 @@ class TransformerLensLM(LoadedLM):
                     self.model.hooks([(site, lambda x, hook, f=f: f(x)) for site, f in hooks.items()])
                 )
             except ValueError as e:  # a hook point that TransformerLens keeps switched off
-                raise UserError(f"lm.sites: TransformerLens does not compute it ({e}) {self.offer()}") from e
+                raise UserError(f"lm.sites: TransformerLens does not compute it ({e}) {self.describe_choices()}") from e
             return self.model(tokens, use_cache=False)
 
     def unembedding(self) -> Float[Tensor, "v d"]:

@@ -35,7 +35,7 @@ class TransformersLM(LoadedLM):
     def known_sites(self) -> list[str]:
         return list(self.places)
 
-    def offer(self) -> str:
+    def describe_choices(self) -> str:
         blocks = find_blocks(self.model)
         paths = f"{blocks[0]} ... {blocks[-1]}" if blocks else f"{self.known_sites()[:8]}"
         hooks = ", ".join(name.removeprefix("blocks.0.") for name in self.transformer_lens_places if ".0." in name)

@@ -8,9 +8,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_lab.ops.matmul import linear
-from sae_lab.ops.selection import Pieces, Preactivations, just_below, kth_largest, sortable, top_k, top_of_batch
-from sae_lab.ops.sparse import decode, encoded
-from sae_lab.parallel.collectives import least
+from sae_lab.ops.selection import (
+    Pieces,
+    Preactivations,
+    just_below,
+    kth_largest,
+    select_top_k,
+    select_top_of_batch,
+    sortable,
+)
+from sae_lab.ops.sparse import attach_encoder_gradient, decode
+from sae_lab.parallel.collectives import min_over_ranks
 
 BY_ENTRY_FROM = {"cpu": 10, "cuda": 100}
 """Dead latents for each of the k_aux, from which on touching only those that take part costs less. Measured at d 768,
@@ -18,7 +26,7 @@ b 4096, k_aux 384 on 2 cores: equal at 8, 1.3 x faster at 16, 2.7 x at 32 and 64
 is not measured."""
 
 
-def auxk(
+def auxk_loss(
     x: Float[Tensor, "b n"],
     residual: Float[Tensor, "b m"],
     W_enc: Float[Tensor, "n_dead n"],
@@ -37,8 +45,8 @@ def auxk(
     if len(W_enc) < BY_ENTRY_FROM[x.device.type] * k_aux:
         return _AuxK.apply(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch)
     with torch.no_grad():
-        code = (top_of_batch if over_batch else top_k)(Preactivations(x, W_enc, b_enc), k_aux)
-    code = encoded(code, x.unsqueeze(1), torch.zeros_like(x[:1]), W_enc.unsqueeze(1), b_enc)
+        code = (select_top_of_batch if over_batch else select_top_k)(Preactivations(x, W_enc, b_enc), k_aux)
+    code = attach_encoder_gradient(code, x.unsqueeze(1), torch.zeros_like(x[:1]), W_enc.unsqueeze(1), b_enc)
     e_hat = decode(code, W_dec.unsqueeze(1), torch.zeros_like(residual[:1]))
     return (e_hat.squeeze(1) - residual).square().mean()
 
@@ -64,11 +72,11 @@ class _AuxK(torch.autograd.Function):
         grad_W_enc, grad_W_dec = torch.zeros_like(W_enc), torch.zeros_like(W_dec)
         grad_b_enc = None if b_enc is None else torch.zeros_like(b_enc)
         h = Preactivations(x, W_enc, b_enc)
-        least = least_of_batch(h, k_aux) if over_batch else None
+        least = batch_threshold(h, k_aux) if over_batch else None
         start = 0
         for piece in h:
             rows = slice(start, start := start + len(piece))
-            bound = just_below(least_of_rows(piece, k_aux) if least is None else least).clamp_min(0)
+            bound = just_below(row_thresholds(piece, k_aux) if least is None else least).clamp_min(0)
             z = piece.mul_(piece > bound)
             error = linear(z, W_dec.T) - residual[rows]
             total += error.square().sum()
@@ -89,14 +97,14 @@ class _AuxK(torch.autograd.Function):
         return None, None, W_enc, b_enc, W_dec, None, None
 
 
-def least_of_rows(h: Float[Tensor, "n n_dead"], k: int) -> Float[Tensor, "n 1"]:
+def row_thresholds(h: Float[Tensor, "n n_dead"], k: int) -> Float[Tensor, "n 1"]:
     """What the k largest entries of each row reach."""
     k = min(k, h.shape[-1])
     return kth_largest(sortable(h), k).view(h.dtype).unsqueeze(-1)
 
 
-def least_of_batch(h: Pieces, k: int) -> Tensor:
+def batch_threshold(h: Pieces, k: int) -> Tensor:
     """What the k · b largest positive entries of the whole batch reach."""
-    values = top_of_batch(h, k).values
-    smallest = least(values.amin() if len(values) else values.new_tensor(torch.inf))
+    values = select_top_of_batch(h, k).values
+    smallest = min_over_ranks(values.amin() if len(values) else values.new_tensor(torch.inf))
     return smallest.masked_fill(smallest.isinf(), 0)

@@ -42,10 +42,10 @@ def _takes(x: Tensor, W: Tensor) -> bool:
 
 def _product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + bias: the operator by which torch's own compiler reaches oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(packed(x), packed(W), bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(pack_weight(x), pack_weight(W), bias, "none", [], "")
 
 
-def packed(x: Tensor) -> Tensor:
+def pack_weight(x: Tensor) -> Tensor:
     """x, or a copy of it where its rows or columns lie apart, as some columns of another matrix do.
 
     oneDNN takes a transposed matrix as fast as another, but such strides up to 1,000 x slower in a gradient.

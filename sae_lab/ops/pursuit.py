@@ -166,10 +166,10 @@ def pursue(method: str, y: Float[Tensor, "b n"], dictionary: Dictionary, k: int)
     """The code of each row of y after k steps of `method`, a key of METHODS. Autocast is left out: residuals cancel."""
     rows = max(512, PIECE[y.device.type] // len(dictionary))
     with torch.autocast(y.device.type, enabled=False):
-        return joined([METHODS[method](piece, dictionary).run(k).code() for piece in y.split(rows)])
+        return concatenate_codes([METHODS[method](piece, dictionary).run(k).code() for piece in y.split(rows)])
 
 
-def joined(codes: list[SparseCode]) -> SparseCode:
+def concatenate_codes(codes: list[SparseCode]) -> SparseCode:
     """The codes of consecutive pieces of rows, as one."""
     counts = torch.cat([code.row_offsets.diff() for code in codes])
     latents = torch.cat([code.latents for code in codes])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae_lab.ops.matmul import linear_by_part
 from sae_lab.ops.sparse import Pattern, SparseCode
-from sae_lab.parallel.collectives import concatenated, least, world_size
+from sae_lab.parallel.collectives import concatenate_ranks, min_over_ranks, world_size
 from sae_lab.runtime.threads import one_thread
 
 Pieces: TypeAlias = Iterable[Float[Tensor, "_ f"]]
@@ -55,12 +55,12 @@ class Preactivations:
             yield linear_by_part(x, self.W, self.bias, self.n_parts)
 
 
-def above(h: Pieces, threshold: Tensor) -> SparseCode:
+def select_above(h: Pieces, threshold: Tensor) -> SparseCode:
     """z = relu(h) · 1[h > threshold]."""
-    return gather(h, lambda piece, _: sortable(round_down(threshold.clamp_min(0), piece.dtype))).code()
+    return gather_candidates(h, lambda piece, _: sortable(round_down(threshold.clamp_min(0), piece.dtype))).code()
 
 
-def top_of_batch(h: Pieces, k: float) -> SparseCode:
+def select_top_of_batch(h: Pieces, k: float) -> SparseCode:
     """The floor(k·b) largest entries of relu(h) over the whole batch.
 
     Only entries above a bound are gathered. The first piece shows the one that about 1.5·k entries a row exceed;
@@ -68,17 +68,17 @@ def top_of_batch(h: Pieces, k: float) -> SparseCode:
     among processes, each keeps those of the whole batch's that lie on its rows.
     """
     for margin in (1.5, 12, 96, math.inf):
-        found = gather(h, partial(bound_of_batch, m=margin * k))
-        values, own = concatenated(found.values)
+        found = gather_candidates(h, partial(bound_of_batch, m=margin * k))
+        values, own = concatenate_ranks(found.values)
         n = int(k * found.n_rows * world_size())
         if len(values) >= n:
-            return found.keep(largest(values, n)[own]).code()
+            return found.keep(largest_of_batch(values, n)[own]).code()
     return found.code()
 
 
-def top_k(h: Pieces, k: int) -> SparseCode:
+def select_top_k(h: Pieces, k: int) -> SparseCode:
     """On each row the k largest entries of relu(h)."""
-    found = gather(h, lambda piece, _: bound_of_rows(piece, k))
+    found = gather_candidates(h, lambda piece, _: bound_of_rows(piece, k))
     return found.keep(largest_of_rows(found, k)).code()
 
 
@@ -107,7 +107,7 @@ class Entries(NamedTuple):
         return SparseCode(pattern, self.values.view(self.dtype))
 
 
-def gather(h: Pieces, bound_of: Callable[[Tensor, Tensor | None], Tensor]) -> Entries:
+def gather_candidates(h: Pieces, bound_of: Callable[[Tensor, Tensor | None], Tensor]) -> Entries:
     """The entries of each piece above `bound_of(piece, bound of the piece before)`, sortable and not negative."""
     positions, values, bound, n_rows = [], [], None, 0
     for piece in h:
@@ -126,7 +126,9 @@ def bound_of_batch(piece: Float[Tensor, "n f"], bound: Tensor | None, m: float) 
         return bound
     sample = sortable(piece[:: 1 + len(piece) // SAMPLE_ROWS]).flatten()
     rank = m * len(sample) / piece.shape[1]
-    return least(kth_largest(sample, max(1, int(rank))).clamp_min(0) if rank < len(sample) else sample.new_zeros(()))
+    return min_over_ranks(
+        kth_largest(sample, max(1, int(rank))).clamp_min(0) if rank < len(sample) else sample.new_zeros(())
+    )
 
 
 def bound_of_rows(piece: Float[Tensor, "n f"], k: int) -> Tensor:
@@ -141,7 +143,7 @@ def bound_of_rows(piece: Float[Tensor, "n f"], k: int) -> Tensor:
 
 
 @one_thread()
-def largest(values: Float[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:
+def largest_of_batch(values: Float[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:
     """Which k of at least k positive values are the largest; of equal ones the first."""
     if k == 0:
         return torch.zeros_like(values, dtype=torch.bool)

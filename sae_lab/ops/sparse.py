@@ -121,7 +121,7 @@ def fire_counts(code: Code) -> Int[Tensor, " f"]:
     return code.pattern.fire_counts() if isinstance(code, SparseCode) else (code != 0).sum(dim=0)
 
 
-def fired(code: Code) -> Bool[Tensor, " f"]:
+def fired_latents(code: Code) -> Bool[Tensor, " f"]:
     """Which latents are active on at least one row."""
     return fire_counts(code) > 0 if isinstance(code, SparseCode) else (code != 0).any(dim=0)
 
@@ -133,7 +133,7 @@ def smallest_positive(code: Code) -> Tensor:
     return torch.cat([values.masked_fill(values <= 0, float("inf")), infinity]).min()
 
 
-def split(code: Code, sizes: Sequence[int]) -> list[Code]:
+def split_by_group(code: Code, sizes: Sequence[int]) -> list[Code]:
     """The codes of consecutive groups of latents, numbered from 0 in each."""
     if not isinstance(code, SparseCode):
         return list(code.split(list(sizes), dim=-1))
@@ -147,9 +147,9 @@ def split(code: Code, sizes: Sequence[int]) -> list[Code]:
     return parts
 
 
-def truncated(code: Code, n: int) -> Code:
+def keep_first_latents(code: Code, n: int) -> Code:
     """The code with every latent from the n-th on at zero."""
-    first = split(code, [n, code.shape[1] - n])[0]
+    first = split_by_group(code, [n, code.shape[1] - n])[0]
     if isinstance(first, SparseCode):
         return SparseCode(replace(first.pattern, n_latents=code.shape[1]), first.values)
     return F.pad(first, (0, code.shape[1] - n))
@@ -188,7 +188,7 @@ class _Decode(torch.autograd.Function):
         return grad_z, grad_W, grad_b, None
 
 
-def encoded(
+def attach_encoder_gradient(
     code: SparseCode,
     x: Float[Tensor, "b s d"],
     b_dec: Float[Tensor, "s d"],

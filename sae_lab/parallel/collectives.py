@@ -41,13 +41,13 @@ def process_group(rank: int, n: int, store: dist.Store) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def share(batch: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "b/n *rest"]:
+def rank_share(batch: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "b/n *rest"]:
     """This rank's rows of a batch; where n does not divide it, up to n - 1 rows at its end are nobody's."""
     size = len(batch) // world_size()
     return batch[rank() * size : (rank() + 1) * size]
 
 
-def total(x: Tensor) -> Tensor:
+def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum over the ranks; carries no gradient."""
     if world_size() == 1:
         return x
@@ -56,7 +56,7 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def average(x: Tensor) -> Tensor:
+def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean over the ranks, with this rank's gradient: averaged over the ranks, that is the gradient of the mean."""
     return x if world_size() == 1 else _Average.apply(x)
 
@@ -64,19 +64,19 @@ def average(x: Tensor) -> Tensor:
 class _Average(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return total(x) / world_size()
+        return sum_over_ranks(x) / world_size()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
-def anywhere(x: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+def on_any_rank(x: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
     """Where x is true on any rank."""
-    return x if world_size() == 1 else total(x.int()) > 0
+    return x if world_size() == 1 else sum_over_ranks(x.int()) > 0
 
 
-def least(x: Tensor) -> Tensor:
+def min_over_ranks(x: Tensor) -> Tensor:
     """The smallest that any rank has, entry by entry."""
     if world_size() == 1:
         return x
@@ -85,13 +85,13 @@ def least(x: Tensor) -> Tensor:
     return y.to(x.dtype)
 
 
-def concatenated(x: Shaped[Tensor, "n *rest"]) -> tuple[Shaped[Tensor, "m *rest"], slice]:
+def concatenate_ranks(x: Shaped[Tensor, "n *rest"]) -> tuple[Shaped[Tensor, "m *rest"], slice]:
     """What all ranks have, in their order, and where in it this rank's part is; n may differ between them."""
     if world_size() == 1:
         return x, slice(None)
     sizes = torch.zeros(world_size(), dtype=torch.long, device=x.device)
     sizes[rank()] = len(x)
-    n = total(sizes).tolist()
+    n = sum_over_ranks(sizes).tolist()
     padded = x.new_zeros(max(n), *x.shape[1:])
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in n]
@@ -100,7 +100,7 @@ def concatenated(x: Shaped[Tensor, "n *rest"]) -> tuple[Shaped[Tensor, "m *rest"
     return torch.cat([part[:size] for part, size in zip(parts, n, strict=True)]), slice(start, start + len(x))
 
 
-def receive(x: Tensor, source: int) -> None:
+def broadcast_from(x: Tensor, source: int) -> None:
     """Put into x, which is contiguous, what it holds on rank `source`."""
     dist.broadcast(as_bytes(x), source)
 

@@ -57,7 +57,7 @@ class Child:
 
 
 @contextmanager
-def ranks(folder: Path, n: int, target: str) -> Iterator[None]:
+def joined_by_ranks(folder: Path, n: int, target: str) -> Iterator[None]:
     """Inside, this process is rank 0 of n that train the run in `folder`; the others go when it leaves.
 
     Args:
@@ -73,35 +73,35 @@ def ranks(folder: Path, n: int, target: str) -> Iterator[None]:
         return
     children: list[Child] = []
     with ExitStack() as stack:
-        stack.callback(end, children)
+        stack.callback(end_all, children)
         store = dist.TCPStore(HOST, 0, n, is_master=True, wait_for_workers=False, timeout=TIMEOUT)  # 0: any free port
         children += [Child(target, folder, rank, n, store.port) for rank in range(1, n)]
         wait_until_ready(store, children)
-        stack.enter_context(fewer_threads(n))
+        stack.enter_context(share_threads(n))
         stack.enter_context(process_group(0, n, store))
-        stack.enter_context(attended(children))  # left first: the others end before rank 0 leaves the group
+        stack.enter_context(watch_children(children))  # left first: the others end before rank 0 leaves the group
         yield
 
 
 @contextmanager
-def attended(children: list[Child]) -> Iterator[None]:
+def watch_children(children: list[Child]) -> Iterator[None]:
     """Say what the others say where the work inside hears no more of them, and end them after it."""
     done = threading.Event()
-    threading.Thread(target=leave_if_stuck, args=(children, done), daemon=True).start()
+    threading.Thread(target=exit_if_stuck, args=(children, done), daemon=True).start()
     try:
         yield
     except RuntimeError as e:  # what torch raises then
         lost = isinstance(e, dist.DistError) or "gloo" in str(e)
-        reason = failure(children, GRACE if lost else 0.0)
+        reason = first_failure(children, GRACE if lost else 0.0)
         if reason is None:
             raise
         raise UserError(reason) from e
     finally:
         done.set()
-        end(children)
+        end_all(children)
 
 
-def end(children: list[Child]) -> None:
+def end_all(children: list[Child]) -> None:
     for child in children:
         child.end()
 
@@ -109,12 +109,12 @@ def end(children: list[Child]) -> None:
 def wait_until_ready(store: dist.Store, children: list[Child]) -> None:
     """Until all have come as far as rank 0 is."""
     while store.add("ready", 0) < len(children):
-        reason = failure(children, 0.1)
+        reason = first_failure(children, 0.1)
         if reason is not None:
             raise UserError(reason)
 
 
-def failure(children: list[Child], seconds: float) -> str | None:
+def first_failure(children: list[Child], seconds: float) -> str | None:
     """What the first of them that failed has to say; it may take a moment until one is seen to have."""
     end = time.monotonic() + seconds
     while True:
@@ -126,10 +126,10 @@ def failure(children: list[Child], seconds: float) -> str | None:
         time.sleep(0.02)
 
 
-def leave_if_stuck(children: list[Child], done: threading.Event) -> None:
+def exit_if_stuck(children: list[Child], done: threading.Event) -> None:
     """End this process where it waits for a rank that is no more: on a GPU no exception may come."""
     while not done.wait(1.0):
-        reason = failure(children, 0.0)
+        reason = first_failure(children, 0.0)
         if reason is not None:
             if not done.wait(GRACE):
                 print(reason, file=sys.stderr, flush=True)
@@ -138,7 +138,7 @@ def leave_if_stuck(children: list[Child], done: threading.Event) -> None:
 
 
 @contextmanager
-def fewer_threads(n: int) -> Iterator[None]:
+def share_threads(n: int) -> Iterator[None]:
     """The threads of this machine's processors, shared among n processes."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // n))

@@ -88,7 +88,7 @@ def legend_rows(labels: Collection[str], width: float) -> int:
     return -(-len(labels) // columns)
 
 
-def spelled(name: str) -> str:
+def display_name(name: str) -> str:
     """An SAE's name as papers write it: batch_topk → BatchTopK, TopKSAE → TopK."""
     words = {"topk": "TopK", "relu": "ReLU", "jumprelu": "JumpReLU", "sae": "SAE"}
     if name != name.lower():

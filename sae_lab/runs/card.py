@@ -7,14 +7,14 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from sae_lab.runtime.screen import figure
+from sae_lab.runtime.screen import format_number
 from sae_lab.saes.base import BaseSAE
 
 MACHINES_OWN = ("run_dir", "logger")
 """Parts of a config that say nothing about the SAE, only where its files went."""
 
 
-def card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: str, sae_id: str | None = None) -> str:
+def write_card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: str, sae_id: str | None = None) -> str:
     """The model card: what the SAE is, what it was trained on, its metrics, figures and config.
 
     Args:
@@ -24,7 +24,7 @@ def card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: str, s
     header = {"tags": ["sparse-autoencoder", "interpretability", format], "library_name": "sae_lab"}
     model, sites = provenance.get("model", {}).get("name"), ", ".join(provenance.get("sites", []))
     lines = ["---", yaml.safe_dump(header).strip(), "---", "", f"# {type(sae).__name__} of {model} at {sites}", ""]
-    lines += roles(sae, provenance.get("sites", []))
+    lines += describe_roles(sae, provenance.get("sites", []))
     lines += [f"{sae.n_latents:,} latents, activations of width {sae.d_in}, in the files of {format}. Load it with", ""]
     lines += [
         "```python",
@@ -46,7 +46,7 @@ def card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: str, s
     return "\n".join([*lines, ""])
 
 
-def roles(sae: BaseSAE, sites: list[str]) -> list[str]:
+def describe_roles(sae: BaseSAE, sites: list[str]) -> list[str]:
     """Which sites a transcoder reads and which it predicts; nothing of an SAE, or where nobody knows the sites."""
     if not (sae.n_inputs and sites):
         return []
@@ -69,5 +69,5 @@ def metrics_table(file: Path) -> list[str]:
     if not file.is_file():
         return []
     metrics = json.loads(file.read_text())
-    rows = [f"| {name} | {figure(value)} |" for name, value in metrics.items() if isinstance(value, int | float)]
+    rows = [f"| {name} | {format_number(value)} |" for name, value in metrics.items() if isinstance(value, int | float)]
     return ["## Metrics on held-out text", "", "| metric | value |", "|---|---|", *rows]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from sae_lab.interop.load import FORMATS, load_sae
-from sae_lab.runs.card import card
+from sae_lab.runs.card import write_card
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_atomically
 from sae_lab.runtime.hub import hub_errors
@@ -16,7 +16,7 @@ OURS = "sae_lab"
 WRITERS = {name: format.write for name, format in FORMATS.items() if hasattr(format, "write")}
 
 
-def export(run_dir: Path, format: str, out: Path) -> list[Path]:
+def export_run(run_dir: Path, format: str, out: Path) -> list[Path]:
     """Write the run's SAE, its figures and a card into `out`; returns the files.
 
     Raises:
@@ -29,21 +29,21 @@ def export(run_dir: Path, format: str, out: Path) -> list[Path]:
     description = json.loads((source / CONFIG).read_text())
     sae_id = None
     if format == OURS:
-        copy([source / name for name in (CONFIG, WEIGHTS, PROBE)], out)
+        copy_files([source / name for name in (CONFIG, WEIGHTS, PROBE)], out)
     else:
         sae_id = WRITERS[format](sae, out, description["provenance"])
-    copy(sorted((run_dir / "figures").glob("*.png")), out / "figures")
-    write_atomically(out / "README.md", card(sae, description["provenance"], run_dir, format, sae_id).encode())
+    copy_files(sorted((run_dir / "figures").glob("*.png")), out / "figures")
+    write_atomically(out / "README.md", write_card(sae, description["provenance"], run_dir, format, sae_id).encode())
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
-def copy(files: list[Path], folder: Path) -> None:
+def copy_files(files: list[Path], folder: Path) -> None:
     for file in files:
         if file.is_file():
             write_atomically(folder / file.name, file.read_bytes())
 
 
-def push(folder: Path, repository: str, private: bool) -> str:
+def push_to_hub(folder: Path, repository: str, private: bool) -> str:
     """Upload a folder to the hub, making the repository if need be; returns its address.
 
     Args:

@@ -63,10 +63,10 @@ class Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOCK).open("wb") as lock:
-            if not take(lock):
+            if not try_lock(lock):
                 raise Busy(f"another process trains in {self.folder}: wait for it, or choose another hydra.run.dir.")
             if self.checkpoint is None:
-                clear(self.folder)
+                clear_folder(self.folder)
             for name in ("checkpoints", "sae", ".hydra"):
                 remove_unfinished(self.folder / name)
             for name, text in files.items():
@@ -74,7 +74,7 @@ class Run:
             yield
 
 
-def take(lock: BinaryIO) -> bool:
+def try_lock(lock: BinaryIO) -> bool:
     """Lock an open file until it is closed, by whatever end of this process; False where another one holds it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,10 +88,10 @@ def is_running(folder: Path) -> bool:
     if not (folder / LOCK).is_file():
         return False
     with (folder / LOCK).open("rb") as lock:
-        return not take(lock)
+        return not try_lock(lock)
 
 
-def examine(folder: Path, config: Any, resume: str) -> Run:
+def examine_folder(folder: Path, config: Any, resume: str) -> Run:
     """What `folder` holds, seen by a run of this (resolved) config; nothing is written.
 
     Raises:
@@ -114,7 +114,7 @@ def examine(folder: Path, config: Any, resume: str) -> Run:
     return Run(folder, step, complete)
 
 
-def clear(folder: Path) -> None:
+def clear_folder(folder: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
     named = [folder / name for name in (*OURS, ".hydra", FAILED)]
     for path in (*named, *folder.glob("metrics_*.json"), *folder.glob("rank_*.log")):
@@ -126,7 +126,7 @@ def clear(folder: Path) -> None:
 
 def refuse_other_config(folder: Path, there: Any, here: Any) -> None:
     """Raise a UserError that names the keys which differ, leaving out those that may."""
-    theirs, ours = flat(there), flat(here)
+    theirs, ours = flatten(there), flatten(here)
     by_depth = sorted(theirs | ours, key=lambda k: (k.count("."), k))
     keys = [k for k in by_depth if not any(k == f or k.startswith(f"{f}.") for f in FREE)]
     differing = [k for k in keys if theirs.get(k) != ours.get(k)]
@@ -139,10 +139,12 @@ def refuse_other_config(folder: Path, there: Any, here: Any) -> None:
         )
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"a.b": value} for {"a": {"b": value}}."""
     if not isinstance(config, dict) or not config:
         return {prefix: config}
     return {
-        k: v for key, node in config.items() for k, v in flat(node, f"{prefix}.{key}" if prefix else str(key)).items()
+        k: v
+        for key, node in config.items()
+        for k, v in flatten(node, f"{prefix}.{key}" if prefix else str(key)).items()
     }

@@ -27,11 +27,11 @@ def provenance(config: dict[Any, Any], lm: LanguageModel) -> dict[str, Any]:
         "bos": {"id": lm.bos_id, "policy": "first in every row of seq_len tokens, and between documents"},
         **{key: config[key] for key in keys},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "commit": commit(),
+        "commit": current_commit(),
     }
 
 
-def commit() -> str | None:
+def current_commit() -> str | None:
     """The commit of this checkout, marked where files differ from it; None for an installed package."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -8,7 +8,7 @@ import torch
 from sae_lab.runtime.errors import UserError
 
 
-def chosen(device: str) -> str:
+def resolve_device(device: str) -> str:
     """`auto` is CUDA where there is one, else the CPU; any other name is itself.
 
     Raises:
@@ -35,7 +35,7 @@ def checked_precision(name: str, precision: str) -> Any:
     return precision
 
 
-def now(device: torch.device) -> float:
+def synchronized_time(device: torch.device) -> float:
     """Seconds; only differences mean something."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -26,7 +26,7 @@ def track(items: Sequence[T], description: str, seconds: float = 15.0) -> Iterat
         if done and now - said >= seconds:
             said = now
             left = (now - start) / done * (len(items) - done)
-            print(f"{description} {done}/{len(items)}  {clock(left)} left", flush=True)
+            print(f"{description} {done}/{len(items)}  {format_duration(left)} left", flush=True)
         yield item
 
 
@@ -57,11 +57,12 @@ class TokenProgress:
         if not console.is_terminal and now - self._said > self.seconds:
             self._said = now
             left = (self.total - self.done) / rate
-            said = f"{self.description} {self.done:,}/{self.total:,} tokens  {rate:,.0f} tokens/s  {clock(left)} left"
+            rest = f"{rate:,.0f} tokens/s  {format_duration(left)} left"
+            said = f"{self.description} {self.done:,}/{self.total:,} tokens  {rest}"
             print(said, flush=True)
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """0:04:10."""
     return str(timedelta(seconds=round(seconds)))
 
@@ -77,11 +78,11 @@ def print_metrics(
         if isinstance(value, dict | str):
             continue
         other = metrics.get("train_mode", {}).get(name)
-        table.add_row(name, figure(value), "" if other is None else figure(other))
+        table.add_row(name, format_number(value), "" if other is None else format_number(other))
     console.print(table)
 
 
-def figure(value: float) -> str:
+def format_number(value: float) -> str:
     """Four significant digits; whole numbers with thousands separators."""
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.4g}"
 

@@ -49,7 +49,7 @@ class BaseSAE(Registered, ABC):
     foldable: bool = False
     """Whether each latent decides by itself if it is active. Its code may then change units, as it does where the norm
     of its row of W_dec is folded into it; a rule that compares latents would choose others."""
-    beside_h: tuple[str, ...] = ("b_enc",)
+    pre_activation_parameters: tuple[str, ...] = ("b_enc",)
     """The parameters, one number a latent, that h is compared with or added to: they have the units of a code."""
 
     n_sources: int
@@ -58,7 +58,7 @@ class BaseSAE(Registered, ABC):
     n_inputs: int = 0
     """How many of the sources, the first ones, are input alone: x_hat is of the others. 0: every source is both."""
 
-    def as_(self, cls: type[AnySAE], **changes: Any) -> AnySAE:
+    def convert_to(self, cls: type[AnySAE], **changes: Any) -> AnySAE:
         """An SAE of another class with these parameters, and these settings as far as it knows them.
 
         `sae.as_(TopKSAE, k=8)` is this dictionary under the rule of TopK. It shares no memory with this one.
@@ -143,14 +143,14 @@ class BaseSAE(Registered, ABC):
         """(f,) bool: which latents count as dead in training; None where nobody counts."""
         return None
 
-    def covers(self, x: Float[Tensor, "b s d"]) -> Bool[Tensor, "b s"] | None:
+    def predicted_mask(self, x: Float[Tensor, "b s d"]) -> Bool[Tensor, "b s"] | None:
         """At which sources of each row `reconstruct` says something of its own: it gives x back at the others.
 
         None where it does at all of them.
         """
         return None
 
-    def rows(self, x: Tensor, n_sources: int | None = None) -> Float[Tensor, "b s d"]:
+    def as_rows(self, x: Tensor, n_sources: int | None = None) -> Float[Tensor, "b s d"]:
         """`(b, d)` or `(b, s, d)` -> `(b, s, d)` in the dtype of the parameters; s is `n_sources`, or all of them.
 
         Raises:

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.ops.selection import Pieces, above, top_of_batch
+from sae_lab.ops.selection import Pieces, select_above, select_top_of_batch
 from sae_lab.ops.sparse import Code, SparseCode, l0_per_row, smallest_positive
-from sae_lab.parallel.collectives import average, least
+from sae_lab.parallel.collectives import mean_over_ranks, min_over_ranks
 from sae_lab.runtime.checks import checked_number, checked_word
 from sae_lab.saes.sparse_linear import SparseLinearSAE
 
@@ -55,7 +55,7 @@ class BatchTopKSAE(SparseLinearSAE):
 
     def select(self, h: Pieces) -> SparseCode:
         batch_wise = self.training and (self.batch_rule or self.threshold_updates == 0)
-        return top_of_batch(h, self.current_k) if batch_wise else above(h, self.threshold)
+        return select_top_of_batch(h, self.current_k) if batch_wise else select_above(h, self.threshold)
 
     @torch.no_grad()
     def observe(self, code: Code) -> None:
@@ -63,7 +63,7 @@ class BatchTopKSAE(SparseLinearSAE):
             # At this rate the estimate is the exponential mean divided by 1 - (1 - RATE)^n: no bias towards its start.
             self._count(code, lambda n: self.RATE / (1 - (1 - self.RATE) ** n))
         else:
-            excess = average(l0_per_row(code).float().mean()) / self.current_k - 1
+            excess = mean_over_ranks(l0_per_row(code).float().mean()) / self.current_k - 1
             self.threshold *= 1 + self.quantile_rate * excess.clamp_max(1)
             self.threshold_updates += 1
         super().observe(code)
@@ -82,7 +82,7 @@ class BatchTopKSAE(SparseLinearSAE):
 
     def _count(self, code: Code, rate: Callable[[Tensor], Tensor]) -> None:
         """Move the threshold towards this batch's smallest active value; a batch without one tells nothing."""
-        smallest = least(smallest_positive(code)).to(self.threshold)
+        smallest = min_over_ranks(smallest_positive(code)).to(self.threshold)
         known = smallest.isfinite()
         self.threshold_updates += known
         weight = rate(self.threshold_updates.clamp_min(1).to(self.threshold)) * known

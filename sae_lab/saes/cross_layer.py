@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lab.ops.sparse import Pattern, SparseCode, encoded
+from sae_lab.ops.sparse import Pattern, SparseCode, attach_encoder_gradient
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.batch_topk import BatchTopKSAE
 from sae_lab.saes.jumprelu import JumpReLUSAE
@@ -64,13 +64,15 @@ class CrossLayer(LinearSAE):
     def layer_of(self, latents: Int[Tensor, " c"]) -> Int[Tensor, " c"]:
         return latents // (self.n_latents // self.n_parts)
 
-    def traced(self, code: SparseCode, encoder: Encoder) -> SparseCode:
+    def attach_gradients(self, code: SparseCode, encoder: Encoder) -> SparseCode:
         """As many rows as a row has layers, each with its own input; their entries stand in the same order."""
         pattern, x = code.pattern, encoder.inputs
         place = pattern.rows * self.n_parts + self.layer_of(pattern.latents)
         row_offsets = torch.searchsorted(place, torch.arange(len(x) * self.n_parts + 1, device=place.device))
         by_layer = SparseCode(Pattern(row_offsets, pattern.latents, self.n_latents), code.values)
-        traced = encoded(by_layer, x.flatten(0, 1).unsqueeze(1), encoder.origin[:1], encoder.W, self.b_enc)
+        traced = attach_encoder_gradient(
+            by_layer, x.flatten(0, 1).unsqueeze(1), encoder.origin[:1], encoder.W, self.b_enc
+        )
         return SparseCode(pattern, traced.values)
 
     def encoder_rows(self, W: Float[Tensor, "f 1 n"], latents: Int[Tensor, " c"]) -> Float[Tensor, "c r*n"]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sae_lab.ops import losses, sparse
 from sae_lab.ops.matmul import linear
-from sae_lab.ops.sparse import Code, SparseCode, fired
-from sae_lab.parallel.collectives import anywhere
+from sae_lab.ops.sparse import Code, SparseCode, fired_latents
+from sae_lab.parallel.collectives import on_any_rank
 from sae_lab.runtime.checks import checked_flag, checked_number, checked_word
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import Edit, SAEOutput
@@ -58,32 +58,32 @@ class DictionarySAE(Transcodable):
         self.dead_after = checked_number("sae.dead_after", dead_after, 1, whole=True)
         self.decoder_norm = checked_word("decoder_norm", decoder_norm, "joint", "sum")
         self.skip = checked_skip(skip, self.n_inputs)
-        self.W_dec = nn.Parameter(self.drawn(self.n_written, torch.Generator().manual_seed(seed)))
+        self.W_dec = nn.Parameter(self.draw_weights(self.n_written, torch.Generator().manual_seed(seed)))
         divide_by_norm(self.W_dec, decoder_norm)
         self.b_dec = nn.Parameter(torch.zeros(self.n_written, self.d_in))
         self.W_skip = nn.Parameter(torch.zeros(self.n_written * self.d_in, self.n_read * self.d_in)) if skip else None
         self.register_buffer("batches_since_fired", torch.zeros(self.n_latents, dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    def drawn(self, n: int, generator: torch.Generator) -> Float[Tensor, "f n d"]:
+    def draw_weights(self, n: int, generator: torch.Generator) -> Float[Tensor, "f n d"]:
         """The write-up's initial weights, for n sources: uniform in ±sqrt(6 / f) (Kaiming)."""
         bound = math.sqrt(6 / self.n_latents)
         return torch.empty(self.n_latents, n, self.d_in).uniform_(-bound, bound, generator=generator)
 
     @abstractmethod
-    def response(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
+    def encode_normalized(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         """Normalised rows -> code, and the pre-activations that it came from where they exist as a whole."""
 
     def code(self, x: Float[Tensor, "b r d"]) -> Code:
         """Normalised rows -> code, in the form that training and evaluation work with."""
-        return self.response(x)[0]
+        return self.encode_normalized(x)[0]
 
     def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
-        rows = self.rows(x)
+        rows = self.as_rows(x)
         if self.training:
-            self.learn_units(rows)
-        read, target = self.normalised(rows)
-        code, h = self.response(read)
+            self.observe_rows(rows)
+        read, target = self.normalize_rows(rows)
+        code, h = self.encode_normalized(read)
         if self.training:
             self.observe(code)
         return self.output(read, target, code, h)
@@ -92,13 +92,13 @@ class DictionarySAE(Transcodable):
         self, x: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"], code: Code, h: Float[Tensor, "b f"] | None
     ) -> SAEOutput:
         """What `forward` gives, decoded."""
-        return SAEOutput(x, target, self.decoded(code, x), code, h)
+        return SAEOutput(x, target, self.decode_normalized(code, x), code, h)
 
-    def decoded(self, code: Code, x: Float[Tensor, "b r d"]) -> Float[Tensor, "b w d"]:
+    def decode_normalized(self, code: Code, x: Float[Tensor, "b r d"]) -> Float[Tensor, "b w d"]:
         """x_hat, normalised, of the code of what was read."""
-        return sparse.decode(code, self.W_dec, self.base(x))
+        return sparse.decode(code, self.W_dec, self.decoder_offset(x))
 
-    def base(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "w d"] | Float[Tensor, "b w d"]:
+    def decoder_offset(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "w d"] | Float[Tensor, "b w d"]:
         """x_hat without a latent."""
         if self.W_skip is None:
             return self.b_dec
@@ -107,7 +107,7 @@ class DictionarySAE(Transcodable):
     @torch.no_grad()
     def observe(self, code: Code) -> None:
         """Update the state that training keeps, from the code of one training batch."""
-        self.batches_since_fired.add_(1).masked_fill_(anywhere(fired(code)), 0)
+        self.batches_since_fired.add_(1).masked_fill_(on_any_rank(fired_latents(code)), 0)
         self.steps += 1
 
     def dead(self) -> Bool[Tensor, " f"]:
@@ -142,10 +142,10 @@ class DictionarySAE(Transcodable):
         code = self.code(read)
         if edit is not None:
             code = edit(code.to_dense() if isinstance(code, SparseCode) else code)
-        return self.normalizer.undo(self.decoded(code, read), context), code
+        return self.normalizer.undo(self.decode_normalized(code, read), context), code
 
     def autoencode(self, x: Tensor, edit: Edit | None = None) -> tuple[Tensor, Code]:
-        rows = self.rows(x)
+        rows = self.as_rows(x)
         x_hat, code = self._predicted(rows, edit)
         whole = torch.cat([rows[:, : self.n_inputs], x_hat], dim=1) if self.n_inputs else x_hat
         return whole.view_as(x).to(x.dtype), code

@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_atomically, write_json
 from sae_lab.saes.base import BaseSAE
-from sae_lab.saes.probe import check_probe, probe
+from sae_lab.saes.probe import check_probe, make_probe
 
 CONFIG, WEIGHTS, PROBE = "config.json", "sae.safetensors", "probe.safetensors"
 
@@ -33,7 +33,7 @@ def save_sae(
     config = {"class": type(sae).__name__, "config": sae.config, "provenance": provenance or {}}
     if probe_rows is not None:
         config["probe"] = PROBE
-        write_atomically(folder / PROBE, probe(sae, probe_rows))
+        write_atomically(folder / PROBE, make_probe(sae, probe_rows))
     # Copies: the file format takes no two names for the same memory, and tied weights are that.
     tensors = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in sae.state_dict().items()}
     write_atomically(folder / WEIGHTS, save(tensors))

@@ -26,7 +26,7 @@ class GatedSAE(PenalizedLinearSAE):
     Rajamanoharan et al. 2024, arXiv 2404.16014, with means over (b, s, d) where the paper sums over d.
     """
 
-    beside_h = ("b_enc", "b_mag")
+    pre_activation_parameters = ("b_enc", "b_mag")
 
     def __init__(self, l1_coefficient: float = 0.01, **penalized: Any):
         super().__init__(**penalized)
@@ -38,14 +38,14 @@ class GatedSAE(PenalizedLinearSAE):
         u = h if self.b_enc is None else h - self.b_enc
         return (h > 0) * (self.r_mag.exp() * u + self.b_mag).relu()
 
-    def fresh(self) -> list[tuple[nn.Parameter, float]]:
-        return [*super().fresh(), (self.r_mag, 0.0), (self.b_mag, 0.0)]
+    def resampled_values(self) -> list[tuple[nn.Parameter, float]]:
+        return [*super().resampled_values(), (self.r_mag, 0.0), (self.b_mag, 0.0)]
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
         assert out.h is not None
         gate = out.h.relu()
-        x_gate = sparse.decode(gate, self.W_dec.detach(), self.base(out.x).detach())
+        x_gate = sparse.decode(gate, self.W_dec.detach(), self.decoder_offset(out.x).detach())
         return super().losses(out) | {
-            "sparsity": self.warmed(self.l1_coefficient * losses.l1(gate)),
+            "sparsity": self.scale_by_warmup(self.l1_coefficient * losses.l1(gate)),
             "gate": losses.mse(out.target, x_gate),
         }

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sae_lab.parallel.collectives import average
+from sae_lab.parallel.collectives import mean_over_ranks
 from sae_lab.runtime.checks import checked_number, checked_word
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import SAEOutput
@@ -42,7 +42,7 @@ class JumpReLUSAE(PenalizedLinearSAE):
         UserError: an unknown penalty, a number that cannot be, or target_l0 without a k that the dictionary can have.
     """
 
-    beside_h = ("b_enc", "thresholds")
+    pre_activation_parameters = ("b_enc", "thresholds")
 
     # With 1, target_l0 ended 7 % above k on the bundled model after 2 M tokens at expansion 8; a run of another length
     # or size ends elsewhere.
@@ -74,11 +74,11 @@ class JumpReLUSAE(PenalizedLinearSAE):
     def activate(self, h: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
         return jump_relu(h, self.thresholds, self.bandwidth)
 
-    def fresh(self) -> list[tuple[nn.Parameter, float]]:
-        return [*super().fresh(), (self.thresholds, self.theta)]
+    def resampled_values(self) -> list[tuple[nn.Parameter, float]]:
+        return [*super().resampled_values(), (self.thresholds, self.theta)]
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
-        return super().losses(out) | {"sparsity": self.warmed(self.coefficient * self.penalty_of(out))}
+        return super().losses(out) | {"sparsity": self.scale_by_warmup(self.coefficient * self.penalty_of(out))}
 
     def penalty_of(self, out: SAEOutput) -> Tensor:
         if self.penalty == "tanh":
@@ -86,7 +86,7 @@ class JumpReLUSAE(PenalizedLinearSAE):
             return (4 * out.code.float()).tanh().sum(dim=-1).mean()
         assert out.h is not None
         l0 = mean_l0(out.h, self.thresholds, self.bandwidth)
-        return l0 if self.k is None or self.penalty == "l0" else (average(l0) / self.k - 1).square()
+        return l0 if self.k is None or self.penalty == "l0" else (mean_over_ranks(l0) / self.k - 1).square()
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -104,7 +104,7 @@ def mean_l0(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: floa
     return _MeanL0.apply(h.detach(), theta, bandwidth)
 
 
-def window(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float) -> Bool[Tensor, "b f"]:
+def in_kernel_window(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float) -> Bool[Tensor, "b f"]:
     """R((h - theta) / bandwidth): where h is within half a bandwidth of its threshold."""
     return (h - theta).abs() < bandwidth / 2
 
@@ -120,14 +120,14 @@ class _JumpReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, theta = ctx.saved_tensors
-        near = (grad * window(h, theta, ctx.bandwidth)).sum(dim=0, dtype=theta.dtype)
+        near = (grad * in_kernel_window(h, theta, ctx.bandwidth)).sum(dim=0, dtype=theta.dtype)
         return grad * (h > theta), -(theta / ctx.bandwidth) * near, None
 
 
 class _MeanL0(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
-        near = window(h, theta, bandwidth).sum(dim=0)
+        near = in_kernel_window(h, theta, bandwidth).sum(dim=0)
         ctx.save_for_backward(near.to(theta.dtype) / (bandwidth * len(h)))
         return (h > theta).sum().to(theta.dtype) / len(h)
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab.ops.auxk import auxk
+from sae_lab.ops.auxk import auxk_loss
 from sae_lab.ops.matmul import linear_by_part
 from sae_lab.ops.sparse import Code
 from sae_lab.runtime.checks import checked_flag, checked_number, checked_word
@@ -83,9 +83,9 @@ class LinearSAE(DictionarySAE):
         for parameter in (self.W_dec, self.b_dec):
             parameter.requires_grad_(not frozen_decoder)
         generator = torch.Generator().manual_seed(self.seed)
-        W_enc = self.drawn(self.n_written, generator)  # what W_dec was drawn as, so that the two agree
+        W_enc = self.draw_weights(self.n_written, generator)  # what W_dec was drawn as, so that the two agree
         if self.n_inputs:
-            W_enc = self.drawn(self.n_read // self.n_parts, generator)
+            W_enc = self.draw_weights(self.n_read // self.n_parts, generator)
         self.W_enc = self.W_dec if tied else nn.Parameter(W_enc)
         self.b_enc = nn.Parameter(torch.zeros(self.n_latents)) if encoder_bias else None
         self.mlp = MLP(self.n_read * self.d_in, self.hidden, self.n_latents) if self.hidden else None
@@ -105,7 +105,7 @@ class LinearSAE(DictionarySAE):
 
     def encoder(self, x: Float[Tensor, "b r d"]) -> Encoder:
         """What h is the product of; an MLP's last layer joins the linear encoder in that one product."""
-        origin = self.origin()
+        origin = self.encoder_center()
         if self.mlp is None:
             return Encoder(x, origin, self.W_enc)
         centred = (x - origin).flatten(1)
@@ -113,26 +113,26 @@ class LinearSAE(DictionarySAE):
         W = torch.cat([self.W_enc.flatten(1), self.mlp.W_out], dim=1).unsqueeze(1)
         return Encoder(inputs, torch.zeros_like(inputs[0]), W)
 
-    def origin(self) -> Float[Tensor, "r d"]:
+    def encoder_center(self) -> Float[Tensor, "r d"]:
         """The x whose h is b_enc."""
         return self.b_dec.new_zeros(self.n_read, self.d_in) if self.n_inputs else self.b_dec
 
-    def preactivation(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "b f"]:
+    def pre_activations(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "b f"]:
         """h, from normalised rows."""
         inputs, origin, W = self.encoder(x)
         return linear_by_part((inputs - origin).flatten(1), W.flatten(1), self.b_enc, self.n_parts)
 
-    def response(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
-        h = self.preactivation(x)
+    def encode_normalized(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
+        h = self.pre_activations(x)
         return self.activate(h), h
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
         terms = super().losses(out)
         if self.auxk_coefficient:
-            terms["auxk"] = self.auxk_coefficient * self.auxk(out)
+            terms["auxk"] = self.auxk_coefficient * self.auxk_loss(out)
         return terms
 
-    def auxk(self, out: SAEOutput) -> Tensor:
+    def auxk_loss(self, out: SAEOutput) -> Tensor:
         """The auxiliary loss, unweighted; it reaches the dead latents' rows of encoder and decoder, nothing else."""
         dead = self.dead().nonzero().squeeze(-1)
         if len(dead) == 0:
@@ -142,7 +142,7 @@ class LinearSAE(DictionarySAE):
         W_enc, W_dec = self.encoder_rows(W, dead), self.W_dec.flatten(1).index_select(0, dead)
         b_enc = None if self.b_enc is None else self.b_enc[dead]
         k_aux = self.n_written * self.d_in // 2 if self.k_aux is None else self.k_aux
-        return auxk(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch=self.auxk_selection == "batch")
+        return auxk_loss(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch=self.auxk_selection == "batch")
 
     def encoder_rows(self, W: Float[Tensor, "f _ n"], latents: Int[Tensor, " c"]) -> Float[Tensor, "c r*n"]:
         """The rows of some latents, as long as all that an encoder reads."""

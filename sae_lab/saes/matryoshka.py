@@ -60,22 +60,22 @@ class Nested(LinearSAE):
         self.group_sizes = None if group_sizes is None else checked_sizes(group_sizes, self.n_latents)
         self.include_bias_level = checked_flag("sae.include_bias_level", include_bias_level)
         self.active_groups = checked_number("sae.active_groups", active_groups, whole=True, optional=True)
-        self.sizes = self.group_sizes or doubling(self.n_latents, self.d_in)
+        self.sizes = self.group_sizes or doubling_group_sizes(self.n_latents, self.d_in)
         if active_groups is not None and not 1 <= active_groups <= len(self.sizes):
             raise UserError(f"active_groups={active_groups} must lie between 1 and the {len(self.sizes)} groups.")
 
-    def response(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
-        code, h = super().response(x)
+    def encode_normalized(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
+        code, h = super().encode_normalized(x)
         if self.training or self.active_groups is None:
             return code, h
-        return sparse.truncated(code, sum(self.sizes[: self.active_groups])), h
+        return sparse.keep_first_latents(code, sum(self.sizes[: self.active_groups])), h
 
     def output(
         self, x: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"], code: Code, h: Float[Tensor, "b f"] | None
     ) -> NestedOutput:
-        groups = zip(sparse.split(code, self.sizes), self.W_dec.split(self.sizes), strict=True)
+        groups = zip(sparse.split_by_group(code, self.sizes), self.W_dec.split(self.sizes), strict=True)
         nothing = torch.zeros_like(self.b_dec)
-        levels = tuple(accumulate((sparse.decode(z, W, nothing) for z, W in groups), initial=self.base(x)))
+        levels = tuple(accumulate((sparse.decode(z, W, nothing) for z, W in groups), initial=self.decoder_offset(x)))
         return NestedOutput(x, target, levels[-1], code, h, levels)
 
     def reconstruction(self, out: SAEOutput) -> Tensor:
@@ -107,7 +107,7 @@ def checked_sizes(sizes: Any, n_latents: int) -> list[int]:
     )
 
 
-def doubling(n_latents: int, d_in: int) -> list[int]:
+def doubling_group_sizes(n_latents: int, d_in: int) -> list[int]:
     """The sizes of groups that end at 1/16, 1/8, 1/4, 1/2 and all of the latents, rounded down, but at d_in or later.
 
     The authors' groups end at d, 2 d, 4 d, 8 d and 16 d. A narrower prefix cannot span the activations: its latents

@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab.parallel.collectives import concatenated
+from sae_lab.parallel.collectives import concatenate_ranks
 from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.seeds import nth_generator
 from sae_lab.saes.linear import LinearSAE
-from sae_lab.saes.parts.resample import SCALE, draw, unit
+from sae_lab.saes.parts.resample import SCALE, draw_badly_reconstructed, scale_to_unit_norm
 
 
 class PenalizedLinearSAE(LinearSAE):
@@ -47,26 +47,26 @@ class PenalizedLinearSAE(LinearSAE):
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
         if not self.resample_every or (step := int(self.steps)) == 0 or step % self.resample_every:
             return []
-        x, _ = concatenated(x)
+        x, _ = concatenate_ranks(x)
         dead, alive = self.dead().nonzero().squeeze(-1)[: len(x)], ~self.dead()
         if len(dead) == 0 or not alive.any():
             return []
-        read, target = self.normalised(self.rows(x))
-        error = target - self.decoded(self.code(read), read)
-        drawn = draw(error.square().sum(dim=(1, 2)), len(dead), nth_generator(self.seed, step))
+        read, target = self.normalize_rows(self.as_rows(x))
+        error = target - self.decode_normalized(self.code(read), read)
+        drawn = draw_badly_reconstructed(error.square().sum(dim=(1, 2)), len(dead), nth_generator(self.seed, step))
         length = SCALE * self.W_enc[alive].flatten(1).norm(dim=1).mean()
-        self.W_enc[dead] = length * unit(read[drawn] - self.origin())
-        self.W_dec[dead] = unit(target[drawn] - self.b_dec)
-        for parameter, value in self.fresh():
+        self.W_enc[dead] = length * scale_to_unit_norm(read[drawn] - self.encoder_center())
+        self.W_dec[dead] = scale_to_unit_norm(target[drawn] - self.b_dec)
+        for parameter, value in self.resampled_values():
             parameter[dead] = value
         self.batches_since_fired[dead] = 0
-        return [(parameter, dead) for parameter in (self.W_enc, self.W_dec, *(p for p, _ in self.fresh()))]
+        return [(parameter, dead) for parameter in (self.W_enc, self.W_dec, *(p for p, _ in self.resampled_values()))]
 
-    def fresh(self) -> list[tuple[nn.Parameter, float]]:
+    def resampled_values(self) -> list[tuple[nn.Parameter, float]]:
         """The parameters that a latent has beside its encoder and decoder, and what a resampled one starts with."""
         fresh = [] if self.b_enc is None else [(self.b_enc, 0.0)]
         return fresh if self.mlp is None else [*fresh, (self.mlp.W_out, 0.0)]
 
-    def warmed(self, penalty: Tensor) -> Tensor:
+    def scale_by_warmup(self, penalty: Tensor) -> Tensor:
         """The penalty as much as this batch, the `steps`-th, may feel of it."""
         return penalty * (self.steps / self.sparsity_warmup).clamp_max(1) if self.sparsity_warmup else penalty

@@ -20,7 +20,7 @@ TIES = 1 / 8
 
 
 @torch.no_grad()
-def responses(sae: BaseSAE, x: Float[Tensor, "n s d"]) -> dict[str, Float[Tensor, "n _"]]:
+def code_and_reconstruction(sae: BaseSAE, x: Float[Tensor, "n s d"]) -> dict[str, Float[Tensor, "n _"]]:
     """Code and reconstruction of each row, by the deployed rule."""
     was_training = sae.training
     x_hat, code = sae.eval().autoencode(x.to(next(sae.parameters())))
@@ -28,9 +28,9 @@ def responses(sae: BaseSAE, x: Float[Tensor, "n s d"]) -> dict[str, Float[Tensor
     return {"code": code.to_dense() if isinstance(code, SparseCode) else code, "x_hat": x_hat.flatten(1)}
 
 
-def probe(sae: BaseSAE, x: Float[Tensor, "n s d"]) -> bytes:
+def make_probe(sae: BaseSAE, x: Float[Tensor, "n s d"]) -> bytes:
     """A safetensors file of a few rows with what the SAE makes of them; the codes as (row, latent) and value."""
-    found = {name: t.cpu() for name, t in responses(sae, x).items()}
+    found = {name: t.cpu() for name, t in code_and_reconstruction(sae, x).items()}
     entries = found["code"].nonzero()
     values = found["code"][entries[:, 0], entries[:, 1]]
     tensors = {"x": x.cpu().float(), "x_hat": found["x_hat"], "entries": entries.int(), "values": values}
@@ -44,10 +44,10 @@ def check_probe(sae: BaseSAE, file: Path) -> None:
         UserError: more than a few rows come out otherwise than when the SAE was saved.
     """
     saved = load_file(file)
-    now = responses(sae, saved["x"])
+    now = code_and_reconstruction(sae, saved["x"])
     code = torch.zeros(len(saved["x"]), sae.n_latents)
     code[saved["entries"][:, 0], saved["entries"][:, 1]] = saved["values"]
-    wrong = differs(now["code"], code) | differs(now["x_hat"], saved["x_hat"])
+    wrong = rows_differ(now["code"], code) | rows_differ(now["x_hat"], saved["x_hat"])
     if wrong.float().mean() > TIES:
         raise UserError(
             f"the SAE beside {file} does not reproduce its own codes ({int(wrong.sum())} of {len(wrong)} probe rows): "
@@ -55,5 +55,5 @@ def check_probe(sae: BaseSAE, file: Path) -> None:
         )
 
 
-def differs(a: Float[Tensor, "n m"], b: Float[Tensor, "n m"]) -> Tensor:
+def rows_differ(a: Float[Tensor, "n m"], b: Float[Tensor, "n m"]) -> Tensor:
     return (a - b).norm(dim=1) > TOLERANCE * b.norm(dim=1) + 1e-6

@@ -49,16 +49,16 @@ class PursuitSAE(DictionarySAE):
     @classmethod
     def of(cls, sae: BaseSAE, method: str, k: int | None = None) -> "PursuitSAE":
         """The dictionary, normalisation and b_dec of `sae`; k is by default its own."""
-        with_dictionary(sae)
+        require_dictionary(sae)
         k = sae.config.get("k") if k is None else k
         if k is None:
             raise UserError(f"a {type(sae).__name__} has no k of its own: give pursuit.k=<latents a row at most>.")
-        return sae.as_(cls, method=method, k=k)
+        return sae.convert_to(cls, method=method, k=k)
 
     @torch.no_grad()
     def start_from(self, other: BaseSAE) -> None:
         """Take over W_dec, its rows divided by their norms, b_dec and their units; an encoder is left behind."""
-        source = with_dictionary(other)
+        source = require_dictionary(other)
         check_sizes(self, source)
         check_units(self, source)
         self.normalizer.load_state_dict(source.normalizer.state_dict())
@@ -66,13 +66,13 @@ class PursuitSAE(DictionarySAE):
         self.b_dec.copy_(source.b_dec)
         divide_by_norm(self.W_dec, self.decoder_norm)
 
-    def response(self, x: Float[Tensor, "b s d"]) -> tuple[SparseCode, None]:
+    def encode_normalized(self, x: Float[Tensor, "b s d"]) -> tuple[SparseCode, None]:
         y, rows = (x - self.b_dec).detach().flatten(1), self.W_dec.detach().flatten(1)
         gram = len(y) * self.k > self.n_latents  # the matrix costs f / b products and saves about half of k
         return pursue(self.method, y, Dictionary(rows, gram), self.k), None
 
 
-def with_dictionary(sae: BaseSAE) -> DictionarySAE:
+def require_dictionary(sae: BaseSAE) -> DictionarySAE:
     """`sae`, if it has one W_dec.
 
     Raises:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from sae_lab.ops.matmul import linear
 from sae_lab.ops.sparse import Code
-from sae_lab.parallel.collectives import average
+from sae_lab.parallel.collectives import mean_over_ranks
 from sae_lab.runtime.checks import checked_number, checked_word
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.seeds import nth_generator
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
-from sae_lab.saes.parts.normalize import Context, normalizer
+from sae_lab.saes.parts.normalize import Context, build_normalizer
 
 
 class RouteSAE(BaseSAE):
@@ -71,7 +71,7 @@ class RouteSAE(BaseSAE):
         self.aggre = checked_word("aggre", aggre, *self.AGGREGATES)
         self.routing = checked_word("routing", routing, "hard", "soft")
         self.normalize = normalize
-        self.normalizer = normalizer(normalize, n_sources)
+        self.normalizer = build_normalizer(normalize, n_sources)
         if isinstance(inner, Mapping):
             self.inner = BaseSAE.from_config(inner["class"], inner["config"])
         else:
@@ -91,29 +91,29 @@ class RouteSAE(BaseSAE):
         """r, from normalised rows."""
         return linear(self.AGGREGATES[self.aggre](x), self.W_router).float().softmax(dim=-1)
 
-    def deployed(self, r: Float[Tensor, "b s"]) -> Float[Tensor, "b s"]:
+    def site_weights(self, r: Float[Tensor, "b s"]) -> Float[Tensor, "b s"]:
         """What the rows of the sites are weighted with: zero but at the likeliest site."""
-        chosen = likeliest(r)
+        chosen = argmax_mask(r)
         return r * chosen if self.routing == "hard" else chosen.to(r)
 
     def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
         """`target` and `x_hat` are (b, 1, d): the row, and what the inner SAE makes of it."""
-        raw = self.rows(x)
+        raw = self.as_rows(x)
         if self.training:
             self.normalizer.observe(raw)
         rows, _ = self.normalizer(raw)
         r = self.probabilities(rows)
-        return self.inner(weighted(rows, r if self.training and self.routing == "soft" else self.deployed(r)))
+        return self.inner(weighted_sum(rows, r if self.training and self.routing == "soft" else self.site_weights(r)))
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
-        mean_square = average(out.target.float().square().mean())
-        return {name: average(term) / mean_square for name, term in self.inner.losses(out).items()}
+        mean_square = mean_over_ranks(out.target.float().square().mean())
+        return {name: mean_over_ranks(term) / mean_square for name, term in self.inner.losses(out).items()}
 
     def route(self, x: Tensor) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b s"], Context]:
         """Raw activations -> the row that is deployed, the weights of the sites in it, and what undoes normalising."""
-        rows, context = self.normalizer(self.rows(x))
-        weights = self.deployed(self.probabilities(rows))
-        return weighted(rows, weights), weights, context
+        rows, context = self.normalizer(self.as_rows(x))
+        weights = self.site_weights(self.probabilities(rows))
+        return weighted_sum(rows, weights), weights, context
 
     def encode(self, x: Tensor) -> Float[Tensor, "b f"]:
         return self.inner.encode(self.route(x)[0])
@@ -125,17 +125,17 @@ class RouteSAE(BaseSAE):
         row, weights, context = self.route(x)
         row_hat, code = self.inner.autoencode(row, edit)
         x_hat = self.normalizer.undo(row_hat / weights.sum(dim=-1).view(-1, 1, 1), context)
-        return torch.where(weights.unsqueeze(-1) > 0, x_hat.to(x.dtype), self.rows(x).to(x.dtype)).view_as(x), code
+        return torch.where(weights.unsqueeze(-1) > 0, x_hat.to(x.dtype), self.as_rows(x).to(x.dtype)).view_as(x), code
 
     def directions(self) -> Float[Tensor, "f s d"]:
         return self.inner.directions().expand(-1, self.n_sources, -1)
 
-    def covers(self, x: Tensor) -> Bool[Tensor, "b s"]:
+    def predicted_mask(self, x: Tensor) -> Bool[Tensor, "b s"]:
         return self.route(x)[1] > 0
 
     @torch.no_grad()
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
-        self.normalizer.observe(self.rows(x))  # routing the first batch takes its scale
+        self.normalizer.observe(self.as_rows(x))  # routing the first batch takes its scale
         return self.inner.resample(self.route(x)[0])
 
     def before_step(self) -> None:
@@ -152,11 +152,11 @@ class RouteSAE(BaseSAE):
         return self.inner.dead()
 
 
-def likeliest(r: Float[Tensor, "b s"]) -> Bool[Tensor, "b s"]:
+def argmax_mask(r: Float[Tensor, "b s"]) -> Bool[Tensor, "b s"]:
     """True at the largest entry of each row; of equal ones at the first."""
     return torch.zeros_like(r, dtype=torch.bool).scatter(-1, r.argmax(dim=-1, keepdim=True), True)
 
 
-def weighted(x: Float[Tensor, "b s d"], weights: Float[Tensor, "b s"]) -> Float[Tensor, "b 1 d"]:
+def weighted_sum(x: Float[Tensor, "b s d"], weights: Float[Tensor, "b s"]) -> Float[Tensor, "b 1 d"]:
     """sum_s weights_s x_s."""
     return (weights.to(x).unsqueeze(-1) * x).sum(dim=1, keepdim=True)

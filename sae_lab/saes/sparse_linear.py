@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.ops.selection import Pieces, Preactivations
-from sae_lab.ops.sparse import Code, SparseCode, encoded
+from sae_lab.ops.sparse import Code, SparseCode, attach_encoder_gradient
 from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.linear import Encoder, LinearSAE
@@ -54,16 +54,16 @@ class SparseLinearSAE(LinearSAE):
     def select(self, h: Pieces) -> SparseCode:
         """Pre-activations, in pieces of rows -> code, by a rule of selection.py. Needs no gradient."""
 
-    def response(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
+    def encode_normalized(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         encoder = self.encoder(x)
         with torch.no_grad():
             centred = (encoder.inputs - encoder.origin).flatten(1)
             code = self.select(Preactivations(centred, encoder.W.flatten(1), self.b_enc, self.n_parts))
-        return self.traced(code, encoder), None
+        return self.attach_gradients(code, encoder), None
 
-    def traced(self, code: SparseCode, encoder: Encoder) -> SparseCode:
+    def attach_gradients(self, code: SparseCode, encoder: Encoder) -> SparseCode:
         """The code with gradients for the encoder that it came from."""
-        return encoded(code, *encoder, self.b_enc)
+        return attach_encoder_gradient(code, *encoder, self.b_enc)
 
     def activate(self, h: Float[Tensor, "b f"]) -> SparseCode:
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sae_lab.ops.selection import Pieces, top_k
+from sae_lab.ops.selection import Pieces, select_top_k
 from sae_lab.ops.sparse import SparseCode
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.sparse_linear import SparseLinearSAE
@@ -24,4 +24,4 @@ class TopKSAE(SparseLinearSAE):
         self.k = int(k)
 
     def select(self, h: Pieces) -> SparseCode:
-        return top_k(h, round(self.current_k))
+        return select_top_k(h, round(self.current_k))

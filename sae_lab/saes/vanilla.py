@@ -36,7 +36,7 @@ class VanillaSAE(PenalizedLinearSAE):
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
         assert isinstance(out.code, Tensor)
         z = out.code if self.unit_norm else out.code * self.W_dec.flatten(1).norm(dim=1)
-        return super().losses(out) | {"sparsity": self.warmed(self.l1_coefficient * losses.l1(z))}
+        return super().losses(out) | {"sparsity": self.scale_by_warmup(self.l1_coefficient * losses.l1(z))}
 
     def before_step(self) -> None:
         if self.unit_norm:

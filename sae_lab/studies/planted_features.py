@@ -125,7 +125,7 @@ def recovery(sae: BaseSAE, planted: PlantedFeatures, n_rows: int = 8192) -> dict
     best, latent = torch.einsum("id,fid->if", planted.directions, decoder[:, planted.home]).max(dim=-1)
     x, site = planted.rows(n_rows, torch.Generator().manual_seed(planted.seed + 10**6))
     x_hat, code = sae.autoencode(x)
-    rows, covers = torch.arange(n_rows), sae.covers(x)
+    rows, covers = torch.arange(n_rows), sae.predicted_mask(x)
     figures = {"mmcs": best.mean(), "found": (best > FOUND).float().mean()}
     for name, part in (("roots", slice(0, planted.n_trees)), ("children", slice(planted.n_trees, None))):
         if len(best[part]):

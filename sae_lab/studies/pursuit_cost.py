@@ -9,17 +9,17 @@ from rich.table import Table
 
 from sae_lab.ops.matmul import linear
 from sae_lab.ops.pursuit import METHODS, Dictionary, pursue
-from sae_lab.runtime.device import chosen, now
+from sae_lab.runtime.device import resolve_device, synchronized_time
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import console
-from sae_lab.studies.step_cost import Step, superposed_rows, written
+from sae_lab.studies.step_cost import Step, superposed_rows, write_figures
 
 
-def search(cfg: DictConfig) -> dict[str, Any]:
+def benchmark_pursuit(cfg: DictConfig) -> dict[str, Any]:
     """A pursuit of one batch, with the Gram matrix and without: the figures, on the screen and in benchmark.json."""
     keep_freed_memory()
-    device = torch.device(chosen(cfg.device))
+    device = torch.device(resolve_device(cfg.device))
     if cfg.pursuit not in METHODS:
         raise UserError(f"pursuit={cfg.pursuit} is not known: choose one of {', '.join(METHODS)}.")
     y = superposed_rows(cfg.batch_size, cfg.n_sources, cfg.d_in).flatten(1).to(device)
@@ -34,9 +34,9 @@ def search(cfg: DictConfig) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(1 + cfg.repeats):
         for name, step in steps.items():
-            start = now(device)
+            start = synchronized_time(device)
             step()
-            seconds[name].append(now(device) - start)
+            seconds[name].append(synchronized_time(device) - start)
     ms = {name: 1e3 * statistics.median(times[1:]) for name, times in seconds.items()}
     figures = {"ms": ms, "products_per_step": {n: ms[n] / ms["product"] / cfg.k for n in ms if n.startswith("pursuit")}}
     result = Table(title=f"{cfg.pursuit}, d {cfg.d_in}, f {cfg.n_latents}, k {cfg.k}, b {cfg.batch_size}")
@@ -46,4 +46,4 @@ def search(cfg: DictConfig) -> dict[str, Any]:
         ratio = figures["products_per_step"].get(name)
         result.add_row(name, f"{value:,.1f}", "" if ratio is None else f"{ratio:.2f}")
     console.print(result)
-    return written(figures, cfg)
+    return write_figures(figures, cfg)

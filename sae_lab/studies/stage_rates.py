@@ -25,9 +25,9 @@ from rich.table import Table
 
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.data import ActivationData
-from sae_lab.cache.reader import Cache, CachedRows
-from sae_lab.cache.writer import Harvester, gathered
-from sae_lab.runtime.device import now
+from sae_lab.cache.reader import Cache, CachedSource
+from sae_lab.cache.writer import CacheWriter, gather_chunks
+from sae_lab.runtime.device import synchronized_time
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import console, track
@@ -37,33 +37,33 @@ from sae_lab.training.run import build_sae
 Stage = Callable[[], int]  # does a slice of work and says how many tokens it was
 
 
-def throughput(cfg: DictConfig) -> dict[str, Any]:
+def measure_throughput(cfg: DictConfig) -> dict[str, Any]:
     """Tokens/s of each stage, on the screen and in throughput.json."""
     keep_freed_memory()
     data: ActivationData = instantiate(cfg.data, lm=instantiate(cfg.lm))
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=run_dir) as folder:  # on the disk that the cache would be on
-        rates = measured(stages(cfg, data, folder), cfg.slices, data.lm.device)
+        rates = measure_rates(build_stages(cfg, data, folder), cfg.slices, data.lm.device)
     cuda = data.lm.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     figures = {"tokens_per_second": rates, "device": device, "config": OmegaConf.to_container(cfg, resolve=True)}
-    console.print(table(figures))
+    console.print(rates_table(figures))
     write_json(run_dir / "throughput.json", figures)
     return figures
 
 
-def stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str, Stage]:
+def build_stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str, Stage]:
     """The stages by name; a slice is `slice_tokens` tokens, or a little more: whole blocks."""
     block_rows = data.stream.block_rows
     n_batches = -(-cfg.slice_tokens // block_rows) * block_rows // data.batch_size
     n_passes = -(-cfg.slice_tokens // (data.lm_batch_rows * data.seq_len))
     tokens = data.text_rows(data.lm_batch_rows)
     harvest = iter(data.source())
-    writer = Harvester(data, folder, cfg.slice_tokens, cfg.slice_tokens)
-    shard = next(gathered(data.source(), cfg.slice_tokens, cfg.slice_tokens, writer.dtype, lambda n: None))
+    writer = CacheWriter(data, folder, cfg.slice_tokens, cfg.slice_tokens)
+    shard = next(gather_chunks(data.source(), cfg.slice_tokens, cfg.slice_tokens, writer.dtype, lambda n: None))
     writer.build()
-    source = CachedRows(Cache(folder), data.lm_batch_rows * data.seq_len, 0, True, data.lm.device)
+    source = CachedSource(Cache(folder), data.lm_batch_rows * data.seq_len, 0, True, data.lm.device)
     streamed = data.new_stream(data.prefetch)
     cached = ShuffledBlocks(source, data.block_tokens, data.batch_size, seed=0)
     batch = next(data.new_stream())
@@ -89,18 +89,18 @@ def stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str, Stag
     }
 
 
-def measured(named: dict[str, Stage], slices: int, device: torch.device) -> dict[str, float]:
+def measure_rates(named: dict[str, Stage], slices: int, device: torch.device) -> dict[str, float]:
     """Median tokens/s of each stage over its slices, after one that is not counted."""
     rates: dict[str, list[float]] = {name: [] for name in named}
     for _ in track(range(1 + slices), "measuring"):
         for name, stage in named.items():
-            start = now(device)
+            start = synchronized_time(device)
             n = stage()
-            rates[name].append(n / (now(device) - start))
+            rates[name].append(n / (synchronized_time(device) - start))
     return {name: statistics.median(of_slices[1:]) for name, of_slices in rates.items()}
 
 
-def table(figures: dict[str, Any]) -> Table:
+def rates_table(figures: dict[str, Any]) -> Table:
     """A line a stage."""
     result = Table(title=f"stages on {figures['device']}", title_justify="left")
     for column in ("stage", "tokens/s", "x forward"):

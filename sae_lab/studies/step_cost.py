@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sae_lab.ops.matmul import linear
 from sae_lab.ops.sparse import Code
-from sae_lab.runtime.device import checked_precision, chosen, now
+from sae_lab.runtime.device import checked_precision, resolve_device, synchronized_time
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import console
@@ -52,11 +52,11 @@ NAMES = {
 Step = Callable[[], Any]
 
 
-def benchmark(cfg: DictConfig) -> dict[str, Any]:
+def benchmark_step(cfg: DictConfig) -> dict[str, Any]:
     """One size and one SAE: its figures, on the screen and in benchmark.json."""
     keep_freed_memory()
     warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # it has none on purpose
-    device = chosen(cfg.device)
+    device = resolve_device(cfg.device)
     x = superposed_rows(cfg.batch_size, cfg.n_sources, cfg.d_in).to(device)
     make = partial(build_sae, cfg, device)
     sae = make()
@@ -68,17 +68,17 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
     steps = {"floor": floor_step(cfg, read, linear), "torch_floor": floor_step(cfg, read, F.linear), "step": ours}
     if cfg.dense and isinstance(sae, LinearSAE) and sae.n_parts == 1:  # the others have no one dense formula
         steps["dense"] = training_step(make(), cfg, x, dense_forward)
-    times = interleaved(steps, make(), cfg, x)
+    times = time_interleaved(steps, make(), cfg, x)
     figures: dict[str, Any] = {f"{name}_ms": times.get(name) for name in NAMES}
     figures["peak_memory_mb"] = peak
     figures["tokens_per_second"] = 1e3 * cfg.batch_size / times["step"]
     figures["device"] = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    written(figures, cfg)
-    console.print(table(figures))
+    write_figures(figures, cfg)
+    console.print(figures_table(figures))
     return figures
 
 
-def written(figures: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
+def write_figures(figures: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
     """The figures with what they are of, as they now stand in benchmark.json."""
     figures |= {"config": OmegaConf.to_container(cfg, resolve=True)}
     write_json(Path(cfg.run_dir) / "benchmark.json", figures)
@@ -114,7 +114,7 @@ def training_step(
 ) -> Step:
     """A whole training step, as the module does it."""
     optimizer = build_optimizer(cfg)([{"params": list(sae.parameters())}])
-    return partial(plain_step, sae, optimizer, x, forward, precision(cfg, x))
+    return partial(plain_step, sae, optimizer, x, forward, autocast(cfg, x))
 
 
 def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
@@ -124,8 +124,8 @@ def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
 
 def dense_forward(sae: LinearSAE, x: Tensor) -> SAEOutput:
     """The forward pass with h and the code as whole matrices, in plain torch."""
-    sae.learn_units(x)
-    read, target = sae.normalised(x)
+    sae.observe_rows(x)
+    read, target = sae.normalize_rows(x)
     inputs, origin, W = sae.encoder(read)
     h = F.linear((inputs - origin).flatten(1), W.flatten(1), sae.b_enc)
     code = dense_code(sae, h)
@@ -158,7 +158,7 @@ def floor_step(cfg: DictConfig, x: Tensor, product: Callable[[Tensor, Tensor], T
     return step
 
 
-def precision(cfg: DictConfig, x: Tensor) -> AbstractContextManager:
+def autocast(cfg: DictConfig, x: Tensor) -> AbstractContextManager:
     mixed = checked_precision("precision", cfg.precision) == "bf16-mixed"
     return torch.autocast(x.device.type, torch.bfloat16, enabled=mixed)
 
@@ -177,15 +177,15 @@ class Stream:
     def __iter__(self) -> Iterator[Tensor]:
         for _ in range(WARM + self.repeats + 1):  # Lightning takes the first two batches at once
             for name, step in self.others.items():
-                start = now(self.x.device)
+                start = synchronized_time(self.x.device)
                 step()
-                self.seconds[name].append(now(self.x.device) - start)
-            start = now(self.x.device)
+                self.seconds[name].append(synchronized_time(self.x.device) - start)
+            start = synchronized_time(self.x.device)
             yield self.x
-            self.seconds["lightning_step"].append(now(self.x.device) - start)
+            self.seconds["lightning_step"].append(synchronized_time(self.x.device) - start)
 
 
-def interleaved(steps: dict[str, Step], sae: BaseSAE, cfg: DictConfig, x: Tensor) -> dict[str, float]:
+def time_interleaved(steps: dict[str, Step], sae: BaseSAE, cfg: DictConfig, x: Tensor) -> dict[str, float]:
     """Median milliseconds of each step, and of a training step of `sae` in the Lightning loop."""
     stream = Stream(x, steps, cfg.repeats)
     module = SAEModule(sae, build_optimizer(cfg), partial(instantiate(cfg.schedule), n_steps=10**6))
@@ -204,7 +204,7 @@ def peak_memory_mb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def table(figures: dict[str, Any]) -> Table:
+def figures_table(figures: dict[str, Any]) -> Table:
     """The figures, one line a step."""
     cfg = figures["config"]
     size = ", ".join(f"{key} {cfg[key]}" for key in ("d_in", "n_latents", "k", "batch_size", "precision"))

@@ -6,43 +6,43 @@ from pathlib import Path
 import pandas as pd
 
 from sae_lab import plots
-from sae_lab.sweeps.standing import distinct
-from sae_lab.sweeps.table import RESOLVED, cell_text, named_after_settings, settings
+from sae_lab.sweeps.standing import drop_shared_overrides
+from sae_lab.sweeps.table import RESOLVED, cell_text, named_after_settings, setting_columns
 
 COMPARED = ("nmse", "ce_degradation")
 
 
-def lines(table: pd.DataFrame) -> pd.Series:
+def line_names(table: pd.DataFrame) -> pd.Series:
     """Which line of a figure each job is a point of: its architecture, and whatever else its twins differ in.
 
     Twins are jobs of equal sae, k and n_latents. Only their seeds are averaged over: if a learning rate varies among
     them, it is part of the line's name (`TopK, lr=0.001`).
     """
     twins = table.groupby(["sae", "k", "n_latents"], dropna=False)
-    others = [c for c in settings(table) if c not in RESOLVED and twins[c].nunique(dropna=False).max() > 1]
+    others = [c for c in setting_columns(table) if c not in RESOLVED and twins[c].nunique(dropna=False).max() > 1]
     leaves = [re.split(r"[.@/]", c)[-1] for c in others]
     names = [leaf if leaves.count(leaf) == 1 else c for leaf, c in zip(leaves, others, strict=True)]
-    parts = [table["sae"].map(str).map(plots.spelled)]
+    parts = [table["sae"].map(str).map(plots.display_name)]
     parts += [
         table[c].map(lambda v, name=name: f"{name}={cell_text(v)}") for c, name in zip(others, names, strict=True)
     ]
     return pd.concat(parts, axis=1).agg(", ".join, axis=1)
 
 
-def draw(done: pd.DataFrame, folder: Path) -> list[Path]:
+def draw_sweep(done: pd.DataFrame, folder: Path) -> list[Path]:
     """Every figure that the complete jobs have the data for, as PNGs in folder/figures."""
     figures = folder / "figures"
     if len(done) == 1 and (folder / ".hydra").is_dir():
         return draw_run(folder)
     if len(done) < 2:
         return []
-    done = done.assign(line=lines(done), architecture=done["sae"].map(str).map(plots.spelled))
+    done = done.assign(line=line_names(done), architecture=done["sae"].map(str).map(plots.display_name))
     y = [metric for metric in COMPARED if plots.has_values(done, metric)]
     compared = draw_comparisons(done, figures, y) if y else []
     return compared + draw_frontier(done, figures) + draw_l0(done, folder)
 
 
-def under_both_rules(done: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+def add_batch_wise_rows(done: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     """The jobs under the rule that their SAE is deployed with; then, where the batch-wise rule scores otherwise, that.
 
     The write-up's third line: is one threshold as good as a choice over the batch?
@@ -58,7 +58,7 @@ def under_both_rules(done: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
 def draw_comparisons(done: pd.DataFrame, figures: Path, y: list[str]) -> list[Path]:
     """The write-up's two figures wherever the sweep has them: over dictionary sizes at one k, over k at one size."""
-    paths, both = [], under_both_rules(done, y)
+    paths, both = [], add_batch_wise_rows(done, y)
     for fixed, x, name in (("k", "n_latents", "vs_n_latents_k"), ("n_latents", "k", "vs_k_n")):
         for value, jobs in ((float(str(v)), group) for v, group in both.groupby(fixed)):
             if jobs[x].nunique() > 1:
@@ -71,7 +71,7 @@ def draw_comparisons(done: pd.DataFrame, figures: Path, y: list[str]) -> list[Pa
 
 def _labels(done: pd.DataFrame) -> pd.Series:
     if named_after_settings(done):
-        return pd.Series(distinct(list(done["job"])), done.index)
+        return pd.Series(drop_shared_overrides(list(done["job"])), done.index)
     label = done["job"] + ": " + done["line"]
     for column in ("k", "n_latents", "seed"):
         if done[column].nunique() > 1:

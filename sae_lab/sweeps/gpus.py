@@ -15,7 +15,7 @@ from sae_lab.runtime.errors import Interrupted, UserError, first_line
 from sae_lab.runtime.signals import Signals
 from sae_lab.sweeps.failures import record_failure
 from sae_lab.sweeps.member_logs import log_files
-from sae_lab.sweeps.shared_stream import Job, by_stream, train_jobs
+from sae_lab.sweeps.shared_stream import Job, group_by_stream, train_jobs
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def train_spread(jobs: list[Job], max_members: int | None, parallel: int | str, 
         train_jobs(jobs, max_members)
         return
     with log_files([job.folder for job in jobs]):
-        parts = deal(by_stream(jobs), slots)
+        parts = deal_groups(group_by_stream(jobs), slots)
         if parts:
             log.info("%d groups, %d at a time", len(parts), slots)
             run_on_ray(parts, slots, max_members, job_logging)
@@ -69,7 +69,7 @@ def ray_is_installed() -> bool:
     return True
 
 
-def deal(groups: Sequence[list[Job]], slots: int) -> list[list[Job]]:
+def deal_groups(groups: Sequence[list[Job]], slots: int) -> list[list[Job]]:
     """The groups, in equal parts where there are fewer of them than slots: each part pays a pass of its own."""
     n = max(1, slots // max(1, len(groups)))
     return [part for group in groups for i in range(n) if (part := group[i::n])]
@@ -110,7 +110,7 @@ def wait_for(runs: dict[Any, list[Job]]) -> None:
         while waiting:
             done, waiting = ray.wait(waiting, timeout=0.5)
             for run in done:
-                collect(run, runs[run])
+                collect_result(run, runs[run])
             if signals.received is not None and not told:
                 told = True
                 for run in waiting:
@@ -122,7 +122,7 @@ def wait_for(runs: dict[Any, list[Job]]) -> None:
         raise Interrupted(f"Stopped by {name}, all groups are saved", signals.received)
 
 
-def collect(run: Any, part: list[Job]) -> None:
+def collect_result(run: Any, part: list[Job]) -> None:
     """Record what has ended a process before its work was done, unless it was ours to cancel."""
     import ray
 

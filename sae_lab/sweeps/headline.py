@@ -10,8 +10,8 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from sae_lab import plots
-from sae_lab.sweeps.standing import Standing, counted
-from sae_lab.sweeps.table import cell_text, named_after_settings, settings
+from sae_lab.sweeps.standing import Standing, count_statuses
+from sae_lab.sweeps.table import cell_text, named_after_settings, setting_columns
 
 # The columns of the table for people, and how each is written; report.csv has every column with every digit.
 HEADLINES = {
@@ -31,7 +31,7 @@ def headline(table: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
     Jobs that differ in nothing but their seed are one row: how many they are, and mean ± standard deviation.
     """
     done = done.sort_values(["sae", "k", "n_latents", "seed"], kind="stable")
-    varies = [c for c in settings(table) if c != "expansion" and table[c].nunique(dropna=False) > 1]
+    varies = [c for c in setting_columns(table) if c != "expansion" and table[c].nunique(dropna=False) > 1]
     chosen = list(dict.fromkeys(["sae", "k", "n_latents", *varies]))
     metrics = [m for m in HEADLINES if plots.has_values(done, m)]
     twins = [c for c in chosen if c != "seed"]
@@ -61,9 +61,11 @@ def _rounded(value: float, form: str) -> str:
 def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[Standing], folder: Path, figures: list[Path]) -> str:
     """report.md: the table, the figures by relative path, what was the same for every job, and who is missing."""
     rows = [list(cells.columns), ["---"] * len(cells.columns), *cells.to_numpy().tolist()]
-    same = [c for c in settings(table) if c not in cells and c != "expansion" and table[c].nunique(dropna=False) == 1]
+    same = [
+        c for c in setting_columns(table) if c not in cells and c != "expansion" and table[c].nunique(dropna=False) == 1
+    ]
     dials = ", ".join(f"`{c}={cell_text(table[c].iloc[0])}`" for c in same)
-    parts = [f"# {folder.resolve().name}", counted(jobs)]
+    parts = [f"# {folder.resolve().name}", count_statuses(jobs)]
     missing = [f"- {job.job}: {job.status} {job.detail}".rstrip() for job in jobs if job.status != "complete"]
     parts += ["\n".join(missing)] if missing else []
     parts += [f"{'The same for every job' if len(table) > 1 else 'Its settings'}: {dials}."] if dials else []
@@ -73,7 +75,7 @@ def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[Standing], fol
     return "\n\n".join(parts) + "\n"
 
 
-def show(cells: pd.DataFrame, written: list[Path]) -> None:
+def show_headline(cells: pd.DataFrame, written: list[Path]) -> None:
     """The table on the screen, as wide as it is: a number is never cut to fit, nor wrapped."""
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in cells:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 
-def score(metrics: dict[str, Any], goal_l0: float | None) -> float:
+def search_score(metrics: dict[str, Any], goal_l0: float | None) -> float:
     """What a search minimises: fvu, or the distance of l0 to its goal."""
     return metrics["fvu"] if goal_l0 is None else abs(metrics["l0"] - goal_l0)
 
@@ -46,12 +46,12 @@ def secant(nearest: list[tuple[float, float]]) -> float:
     return x1 - y1 / slope
 
 
-def best(folders: list[Path], goal_l0: float | None) -> str | None:
+def describe_best(folders: list[Path], goal_l0: float | None) -> str | None:
     """A sentence that tells which of these runs has the least score, and the command that trains it; None of none."""
     done = {f: json.loads(text.read_text()) for f in folders if (text := f / "metrics.json").is_file()}
     if not done:
         return None
-    folder = min(done, key=lambda f: score(done[f], goal_l0))
+    folder = min(done, key=lambda f: search_score(done[f], goal_l0))
     overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
     command = shlex.join(o for o in overrides if not o.startswith("goal_l0="))
     aim = "least fvu" if goal_l0 is None else f"nearest to goal_l0={goal_l0}"

@@ -25,7 +25,7 @@ from sae_lab.runtime.signals import Signals
 from sae_lab.sweeps.failures import failure_recorded, record_failure
 from sae_lab.sweeps.lockstep import train_in_step
 from sae_lab.sweeps.member_logs import log_files, of_member
-from sae_lab.sweeps.search import score
+from sae_lab.sweeps.search import search_score
 from sae_lab.training.callbacks import SaveWhenDue
 from sae_lab.training.progress import Throughput, TrainingProgress
 from sae_lab.training.run import (
@@ -52,10 +52,10 @@ class Job(NamedTuple):
     def folder(self) -> Path:
         return Path(self.cfg.run_dir)
 
-    def score(self) -> float | None:
+    def search_score(self) -> float | None:
         """What a search makes of it once it is done; None where it has failed."""
         metrics = self.folder / "metrics.json"
-        return score(json.loads(metrics.read_text()), self.cfg.goal_l0) if metrics.is_file() else None
+        return search_score(json.loads(metrics.read_text()), self.cfg.goal_l0) if metrics.is_file() else None
 
 
 def read_job(cfg: DictConfig) -> Job:
@@ -73,12 +73,12 @@ def train_jobs(jobs: list[Job], max_members: int | None = None) -> None:
         max_members: SAEs in a group; None takes as many as the memory holds.
     """
     with log_files([job.folder for job in jobs]):
-        for group in by_stream(jobs):
+        for group in group_by_stream(jobs):
             while group:
                 group = train_group(group, max_members)
 
 
-def by_stream(jobs: list[Job]) -> list[list[Job]]:
+def group_by_stream(jobs: list[Job]) -> list[list[Job]]:
     """The jobs that are not complete: those together that want the same batches, and first those that want most.
 
     What a batch holds is decided by `lm` and `data` alone.

@@ -14,18 +14,18 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from sae_lab.cli.folder_names import each_override
+from sae_lab.cli.folder_names import split_overrides
 from sae_lab.runs.checkpoint import checkpoint_content
 from sae_lab.runs.folder import FAILED, Run, is_running
 from sae_lab.runtime.errors import UserError
-from sae_lab.runtime.screen import clock, console
+from sae_lab.runtime.screen import console, format_duration
 
 log = logging.getLogger(__name__)
 
 PLAN = "jobs.txt"
 
 
-def plan(sweep_dir: Path) -> list[Path]:
+def planned_jobs(sweep_dir: Path) -> list[Path]:
     """The folders of the jobs that the sweep's last command has, in its order."""
     file = sweep_dir / PLAN
     return [sweep_dir / name for name in file.read_text().splitlines()] if file.is_file() else []
@@ -39,7 +39,7 @@ def all_jobs(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give sweep_dir=... the folder of a sweep or of one run.")
-    folders = list(dict.fromkeys([*plan(root), *job_folders(root)]))
+    folders = list(dict.fromkeys([*planned_jobs(root), *job_folders(root)]))
     if not folders:
         raise UserError(
             f"{root} holds no run (a folder with .hydra/config.yaml): give sweep_dir=... the folder of a sweep, "
@@ -76,10 +76,10 @@ class Standing(NamedTuple):
 
 
 def standings(root: Path, folders: list[Path]) -> list[Standing]:
-    return [Standing(name_in(root, folder), *standing(folder)) for folder in folders]
+    return [Standing(job_name(root, folder), *standing(folder)) for folder in folders]
 
 
-def name_in(root: Path, folder: Path) -> str:
+def job_name(root: Path, folder: Path) -> str:
     """What a job is called; a run that is looked at by itself has the name of its folder."""
     return root.resolve().name if folder == root else folder.relative_to(root).as_posix()
 
@@ -97,7 +97,7 @@ def standing(folder: Path) -> tuple[str, str]:
     if not is_running(folder):
         return "interrupted", f"step {saved_step(folder)}/{n_steps}"
     step, rate = last_logged(folder / "metrics.csv")
-    left = f", {clock((n_steps - step) * config.batch_size / rate)} left" if rate else ""
+    left = f", {format_duration((n_steps - step) * config.batch_size / rate)} left" if rate else ""
     return "running", f"step {step}/{n_steps}{left}"
 
 
@@ -119,25 +119,25 @@ def last_logged(log_file: Path) -> tuple[int, float | None]:
     return max((int(row["step"]) + 1 for row in rows), default=0), rates[-1] if rates else None
 
 
-def show(jobs: list[Standing]) -> None:
+def show_standings(jobs: list[Standing]) -> None:
     """A table of the jobs, and how many there are of each status."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in Standing._fields:
         table.add_column(column, overflow="fold")
-    for name, job in zip(distinct([job.job for job in jobs]), jobs, strict=True):
+    for name, job in zip(drop_shared_overrides([job.job for job in jobs]), jobs, strict=True):
         table.add_row(escape(name), job.status, escape(job.detail))
     console.print(table)
-    console.print(counted(jobs), highlight=False)
+    console.print(count_statuses(jobs), highlight=False)
 
 
-def distinct(names: list[str]) -> list[str]:
+def drop_shared_overrides(names: list[str]) -> list[str]:
     """Folder names that spell overrides, `k=8,sae=topk`, without those that all of them share."""
-    parts = [each_override(name) for name in names]
+    parts = [split_overrides(name) for name in names]
     shared = set(parts[0]).intersection(*parts[1:]) if len(parts) > 1 else set()
     return [",".join(part for part in own if part not in shared) or "-" for own in parts]
 
 
-def counted(jobs: list[Standing]) -> str:
+def count_statuses(jobs: list[Standing]) -> str:
     """How many jobs there are, and of each status."""
     counts = Counter(job.status for job in jobs)
     return f"{len(jobs)} job{'s' * (len(jobs) != 1)}: {', '.join(f'{n} {status}' for status, n in counts.items())}."

@@ -11,38 +11,38 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sae_lab.cli.entry import works_in
+from sae_lab.cli.entry import remember_folder
 from sae_lab.runtime.files import write_atomically
 from sae_lab.runtime.screen import console
-from sae_lab.sweeps.search import best
-from sae_lab.sweeps.standing import PLAN, job_folders, plan, show, standings
+from sae_lab.sweeps.search import describe_best
+from sae_lab.sweeps.standing import PLAN, job_folders, planned_jobs, show_standings, standings
 
 
 class SweepSummary(Callback):
     """Notes in `jobs.txt` which jobs a sweep will have; at its end shows a table, and exits with 1 if any failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        works_in(f"hydra.sweep.dir={config.hydra.sweep.dir}")
-        names = planned(config)
+        remember_folder(f"hydra.sweep.dir={config.hydra.sweep.dir}")
+        names = plan_job_names(config)
         write_atomically(Path(config.hydra.sweep.dir) / PLAN, "".join(f"{name}\n" for name in names).encode())
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         root = Path(config.hydra.sweep.dir)
-        folders = plan(root) or job_folders(root)
+        folders = planned_jobs(root) or job_folders(root)
         jobs = standings(root, folders)
-        show(jobs)
-        if not grid(config) and (sentence := best(folders, config.get("goal_l0"))):
+        show_standings(jobs)
+        if not is_grid(config) and (sentence := describe_best(folders, config.get("goal_l0"))):
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)
         if any(job.status == "failed" for job in jobs):
             sys.exit(1)
 
 
-def planned(config: DictConfig) -> list[str]:
+def plan_job_names(config: DictConfig) -> list[str]:
     """The folder names of the jobs that Hydra's own sweeper will start; none where another sweeper decides as it goes.
 
     Composing the config of every job would tell as well, but takes a third of a second each.
     """
-    if not grid(config):
+    if not is_grid(config):
         return []
     parser = OverridesParser.create()
     overrides = parser.parse_overrides(list(config.hydra.overrides.task))
@@ -61,6 +61,6 @@ def planned(config: DictConfig) -> list[str]:
     return names
 
 
-def grid(config: DictConfig) -> bool:
+def is_grid(config: DictConfig) -> bool:
     """Whether all jobs are known from the start; else this is a search."""
     return config.hydra.sweeper._target_.endswith(".BasicSweeper")

@@ -11,13 +11,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sae_lab.runtime.errors import UserError
-from sae_lab.sweeps.standing import job_folders, name_in, standing
+from sae_lab.sweeps.standing import job_folders, job_name, standing
 
 RESOLVED = ("sae", "k", "expansion", "n_latents", "seed")
 
 
 @dataclass(frozen=True)
-class Job:
+class JobRecord:
     """What one run folder tells: the overrides that made it, their config, and its metrics (empty until it is done)."""
 
     folder: Path
@@ -56,7 +56,7 @@ def _takes_k(sae: Any) -> bool:
     return "k" in sae or any(isinstance(node, DictConfig) and "k" in node for node in sae.values())
 
 
-def collect(sweep_dir: Path | str) -> pd.DataFrame:
+def collect_table(sweep_dir: Path | str) -> pd.DataFrame:
     """One row a job: `job`, its settings, `status`, then its metrics.
 
     The settings (every column between `job` and `status`) are the keys that any job overrode, filled in from its config
@@ -65,13 +65,13 @@ def collect(sweep_dir: Path | str) -> pd.DataFrame:
     in `train_mode/<metric>`.
     """
     root = Path(sweep_dir)
-    jobs = [read_job(folder) for folder in begun(root)]
+    jobs = [read_record(folder) for folder in started_jobs(root)]
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
     rows = []
     for job in jobs:
         settings = {key: job.setting(key) for key in keys} | job.resolved()
         status = {"status": standing(job.folder)[0]}
-        rows.append({"job": name_in(root, job.folder)} | settings | status | job.metrics)
+        rows.append({"job": job_name(root, job.folder)} | settings | status | job.metrics)
     columns = dict.fromkeys(column for row in rows for column in row)
     return pd.DataFrame({column: _series([row.get(column) for row in rows]) for column in columns})
 
@@ -82,16 +82,16 @@ def _series(values: list[Any]) -> pd.Series:
     return pd.Series(values, dtype="Int64" if whole else None)
 
 
-def begun(root: Path) -> list[Path]:
+def started_jobs(root: Path) -> list[Path]:
     """The jobs that have a config to show."""
     return [folder for folder in job_folders(root) if (folder / ".hydra" / "config.yaml").is_file()]
 
 
-def read_job(folder: Path) -> Job:
+def read_record(folder: Path) -> JobRecord:
     hydra = folder / ".hydra"
     config, runtime = (_load(hydra / name) for name in ("config.yaml", "hydra.yaml"))
     choices = OmegaConf.select(runtime, "hydra.runtime.choices", throw_on_resolution_failure=False) or {}
-    return Job(
+    return JobRecord(
         folder=folder,
         overrides=read_overrides(hydra / "overrides.yaml"),
         choices=dict(choices),
@@ -150,18 +150,18 @@ def _number(x: float) -> float:
     return int(x) if x == int(x) else x
 
 
-def settings(table: pd.DataFrame) -> list[str]:
+def setting_columns(table: pd.DataFrame) -> list[str]:
     """The columns that say how a job was set up, as against what came out of it."""
     return list(table.columns[1 : table.columns.get_loc("status")])
 
 
-def complete(table: pd.DataFrame) -> pd.DataFrame:
+def complete_jobs(table: pd.DataFrame) -> pd.DataFrame:
     """The complete jobs; of those that agree in every setting, seed included, the first.
 
     They are one run repeated, not two samples: so are the jobs of a sweep over a dial that their SAE does not have.
     """
     done = table[table["status"] == "complete"]
-    return done[~done.duplicated(settings(table))]
+    return done[~done.duplicated(setting_columns(table))]
 
 
 def cell_text(value: Any) -> str:

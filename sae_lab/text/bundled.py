@@ -11,7 +11,7 @@ from pathlib import Path
 from sae_lab.text.documents import HELD_OUT, TRAIN, IndexedDocuments, digest_of
 
 
-def held_out(name: str, every: int) -> bool:
+def is_held_out(name: str, every: int) -> bool:
     """Whether the document of this name is kept from training: one in `every`, by checksum, the same everywhere."""
     return zlib.crc32(name.encode()) % every == 0
 
@@ -30,7 +30,7 @@ class StdlibDocuments(IndexedDocuments):
         root = Path(sysconfig.get_paths()["stdlib"])
         names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
         names = [n for n in names if not self.LEFT_OUT & set(n.split("/")[:-1])]
-        self.paths = [root / n for n in names if held_out(n, held_out_every) == (split == HELD_OUT)]
+        self.paths = [root / n for n in names if is_held_out(n, held_out_every) == (split == HELD_OUT)]
 
     def digest(self, thorough: bool = True) -> str:
         return digest_of(self.paths, thorough)
@@ -57,10 +57,10 @@ class DisassembledStdlib(StdlibDocuments):
 
     def __getitem__(self, i: int) -> str:
         source = super().__getitem__(i % len(self.paths))
-        return source if i >= len(self.paths) else disassembled(source)[: len(source)]
+        return source if i >= len(self.paths) else disassemble(source)[: len(source)]
 
 
-def disassembled(source: str) -> str:
+def disassemble(source: str) -> str:
     """The listing of a module's bytecode, without addresses in memory; empty where it does not compile."""
     try:
         with warnings.catch_warnings():

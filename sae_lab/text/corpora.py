@@ -84,7 +84,7 @@ class FileDocuments(IndexedDocuments):
         return len(self.numbers)
 
     def __getitem__(self, i: int) -> str:
-        text = joined(self.rows[self.numbers[i]], self.columns)
+        text = join_columns(self.rows[self.numbers[i]], self.columns)
         if len(self.rows) > 1:
             return text
         cut = len(text) * 9 // 10
@@ -126,7 +126,7 @@ class HubDocuments(Documents):
     def windows(self, epoch: int, place: Place | None) -> Iterator[Window]:
         place = place or {"window": 0, "rows": None}
         self.rows.load_state_dict(place["rows"])
-        texts = (joined(row, self.columns) for row in self.rows)
+        texts = (join_columns(row, self.columns) for row in self.rows)
         while window := take_window(texts):
             yield Window(place, window)
             place = {"window": place["window"] + 1, "rows": self.rows.state_dict()}
@@ -137,7 +137,7 @@ def load_rows(path: str, **options: Any):
     import datasets
 
     sentence = f"the files of data.paths cannot be read as {path}: {{reason}}"
-    with hub_errors(sentence if "data_files" in options else unreachable(path), root_of), quiet():
+    with hub_errors(sentence if "data_files" in options else unreachable_sentence(path), root_cause), quiet():
         return datasets.load_dataset(path, **options)
 
 
@@ -151,18 +151,18 @@ def commit_on_hub(path: str, revision: str | None) -> str | None:
 
     if datasets.config.HF_HUB_OFFLINE or path.startswith(("/", ".", "~")) or Path(path).exists():
         return None
-    with hub_errors(unreachable(path if revision is None else f"{path} at {revision}"), root_of):
+    with hub_errors(unreachable_sentence(path if revision is None else f"{path} at {revision}"), root_cause):
         return HfApi().dataset_info(path, revision=revision, timeout=HUB_TIMEOUT).sha
 
 
-def unreachable(path: str) -> str:
+def unreachable_sentence(path: str) -> str:
     return (
         f"the data set {path!r} cannot be loaded ({{reason}}): check its name and the network, "
         "or train on local text with data=stdlib or data=text_files data.paths=[...]."
     )
 
 
-def root_of(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """What the first of a chain of errors says, in a line."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -208,6 +208,6 @@ def is_text(kind: Any) -> bool:
     return isinstance(kind, str) or getattr(kind, "dtype", None) in ("string", "large_string")
 
 
-def joined(row: Mapping[str, Any], columns: Sequence[str]) -> str:
+def join_columns(row: Mapping[str, Any], columns: Sequence[str]) -> str:
     """The text of a row: its columns that are not empty, with a blank line between them."""
     return "\n\n".join(row[c] for c in columns if row[c])

@@ -109,7 +109,7 @@ class WandbLog(WandbLogger):
         self.experiment.finish()
 
 
-def conclude(loggers: Iterable[Logger], metrics: dict[str, Any]) -> None:
+def finish_loggers(loggers: Iterable[Logger], metrics: dict[str, Any]) -> None:
     """Tell W&B how the run ended; the other loggers' files lie beside metrics.json."""
     for logger in loggers:
         if isinstance(logger, WandbLog):

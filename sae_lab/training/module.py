@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sae_lab.evaluation.metrics import ReconstructionMetrics, batch_fvu
 from sae_lab.ops.sparse import l0_per_row
-from sae_lab.parallel.collectives import average, average_gradients, world_size
+from sae_lab.parallel.collectives import average_gradients, mean_over_ranks, world_size
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE, SAEOutput
 
@@ -52,7 +52,7 @@ class SAEModule(L.LightningModule):
 
     def training_step(self, x: Float[Tensor, "b s d"], batch_idx: int) -> Tensor:
         for parameter, rows in self.sae.resample(x):
-            forget(self.trainer.optimizers[0], parameter, rows)
+            reset_optimizer_rows(self.trainer.optimizers[0], parameter, rows)
         out = self.sae(x)
         terms = self.sae.losses(out)
         loss = torch.stack(list(terms.values())).sum()
@@ -90,7 +90,7 @@ class SAEModule(L.LightningModule):
         self.sae.after_step()
 
     def validation_step(self, x: Float[Tensor, "b s d"], batch_idx: int) -> None:
-        self.validation.update(x, *self.sae.autoencode(x), self.sae.covers(x))
+        self.validation.update(x, *self.sae.autoencode(x), self.sae.predicted_mask(x))
 
     def on_validation_epoch_end(self) -> None:
         values = self.validation.compute()
@@ -107,7 +107,7 @@ def plain_step(
 ) -> None:
     """A training step as SAEModule takes it, without Lightning."""
     for parameter, rows in sae.resample(x):
-        forget(optimizer, parameter, rows)
+        reset_optimizer_rows(optimizer, parameter, rows)
     optimizer.zero_grad()
     with autocast:
         loss = torch.stack(list(sae.losses(forward(sae, x)).values())).sum()
@@ -117,7 +117,7 @@ def plain_step(
     sae.after_step()
 
 
-def forget(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: Int[Tensor, " n"]) -> None:
+def reset_optimizer_rows(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: Int[Tensor, " n"]) -> None:
     """Zero what the optimizer has gathered about some rows of a parameter; its count of steps stays."""
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -127,8 +127,8 @@ def forget(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: Int[
 @torch.no_grad()
 def training_row(sae: BaseSAE, out: SAEOutput, terms: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
     """What the training log says of one SAE at one step."""
-    row = {"loss": average(loss)} | {f"loss/{name}": average(term) for name, term in terms.items()}
-    row |= {"fvu": batch_fvu(out.target, out.x_hat), "l0": average(l0_per_row(out.code).float().mean())}
+    row = {"loss": mean_over_ranks(loss)} | {f"loss/{name}": mean_over_ranks(term) for name, term in terms.items()}
+    row |= {"fvu": batch_fvu(out.target, out.x_hat), "l0": mean_over_ranks(l0_per_row(out.code).float().mean())}
     if out.target.shape[1] > 1:
         sources = zip(out.target.split(1, dim=1), out.x_hat.split(1, dim=1), strict=True)
         row |= {f"fvu_{i}": batch_fvu(*pair) for i, pair in enumerate(sources, start=sae.n_inputs)}

@@ -8,7 +8,7 @@ from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.errors import UserError
 
 
-def check_dials(cfg: DictConfig) -> None:
+def check_options(cfg: DictConfig) -> None:
     """Refuse a dial that is no number, no whole one where only that makes sense, or too small to learn anything."""
     whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seq_len": 2, "seed": 0, "calibration_batches": 1}
     whole |= {f"trainer.{name}": 1 for name in ("devices", "checkpoint_every", "validate_every", "log_every")}

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from sae_lab.activations.buffer import Filling, ShuffledBlocks
 from sae_lab.parallel.collectives import world_size
-from sae_lab.runtime.screen import clock, console
+from sae_lab.runtime.screen import console, format_duration
 
 
 class Throughput(L.Callback):
@@ -61,7 +61,7 @@ class TrainingProgress(Throughput):
         rows = (trainer.max_steps - trainer.global_step) * len(batch) * world_size()
         elapsed = time.perf_counter() - self._start
         left = seconds_left(rows, self._tokens, elapsed, self._stream.n_ready, self._stream.filling)
-        self._show(f"{state(trainer, self.rate)}  {clock(left)} left")
+        self._show(f"{progress_text(trainer, self.rate)}  {format_duration(left)} left")
 
     def _on_filling(self, rows: int, of: int) -> None:
         self._show(f"filling the block  {rows:,}/{of:,} activations")
@@ -97,7 +97,7 @@ def seconds_left(rows: int, trained: int, elapsed: float, n_ready: int, filling:
     return steps + filling.seconds / max(1, filling.rows) * max(0, rows - n_ready)
 
 
-def state(trainer: L.Trainer, rate: float) -> str:
+def progress_text(trainer: L.Trainer, rate: float) -> str:
     """The last logged figures, in a line."""
     logged = trainer.logged_metrics
     shown = {"loss": "{:.4f}", "l0": "{:.1f}", "dead_share": "{:.1%}"}

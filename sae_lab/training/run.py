@@ -20,8 +20,8 @@ from sae_lab.evaluation.calibration import calibrate
 from sae_lab.evaluation.evaluator import evaluate_all
 from sae_lab.interop.load import load_sae
 from sae_lab.parallel.collectives import rank
-from sae_lab.parallel.launch import ranks
-from sae_lab.runs.folder import Run, examine
+from sae_lab.parallel.launch import joined_by_ranks
+from sae_lab.runs.folder import Run, examine_folder
 from sae_lab.runs.provenance import provenance
 from sae_lab.runs.results import write_results
 from sae_lab.runtime.errors import UserError
@@ -30,9 +30,9 @@ from sae_lab.runtime.screen import print_files, print_metrics
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import save_sae
 from sae_lab.training.callbacks import StopOnSignal
-from sae_lab.training.loggers import conclude
+from sae_lab.training.loggers import finish_loggers
 from sae_lab.training.module import SAEModule
-from sae_lab.training.options import check_dials
+from sae_lab.training.options import check_options
 from sae_lab.training.progress import TrainingProgress
 
 log = logging.getLogger(__name__)
@@ -58,25 +58,25 @@ def train_run(cfg: DictConfig) -> dict[str, Any]:
     callbacks = [StopOnSignal(run.last_checkpoint), TrainingProgress()]
     member = build_member(cfg, run, build_sae(cfg, data), data, callbacks)
     with run.begin(hydra_files(cfg)):  # all that can be wrong with the config has shown by now
-        with ranks(run.folder, cfg.trainer.devices, f"{__name__}:{train_along.__name__}"):
+        with joined_by_ranks(run.folder, cfg.trainer.devices, f"{__name__}:{train_as_follower.__name__}"):
             fit(member, data)
         [metrics] = finish([member], data)
     return metrics
 
 
-def train_along(folder: Path) -> None:
+def train_as_follower(folder: Path) -> None:
     """Train the run in `folder` as another rank than 0, which has begun it and writes all files."""
     cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")
     assert isinstance(cfg, DictConfig)
     data = build_data(cfg)
-    run = examine(folder, OmegaConf.to_container(cfg), "auto")
+    run = examine_folder(folder, OmegaConf.to_container(cfg), "auto")
     fit(build_member(cfg, run, build_sae(cfg, data), data, []), data)
 
 
 def open_run(cfg: DictConfig) -> Run:
     """The folder of this run, and how far it has come."""
-    check_dials(cfg)
-    return examine(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
+    check_options(cfg)
+    return examine_folder(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
 
 
 def build_data(cfg: DictConfig) -> ActivationData:
@@ -158,7 +158,7 @@ def finish(members: Sequence[Member], data: ActivationData) -> list[dict[str, An
     evaluations = evaluate_all({str(member.run.folder): member.sae for member in members}, data)
     for member, evaluation in zip(members, evaluations.values(), strict=True):
         files = write_results(evaluation, member.sae, member.run.folder)
-        conclude(member.trainer.loggers, evaluation.metrics)
+        finish_loggers(member.trainer.loggers, evaluation.metrics)
         print_metrics(evaluation.metrics, member.run.folder)
         print_files([member.run.folder / "sae", *files])
     return [evaluation.metrics for evaluation in evaluations.values()]

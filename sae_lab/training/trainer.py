@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from sae_lab.parallel.collectives import rank
-from sae_lab.runtime.device import checked_precision, chosen
+from sae_lab.runtime.device import checked_precision, resolve_device
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import atomic_file
 
@@ -43,7 +43,7 @@ def build_trainer(
     Raises:
         UserError: more devices than there are, an unknown precision, an interval that is not positive.
     """
-    accelerator = chosen(accelerator)
+    accelerator = resolve_device(accelerator)
     if accelerator not in ("cpu", "cuda", "gpu", "mps"):
         raise UserError(f"trainer.accelerator={accelerator} is not known: choose auto, cpu, gpu or mps.")
     gpu, found = accelerator in ("cuda", "gpu"), torch.cuda.device_count()

@@ -11,7 +11,7 @@ import torch
 from test_buffer import Counter, numbers
 
 from sae_lab.activations.buffer import ShuffledBlocks
-from sae_lab.activations.prefetch import Prefetched
+from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Chunk
 from sae_lab.lm import TransformersLM
 from sae_lab.runtime.threads import one_thread
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def stream(n_chunks: int = 13, ahead: int = 3, block_rows: int = 20) -> ShuffledBlocks:
-    return ShuffledBlocks(Prefetched(Counter(n_chunks), ahead, CPU), block_rows, 4, seed=3)
+    return ShuffledBlocks(PrefetchedSource(Counter(n_chunks), ahead, CPU), block_rows, 4, seed=3)
 
 
 @pytest.mark.parametrize("ahead", [1, 3, 100])
@@ -77,7 +77,7 @@ class Recorder(Counter):
 
 def test_no_more_than_the_bound_is_read_ahead():
     source = Recorder()
-    chunks = iter(Prefetched(source, 4, CPU))
+    chunks = iter(PrefetchedSource(source, 4, CPU))
     for taken in range(1, 30):
         next(chunks)
         time.sleep(0.002)
@@ -87,7 +87,7 @@ def test_no_more_than_the_bound_is_read_ahead():
 
 
 def test_an_exception_arrives_as_itself_where_its_chunk_would_have():
-    chunks, taken = iter(Prefetched(Recorder(broken=7), 100, CPU)), []
+    chunks, taken = iter(PrefetchedSource(Recorder(broken=7), 100, CPU)), []
     with pytest.raises(ZeroDivisionError, match="chunk 7"):
         taken.extend(chunk.state["chunk"] for chunk in chunks)
     assert taken == list(range(7))
@@ -105,7 +105,7 @@ def test_the_thread_computes_with_as_many_threads_as_the_reader():
 
     torch.set_num_threads(2)
     try:
-        chunks = Prefetched(Asks(50), 2, CPU)
+        chunks = PrefetchedSource(Asks(50), 2, CPU)
         for _ in chunks:
             with one_thread():
                 time.sleep(0.001)
@@ -125,7 +125,7 @@ def test_the_language_models_bits_are_the_same_in_the_thread():
         def __iter__(self):
             yield Chunk({}, lm.activations(tokens))
 
-    chunk = next(iter(Prefetched(OneRow(), 1, CPU)))
+    chunk = next(iter(PrefetchedSource(OneRow(), 1, CPU)))
     assert torch.equal(chunk.rows, lm.activations(tokens))
     assert not chunk.rows.is_inference()
 
@@ -133,14 +133,14 @@ def test_the_language_models_bits_are_the_same_in_the_thread():
 def test_a_process_ends_while_the_thread_reads():
     program = """
 import sys, torch
-sys.path.insert(0, "tests")
-from test_prefetch import CPU, Prefetched, Recorder
+sys.path[:0] = ["tests", "tests/activations"]
+from test_prefetch import CPU, PrefetchedSource, Recorder
 class Slow(Recorder):
     def __iter__(self):
         for chunk in super().__iter__():
             torch.randn(300, 300) @ torch.randn(300, 300)
             yield chunk
-chunks = iter(Prefetched(Slow(), 500, CPU))
+chunks = iter(PrefetchedSource(Slow(), 500, CPU))
 next(chunks)
 sys.exit(3)
 """

@@ -19,9 +19,9 @@ from sae_lab.activations.data import ActivationData
 from sae_lab.cache import store
 from sae_lab.cache.data import CachedData
 from sae_lab.cache.key import data_key
-from sae_lab.cache.reader import Cache, CachedRows
+from sae_lab.cache.reader import Cache, CachedSource
 from sae_lab.cache.shards import PIECE
-from sae_lab.cache.writer import Harvester
+from sae_lab.cache.writer import CacheWriter
 from sae_lab.runtime.errors import UserError
 from sae_lab.text.corpora import FileDocuments
 from sae_lab.text.rows import take_rows
@@ -49,8 +49,8 @@ def text(lm=None, n_documents: int = 90, **changes) -> ActivationData:
     return ActivationData(lm or Follow(), partial(UniqueWords, n_documents=n_documents), **(SETTINGS | changes))
 
 
-def harvester(path, n_tokens: int = N, dtype: str = "auto", **changes) -> Harvester:
-    return Harvester(text(**changes), str(path), n_tokens, shard_tokens=200, dtype=dtype)
+def harvester(path, n_tokens: int = N, dtype: str = "auto", **changes) -> CacheWriter:
+    return CacheWriter(text(**changes), str(path), n_tokens, shard_tokens=200, dtype=dtype)
 
 
 def cached(path, lm=None, **changes) -> CachedData:
@@ -129,7 +129,7 @@ def test_a_remote_cache_is_the_same(whole, monkeypatch, tmp_path):
 
 
 def test_a_pass_gives_every_row_once_in_an_order_of_its_own(whole):
-    passes, stream = [], CachedRows(Cache(str(whole)), 256, 0, True, CPU)
+    passes, stream = [], CachedSource(Cache(str(whole)), 256, 0, True, CPU)
     chunks = iter(stream)
     for _ in range(3):
         rows = torch.empty(0, 2, 3)
@@ -144,7 +144,7 @@ def test_the_first_rows_of_a_pass_come_from_all_shards(whole):
     cache = Cache(str(whole))
     ends = [shard.rows for shard in cache.manifest.shards]
     shards = [set(part[:, 0, 0].tolist()) for part in streamed_rows()[:N].split(ends)]
-    firsts = [next(iter(CachedRows(cache, 3 * PIECE, seed, True, CPU))).rows[:, 0, 0].tolist() for seed in range(8)]
+    firsts = [next(iter(CachedSource(cache, 3 * PIECE, seed, True, CPU))).rows[:, 0, 0].tolist() for seed in range(8)]
     assert any(all(shard & set(first) for shard in shards) for first in firsts)
 
 
@@ -351,7 +351,7 @@ def test_text_that_changed_behind_its_first_rows_is_refused(tmp_path):
     for i in range(4):
         (corpus / f"{i}.txt").write_text("1 2 3 4 " * 900)
 
-    def of_files() -> Harvester:
+    def of_files() -> CacheWriter:
         result = harvester(tmp_path / "cache")
         result.data.documents = partial(FileDocuments, [str(corpus / "*.txt")])
         result.key |= data_key(result.data)

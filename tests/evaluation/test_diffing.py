@@ -27,7 +27,7 @@ def test_classes(ratio, name):
 
 def test_latents_that_never_fire_are_not_counted():
     W = torch.tensor([[[1.0], [1.0]], [[1.0], [0.0]], [[0.0], [1.0]], [[1.0], [1.0]], [[1.0], [3.0]]])
-    table = diffing.latents(W, torch.tensor([0.1, 0.2, 0.3, 0.0, 0.1]))
+    table = diffing.latent_table(W, torch.tensor([0.1, 0.2, 0.3, 0.0, 0.1]))
     assert table["class"].tolist() == ["shared", "base_only", "tuned_only", "shared", "between"]
     counts = {"latents_base_only": 1, "latents_shared": 1, "latents_tuned_only": 1, "latents_between": 1}
     assert diffing.class_counts(table) == counts
@@ -62,7 +62,7 @@ def share_classified_rightly(*overrides: str, loudness: float = 1.0, n_steps: in
     planted = torch.stack([FEATURES * IN_BASE[:, None], FEATURES * IN_TUNED[:, None]], dim=1).flatten(1)
     W = sae.directions()
     nearest = (F.normalize(planted, dim=-1) @ F.normalize(W.flatten(1), dim=-1).T).argmax(1)
-    table = diffing.latents(W, torch.ones(96))
+    table = diffing.latent_table(W, torch.ones(96))
     return sum(table["class"][i] == truth for i, truth in zip(nearest.tolist(), TRUTH, strict=True)) / len(TRUTH)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from sae_lab.evaluation.downstream import spliced_logits, zero
+from sae_lab.evaluation.downstream import spliced_logits, zero_ablation
 
 ACTIVATIONS = torch.randn(2, 3, 2, 4, generator=torch.Generator().manual_seed(0))
 KEEP = torch.tensor([[False, True, True], [True, False, True]])
@@ -16,7 +16,7 @@ class Recorder:
 
 
 def test_every_source_is_replaced_at_the_kept_positions():
-    replace, where = spliced_logits(Recorder(), None, ACTIVATIONS, KEEP, zero)
+    replace, where = spliced_logits(Recorder(), None, ACTIVATIONS, KEEP, zero_ablation)
     assert torch.equal(where, KEEP.unsqueeze(-1).expand(2, 3, 2))
     assert not replace[where].any()
 

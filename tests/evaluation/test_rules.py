@@ -13,7 +13,7 @@ X = planted(64)[0] + 0.1
 
 
 def pre_activations(sae) -> torch.Tensor:
-    return sae.preactivation(sae.normalizer(X)[0]).relu().detach()
+    return sae.pre_activations(sae.normalizer(X)[0]).relu().detach()
 
 
 def test_a_batch_topk_sae_under_the_row_rule_keeps_the_k_largest_of_each_row():
@@ -52,7 +52,7 @@ def test_a_rule_needs_a_k_and_an_encoder(name, lacking):
 
 def test_nothing_is_shared_and_settings_are_kept():
     sae = build("matryoshka", "sae.encoder_bias=true", "sae.dead_after=9", "seed=3")
-    other = sae.as_(TopKSAE, k=2)
+    other = sae.convert_to(TopKSAE, k=2)
     with torch.no_grad():
         other.W_enc.zero_()
     assert sae.W_enc.any()
@@ -62,15 +62,15 @@ def test_nothing_is_shared_and_settings_are_kept():
 def test_every_parameter_finds_its_place_or_a_sentence_says_which_does_not():
     vanilla, jumprelu = build("vanilla", "sae.encoder_bias=true"), build("jumprelu")
     with pytest.raises(UserError, match=r"TopKSAE cannot be built from this config: .*'k'"):
-        vanilla.as_(TopKSAE)
-    assert vanilla.as_(TopKSAE, k=3).b_enc is not None
+        vanilla.convert_to(TopKSAE)
+    assert vanilla.convert_to(TopKSAE, k=3).b_enc is not None
     with pytest.raises(UserError, match=r"parameter thresholds \(64,\) of a JumpReLUSAE has no place in this TopKSAE"):
-        jumprelu.as_(TopKSAE)
+        jumprelu.convert_to(TopKSAE)
     started = build("jumprelu")
     started.start_from(vanilla)
     assert torch.equal(started.W_enc, vanilla.W_enc)
     assert torch.equal(started.thresholds, jumprelu.thresholds)
-    assert type(vanilla.as_(JumpReLUSAE, penalty="l0")) is JumpReLUSAE
+    assert type(vanilla.convert_to(JumpReLUSAE, penalty="l0")) is JumpReLUSAE
 
 
 def test_an_sae_that_starts_from_another_of_its_kind_is_that_one():

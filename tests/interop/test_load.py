@@ -89,7 +89,7 @@ def test_a_model_that_was_processed_is_named(version, tmp_path, caplog):
 class LoudSAE(VanillaSAE):
     """A user's own, with a threshold by a name of its own."""
 
-    beside_h = ("b_enc", "least")
+    pre_activation_parameters = ("b_enc", "least")
 
     def __init__(self, **vanilla):
         super().__init__(**vanilla)

@@ -94,7 +94,7 @@ def test_a_site_that_is_not_there_is_named():
 
 def test_the_sibling_says_how_it_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"make it with `python -m sae_lab\.lm\.fine_tune_tiny`"):
+    with pytest.raises(UserError, match=r"make it with `python -m sae_lab\.lm\.tiny\.fine_tune`"):
         TransformersLM(SIBLING, SITES)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.ops import selection
-from sae_lab.ops.selection import Preactivations, above, top_k, top_of_batch
+from sae_lab.ops.selection import Preactivations, select_above, select_top_k, select_top_of_batch
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -44,11 +44,11 @@ def test_selection_is_its_definition_however_h_is_cut(case, dtype):
         k = 1 + seed * h.shape[1] // 30
         for size in (len(h), 7, 1):
             pieces = h.split(size)
-            assert torch.equal(top_k(pieces, k).to_dense(), dense_top_k(h, k))
+            assert torch.equal(select_top_k(pieces, k).to_dense(), dense_top_k(h, k))
             for mean_k in (k, k - 0.37):
-                assert torch.equal(top_of_batch(pieces, mean_k).to_dense(), dense_top_of_batch(h, mean_k))
+                assert torch.equal(select_top_of_batch(pieces, mean_k).to_dense(), dense_top_of_batch(h, mean_k))
             threshold = torch.tensor(0.7351)
-            assert torch.equal(above(pieces, threshold).to_dense(), h * (h.float() > threshold))
+            assert torch.equal(select_above(pieces, threshold).to_dense(), h * (h.float() > threshold))
 
 
 @pytest.mark.gpu
@@ -59,7 +59,7 @@ def test_a_gpu_selects_what_a_cpu_does(case, dtype):
     for seed in range(10):
         h = random_h(case, seed, dtype)
         k = 1 + seed * h.shape[1] // 30
-        for rule, bound in ((top_k, k), (top_of_batch, k - 0.37), (above, torch.tensor(0.7351))):
+        for rule, bound in ((select_top_k, k), (select_top_of_batch, k - 0.37), (select_above, torch.tensor(0.7351))):
             cpu = rule([h], bound)
             cuda = rule([h.cuda()], bound.cuda() if isinstance(bound, torch.Tensor) else bound)
             assert torch.equal(cuda.latents.cpu(), cpu.latents)
@@ -70,14 +70,14 @@ def test_a_gpu_selects_what_a_cpu_does(case, dtype):
 def test_a_row_of_many_equal_entries_keeps_the_first():
     h = torch.ones(3, 100)
     h[1, 60] = 2
-    assert top_k([h], 3).latents.tolist() == [0, 1, 2, 0, 1, 60, 0, 1, 2]
-    assert top_of_batch([h], 1).to_dense().nonzero().tolist() == [[0, 0], [0, 1], [1, 60]]
+    assert select_top_k([h], 3).latents.tolist() == [0, 1, 2, 0, 1, 60, 0, 1, 2]
+    assert select_top_of_batch([h], 1).to_dense().nonzero().tolist() == [[0, 0], [0, 1], [1, 60]]
 
 
 def test_a_threshold_that_the_dtype_lacks_divides_as_it_stands():
     h = torch.tensor([[1.0, 1.0078125]], dtype=torch.bfloat16)  # neighbours in bfloat16
     for threshold, n in ((0.9999, 2), (1.0, 1), (1.006, 1), (1.0078125, 0), (-3.0, 2)):
-        assert len(above([h], torch.tensor(threshold)).values) == n
+        assert len(select_above([h], torch.tensor(threshold)).values) == n
 
 
 class Counted:
@@ -96,7 +96,7 @@ def test_a_first_piece_unlike_the_others_costs_a_walk_and_nothing_else(scale, wa
     h = torch.randn(400, 300, generator=torch.Generator().manual_seed(0))
     h[:100] *= scale
     pieces = Counted(h.split(100))
-    assert torch.equal(top_of_batch(pieces, 2).to_dense(), dense_top_of_batch(h, 2))
+    assert torch.equal(select_top_of_batch(pieces, 2).to_dense(), dense_top_of_batch(h, 2))
     assert pieces.walks == walks
 
 

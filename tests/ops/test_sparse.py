@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from sae_lab.ops import losses, selection, sparse
-from sae_lab.ops.selection import top_of_batch
-from sae_lab.ops.sparse import Pattern, SparseCode, split, truncated
+from sae_lab.ops.selection import select_top_of_batch
+from sae_lab.ops.sparse import Pattern, SparseCode, keep_first_latents, split_by_group
 from sae_lab.saes import BatchTopKSAE, TopKSAE
 
 SIZES = {"d_in": 7, "n_latents": 24, "normalize": "none"}
@@ -19,7 +19,7 @@ def rows(n: int = 30, n_sources: int = 1, seed: int = 0, d_in: int = 7) -> Tenso
 def random_code(n_rows: int = 9, n_latents: int = 12, k: float = 3) -> SparseCode:
     h = torch.randn(n_rows, n_latents, generator=torch.Generator().manual_seed(0))
     h[4] = -1
-    return top_of_batch([h], k)
+    return select_top_of_batch([h], k)
 
 
 def test_a_code_knows_its_dense_form():
@@ -41,7 +41,7 @@ def test_to_dense_lets_gradients_through():
 def test_statistics_of_a_code_do_not_depend_on_its_form(k):
     code = random_code(k=k)
     dense = code.to_dense()
-    for statistic in (sparse.l0_per_row, sparse.fire_counts, sparse.fired, sparse.smallest_positive, losses.l1):
+    for statistic in (sparse.l0_per_row, sparse.fire_counts, sparse.fired_latents, sparse.smallest_positive, losses.l1):
         torch.testing.assert_close(statistic(code), statistic(dense))
 
 
@@ -169,7 +169,7 @@ def test_no_rows_are_rows_too(cls, k, training):
 @pytest.mark.parametrize(("cls", "k"), [(BatchTopKSAE, 4), (TopKSAE, 4)])
 def test_activate_applies_the_rule_to_any_h_and_lets_gradients_through(cls, k):
     sae, x = cls(k=k, **SIZES), rows().float()
-    h = sae.preactivation(x).detach().requires_grad_()
+    h = sae.pre_activations(x).detach().requires_grad_()
     code = sae.activate(h)
     assert torch.equal(code.to_dense() != 0, sae.encode(x) != 0)
     code.values.sum().backward()
@@ -205,9 +205,9 @@ def test_split_and_truncated_are_slices_of_columns(dense):
     def as_dense(code):
         return code.to_dense() if isinstance(code, SparseCode) else code
 
-    parts = [as_dense(part) for part in split(code, [3, 2, 5])]
+    parts = [as_dense(part) for part in split_by_group(code, [3, 2, 5])]
     assert [part.shape[1] for part in parts] == [3, 2, 5]
     assert torch.equal(torch.cat(parts, dim=1), z)
-    assert torch.equal(as_dense(truncated(code, 4)), z * (torch.arange(10) < 4))
+    assert torch.equal(as_dense(keep_first_latents(code, 4)), z * (torch.arange(10) < 4))
     (sum((i + 1) * part.sum() for i, part in enumerate(parts))).backward()
     assert torch.equal(values.grad, torch.tensor([1.0] * 3 + [2] * 2 + [3] * 5)[latents])

@@ -24,15 +24,32 @@ from safetensors.torch import load_file
 
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.cli.help import CONF
-from sae_lab.ops.auxk import least_of_batch
-from sae_lab.ops.selection import top_of_batch
+from sae_lab.ops.auxk import batch_threshold
+from sae_lab.ops.selection import select_top_of_batch
 from sae_lab.parallel import launch as ranks
-from sae_lab.parallel.collectives import anywhere, average, concatenated, least, rank, share, total, world_size
+from sae_lab.parallel.collectives import (
+    concatenate_ranks,
+    mean_over_ranks,
+    min_over_ranks,
+    on_any_rank,
+    rank,
+    rank_share,
+    sum_over_ranks,
+    world_size,
+)
 from sae_lab.parallel.launch import HOST, Child
 from sae_lab.runtime.errors import Interrupted, UserError
 from sae_lab.sweeps.shared_stream import read_job, train_jobs
 from sae_lab.sweeps.standing import standing
-from sae_lab.training.run import build_data, build_member, build_sae, hydra_files, open_run, train_along, train_run
+from sae_lab.training.run import (
+    build_data,
+    build_member,
+    build_sae,
+    hydra_files,
+    open_run,
+    train_as_follower,
+    train_run,
+)
 from sae_lab.training.run import fit as fit_run
 
 TWO = ["trainer=ddp", "trainer.accelerator=cpu"]
@@ -74,18 +91,18 @@ def both() -> Iterator[Callable[..., list[Any]]]:
 def exchange() -> dict[str, Any]:
     mine = torch.arange(3.0) + 10 * rank()
     w = torch.tensor(2.0, requires_grad=True)
-    (average(w * mine.mean()) ** 2).backward()
-    ragged, own = concatenated(mine[: 1 + 2 * rank()])
-    nothing, _ = concatenated(mine[:0].short())
+    (mean_over_ranks(w * mine.mean()) ** 2).backward()
+    ragged, own = concatenate_ranks(mine[: 1 + 2 * rank()])
+    nothing, _ = concatenate_ranks(mine[:0].short())
     return {
         "world": (world_size(), rank()),
-        "total": total(mine),
-        "least": least(mine.to(torch.int16) * (1 - 2 * rank())),
-        "anywhere": anywhere(mine > 11),
+        "total": sum_over_ranks(mine),
+        "least": min_over_ranks(mine.to(torch.int16) * (1 - 2 * rank())),
+        "anywhere": on_any_rank(mine > 11),
         "gradient": w.grad,
         "ragged": (ragged, own.start, own.stop),
         "nothing": nothing.shape,
-        "share": share(torch.arange(7)),
+        "share": rank_share(torch.arange(7)),
     }
 
 
@@ -106,15 +123,18 @@ def test_what_processes_tell_each_other(both):
 
 def test_alone_nothing_is_touched():
     x = torch.randn(5)
-    assert all(y is x for y in (total(x), least(x), anywhere(x), average(x), concatenated(x)[0]))
-    assert torch.equal(share(x), x)
+    assert all(
+        y is x
+        for y in (sum_over_ranks(x), min_over_ranks(x), on_any_rank(x), mean_over_ranks(x), concatenate_ranks(x)[0])
+    )
+    assert torch.equal(rank_share(x), x)
 
 
 # --- the choice among all entries
 
 
 def chosen(h: torch.Tensor, k: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return top_of_batch([share(h)], k).to_dense(), least_of_batch([share(h)], int(k))
+    return select_top_of_batch([rank_share(h)], k).to_dense(), batch_threshold([rank_share(h)], int(k))
 
 
 def test_the_largest_of_the_batch_are_chosen_wherever_they_lie(both):
@@ -128,8 +148,8 @@ def test_the_largest_of_the_batch_are_chosen_wherever_they_lie(both):
     for h in (ties, lopsided, nothing, scarce, lopsided.bfloat16()):
         for k in (1, 4, 7.37):
             codes, bounds = zip(*both(chosen, h, k), strict=True)
-            assert torch.equal(torch.cat(codes), top_of_batch([h], k).to_dense())
-            assert [bound.item() for bound in bounds] == 2 * [least_of_batch([h], int(k)).item()]
+            assert torch.equal(torch.cat(codes), select_top_of_batch([h], k).to_dense())
+            assert [bound.item() for bound in bounds] == 2 * [batch_threshold([h], int(k)).item()]
 
 
 # --- the rows
@@ -206,7 +226,7 @@ TRAINED = [
 def trained(settings: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """A run on this process's shares, with some latents dead from the start."""
     n_sources = 2 if TRANSCODER in settings else 1
-    batches = [torch.cat([share(x).roll(i, dims=2) for i in range(n_sources)], dim=1) for x in BATCHES]
+    batches = [torch.cat([rank_share(x).roll(i, dims=2) for i in range(n_sources)], dim=1) for x in BATCHES]
     sae = build(*settings, n_sources=n_sources)
     inner = dictionary(sae)
     if hasattr(inner, "W_enc"):
@@ -248,7 +268,7 @@ def run_part(folder: Path, fail_at: int | None) -> None:
                 fit_run(build_member(cfg, run, build_sae(cfg, d), d, []), d)
         else:
             dist.barrier()
-            train_along(folder)
+            train_as_follower(folder)
     except ArithmeticError:
         assert fail_at is not None
     finally:
@@ -346,8 +366,8 @@ def test_in_a_sweep(alone, tmp_path):
 def test_the_failure_of_another_process_is_told(tmp_path):
     """Its folder holds no config: it joins, and fails while rank 0 waits for it."""
     told = r"process 1 of 2 ended early \(FileNotFoundError.*rank_1.log; the same command continues"
-    with pytest.raises(UserError, match=told), ranks.ranks(tmp_path, 2):
-        total(torch.ones(1))
+    with pytest.raises(UserError, match=told), ranks.joined_by_ranks(tmp_path, 2):
+        sum_over_ranks(torch.ones(1))
     assert "Traceback" in (tmp_path / "rank_1.log").read_text()
     assert others() == []
     assert world_size() == 1
@@ -374,7 +394,7 @@ def test_rank_0_does_not_wait_for_ever(monkeypatch, capfd):
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(ranks, "GRACE", 0.01)
-    ranks.leave_if_stuck([Gone()], threading.Event())
+    ranks.exit_if_stuck([Gone()], threading.Event())
     assert codes == [1]
     assert capfd.readouterr().err == "process 1 of 2 ended early\n"
 

@@ -229,8 +229,8 @@ def test_training_curves_of_an_empty_log(drawn, path, columns):
     ("name", "paper"),
     [("topk", "TopK"), ("batch_topk", "BatchTopK"), ("TopKSAE", "TopK"), ("jumprelu", "JumpReLU"), ("gated", "Gated")],
 )
-def test_spelled(name, paper):
-    assert plots.spelled(name) == paper
+def test_display_name(name, paper):
+    assert plots.display_name(name) == paper
 
 
 def test_a_figure_is_200_dpi_and_leaves_no_state_behind(path):

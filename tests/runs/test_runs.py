@@ -5,7 +5,7 @@ import torch
 from conftest import compose
 from omegaconf import OmegaConf
 
-from sae_lab.runs.folder import Run, examine, flat, is_running
+from sae_lab.runs.folder import Run, examine_folder, flatten, is_running
 from sae_lab.runtime.errors import Busy, UserError
 from sae_lab.training.run import hydra_files
 
@@ -13,7 +13,7 @@ from sae_lab.training.run import hydra_files
 def open_run(folder, *overrides) -> Run:
     """Examine and begin, as `train` does."""
     cfg = compose(f"run_dir={folder}", *overrides)
-    run = examine(folder, OmegaConf.to_container(cfg, resolve=True), cfg.resume)
+    run = examine_folder(folder, OmegaConf.to_container(cfg, resolve=True), cfg.resume)
     if not run.complete:
         with run.begin(hydra_files(cfg)):
             pass
@@ -74,9 +74,9 @@ def test_examining_writes_and_clears_nothing(tmp_path):
     open_run(tmp_path)
     leave_checkpoint(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    examine(tmp_path, {"another": "config"}, "never")
+    examine_folder(tmp_path, {"another": "config"}, "never")
     with pytest.raises(UserError):
-        examine(tmp_path, {"another": "config"}, "auto")
+        examine_folder(tmp_path, {"another": "config"}, "auto")
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
@@ -124,4 +124,4 @@ def test_a_job_that_failed_before_it_began_may_be_run_by_itself(tmp_path):
 
 
 def test_flat():
-    assert flat({"a": {"b": 1, "c": {}}, "d": [1, 2]}) == {"a.b": 1, "a.c": {}, "d": [1, 2]}
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [1, 2]}) == {"a.b": 1, "a.c": {}, "d": [1, 2]}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import build, dictionary, planted
 
-from sae_lab.ops.sparse import fired, l0_per_row
+from sae_lab.ops.sparse import fired_latents, l0_per_row
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder, save_sae
@@ -83,7 +83,7 @@ def test_eval_codes_do_not_depend_on_the_rest_of_the_batch(sae, x):
         sae(x)
     sae.eval()
     whole, part = sae.encode(x), sae.encode(x[:5])
-    assert fired(whole).any()
+    assert fired_latents(whole).any()
     torch.testing.assert_close(whole[:5], part, rtol=1e-5, atol=1e-6)
     assert torch.equal(whole[:5] != 0, part != 0)
 

@@ -67,11 +67,11 @@ def test_values_and_gradients_are_those_of_the_formula(name):
 def test_a_latent_reads_its_own_layer_alone(name):
     sae, x = cross_layer(name), rows()
     sae(x)
-    h = sae.preactivation(x[:, :3])
+    h = sae.pre_activations(x[:, :3])
     for layer in range(3):
         changed = x.clone()
         changed[:, layer] = -5
-        same = (sae.preactivation(changed[:, :3]) == h).all(dim=0)
+        same = (sae.pre_activations(changed[:, :3]) == h).all(dim=0)
         assert same.tolist() == [i // PART != layer for i in range(48)]
 
 
@@ -104,7 +104,7 @@ def test_dead_latents_learn_from_their_own_layer():
     W_enc, W_dec, b_enc = (p.detach() for p in (sae.W_enc, sae.W_dec, sae.b_enc))
     h = torch.stack([x[:, i // PART] @ W_enc[i, 0] for i in range(48)], dim=1) + b_enc
     e_hat = torch.einsum("bf,fsd->bsd", h.relu() * mask, W_dec)
-    loss = sae.auxk(out)
+    loss = sae.auxk_loss(out)
     torch.testing.assert_close(loss, ((out.target - out.x_hat) - e_hat).square().mean())
     loss.backward()
     assert sae.W_enc.grad[dead].any()

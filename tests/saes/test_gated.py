@@ -79,7 +79,7 @@ def test_dead_gates_can_be_revived_by_the_auxiliary_loss(sae):
     """P-38: here Gated has the auxiliary loss of the others, and it reaches the gate of the dead and nothing else."""
     sae.batches_since_fired[:20] = 100
     sae.zero_grad()
-    sae.auxk(sae(X)).backward()
+    sae.auxk_loss(sae(X)).backward()
     assert sae.dead()[:20].any()
     assert sae.b_enc.grad[sae.dead()].norm() > 0
     assert not sae.b_enc.grad[~sae.dead()].any()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import build
 
 from sae_lab.ops import selection
-from sae_lab.ops.auxk import BY_ENTRY_FROM, auxk
+from sae_lab.ops.auxk import BY_ENTRY_FROM, auxk_loss
 from sae_lab.ops.sparse import l0_per_row, smallest_positive
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, TopKSAE
@@ -149,7 +149,7 @@ class TestAuxiliaryLoss:
     def test_gradient_reaches_dead_rows_only(self):
         """SPEC §21.4 (6): nothing to live latents, b_dec or the main reconstruction; something to dead encoders."""
         sae, out = self.sae_and_output()
-        sae.auxk(out).backward()
+        sae.auxk_loss(out).backward()
         assert sae.b_dec.grad is None or not sae.b_dec.grad.any()
         assert not sae.W_enc.grad[20:].any()
         assert not sae.W_dec.grad[20:].any()
@@ -168,13 +168,13 @@ class TestAuxiliaryLoss:
             for i in h[row].relu().topk(7).indices:
                 code[row, i] = h[row, i].relu()
         expected = (e - code @ sae.W_dec[:20, 0]).square().mean()
-        torch.testing.assert_close(sae.auxk(out), expected)
+        torch.testing.assert_close(sae.auxk_loss(out), expected)
 
     def test_it_is_weighted_once_and_can_be_left_out(self):
         """P-16, P-17."""
         sae, out = self.sae_and_output()
-        assert sae.auxk(out) > 0
-        torch.testing.assert_close(sae.losses(out)["auxk"], sae.auxk(out) / 32)
+        assert sae.auxk_loss(out) > 0
+        torch.testing.assert_close(sae.losses(out)["auxk"], sae.auxk_loss(out) / 32)
         sae.auxk_coefficient = 0.0
         assert sae.losses(out).keys() == {"reconstruction"}
 
@@ -192,7 +192,7 @@ class TestAuxiliaryLoss:
         weights = [torch.randn(9, 6, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2)]
         b_enc = torch.randn(9, dtype=torch.float64, generator=generator, requires_grad=True) if bias else None
         arguments = [w for w in (*weights, b_enc) if w is not None]
-        loss = 3 * auxk(x, e, weights[0], b_enc, weights[1], k_aux=4)
+        loss = 3 * auxk_loss(x, e, weights[0], b_enc, weights[1], k_aux=4)
         h = F.linear(x, weights[0], b_enc)
         top = h.topk(4)
         code = torch.zeros_like(h).scatter(1, top.indices, top.values.relu())
@@ -214,8 +214,8 @@ class TestAuxiliaryLoss:
         code[kept] = h.relu().flatten()[kept]
         expected = (e.double() - code.view(32, 20) @ sae.W_dec[:20, 0].double()).square().mean()
         assert (code.view(32, 20) != 0).sum(1).unique().numel() > 1
-        torch.testing.assert_close(sae.auxk(out).double(), expected, rtol=1e-5, atol=0)
-        mine, dense = (torch.autograd.grad(loss, sae.W_enc)[0][:20] for loss in (sae.auxk(out), expected))
+        torch.testing.assert_close(sae.auxk_loss(out).double(), expected, rtol=1e-5, atol=0)
+        mine, dense = (torch.autograd.grad(loss, sae.W_enc)[0][:20] for loss in (sae.auxk_loss(out), expected))
         torch.testing.assert_close(mine, dense, rtol=1e-4, atol=1e-7)
 
     def test_an_unknown_selection_is_refused(self):
@@ -225,4 +225,4 @@ class TestAuxiliaryLoss:
     def test_is_zero_without_dead_latents(self):
         sae, out = self.sae_and_output()
         sae.batches_since_fired.zero_()
-        assert sae.auxk(out) == 0
+        assert sae.auxk_loss(out) == 0

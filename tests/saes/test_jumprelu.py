@@ -5,7 +5,7 @@ import torch
 from conftest import build, planted
 
 from sae_lab.runtime.errors import UserError
-from sae_lab.saes.jumprelu import JumpReLUSAE, jump_relu, mean_l0, window
+from sae_lab.saes.jumprelu import JumpReLUSAE, in_kernel_window, jump_relu, mean_l0
 
 X = planted(256, seed=1)[0]
 
@@ -20,7 +20,7 @@ def sae_with(penalty: str, bandwidth: float = 0.3) -> JumpReLUSAE:
 def test_golden_f_the_window_looks_at_pre_activations():
     """P-32: judged by z, 0.95 (just below theta, so z = 0) would fall out of the window."""
     h, theta = torch.tensor([[0.95], [1.04], [1.2], [0.5]]), torch.ones(1, requires_grad=True)
-    assert window(h, theta, 0.2)[:, 0].tolist() == [True, True, False, False]
+    assert in_kernel_window(h, theta, 0.2)[:, 0].tolist() == [True, True, False, False]
     for i, expected in enumerate([-5.0, -5.0, 0.0, 0.0]):
         (gradient,) = torch.autograd.grad(mean_l0(h[i : i + 1], theta, 0.2), theta)
         assert gradient.item() == pytest.approx(expected)

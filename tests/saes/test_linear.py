@@ -81,7 +81,7 @@ def test_the_encoder_of_a_frozen_decoder_learns_as_it_would_beside_any_decoder(n
 def test_dead_latents_of_a_frozen_dictionary_learn_to_encode():
     sae = build("topk", "sae.frozen_decoder=true")
     sae.batches_since_fired[:20] = 100
-    sae.auxk(sae.eval()(X)).backward()
+    sae.auxk_loss(sae.eval()(X)).backward()
     assert sae.W_enc.grad[:20].norm() > 0
     assert not sae.W_enc.grad[20:].any()
 

@@ -6,7 +6,7 @@ from conftest import build, planted
 
 from sae_lab.ops.sparse import SparseCode, l0_per_row
 from sae_lab.runtime.errors import UserError
-from sae_lab.saes.matryoshka import MatryoshkaSAE, MatryoshkaTopKSAE, Nested, doubling
+from sae_lab.saes.matryoshka import MatryoshkaSAE, MatryoshkaTopKSAE, Nested, doubling_group_sizes
 from sae_lab.saes.vanilla import VanillaSAE
 
 SIZES = [4, 12, 16, 32]
@@ -69,8 +69,8 @@ def test_the_auxiliary_loss_explains_what_the_whole_dictionary_leaves_over():
         each.batches_since_fired[:20] = 100
     out = sae(X)
     sae.batches_since_fired.copy_(plain.batches_since_fired)
-    torch.testing.assert_close(sae.auxk(out), plain.auxk(out))
-    assert sae.auxk(out) > 0
+    torch.testing.assert_close(sae.auxk_loss(out), plain.auxk_loss(out))
+    assert sae.auxk_loss(out) > 0
 
 
 @pytest.mark.parametrize("cls", [MatryoshkaSAE, MatryoshkaTopKSAE, NestedVanilla])
@@ -95,15 +95,15 @@ def test_active_groups_truncate_the_code_after_the_choice_and_only_in_eval(cls):
 @pytest.mark.parametrize("f", [1, 7, 48, 64, 100, 1000, 1024, 12288])
 @pytest.mark.parametrize("d", [1, 16, 768])
 def test_default_groups_fill_any_dictionary(f, d):
-    sizes = doubling(f, d)
+    sizes = doubling_group_sizes(f, d)
     assert sum(sizes) == f
     assert min(sizes) >= 1
     assert sizes[0] >= min(d, f)
 
 
 def test_default_groups_are_the_authors_at_expansion_16():
-    assert doubling(36864, 2304) == [2304, 2304, 4608, 9216, 18432]
-    assert doubling(1024, 128) == [128, 128, 256, 512]
+    assert doubling_group_sizes(36864, 2304) == [2304, 2304, 4608, 9216, 18432]
+    assert doubling_group_sizes(1024, 128) == [128, 128, 256, 512]
     assert build("matryoshka").sizes == [16, 16, 32]
 
 

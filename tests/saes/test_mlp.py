@@ -15,7 +15,7 @@ X = planted(64)[0] + 0.1
 
 def with_mlp(sae: BaseSAE, **settings) -> BaseSAE:
     """The same SAE, given an MLP."""
-    return sae.as_(type(sae), **({"hidden": [24, 12]} | settings))
+    return sae.convert_to(type(sae), **({"hidden": [24, 12]} | settings))
 
 
 def stir(sae: BaseSAE) -> None:
@@ -74,7 +74,7 @@ def test_the_auxiliary_loss_reaches_the_dead_latents_rows_and_no_hidden_layer():
     sae = with_mlp(build("topk"))
     stir(sae)
     sae.batches_since_fired[:20] = 100
-    sae.auxk(sae.eval()(X)).backward()
+    sae.auxk_loss(sae.eval()(X)).backward()
     for rows in (sae.W_enc.grad, sae.W_dec.grad, sae.mlp.W_out.grad):
         assert rows[:20].any()
         assert not rows[20:].any()
@@ -87,7 +87,7 @@ def test_it_is_saved_loaded_and_taken_to_another_rule(tmp_path):
     loaded = load_sae_folder(save_sae(sae, tmp_path))
     assert loaded.config["hidden"] == [24, 12]
     assert torch.equal(loaded.encode(X), sae.eval().encode(X))
-    row_wise = sae.as_(TopKSAE)
+    row_wise = sae.convert_to(TopKSAE)
     assert set(l0_per_row(row_wise.encode(X)).tolist()) == {4}
     with pytest.raises(UserError, match=r"parameter mlp.W_out \(64, 12\) of a BatchTopKSAE has no place"):
         build("batch_topk").start_from(sae)

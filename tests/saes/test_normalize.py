@@ -90,7 +90,7 @@ def test_the_scale_travels_with_the_weights(tmp_path):
     started = mean_normed()
     started.start_from(sae)
     started(100 * x)
-    heirs = [load_sae_folder(save_sae(sae, tmp_path)), copy.deepcopy(sae), started, sae.as_(BatchTopKSAE)]
+    heirs = [load_sae_folder(save_sae(sae, tmp_path)), copy.deepcopy(sae), started, sae.convert_to(BatchTopKSAE)]
     heirs.append(PursuitSAE.of(sae, "gradient_pursuit"))
     assert all(torch.equal(heir.normalizer.scale, scale) for heir in heirs)
     assert torch.equal(heirs[0].reconstruct(x), x_hat)
@@ -116,7 +116,7 @@ def test_a_routed_row_is_undone_by_its_sites_scale():
     sae, x = RouteSAE(inner=inner, d_in=16, n_latents=64, n_sources=2, normalize="mean_norm"), shifted(64, 2)
     sae(x)
     sae.eval()
-    at = sae.covers(x)
+    at = sae.predicted_mask(x)
     row_hat = sae.inner.decode(sae.encode(x))[:, 0]
     r = sae.route(x)[1].sum(dim=1)
     expected = row_hat / r.unsqueeze(-1) * sae.normalizer.scale[at.int().argmax(dim=1)]

@@ -6,7 +6,7 @@ from conftest import SAE_NAMES, build, planted
 
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.seeds import nth_generator
-from sae_lab.saes.parts.resample import draw
+from sae_lab.saes.parts.resample import draw_badly_reconstructed
 from sae_lab.saes.vanilla import VanillaSAE
 
 RESAMPLED = [name for name in SAE_NAMES if hasattr(build(name), "resample_every")]
@@ -15,10 +15,15 @@ X = planted(64)[0] + 0.1
 
 def test_rows_are_drawn_by_their_squared_loss_and_never_twice():
     loss = torch.tensor([1.0, 2.0, 0.0, 3.0])
-    first = torch.stack([draw(loss, 1, nth_generator(seed, 0))[0] for seed in range(4000)]).bincount(minlength=4) / 4000
+    first = (
+        torch.stack([draw_badly_reconstructed(loss, 1, nth_generator(seed, 0))[0] for seed in range(4000)]).bincount(
+            minlength=4
+        )
+        / 4000
+    )
     torch.testing.assert_close(first, torch.tensor([1, 4, 0, 9]) / 14, rtol=0, atol=0.03)
-    assert sorted(draw(loss, 4, nth_generator(0, 0)).tolist()) == [0, 1, 2, 3]
-    assert torch.equal(*(draw(loss, 3, nth_generator(5, 0)) for _ in range(2)))
+    assert sorted(draw_badly_reconstructed(loss, 4, nth_generator(0, 0)).tolist()) == [0, 1, 2, 3]
+    assert torch.equal(*(draw_badly_reconstructed(loss, 3, nth_generator(5, 0)) for _ in range(2)))
 
 
 def due(name: str, *overrides: str):

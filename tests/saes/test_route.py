@@ -46,13 +46,13 @@ def test_the_routed_row_is_the_formula(aggre):
         weight = r[row, best, None] if routing == "hard" else 1
         torch.testing.assert_close(sae(x).target[:, 0], weight * alone if routing == "hard" else mixed)
         torch.testing.assert_close(sae.eval()(x).target[:, 0], weight * alone)
-        assert torch.equal(sae.covers(x), F.one_hot(best, 3).bool())
+        assert torch.equal(sae.predicted_mask(x), F.one_hot(best, 3).bool())
 
 
 def test_x_hat_has_the_units_of_the_site_and_no_factor_r():
     """P-42: what is spliced is undo(decode(encode(r x)) / r), which is what training judged."""
     x, sae = rows(), route().eval()
-    x_hat, covers = sae.reconstruct(x), sae.covers(x)
+    x_hat, covers = sae.reconstruct(x), sae.predicted_mask(x)
     assert torch.equal(x_hat[~covers], x[~covers])
     r = probabilities(sae, x)[covers].unsqueeze(-1)
     y, scale = unit(x)[covers], x.std(-1, keepdim=True)[covers]
@@ -67,7 +67,7 @@ def test_a_perfect_inner_sae_gives_the_site_back():
         sae.inner.W_dec[:32, 0] = sae.inner.W_enc[:32, 0] = torch.cat([torch.eye(16), -torch.eye(16)])
         sae.inner.W_enc[32:] = 0
     x, totals = rows(), ReconstructionMetrics(64)
-    totals.update(x, *sae.autoencode(x), sae.covers(x))
+    totals.update(x, *sae.autoencode(x), sae.predicted_mask(x))
     assert totals.compute()["fvu"] < 1e-10
     # Normalising divides by std + 1e-5, what undoes it multiplies by std.
     torch.testing.assert_close(sae.reconstruct(x), x, rtol=1e-4, atol=1e-4)
@@ -89,9 +89,9 @@ def test_soft_is_hard_with_one_source():
 
 def test_a_permutation_of_the_sites_permutes_the_routing():
     x, sae, order = rows(), route(), torch.tensor([2, 0, 1])
-    before, x_hat = sae.covers(x), sae.reconstruct(x)
+    before, x_hat = sae.predicted_mask(x), sae.reconstruct(x)
     sae.W_router.data = sae.W_router.data[order]
-    assert torch.equal(sae.covers(x[:, order]), before[:, order])
+    assert torch.equal(sae.predicted_mask(x[:, order]), before[:, order])
     torch.testing.assert_close(sae.reconstruct(x[:, order]), x_hat[:, order])
 
 
@@ -109,7 +109,7 @@ def test_an_error_below_the_average_raises_the_weight_of_its_row():
     row = torch.arange(64)
     sae.inner.b_dec.requires_grad_(False)
     r = sae.probabilities(unit(x)).detach().requires_grad_()
-    weight = sae.deployed(r)
+    weight = sae.site_weights(r)
     out = sae.inner((weight.unsqueeze(-1) * unit(x)).sum(1, keepdim=True))
     loss = sae.losses(out)["reconstruction"]
     (gradient,) = torch.autograd.grad(loss, r)
@@ -138,7 +138,7 @@ def test_the_router_finds_the_site_and_the_dictionary_is_recovered(routing):
         adam.zero_grad()
         sae.after_step()
     sae.eval()
-    assert (sae.covers(x)[torch.arange(512), site]).float().mean() > 0.85
+    assert (sae.predicted_mask(x)[torch.arange(512), site]).float().mean() > 0.85
     centred = F.normalize(directions - directions.mean(-1, keepdim=True), dim=-1)  # as the normaliser leaves them
     assert (centred @ sae.inner.W_dec.detach()[:, 0].T).max(1).values.mean() > 0.95
 

@@ -48,7 +48,7 @@ def test_what_is_read_and_what_is_predicted(name):
     x_hat, code = sae.autoencode(x)
     assert torch.equal(x_hat[:, 0], x[:, 0])
     assert torch.equal(x_hat[:, 1:], sae.predict(x[:, :1]))
-    assert torch.equal(sae.covers(x), torch.tensor([False, True, True]).expand(64, -1))
+    assert torch.equal(sae.predicted_mask(x), torch.tensor([False, True, True]).expand(64, -1))
     for inputs in (x[:, :1], x[:, 0]):
         assert torch.equal(sae.encode(inputs), sae.encode(x))
     assert l0_per_row(code).sum() > 0
@@ -109,7 +109,7 @@ def test_the_auxiliary_loss_reads_the_input_and_explains_the_target():
     assert dead.sum() > 0
     z = (out.x.flatten(1) @ sae.W_enc.flatten(1).T + sae.b_enc).relu() * dead
     e_hat = (z @ sae.W_dec.flatten(1)).view(64, 2, 16)
-    torch.testing.assert_close(sae.auxk(out), ((out.target - out.x_hat) - e_hat).square().mean())
+    torch.testing.assert_close(sae.auxk_loss(out), ((out.target - out.x_hat) - e_hat).square().mean())
 
 
 def test_it_finds_planted_pairs_of_directions():
@@ -150,7 +150,7 @@ def test_resampling_points_each_side_at_its_own_sources():
     sae.batches_since_fired[:4] = 99
     changed = sae.resample(x)
     assert {id(p) for p, _ in changed} >= {id(sae.W_enc), id(sae.W_dec), id(sae.b_enc)}
-    read, target = sae.normalised(sae.rows(x))
+    read, target = sae.normalize_rows(sae.as_rows(x))
     towards_x = F.normalize(sae.W_enc[:4].flatten(1), dim=1) @ F.normalize(read.flatten(1), dim=1).T
     towards_y = sae.W_dec[:4].flatten(1) @ F.normalize((target - sae.b_dec).flatten(1), dim=1).T
     assert torch.equal(towards_x.argmax(dim=1), towards_y.argmax(dim=1))

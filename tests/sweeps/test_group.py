@@ -13,7 +13,7 @@ from groups import N_STEPS, config, stop_at_batch
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import Interrupted, UserError
-from sae_lab.sweeps.shared_stream import by_stream, has_room, read_job, train_group, train_jobs
+from sae_lab.sweeps.shared_stream import group_by_stream, has_room, read_job, train_group, train_jobs
 from sae_lab.sweeps.standing import standing
 from sae_lab.training.run import train_run
 
@@ -90,7 +90,9 @@ def test_members_at_different_steps_share_a_pass(alone, tmp_path, monkeypatch):
     assert steps == [6, 6]
     assert standing(tmp_path / "vanilla") == ("interrupted", "step 6/12")
     jobs = [read_job(config(tmp_path / name, *overrides)) for name, overrides in MEMBERS.items()]
-    assert [[job.folder.name for job in group] for group in by_stream(jobs)] == [["gated", "batch_topk", "vanilla"]]
+    assert [[job.folder.name for job in group] for group in group_by_stream(jobs)] == [
+        ["gated", "batch_topk", "vanilla"]
+    ]
     refill, refills = ShuffledBlocks._refill, []
     monkeypatch.setattr(ShuffledBlocks, "_refill", lambda stream: (refills.append(stream.n_given), refill(stream)))
     train_jobs(jobs)
@@ -144,7 +146,7 @@ def test_a_config_that_is_wrong_fails_by_itself(alone, tmp_path):
 
 def test_a_job_that_another_process_has_done_meanwhile_is_left_alone(tmp_path):
     job = read_job(config(tmp_path / "topk", *MEMBERS["topk"]))
-    assert by_stream([job]) == [[job]]
+    assert group_by_stream([job]) == [[job]]
     train_run(config(tmp_path / "topk", *MEMBERS["topk"]))
     before = (tmp_path / "topk" / "metrics.json").stat().st_mtime_ns
     assert train_group([job], None) == []

@@ -16,8 +16,8 @@ from shell import run
 from test_sweep import arguments, sweep
 
 from sae_lab.runtime.errors import UserError
-from sae_lab.sweeps.gpus import deal, n_slots, run_on_ray
-from sae_lab.sweeps.standing import job_folders, plan, standing
+from sae_lab.sweeps.gpus import deal_groups, n_slots, run_on_ray
+from sae_lab.sweeps.standing import job_folders, planned_jobs, standing
 
 PRESETS = {
     "hydra/launcher=gpus": ("hydra_ray_launcher", "ray"),
@@ -49,10 +49,10 @@ def test_a_preset_that_is_not_installed_names_its_extra(preset):
 
 def test_groups_are_dealt_to_slots():
     """A group is cut only where slots would be idle."""
-    assert deal([[1, 2, 3, 4, 5]], 2) == [[1, 3, 5], [2, 4]]
-    assert deal([[1, 2], [3]], 4) == [[1], [2], [3]]
-    assert deal([[1, 2], [3], [4]], 2) == [[1, 2], [3], [4]]
-    assert deal([], 2) == []
+    assert deal_groups([[1, 2, 3, 4, 5]], 2) == [[1, 3, 5], [2, 4]]
+    assert deal_groups([[1, 2], [3]], 4) == [[1], [2], [3]]
+    assert deal_groups([[1, 2], [3], [4]], 2) == [[1, 2], [3], [4]]
+    assert deal_groups([], 2) == []
 
 
 def test_parallel_is_a_number_of_groups(monkeypatch, caplog):
@@ -84,7 +84,7 @@ def at_once(folders: list[Path], logs: list[str]) -> int:
 def assert_sweep_of_four(root: Path, done: subprocess.CompletedProcess[str], slots: int) -> None:
     """Every job in its folder, never more than `slots` at a time; the one that diverged is told, and no other."""
     assert done.returncode == 1, done.stderr
-    folders = plan(root / "sweep")
+    folders = planned_jobs(root / "sweep")
     assert [standing(folder)[0] for folder in folders] == ["complete", "failed"] * 2, done.stderr
     assert all("training has diverged" in standing(folder)[1] for folder in folders[1::2])
     assert "4 jobs: 2 complete, 2 failed." in done.stdout
@@ -96,7 +96,7 @@ def assert_sweep_of_four(root: Path, done: subprocess.CompletedProcess[str], slo
 
 def assert_continues(root: Path, *overrides: str) -> None:
     """The command without its bad jobs finds the good ones complete, and leaves them as they are."""
-    folders = plan(root / "sweep")[::2]
+    folders = planned_jobs(root / "sweep")[::2]
     before = {p: p.stat().st_mtime_ns for f in folders for p in f.rglob("*") if p.suffix not in (".log", ".lock")}
     again = sweep(root, *overrides, "optimizer.lr=1e-3", shell=True)
     assert again.returncode == 0, again.stderr
@@ -134,7 +134,7 @@ def test_groups_share_a_stream_each_in_its_slot(tmp_path):
     done = sweep(tmp_path, *ours, BAD, shell=True)
     assert_sweep_of_four(tmp_path, done, slots=4)
     assert "2 groups, 2 at a time" in done.stderr
-    folders = plan(tmp_path / "sweep")
+    folders = planned_jobs(tmp_path / "sweep")
     assert all("2 SAEs share one pass over tiny" in (f / "train.log").read_text() for f in folders)
     assert_continues(tmp_path, *ours)
 
@@ -150,8 +150,8 @@ def test_a_signal_reaches_every_group_which_saves(tmp_path):
     process.terminate()
     _, said = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert [standing(folder)[0] for folder in plan(tmp_path / "sweep")] == ["interrupted"] * 2, said
-    assert all((folder / "checkpoints" / "last.ckpt").is_file() for folder in plan(tmp_path / "sweep")), said
+    assert [standing(folder)[0] for folder in planned_jobs(tmp_path / "sweep")] == ["interrupted"] * 2, said
+    assert all((folder / "checkpoints" / "last.ckpt").is_file() for folder in planned_jobs(tmp_path / "sweep")), said
 
 
 @needs("hydra_submitit_launcher")

@@ -8,10 +8,12 @@ import pytest
 import yaml
 from shell import run
 
-from sae_lab import plots, report
+from sae_lab import plots
 from sae_lab.runtime.errors import UserError
+from sae_lab.sweeps.figures import add_batch_wise_rows, draw_sweep, line_names
+from sae_lab.sweeps.headline import _rounded, headline, markdown, show_headline
 from sae_lab.sweeps.standing import all_jobs, standings
-from sae_lab.sweeps.table import parse_overrides
+from sae_lab.sweeps.table import collect_table, complete_jobs, parse_overrides, setting_columns
 
 D_IN = 64
 CLASSES = {"topk": "TopKSAE", "batch_topk": "BatchTopKSAE"}
@@ -43,12 +45,12 @@ def write_job(folder: Path, *overrides: str, done: bool = True, config: dict | N
     return folder
 
 
-def complete_jobs(folder: Path) -> pd.DataFrame:
-    return report.complete(report.collect(folder))
+def complete_of(folder: Path) -> pd.DataFrame:
+    return complete_jobs(collect_table(folder))
 
 
-def headline(table: pd.DataFrame) -> pd.DataFrame:
-    return report.headline(table, report.complete(table))
+def cells_of(table: pd.DataFrame) -> pd.DataFrame:
+    return headline(table, complete_jobs(table))
 
 
 @pytest.fixture
@@ -64,21 +66,21 @@ def sweep(tmp_path) -> Path:
 
 
 def test_collect_has_a_row_a_job_in_counting_order(sweep):
-    table = report.collect(sweep)
+    table = collect_table(sweep)
     assert table["job"].tolist() == ["0", "1", "2", "3", "4", "5", "6", "7", "9", "10", "11"]
     assert table["status"].tolist() == ["complete"] * 9 + ["interrupted", "complete"]
 
 
 def test_collect_columns_are_overrides_resolved_dials_status_metrics(sweep):
-    table = report.collect(sweep)
+    table = collect_table(sweep)
     settings = ["sae", "k", "expansion", "seed", "optimizer.lr", "n_latents"]
     metrics = ["nmse", "ce_degradation", "loss_recovered", "l0", "d_in", "train_mode/nmse", "train_mode/l0"]
     assert list(table) == ["job", *settings, "status", *metrics]
-    assert report.settings(table) == settings
+    assert setting_columns(table) == settings
 
 
 def test_collect_values(sweep):
-    table = report.collect(sweep).set_index("job")
+    table = collect_table(sweep).set_index("job")
     row = table.loc["9"]
     assert row[["sae", "k", "expansion", "n_latents", "seed"]].tolist() == ["topk", 8, 4, 256, 1]
     assert row["nmse"] == pytest.approx(1 / 32 + 0.01)
@@ -88,7 +90,7 @@ def test_collect_values(sweep):
 
 
 def test_collect_keeps_whole_numbers_whole_beside_a_blank(sweep):
-    table = report.collect(sweep)
+    table = collect_table(sweep)
     assert pd.isna(table.set_index("job").loc["10", "n_latents"])
     assert str(table["n_latents"].dtype) == "Int64"
     table.to_csv(sweep / "t.csv", index=False)
@@ -97,7 +99,7 @@ def test_collect_keeps_whole_numbers_whole_beside_a_blank(sweep):
 
 def test_collect_of_one_run_folder(tmp_path):
     run = write_job(tmp_path / "outputs" / "12-00-00", "k=8")
-    table = report.collect(run)
+    table = collect_table(run)
     assert table[["job", "k", "n_latents", "status"]].to_numpy().tolist() == [["12-00-00", 8, 512, "complete"]]
 
 
@@ -108,7 +110,7 @@ def test_a_run_repeated_is_no_second_seed(tmp_path):
         for k in (8, 16):
             write_job(tmp_path / f"v{k}-{seed}", f"k={k}", f"seed={seed}", config=vanilla, nmse=0.2 + 0.1 * seed)
             write_job(tmp_path / f"b{k}-{seed}", f"k={k}", f"seed={seed}")
-    cells = headline(report.collect(tmp_path))
+    cells = cells_of(collect_table(tmp_path))
     assert cells[["k", "seeds"]].to_numpy().tolist() == [["8", "2"], ["16", "2"], ["–", "2"]]
     assert cells["nmse"].iloc[-1] == "0.2500 ± 0.0707"
 
@@ -117,7 +119,7 @@ def test_collect_finds_jobs_in_nested_folders_and_none_inside_a_job(tmp_path):
     write_job(tmp_path / "first" / "k=8,sae=topk", "k=8", "sae=topk")
     write_job(tmp_path / "first" / "k=8,sae=topk" / "copy", "k=8")
     write_job(tmp_path / "second" / "0", "k=16")
-    assert report.collect(tmp_path)["job"].tolist() == ["first/k=8,sae=topk", "second/0"]
+    assert collect_table(tmp_path)["job"].tolist() == ["first/k=8,sae=topk", "second/0"]
 
 
 def test_a_folder_that_holds_no_run_is_one_sentence(tmp_path):
@@ -131,7 +133,7 @@ def test_a_metrics_file_that_is_cut_off_is_named(tmp_path):
     run = write_job(tmp_path / "0", "k=8")
     (run / "metrics.json").write_text('{"nmse": 0.1')
     with pytest.raises(UserError, match=r"0/metrics\.json is not JSON"):
-        report.collect(tmp_path)
+        collect_table(tmp_path)
 
 
 def test_parse_overrides_by_hydras_grammar():
@@ -160,7 +162,7 @@ def test_settings_of_every_kind_reach_the_table(tmp_path):
     overrides = ("data.paths=[a,b]", "optimizer.lr=${base_lr}", "sae@sae.inner=topk", "~logger", "n_latents=512")
     write_job(tmp_path / "0", *overrides, config=config)
     write_job(tmp_path / "1", "k=8", config={"data": {"paths": ["c"]}})
-    table = report.collect(tmp_path)
+    table = collect_table(tmp_path)
     assert table["data.paths"].tolist() == ["[a,b]", "[c]"]
     assert table["optimizer.lr"].tolist() == [0.5, 0.001]
     assert table["sae@sae.inner"].tolist()[0] == "topk"
@@ -171,19 +173,19 @@ def test_settings_of_every_kind_reach_the_table(tmp_path):
 def test_expansion_follows_n_latents_where_that_was_given(tmp_path):
     write_job(tmp_path / "0", "n_latents=1024", n_latents=1024)
     write_job(tmp_path / "1", "n_latents=96", n_latents=96)
-    assert report.collect(tmp_path)["expansion"].tolist() == [16, 1.5]
+    assert collect_table(tmp_path)["expansion"].tolist() == [16, 1.5]
 
 
 def test_expansion_that_was_given_is_kept(tmp_path):
     write_job(tmp_path / "0", "expansion=8", n_latents=512, d_in=32)
-    assert report.collect(tmp_path)["expansion"].tolist() == [8]
+    assert collect_table(tmp_path)["expansion"].tolist() == [8]
 
 
 def test_a_choice_that_was_not_overridden_is_named_by_hydra_yaml(tmp_path):
     run = write_job(tmp_path / "0", "k=8")
     choices = {"hydra": {"runtime": {"choices": {"sae": "batch_topk", "experiment": None}}, "x": "${hydra:nowhere}"}}
     (run / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(choices))
-    assert report.collect(tmp_path)["sae"].tolist() == ["batch_topk"]
+    assert collect_table(tmp_path)["sae"].tolist() == ["batch_topk"]
 
 
 def test_an_sae_without_k_has_no_k(tmp_path):
@@ -192,33 +194,33 @@ def test_an_sae_without_k_has_no_k(tmp_path):
     write_job(tmp_path / "0", "k=8", config={"sae": vanilla})
     write_job(tmp_path / "1", "k=8", config={"sae": routed})
     write_job(tmp_path / "2", "k=8")
-    assert report.collect(tmp_path)["k"].isna().tolist() == [True, False, False]
+    assert collect_table(tmp_path)["k"].isna().tolist() == [True, False, False]
 
 
 def test_a_line_is_an_architecture_and_whatever_else_varies_among_twins(tmp_path):
     for i, (k, lr, seed) in enumerate([(8, 0.001, 0), (8, 0.001, 1), (8, 0.01, 0), (16, 0.01, 0)]):
         write_job(tmp_path / f"{i}", f"k={k}", f"optimizer.lr={lr}", f"seed={seed}", config={"optimizer": {"lr": lr}})
-    table = report.collect(tmp_path)
+    table = collect_table(tmp_path)
     low, high = "BatchTopK, lr=0.001", "BatchTopK, lr=0.01"
-    assert report.lines(table).tolist() == [low, low, high, high]
+    assert line_names(table).tolist() == [low, low, high, high]
     # Without the two jobs that differ in the learning rate alone, it is no part of the name.
-    assert report.lines(table.iloc[[0, 1, 3]]).tolist() == ["BatchTopK"] * 3
+    assert line_names(table.iloc[[0, 1, 3]]).tolist() == ["BatchTopK"] * 3
 
 
 def test_seeds_are_averaged_and_incomplete_jobs_are_not(sweep):
-    table = report.collect(sweep)
+    table = collect_table(sweep)
     done = table[table["status"] == "complete"]
-    points = plots.mean_over_seeds(done.assign(line=report.lines(done)), "n_latents", ["nmse"], "line")
+    points = plots.mean_over_seeds(done.assign(line=line_names(done)), "n_latents", ["nmse"], "line")
     first = points[points["line"] == "TopK"].iloc[0]
     assert (first["n_latents"], first["n"]) == (256, 3)  # k = 8 with seeds 0 and 1, and k = 16
-    of_k_8 = plots.mean_over_seeds(done[done["k"] == 8].assign(line=report.lines(done)), "n_latents", ["nmse"], "line")
+    of_k_8 = plots.mean_over_seeds(done[done["k"] == 8].assign(line=line_names(done)), "n_latents", ["nmse"], "line")
     row = of_k_8[of_k_8["line"] == "TopK"].iloc[0]
     assert row["nmse"] == pytest.approx(1 / 32 + 0.005)
     assert row["nmse_std"] == pytest.approx(0.01 / 2**0.5)
 
 
 def test_draw_has_a_figure_for_every_slice_of_the_sweep(sweep):
-    figures = report.draw(complete_jobs(sweep), sweep)
+    figures = draw_sweep(complete_of(sweep), sweep)
     names = [
         "nmse_ce_vs_n_latents_k8",
         "nmse_ce_vs_n_latents_k16",
@@ -233,30 +235,30 @@ def test_draw_has_a_figure_for_every_slice_of_the_sweep(sweep):
 def test_the_comparisons_draw_both_rules(sweep, monkeypatch):
     lines = []
     monkeypatch.setattr(plots, "against", lambda table, path, *_: lines.append(set(table["line"])) or path)
-    report.draw(complete_jobs(sweep), sweep)
+    draw_sweep(complete_of(sweep), sweep)
     assert all({"TopK", "TopK, batch-wise", "BatchTopK", "BatchTopK, batch-wise"} <= names for names in lines)
 
 
 def test_draw_counts_complete_jobs_only(tmp_path):
     for i, k in enumerate((8, 16)):
         write_job(tmp_path / f"{i}", f"k={k}", done=k == 8)
-    assert report.draw(complete_jobs(tmp_path), tmp_path) == []
+    assert draw_sweep(complete_of(tmp_path), tmp_path) == []
     write_job(tmp_path / "2", "k=16", "expansion=16")
     write_job(tmp_path / "3", "k=32", done=False, config={"n_latents": 512})
-    assert [f.name for f in report.draw(complete_jobs(tmp_path), tmp_path)] == ["nmse_ce_by_job.png"]
+    assert [f.name for f in draw_sweep(complete_of(tmp_path), tmp_path)] == ["nmse_ce_by_job.png"]
 
 
 def test_draw_falls_back_to_a_point_a_job(tmp_path):
     write_job(tmp_path / "0", "k=8", "expansion=4")
     write_job(tmp_path / "1", "k=16", "expansion=8")
-    assert [f.name for f in report.draw(complete_jobs(tmp_path), tmp_path)] == ["nmse_ce_by_job.png"]
+    assert [f.name for f in draw_sweep(complete_of(tmp_path), tmp_path)] == ["nmse_ce_by_job.png"]
 
 
 def test_draw_without_cross_entropies(tmp_path):
     nothing = {"ce_degradation": float("nan"), "loss_recovered": float("nan")}
     for i, k in enumerate((8, 16, 32)):
         write_job(tmp_path / f"{i}", f"k={k}", **nothing)
-    assert [f.name for f in report.draw(complete_jobs(tmp_path), tmp_path)] == [
+    assert [f.name for f in draw_sweep(complete_of(tmp_path), tmp_path)] == [
         "nmse_ce_vs_k_n512.png",
         "frontier.png",
     ]
@@ -267,7 +269,7 @@ def test_draw_of_a_sweep_with_an_sae_that_has_no_k(tmp_path):
         write_job(tmp_path / f"{i}", f"k={k}")
     vanilla = {"_target_": "sae_lab.saes.vanilla.VanillaSAE", "l1_coefficient": 0.002}
     write_job(tmp_path / "2", config={"sae": vanilla}, l0=200.0)
-    assert [f.name for f in report.draw(complete_jobs(tmp_path), tmp_path)] == [
+    assert [f.name for f in draw_sweep(complete_of(tmp_path), tmp_path)] == [
         "nmse_ce_vs_k_n512.png",
         "frontier.png",
     ]
@@ -280,22 +282,22 @@ def test_draw_of_one_run_takes_its_own_tables(tmp_path):
     (run / "figures" / "latent_density.csv").write_text("latent,density\n0,0.1\n1,0.0\n")
     (run / "figures" / "l0_per_token.csv").write_text("l0,bos,other\n0,1,0\n8,0,9\n")
     (run / "figures" / "l0_per_token.png").write_bytes(b"the run's own")
-    figures = report.draw(complete_jobs(run), run)
+    figures = draw_sweep(complete_of(run), run)
     assert [f.name for f in figures] == ["l0_per_token.png", "latent_density.png", "training.png"]
     assert figures[0].read_bytes() == b"the run's own"
 
 
 def test_headline_is_sorted_rounded_and_without_what_does_not_vary(sweep):
-    table = report.collect(sweep)
-    cells = headline(table[~table["job"].isin(["9", "11"])])
+    table = collect_table(sweep)
+    cells = cells_of(table[~table["job"].isin(["9", "11"])])
     assert list(cells) == ["sae", "k", "n_latents", "seed", "nmse", "l0", "ce_degradation", "loss_recovered", "job"]
     assert cells["job"].tolist() == ["4", "5", "6", "7", "0", "1", "2", "3"]
     assert cells.iloc[5].tolist() == ["topk", "8", "512", "0", "0.0156", "8.0", "0.0312", "0.9844", "1"]
 
 
 def test_headline_of_several_seeds_has_means_and_standard_deviations(sweep):
-    table = report.collect(sweep)
-    cells = headline(table[table["job"] != "11"])
+    table = collect_table(sweep)
+    cells = cells_of(table[table["job"] != "11"])
     assert list(cells) == ["sae", "k", "n_latents", "seeds", "nmse", "l0", "ce_degradation", "loss_recovered"]
     assert cells.iloc[4].tolist() == (
         ["topk", "8", "256", "2", "0.0363 ± 0.0071", "8.0 ± 0.0", "0.0725 ± 0.0141", "0.9637 ± 0.0071"]
@@ -306,8 +308,8 @@ def test_headline_of_several_seeds_has_means_and_standard_deviations(sweep):
 def test_the_batch_wise_rule_is_a_line_of_its_own_where_it_scores_otherwise(tmp_path):
     write_job(tmp_path / "0", "k=8", nmse=0.25)
     write_job(tmp_path / "1", "k=16", nmse=1 / 256)  # half of 1 / 128: as the batch-wise rule
-    done = report.collect(tmp_path).assign(line="BatchTopK")
-    both = report.under_both_rules(done, ["nmse", "ce_degradation"])
+    done = collect_table(tmp_path).assign(line="BatchTopK")
+    both = add_batch_wise_rows(done, ["nmse", "ce_degradation"])
     assert both["line"].tolist() == ["BatchTopK", "BatchTopK", "BatchTopK, batch-wise"]
     assert both["k"].tolist() == [8, 16, 8]
     assert both["nmse"].tolist() == [0.25, 1 / 256, 1 / 128]
@@ -320,35 +322,35 @@ def test_l0_is_drawn_for_the_largest_dictionary_at_every_k(tmp_path, monkeypatch
         (run / "figures" / "l0_per_token.csv").write_text(f"l0,bos,other\n{k},{i},100\n")
     tables = []
     monkeypatch.setattr(plots, "l0_by_line", lambda table, path: tables.append(table) or path)
-    report.draw(complete_jobs(tmp_path), tmp_path)
+    draw_sweep(complete_of(tmp_path), tmp_path)
     assert tables[0][["k", "l0", "bos", "other"]].to_numpy().tolist() == [[8, 8, 1, 100], [16, 16, 2, 100]]
 
 
 def test_headline_leaves_out_folders_that_repeat_the_settings(tmp_path):
     write_job(tmp_path / "k=8,sae=topk", "k=8", "sae=topk")
     write_job(tmp_path / "k=16,sae=topk", "k=16", "sae=topk")
-    assert "job" not in headline(report.collect(tmp_path))
-    assert "job" in headline(report.collect(tmp_path / "k=8,sae=topk").assign(job="0"))
+    assert "job" not in cells_of(collect_table(tmp_path))
+    assert "job" in cells_of(collect_table(tmp_path / "k=8,sae=topk").assign(job="0"))
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0.12345, "0.1235"), (0.00001234, "1.2e-05"), (0.0, "0.0000"), (-0.5, "-0.5000"), (None, "–")]
 )
 def test_rounded(value, text):
-    assert report._rounded(value, ".4f") == text
+    assert _rounded(value, ".4f") == text
 
 
-def markdown(folder: Path, *figures: Path) -> str:
+def markdown_of(folder: Path, *figures: Path) -> str:
     jobs = standings(folder, all_jobs(folder))
-    table = report.collect(folder)
-    return report.markdown(headline(table), table, jobs, folder, list(figures))
+    table = collect_table(folder)
+    return markdown(cells_of(table), table, jobs, folder, list(figures))
 
 
-def test_markdown_embeds_the_figures_and_names_incomplete_jobs(sweep):
+def test_markdown_embeds_the_figures_and_names_incomplete_of(sweep):
     write_job(sweep / "12", "k=8", "expansion=16", "name='a|b'", config={"name": "a|b"})
     (sweep / "13").mkdir()
     (sweep / "13" / "failed.txt").write_text("k=0: raise k.\n")
-    text = markdown(sweep, sweep / "figures" / "frontier.png")
+    text = markdown_of(sweep, sweep / "figures" / "frontier.png")
     lines = text.splitlines()
     assert lines[0] == f"# {sweep.name}"
     assert "13 jobs: 11 complete, 1 interrupted, 1 failed." in lines
@@ -362,13 +364,13 @@ def test_markdown_embeds_the_figures_and_names_incomplete_jobs(sweep):
 def test_markdown_says_what_all_jobs_share(tmp_path):
     for i, k in enumerate((8, 16)):
         write_job(tmp_path / f"{i}", f"k={k}", "n_tokens=1000000", config={"n_tokens": 1000000})
-    text = markdown(tmp_path)
+    text = markdown_of(tmp_path)
     assert "The same for every job: `n_tokens=1000000`, `seed=0`." in text
     assert "2 jobs: 2 complete." in text
 
 
 def test_show_never_cuts_a_number(sweep, capsys):
-    report.show(headline(report.collect(sweep)), [sweep / "report.csv"])
+    show_headline(cells_of(collect_table(sweep)), [sweep / "report.csv"])
     said = capsys.readouterr().out
     assert "0.0363 ± 0.0071" in said
     assert "…" not in said

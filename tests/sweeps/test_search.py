@@ -6,7 +6,7 @@ import math
 import pytest
 from test_sweep import sweep
 
-from sae_lab.sweeps.search import best, next_guess, score
+from sae_lab.sweeps.search import describe_best, next_guess, search_score
 from sae_lab.sweeps.standing import job_folders, standing
 
 
@@ -54,10 +54,10 @@ def test_the_best_run_is_told_as_a_command(tmp_path):
     command = "python -m sae_lab.train sae=vanilla 'lm.sites=["
     (tmp_path / "failed").mkdir()
     folders = [tmp_path / name for name in ("a", "b", "failed")]
-    assert best(folders, 16) == f"The nearest to goal_l0=16, with l0 17.0 and fvu 0.2000:\n{command}b]'"
-    assert best(folders, None) == f"The least fvu, with l0 10.0 and fvu 0.1000:\n{command}a]'"
-    assert best(folders[2:], None) is None
-    assert score({"l0": 10.0, "fvu": 0.5}, 16) == 6
+    assert describe_best(folders, 16) == f"The nearest to goal_l0=16, with l0 17.0 and fvu 0.2000:\n{command}b]'"
+    assert describe_best(folders, None) == f"The least fvu, with l0 10.0 and fvu 0.1000:\n{command}a]'"
+    assert describe_best(folders[2:], None) is None
+    assert search_score({"l0": 10.0, "fvu": 0.5}, 16) == 6
 
 
 def test_a_search_reaches_its_goal_and_continues(tmp_path):

@@ -17,8 +17,15 @@ from sae_lab.cli.help import CONF
 from sae_lab.runs.folder import Run
 from sae_lab.runtime.errors import Busy, UserError
 from sae_lab.sweeps.failures import failure_recorded
-from sae_lab.sweeps.standing import counted, distinct, job_folders, plan, standing, standings
-from sae_lab.sweeps.summary import planned
+from sae_lab.sweeps.standing import (
+    count_statuses,
+    drop_shared_overrides,
+    job_folders,
+    planned_jobs,
+    standing,
+    standings,
+)
+from sae_lab.sweeps.summary import plan_job_names
 
 SMALL = """# @package _global_
 n_tokens: 2048
@@ -109,13 +116,13 @@ def test_job_folders_count_as_people_do_and_know_what_failed_before_it_began(tmp
 
 
 def test_names_are_shown_without_what_they_share():
-    assert distinct(["k=8,lr=1,sae=topk", "k=16,lr=1,sae=topk", "k=8,lr=1,sae=gated"]) == [
+    assert drop_shared_overrides(["k=8,lr=1,sae=topk", "k=16,lr=1,sae=topk", "k=8,lr=1,sae=gated"]) == [
         "k=8,sae=topk",
         "k=16,sae=topk",
         "k=8,sae=gated",
     ]
-    assert distinct(["k=8"]) == ["k=8"]
-    assert distinct(["k=8,lm.sites=[a,b]", "k=8,lm.sites=[a,c]"]) == ["lm.sites=[a,b]", "lm.sites=[a,c]"]
+    assert drop_shared_overrides(["k=8"]) == ["k=8"]
+    assert drop_shared_overrides(["k=8,lm.sites=[a,b]", "k=8,lm.sites=[a,c]"]) == ["lm.sites=[a,b]", "lm.sites=[a,c]"]
 
 
 def test_a_job_keeps_its_folder_where_what_may_differ_does():
@@ -138,7 +145,7 @@ def test_one_bad_job_costs_the_others_nothing(tmp_path, launcher):
     done = sweep(tmp_path, *jobs)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    folders = plan(tmp_path / "sweep")
+    folders = planned_jobs(tmp_path / "sweep")
     assert [f.name.split(",")[1:3] for f in folders] == [
         [f"k={k}", f"optimizer.lr={lr}"] for k in (4, 8) for lr in ("0.001", "1e+30")
     ]
@@ -158,11 +165,13 @@ def test_the_plan_has_the_folders_that_hydra_will_make(tmp_path):
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         overrides = ["sae=topk,gated", "k=3,4", "resume=auto", "lm.sites=[a/b]", f"hydra.sweep.dir={tmp_path}"]
         config = GlobalHydra.instance().hydra.compose_config("train", overrides, run_mode=RunMode.MULTIRUN)
-        assert planned(config) == [f"k={k},lm.sites=[a_b],sae={sae}" for sae in ("topk", "gated") for k in (3, 4)]
+        assert plan_job_names(config) == [
+            f"k={k},lm.sites=[a_b],sae={sae}" for sae in ("topk", "gated") for k in (3, 4)
+        ]
         config.hydra.sweep.subdir = "${hydra:job.num}"
-        assert planned(config) == ["0", "1", "2", "3"]
+        assert plan_job_names(config) == ["0", "1", "2", "3"]
         config.hydra.sweeper._target_ = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
-        assert planned(config) == []
+        assert plan_job_names(config) == []
 
 
 @pytest.mark.parametrize("launcher", ["basic", "shared_stream"])
@@ -172,5 +181,5 @@ def test_a_sweep_that_is_killed_ends_equal_to_the_bit(tmp_path, launcher):
 
 def test_counted(tmp_path):
     leave_run(tmp_path / "a")
-    assert counted(standings(tmp_path, [tmp_path / "a", tmp_path / "b"])) == "2 jobs: 1 interrupted, 1 waiting."
-    assert counted(standings(tmp_path, [tmp_path / "a"])) == "1 job: 1 interrupted."
+    assert count_statuses(standings(tmp_path, [tmp_path / "a", tmp_path / "b"])) == "2 jobs: 1 interrupted, 1 waiting."
+    assert count_statuses(standings(tmp_path, [tmp_path / "a"])) == "1 job: 1 interrupted."

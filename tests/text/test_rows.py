@@ -10,7 +10,7 @@ from fakes import Follow, UniqueWords
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.cache.data import CachedData
-from sae_lab.cache.writer import Harvester
+from sae_lab.cache.writer import CacheWriter
 from sae_lab.text.corpora import FileDocuments, HubDocuments
 from sae_lab.text.rows import take_rows
 
@@ -48,7 +48,7 @@ def build(request, tmp_path):
         if request.param != "cached":
             return data
         data.repeat = False
-        Harvester(data, str(tmp_path), 10**9, shard_tokens=150).build()
+        CacheWriter(data, str(tmp_path), 10**9, shard_tokens=150).build()
         return CachedData(Follow(), str(tmp_path), **settings)
 
     return built

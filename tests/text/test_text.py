@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_lab.cli.help import CONF
 from sae_lab.runtime.errors import UserError
-from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments, disassembled, held_out
+from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments, disassemble, is_held_out
 from sae_lab.text.corpora import FileDocuments, HubDocuments
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, Piece
 from sae_lab.text.rows import TextRows
@@ -268,7 +268,7 @@ def test_stdlib_splits():
 def test_held_out_is_by_checksum():
     """Written out, so that no later change moves modules from one split to the other unseen."""
     names = ["abc.py", "ast.py", "io.py", "json/decoder.py", "os.py", "re/__init__.py", "ssl.py", "typing.py"]
-    assert [name for name in names if held_out(name, 10)] == ["ssl.py"]
+    assert [name for name in names if is_held_out(name, 10)] == ["ssl.py"]
 
 
 def test_the_order_depends_on_seed_and_pass():
@@ -562,5 +562,5 @@ def test_a_listing_is_as_long_as_its_source_and_the_same_every_time():
 
 
 def test_a_module_that_does_not_compile_is_an_empty_document():
-    assert disassembled("def f(:") == ""
-    assert "RETURN" in disassembled("x = 1")
+    assert disassemble("def f(:") == ""
+    assert "RETURN" in disassemble("x = 1")

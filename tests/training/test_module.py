@@ -7,7 +7,7 @@ from fitting import BATCHES, N_STEPS, fit
 
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
-from sae_lab.training.module import forget, training_row
+from sae_lab.training.module import reset_optimizer_rows, training_row
 from sae_lab.training.schedule import warmup_decay
 
 
@@ -75,9 +75,9 @@ def test_the_optimizer_forgets_the_rows_that_were_rewritten():
     p, q = (torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2))
     adam = torch.optim.Adam([p, q])
     (p.sum() + q.sum()).backward()
-    forget(adam, p, torch.tensor([0, 2]))  # before its first step it remembers nothing
+    reset_optimizer_rows(adam, p, torch.tensor([0, 2]))  # before its first step it remembers nothing
     adam.step()
-    forget(adam, p, torch.tensor([0, 2]))
+    reset_optimizer_rows(adam, p, torch.tensor([0, 2]))
     for moment in ("exp_avg", "exp_avg_sq"):
         assert (adam.state[p][moment] != 0).any(dim=1).tolist() == [False, True, False, True]
         assert adam.state[q][moment].all()

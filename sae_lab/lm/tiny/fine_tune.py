@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from sae_lab.lm.loading import SIBLING, TINY, find_folder
-from sae_lab.lm.tiny.train import SEED, all_rows, held_out_loss, train
+from sae_lab.lm.tiny.train import SEED, all_rows, held_out_loss, train_lm
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments
 from sae_lab.text.documents import HELD_OUT, TRAIN
@@ -29,7 +29,7 @@ def main() -> None:
     held_out = {name: all_rows(tokenizer, documents(HELD_OUT))[:256] for name, documents in texts.items()}
     card = {f"{name}_ce_before": held_out_loss(lm, rows) for name, rows in held_out.items()}
     torch.manual_seed(SEED)
-    train(lm, all_rows(tokenizer, DisassembledStdlib(TRAIN)), args.steps, LR)
+    train_lm(lm, all_rows(tokenizer, DisassembledStdlib(TRAIN)), args.steps, LR)
     card |= {f"{name}_ce_after": held_out_loss(lm, rows) for name, rows in held_out.items()}
     lm.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

@@ -58,7 +58,7 @@ def held_out_loss(lm: GPT2LMHeadModel, rows: torch.Tensor) -> float:
     return total / (rows.shape[0] * (SEQ_LEN - 1))
 
 
-def train(lm: GPT2LMHeadModel, rows: torch.Tensor, n_steps: int, lr: float = LR) -> None:
+def train_lm(lm: GPT2LMHeadModel, rows: torch.Tensor, n_steps: int, lr: float = LR) -> None:
     """AdamW, 3 % warm-up, cosine to zero, bf16 autocast; rows in a new order each pass."""
     decay = [p for p in lm.parameters() if p.ndim == 2]
     rest = [p for p in lm.parameters() if p.ndim != 2]
@@ -99,7 +99,7 @@ def zero_ablate_site(lm: GPT2LMHeadModel):
     )
 
 
-def figures(lm: GPT2LMHeadModel, rows: torch.Tensor, n_steps: int) -> dict:
+def measure_lm(lm: GPT2LMHeadModel, rows: torch.Tensor, n_steps: int) -> dict:
     """What the model card reports, on the held-out modules."""
     p = torch.bincount(rows[:, 1:].flatten(), minlength=CONFIG["vocab_size"]).double()
     p = p[p > 0] / p.sum()
@@ -136,9 +136,9 @@ def main() -> None:
     config = GPT2Config(**CONFIG, **no_dropout, bos_token_id=0, eos_token_id=0, use_cache=False)
     # Eager attention: at this size the fused CPU kernel's backward pass takes 40 % of a step.
     lm = GPT2LMHeadModel._from_config(config, attn_implementation="eager")
-    train(lm, all_rows(tokenizer, StdlibDocuments(TRAIN)), args.steps)
+    train_lm(lm, all_rows(tokenizer, StdlibDocuments(TRAIN)), args.steps)
     lm.save_pretrained(args.out)
-    card = figures(lm, all_rows(tokenizer, StdlibDocuments(HELD_OUT)), args.steps)
+    card = measure_lm(lm, all_rows(tokenizer, StdlibDocuments(HELD_OUT)), args.steps)
     (args.out / "figures.json").write_text(json.dumps(card, indent=1) + "\n")
     print(json.dumps(card, indent=1))
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae_lab.parallel.collectives import average
+from sae_lab.parallel.collectives import mean_over_ranks
 from sae_lab.runtime.errors import UserError
 
 
@@ -112,7 +112,7 @@ class MeanNorm(Normalizer):
     def observe(self, x: Float[Tensor, "b s d"]) -> None:
         if self.known:
             return
-        norm = average(torch.linalg.vector_norm(x, dim=-1).mean(dim=0))
+        norm = mean_over_ranks(torch.linalg.vector_norm(x, dim=-1).mean(dim=0))
         if not (norm.isfinite() & (norm > 0)).all():
             raise UserError(
                 f"sae.normalize=mean_norm cannot divide by the mean norms of the first batch, {norm.tolist()} by "
@@ -149,7 +149,7 @@ NORMALIZERS: dict[str, type[Normalizer]] = {
 }
 
 
-def normalizer(name: str, n_sources: int) -> Normalizer:
+def build_normalizer(name: str, n_sources: int) -> Normalizer:
     """The normalizer of this name, for rows of n_sources sources.
 
     Raises:

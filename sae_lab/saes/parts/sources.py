@@ -7,7 +7,7 @@ from torch import Tensor
 from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
-from sae_lab.saes.parts.normalize import NORMALIZERS, Context, normalizer
+from sae_lab.saes.parts.normalize import NORMALIZERS, Context, build_normalizer
 
 
 class Transcodable(BaseSAE):
@@ -36,16 +36,16 @@ class Transcodable(BaseSAE):
         self.d_in, self.n_latents, self.n_sources, self.normalize = d_in, n_latents, n_sources, normalize
         self.n_inputs = checked_inputs(n_inputs, n_sources, normalize)
         self.n_read, self.n_written = self.n_inputs or n_sources, n_sources - self.n_inputs
-        self.normalizer = normalizer(normalize, self.n_read)
-        self.target_normalizer = normalizer(normalize, self.n_written) if n_inputs else None
+        self.normalizer = build_normalizer(normalize, self.n_read)
+        self.target_normalizer = build_normalizer(normalize, self.n_written) if n_inputs else None
 
-    def learn_units(self, rows: Float[Tensor, "b s d"]) -> None:
+    def observe_rows(self, rows: Float[Tensor, "b s d"]) -> None:
         """Before the forward pass of a training batch: let the normalisers take from it what they need."""
         self.normalizer.observe(rows[:, : self.n_read])
         if self.target_normalizer is not None:
             self.target_normalizer.observe(rows[:, self.n_inputs :])
 
-    def normalised(self, rows: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b r d"], Float[Tensor, "b w d"]]:
+    def normalize_rows(self, rows: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b r d"], Float[Tensor, "b w d"]]:
         """What is read, and what x_hat is judged against."""
         read, _ = self.normalizer(rows[:, : self.n_read])
         return read, read if self.target_normalizer is None else self.target_normalizer(rows[:, self.n_inputs :])[0]
@@ -53,11 +53,11 @@ class Transcodable(BaseSAE):
     def read(self, x: Tensor) -> tuple[Float[Tensor, "b r d"], Context]:
         """Raw activations, of all sources or of the inputs alone -> what is read, and what gives x_hat its units."""
         alone = self.n_inputs > 0 and (x.ndim == 2 or x.shape[1] == self.n_inputs)
-        rows = self.rows(x, self.n_inputs) if alone else self.rows(x)[:, : self.n_read]
+        rows = self.as_rows(x, self.n_inputs) if alone else self.as_rows(x)[:, : self.n_read]
         read, context = self.normalizer(rows)
         return read, context if self.target_normalizer is None else self.target_normalizer.constant()
 
-    def covers(self, x: Tensor) -> Bool[Tensor, "b s"] | None:
+    def predicted_mask(self, x: Tensor) -> Bool[Tensor, "b s"] | None:
         if not self.n_inputs:
             return None
         return (torch.arange(self.n_sources, device=x.device) >= self.n_inputs).expand(len(x), -1)
