@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 
 import hydra
 import pytest
+from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 
@@ -76,3 +77,19 @@ def tiny_lm_folder() -> Path:
     import sae_lab.lm
 
     return Path(sae_lab.lm.__file__).parent / "tiny"
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory) -> Path:
+    """A folder with a quick run at outputs/demo, trained once for all workers. Copy what you are going to change."""
+    import shell
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "demo_run"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "outputs" / "demo" / "metrics.json").is_file():
+            folder.mkdir(exist_ok=True)
+            quick = ["experiment=quick_test", "n_tokens=4_096", "data.n_eval_tokens=1024", "hydra.run.dir=outputs/demo"]
+            done = shell.run(*quick, cwd=folder)
+            assert done.returncode == 0, done.stderr
+    return folder

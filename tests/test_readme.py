@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from shell import run
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -58,10 +57,8 @@ def test_the_readmes_sae_works_from_folders_of_its_users(own_sae, tmp_path):
     assert (tmp_path / "own" / "metrics.json").read_text() == metrics
 
 
-def test_the_readmes_python_runs(tmp_path, monkeypatch):
-    quick = ["experiment=quick_test", "n_tokens=4_096", "data.n_eval_tokens=1024", "hydra.run.dir=outputs/demo"]
-    assert run(*quick, cwd=tmp_path).returncode == 0
-    monkeypatch.chdir(tmp_path)
+def test_the_readmes_python_runs(demo_run, monkeypatch):
+    monkeypatch.chdir(demo_run)
     code = next(b for b in blocks("python") if "load_sae" in b)
     names: dict = {}
     exec(code, names)
