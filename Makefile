@@ -35,4 +35,4 @@ bench: setup
 	$(BIN)/python -m sae_lab.benchmark
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build/site
