@@ -1,7 +1,8 @@
 """README.md and docs/*.md: every command names options that exist, and every Python block runs.
 
 A fenced ```bash block: each `python -m sae_lab.X ...` or `sae-lab X ...` in it is composed by Hydra, so an option that
-does not exist fails; of a sweep, its first job. Words in capitals, such as FOLDER, stand for values.
+does not exist fails; of a sweep, its first job. What `train` would train is built, at the bundled model's width, so a
+value that the SAE or the schedule does not take fails too. Words in capitals, such as FOLDER, stand for values.
 
 A fenced ```python block is executed. The blocks of a page share one namespace and run in their order, in a folder that
 holds a run at outputs/demo. (Give what a command of the page would have made to a block that needs it.)
@@ -23,8 +24,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.registry import Registered
 
 REPOSITORY = Path(__file__).parents[1]
@@ -35,6 +38,7 @@ FENCE = re.compile(r"( *)```([^`]*)$")
 NOT_RUN = re.compile(r"<!-- not run: .+ -->")
 FLAGS = {"-m", "--multirun", "--help", "--hydra-help"}
 FLAGS_WITH_VALUE = {"--cfg", "--package", "--config-dir", "--config-name"}
+WIDTH = 128  # d of the bundled model, for which the sizes of groups on the pages are meant
 HYDRAS_OWN = ("hydra/launcher=", "hydra/sweeper=", "hydra.launcher.", "hydra.sweeper.")
 
 
@@ -148,6 +152,13 @@ def check_launcher_and_sweeper(overrides: list[str]) -> None:
             assert leaf in (OmegaConf.select(preset, parent) if parent else preset), key
 
 
+def build_what_is_trained(cfg: DictConfig) -> None:
+    sites = 2 * len(cfg.lm.base.sites) if "base" in cfg.lm else len(cfg.lm.sites or [None])
+    n_latents = cfg.n_latents or int(cfg.expansion * WIDTH)
+    instantiate(cfg.sae, d_in=WIDTH, n_latents=n_latents, n_sources=sites)
+    instantiate(cfg.schedule)(0, n_steps=1000)
+
+
 def without_value(node: Any, key: str = "") -> list[str]:
     """The keys of a config whose value is ???: those that a command must give."""
     if isinstance(node, dict):
@@ -174,6 +185,8 @@ def test_every_option_of_a_command_exists(command):
     cfg = compose(*overrides, config_name=command.module)
     if not flags & {"--help", "--cfg"}:
         assert without_value(OmegaConf.to_container(cfg)) == []
+    if command.module == "train":
+        build_what_is_trained(cfg)
 
 
 @pytest.fixture
@@ -244,13 +257,15 @@ def test_commands_are_read_as_a_shell_reads_them():
         "train -m hydra/sweeper=reach_l0 hydra.sweeper.bogus=1 'optimizer.bogus=interval(1,2)'",
         "train --bogus",
         "train lm=transformers",
+        "train sae=jumprelu sae.penalty=bogus",
+        "train schedule.warmup=1000",
         "evaluate encoder=own",
         "bogus k=1",
     ],
 )
 def test_an_option_that_does_not_exist_fails(typed):
     [command] = commands(Block("page.md", 1, "bash", f"python -m sae_lab.{typed}\n"))
-    with pytest.raises((AssertionError, HydraException, FileNotFoundError)):
+    with pytest.raises((AssertionError, HydraException, FileNotFoundError, UserError)):
         test_every_option_of_a_command_exists(command)
 
 
