@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from sae_lab.runs.config import config_file, read_config
 from sae_lab.runtime.screen import format_number
 from sae_lab.saes.base import BaseSAE
 
@@ -38,9 +39,8 @@ def write_card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: 
         lines += [f"{name}: `{provenance.get(name)}`", ""]
     lines += [*metrics_table(run_dir / "metrics.json"), ""]
     lines += [f"![{file.stem}](figures/{file.name})" for file in sorted((run_dir / "figures").glob("*.png"))]
-    config_file = run_dir / ".hydra" / "config.yaml"
-    if config_file.is_file():
-        config: Any = OmegaConf.to_container(OmegaConf.load(config_file))
+    if config_file(run_dir).is_file():
+        config: Any = OmegaConf.to_container(read_config(run_dir))
         said = without_folders({name: value for name, value in config.items() if name not in MACHINES_OWN})
         lines += ["", "## Config", "", "```yaml", OmegaConf.to_yaml(OmegaConf.create(said)).strip(), "```"]
     return "\n".join([*lines, ""])

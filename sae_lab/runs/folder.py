@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from omegaconf import OmegaConf
 
 from sae_lab.runs.checkpoint import check_readable
+from sae_lab.runs.config import config_file, read_config
 from sae_lab.runtime.errors import Busy, UserError
 from sae_lab.runtime.files import remove_unfinished, write_atomically
 
@@ -101,16 +102,15 @@ def examine_folder(folder: Path, config: Any, resume: str) -> Run:
         raise UserError(f"resume={resume} is not known: choose auto (continue where the folder stands) or never.")
     checkpoint = Run(folder, 0, False).last_checkpoint
     complete = (folder / "metrics.json").is_file()
-    config_file = folder / ".hydra" / "config.yaml"
     if resume == "never" or not (checkpoint.is_file() or complete):  # nothing was learnt yet: any config may start
         foreign = [name for name in OURS if (folder / name).exists()]
-        if foreign and not config_file.is_file():
+        if foreign and not config_file(folder).is_file():
             raise UserError(f"{folder} is no run's, but holds {', '.join(foreign)}: choose another hydra.run.dir.")
         return Run(folder, 0, False)
     step = 0 if complete else check_readable(checkpoint, "delete it to start again, or type resume=never.")
-    if not config_file.is_file():
+    if not config_file(folder).is_file():
         raise UserError(f"{folder} has lost its .hydra/config.yaml: put it back, or type resume=never to start again.")
-    refuse_other_config(folder, OmegaConf.to_container(OmegaConf.load(config_file)), config)
+    refuse_other_config(folder, OmegaConf.to_container(read_config(folder)), config)
     return Run(folder, step, complete)
 
 

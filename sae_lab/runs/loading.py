@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.digests import refuse_changed
 from sae_lab.runs.checkpoint import checkpoint_content
+from sae_lab.runs.config import config_file, read_config
 from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
@@ -25,11 +26,9 @@ def load_run(
         UserError: no run folder, or no SAE in it or in `sae_dir`; a number of tokens that is none; another model or
             text than the run had.
     """
-    config_file = Path(run_dir) / ".hydra" / "config.yaml"
-    if not config_file.is_file():
+    if not config_file(Path(run_dir)).is_file():
         raise UserError(f"{run_dir} is not a run folder (no .hydra/config.yaml): give run_dir=<folder of a run>.")
-    run = OmegaConf.load(config_file)
-    assert isinstance(run, DictConfig)
+    run = read_config(Path(run_dir))
     if n_eval_tokens is not None:
         run.data.n_eval_tokens = checked_number("n_eval_tokens", n_eval_tokens, 1, whole=True)
     run.lm.device = device

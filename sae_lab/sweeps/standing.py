@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from omegaconf import OmegaConf
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from sae_lab.cli.folder_names import split_overrides
 from sae_lab.runs.checkpoint import checkpoint_content
+from sae_lab.runs.config import config_file, read_config
 from sae_lab.runs.folder import FAILED, Run, is_running
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.screen import console, format_duration
@@ -54,7 +54,7 @@ def job_folders(root: Path) -> list[Path]:
 
 
 def _runs(folder: Path) -> Iterator[Path]:
-    if (folder / ".hydra" / "config.yaml").is_file() or (folder / FAILED).is_file():
+    if config_file(folder).is_file() or (folder / FAILED).is_file():
         yield folder  # what lies below a run is its own
         return
     for child in folder.iterdir():
@@ -90,9 +90,9 @@ def standing(folder: Path) -> tuple[str, str]:
         return "failed", (folder / FAILED).read_text().splitlines()[0]
     if (folder / "metrics.json").is_file():
         return "complete", ""
-    if not (folder / ".hydra" / "config.yaml").is_file():
+    if not config_file(folder).is_file():
         return "waiting", ""
-    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    config = read_config(folder)
     n_steps = math.ceil(int(config.n_tokens) / config.batch_size)
     if not is_running(folder):
         return "interrupted", f"step {saved_step(folder)}/{n_steps}"

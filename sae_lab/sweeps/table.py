@@ -10,6 +10,7 @@ import pandas as pd
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from sae_lab.runs.config import config_file, read_config
 from sae_lab.runtime.errors import UserError
 from sae_lab.sweeps.standing import job_folders, job_name, standing
 
@@ -84,18 +85,18 @@ def _series(values: list[Any]) -> pd.Series:
 
 def started_jobs(root: Path) -> list[Path]:
     """The jobs that have a config to show."""
-    return [folder for folder in job_folders(root) if (folder / ".hydra" / "config.yaml").is_file()]
+    return [folder for folder in job_folders(root) if config_file(folder).is_file()]
 
 
 def read_record(folder: Path) -> JobRecord:
     hydra = folder / ".hydra"
-    config, runtime = (_load(hydra / name) for name in ("config.yaml", "hydra.yaml"))
+    runtime = _load(hydra / "hydra.yaml")
     choices = OmegaConf.select(runtime, "hydra.runtime.choices", throw_on_resolution_failure=False) or {}
     return JobRecord(
         folder=folder,
         overrides=read_overrides(hydra / "overrides.yaml"),
         choices=dict(choices),
-        config=config,
+        config=read_config(folder),
         metrics=read_metrics(folder / "metrics.json"),
     )
 

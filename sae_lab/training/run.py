@@ -21,6 +21,7 @@ from sae_lab.evaluation.evaluator import evaluate_all
 from sae_lab.interop.load import load_sae
 from sae_lab.parallel.collectives import rank
 from sae_lab.parallel.launch import joined_by_ranks
+from sae_lab.runs.config import read_config
 from sae_lab.runs.folder import Run, examine_folder
 from sae_lab.runs.provenance import provenance
 from sae_lab.runs.results import write_results
@@ -66,8 +67,7 @@ def train_run(cfg: DictConfig) -> dict[str, Any]:
 
 def train_as_follower(folder: Path) -> None:
     """Train the run in `folder` as another rank than 0, which has begun it and writes all files."""
-    cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    assert isinstance(cfg, DictConfig)
+    cfg = read_config(folder)
     data = build_data(cfg)
     run = examine_folder(folder, OmegaConf.to_container(cfg), "auto")
     fit(build_member(cfg, run, build_sae(cfg, data), data, []), data)

@@ -1,0 +1,41 @@
+"""The config of a run folder, `.hydra/config.yaml`, with today's names for what has moved since it was written."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+MOVED = {
+    "sae_lab.data.CachedData": "sae_lab.cache.data.CachedData",
+    "sae_lab.data.disassembly": "sae_lab.activations.from_text.disassembly",
+    "sae_lab.data.hub": "sae_lab.activations.from_text.hub",
+    "sae_lab.data.stdlib": "sae_lab.activations.from_text.stdlib",
+    "sae_lab.data.text_files": "sae_lab.activations.from_text.text_files",
+    "sae_lab.keep.KeepSAEs": "sae_lab.training.callbacks.KeepSAEs",
+    "sae_lab.logs.CSVLog": "sae_lab.training.loggers.CSVLog",
+    "sae_lab.logs.WandbLog": "sae_lab.training.loggers.WandbLog",
+    "sae_lab.saes.pursuit.PursuitSAE": "sae_lab.saes.pursuit_sae.PursuitSAE",
+    "sae_lab.schedule.warmup_decay": "sae_lab.training.schedule.warmup_decay",
+    "sae_lab.train.build_trainer": "sae_lab.training.trainer.build_trainer",
+}
+"""Old -> new `_target_`. A config may have any of the old ones; an entry stays as long as such runs are to open."""
+
+
+def config_file(folder: Path) -> Path:
+    return folder / ".hydra" / "config.yaml"
+
+
+def read_config(folder: Path) -> DictConfig:
+    """Read the config of a run folder, which must have one."""
+    config = OmegaConf.create(with_new_targets(OmegaConf.to_container(OmegaConf.load(config_file(folder)))))
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def with_new_targets(tree: Any) -> Any:
+    """Replace every `_target_` that has moved, at any depth."""
+    if isinstance(tree, list):
+        return [with_new_targets(node) for node in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {k: MOVED.get(v, v) if k == "_target_" else with_new_targets(v) for k, v in tree.items()}
