@@ -1,21 +1,38 @@
-"""`python -m sae_lab`: the commands, each with the comment that opens its config."""
+"""`sae-lab`: list the commands, or run one (`sae-lab train k=32` is `python -m sae_lab.train k=32`)."""
 
+import difflib
 import re
+import sys
+from importlib import import_module
 
 from sae_lab.cli.help import CONF
 
 
 def commands() -> dict[str, str]:
-    """What there is to run as `python -m sae_lab.<name>`, and what it does; training first."""
+    """Every command with the comment that opens its config; train first."""
     opening = {file.stem: re.match(r"# (.*?):?\n", file.read_text()) for file in sorted(CONF.glob("*.yaml"))}
-    assert all(opening.values()), "every entry point's config opens with what it does"
+    assert all(opening.values()), "every command's config opens with what it does"
     return {name: says[1] for name, says in sorted(opening.items(), key=lambda item: item[0] != "train") if says}
 
 
-def main() -> None:
+def list_commands() -> None:
     for name, says in commands().items():
-        print(f"python -m sae_lab.{name:<11} {says}")
-    print("\nEach takes key=value, and --help prints its keys.")
+        print(f"sae-lab {name:<11} {says}")
+    print(
+        "\nEach takes key=value, and --help prints its keys. `python -m sae_lab.train` is the same as `sae-lab train`."
+    )
+
+
+def main() -> None:
+    if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
+        list_commands()
+        return
+    name = sys.argv.pop(1)
+    if name not in commands():
+        close = difflib.get_close_matches(name, commands(), n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(commands())}."
+        sys.exit(f"sae-lab: {name} is not a command: {hint}")
+    import_module(f"sae_lab.{name}").main()
 
 
 if __name__ == "__main__":

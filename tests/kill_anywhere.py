@@ -29,6 +29,7 @@ import torch
 import sae_lab.evaluate
 import sae_lab.harvest
 import sae_lab.train
+import sae_lab.training.trainer
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.data import ActivationData
 

@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload([f"sae_lab.{name}" for name in ("train", "group", "report", "throughput")])
+FORKS.set_forkserver_preload(
+    [f"sae_lab.{name}" for name in ("training.run", "sweeps.gpus", "report", "throughput", "evaluate")]
+)
 
 
 def run(*overrides: str, module: str = "train", shell: bool = False, **options) -> subprocess.CompletedProcess[str]:

@@ -24,6 +24,7 @@ def run(folder, *overrides: str) -> dict:
     return json.loads((folder / "benchmark.json").read_text())
 
 
+@pytest.mark.process
 def test_the_command_writes_its_figures(tmp_path):
     figures = run(tmp_path, "sae=topk", "dead_share=0.25", "precision=bf16-mixed")
     times = ["floor_ms", "torch_floor_ms", "dense_ms", "step_ms", "lightning_step_ms"]
@@ -34,6 +35,7 @@ def test_the_command_writes_its_figures(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} <= {"benchmark.json", ".hydra", "benchmark.log"}
 
 
+@pytest.mark.process
 def test_an_sae_without_a_dense_formula_is_timed_without_it(tmp_path):
     figures = run(tmp_path, "sae=route", "n_sources=2")
     assert figures["dense_ms"] is None

@@ -202,6 +202,7 @@ def python_blocks(page: Path) -> list[Block]:
     return [b for b in blocks(page) if b.language == "python" and "title=" not in b.info]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=lambda page: page.name)
 def test_the_python_of_a_page_runs(page, demo_folder):
     names: dict[str, Any] = {"__name__": page.stem}

@@ -8,6 +8,8 @@ import pytest
 # Its module imports the entry points, whose Lightning and transformers take seconds: once, for the processes it forks.
 from kill_anywhere import Grounds, Kill, differences
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def grounds(tmp_path_factory) -> Grounds:

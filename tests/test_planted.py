@@ -66,6 +66,7 @@ def test_recovery_of_a_dictionary_that_has_all_roots_and_half_of_the_children():
     assert "routed" not in figures
 
 
+@pytest.mark.process
 def test_the_command_recovers_what_it_planted(tmp_path):
     overrides = ["sae=topk", "planted.n_trees=24", "planted.n_children=0", "planted.active=3", "planted.d_in=32"]
     overrides += ["n_latents=48", "n_steps=600", "batch_size=256", "optimizer.lr=3e-3", f"hydra.run.dir={tmp_path}"]
@@ -77,6 +78,7 @@ def test_the_command_recovers_what_it_planted(tmp_path):
     assert figures["config"]["planted"]["n_trees"] == 24
 
 
+@pytest.mark.process
 def test_what_is_not_found_has_no_place(tmp_path):
     command = [sys.executable, "-m", "sae_lab.planted", f"hydra.run.dir={tmp_path}", "n_steps=1", "n_latents=16"]
     done = subprocess.run([*command, "k=2"], capture_output=True, text=True)
@@ -86,6 +88,7 @@ def test_what_is_not_found_has_no_place(tmp_path):
     assert "place_roots" not in figures
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [

@@ -23,6 +23,8 @@ from sae_lab import load_sae
 from sae_lab.text.bundled import StdlibDocuments
 from sae_lab.text.documents import HELD_OUT
 
+pytestmark = pytest.mark.process
+
 FROZEN_INSIDE = ["sae=route", "lm.sites=[transformer.h.1,transformer.h.3]", "sae.inner.frozen_decoder=true"]
 
 
@@ -412,7 +414,7 @@ def test_help_shows_every_dial_with_its_comment_every_choice_and_examples():
 
 def test_the_package_itself_lists_every_command():
     done = subprocess.run([sys.executable, "-m", "sae_lab"], capture_output=True, text=True, check=True)
-    listed = re.findall(r"^python -m sae_lab\.(\w+) +\S.*\w", done.stdout, re.MULTILINE)
+    listed = re.findall(r"^sae-lab (\w+) +\S.*\w", done.stdout, re.MULTILINE)
     package = Path(sae_lab.__file__).parent
     assert sorted(listed) == sorted(f.stem for f in package.glob("*.py") if "\n@entry_point(" in f.read_text())
     assert listed[0] == "train"

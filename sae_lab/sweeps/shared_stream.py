@@ -52,7 +52,7 @@ class Job(NamedTuple):
     def folder(self) -> Path:
         return Path(self.cfg.run_dir)
 
-    def search_score(self) -> float | None:
+    def score(self) -> float | None:
         """What a search makes of it once it is done; None where it has failed."""
         metrics = self.folder / "metrics.json"
         return search_score(json.loads(metrics.read_text()), self.cfg.goal_l0) if metrics.is_file() else None

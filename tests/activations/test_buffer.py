@@ -126,6 +126,7 @@ print(*[round((after - held[0]) / 2**20) for after in held[1:]])
 """
 
 
+@pytest.mark.process
 def test_a_block_gives_its_memory_back():
     """A second stream's block (256 MB) comes after the first's, not on top of it."""
     said = subprocess.run(

@@ -130,6 +130,7 @@ def test_the_language_models_bits_are_the_same_in_the_thread():
     assert not chunk.rows.is_inference()
 
 
+@pytest.mark.process
 def test_a_process_ends_while_the_thread_reads():
     program = """
 import sys, torch

@@ -283,6 +283,7 @@ def build_and_die_in_write(folder: str, n: int) -> None:
     harvester(folder).build()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("n", [3, 4, 7])
 def test_a_harvest_killed_within_a_file_continues_to_the_same_files(whole, tmp_path, n):
     process = get_context("fork").Process(target=build_and_die_in_write, args=(str(tmp_path / "killed"), n))
@@ -430,6 +431,7 @@ def build_and_count(folder: str, counts: str) -> None:
     Path(counts, str(os.getpid())).write_text(str(len(calls)))
 
 
+@pytest.mark.process
 def test_eight_processes_build_it_once_and_the_others_say_that_they_wait(whole, tmp_path):
     (tmp_path / "counts").mkdir()
     arguments = (str(tmp_path / "shared"), str(tmp_path / "counts"))
@@ -445,6 +447,7 @@ def test_eight_processes_build_it_once_and_the_others_say_that_they_wait(whole, 
     assert files(tmp_path / "shared") == files(whole)
 
 
+@pytest.mark.process
 def test_a_process_waits_while_another_one_builds(tmp_path):
     builder = harvester(tmp_path / "shared")
     (tmp_path / "shared").mkdir()

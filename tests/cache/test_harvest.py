@@ -6,6 +6,8 @@ import pytest
 from shell import run
 from small_runs import N_EVAL, SMALL, assert_one_sentence
 
+pytestmark = pytest.mark.process
+
 CACHE = ["n_tokens=10_000", "shard_tokens=4_096", "seq_len=64", f"data.n_eval_tokens={N_EVAL}"]
 
 

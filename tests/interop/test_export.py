@@ -372,6 +372,7 @@ def test_what_is_pushed_is_pulled_again(private, run_dir, tmp_path, monkeypatch)
     torch.testing.assert_close(load_sae("me/sae").encode(x), load_sae(run_dir).encode(x))
 
 
+@pytest.mark.process
 def test_without_network_the_folder_is_written_and_the_push_says_so(run_dir):
     command = [sys.executable, "-m", "sae_lab.export", f"run_dir={run_dir}", "push_to_hub=me/sae"]
     done = subprocess.run(

@@ -155,6 +155,7 @@ def test_loading_is_quiet_and_restores_the_settings(capfd):
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
+@pytest.mark.process
 def test_only_its_back_end_imports_transformer_lens():
     code = "import sys, sae_lab.lm; sys.exit('transformer_lens' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -192,6 +192,7 @@ compile(st._add_parts, sums, PART=128, BLOCK=512)
 """
 
 
+@pytest.mark.process
 def test_the_kernels_compile_for_a_gpu(monkeypatch):
     """What the interpreter lets through, a compiler may not; this one needs no GPU."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -52,6 +52,8 @@ from sae_lab.training.run import (
 )
 from sae_lab.training.run import fit as fit_run
 
+pytestmark = pytest.mark.process
+
 TWO = ["trainer=ddp", "trainer.accelerator=cpu"]
 
 
@@ -362,11 +364,13 @@ def test_in_a_sweep(alone, tmp_path):
 
 # --- when something goes wrong
 
+FOLLOW = "sae_lab.training.run:train_as_follower"
+
 
 def test_the_failure_of_another_process_is_told(tmp_path):
     """Its folder holds no config: it joins, and fails while rank 0 waits for it."""
     told = r"process 1 of 2 ended early \(FileNotFoundError.*rank_1.log; the same command continues"
-    with pytest.raises(UserError, match=told), ranks.joined_by_ranks(tmp_path, 2):
+    with pytest.raises(UserError, match=told), ranks.joined_by_ranks(tmp_path, 2, FOLLOW):
         sum_over_ranks(torch.ones(1))
     assert "Traceback" in (tmp_path / "rank_1.log").read_text()
     assert others() == []
@@ -375,7 +379,7 @@ def test_the_failure_of_another_process_is_told(tmp_path):
 
 def test_other_processes_leave_signals_to_rank_0_and_go_with_it(tmp_path):
     store = dist.TCPStore(HOST, 0, 2, is_master=True, wait_for_workers=False)
-    child = Child(tmp_path, 1, 2, store.port)
+    child = Child(FOLLOW, tmp_path, 1, 2, store.port)
     ranks.wait_until_ready(store, [child])
     for signum in (signal.SIGTERM, signal.SIGINT):
         child.process.send_signal(signum)

@@ -87,7 +87,5 @@ def test_another_target_is_still_refused(folder):
     config = read_config(folder / "finished")
     refuse_other_config(folder, config, config)
     theirs = {"schedule": {"_target_": MOVED["sae_lab.schedule.warmup_decay"]}}
-    with pytest.raises(
-        UserError, match=r"schedule\._target_ is sae_lab\.training\.schedule\S+ there and mine"
-    ):
+    with pytest.raises(UserError, match=r"schedule\._target_ is sae_lab\.training\.schedule\S+ there and mine"):
         refuse_other_config(folder, theirs, {"schedule": {"_target_": "mine"}})

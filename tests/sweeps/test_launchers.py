@@ -36,6 +36,7 @@ def needs(plugin: str):
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_that_is_not_installed_names_its_extra(preset):
     plugin, extra = PRESETS[preset]

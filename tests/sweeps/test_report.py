@@ -377,6 +377,7 @@ def test_show_never_cuts_a_number(sweep, capsys):
     assert f"{sweep}/report.csv" in said.replace("\n", "")
 
 
+@pytest.mark.process
 def test_the_command_writes_the_report_and_nothing_else(sweep, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("cwd")
     done = run(f"sweep_dir={sweep}", module="report", shell=True, cwd=elsewhere)
@@ -392,6 +393,7 @@ def test_the_command_writes_the_report_and_nothing_else(sweep, tmp_path_factory)
     assert (sweep / "report.md").read_bytes() == before
 
 
+@pytest.mark.process
 def test_the_command_tells_a_missing_folder_in_one_sentence(tmp_path):
     done = run("sweep_dir=nowhere", module="report", cwd=tmp_path)
     assert done.returncode == 1

@@ -60,6 +60,7 @@ def test_the_best_run_is_told_as_a_command(tmp_path):
     assert search_score({"l0": 10.0, "fvu": 0.5}, 16) == 6
 
 
+@pytest.mark.process
 def test_a_search_reaches_its_goal_and_continues(tmp_path):
     """By the command line; again, it trains nothing and says the same."""
     over = ["k=interval(1,100)", "hydra/sweeper=reach_l0", "goal_l0=40"]

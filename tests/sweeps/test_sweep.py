@@ -138,6 +138,7 @@ def test_long_folder_names_stay_different():
     assert all(len(name) == 200 for name in names)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("launcher", ["basic", "shared_stream"])
 def test_one_bad_job_costs_the_others_nothing(tmp_path, launcher):
     """Two diverge and two complete, which the next command does not train again."""
@@ -174,6 +175,7 @@ def test_the_plan_has_the_folders_that_hydra_will_make(tmp_path):
         assert plan_job_names(config) == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("launcher", ["basic", "shared_stream"])
 def test_a_sweep_that_is_killed_ends_equal_to_the_bit(tmp_path, launcher):
     assert kill_sweep.main(tmp_path, kills=2, launcher=launcher)

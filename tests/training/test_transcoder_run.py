@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from sae_lab.runs.loading import load_run
 
+pytestmark = pytest.mark.process
+
 SMALL = [
     *("experiment=transcoder", "sae=topk", "sae.skip=true", "n_tokens=30_000", "expansion=4", "seq_len=64"),
     *("data.block_tokens=10_000", "data.n_eval_tokens=2_048", "data.n_val_tokens=1_024", "trainer.validate_every=20"),
