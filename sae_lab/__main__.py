@@ -18,9 +18,7 @@ def commands() -> dict[str, str]:
 def list_commands() -> None:
     for name, says in commands().items():
         print(f"sae-lab {name:<11} {says}")
-    print(
-        "\nEach takes key=value, and --help prints its keys. `python -m sae_lab.train` is the same as `sae-lab train`."
-    )
+    print("\nEach takes key=value; --help lists its keys. `sae-lab train` is `python -m sae_lab.train`.")
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ import torch
 import sae_lab.evaluate
 import sae_lab.harvest
 import sae_lab.train
+import sae_lab.training.run
 import sae_lab.training.trainer
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.data import ActivationData
@@ -43,8 +44,8 @@ PLACES: dict[str, tuple[Any, str, int]] = {  # where it is called, its name, and
     "refill": (ShuffledBlocks, "_refill", 7),
     "checkpoint": (sae_lab.training.trainer.AtomicCheckpointIO, "save_checkpoint", 8),
     "validation": (ActivationData, "val_dataloader", 1),
-    "calibration": (sae_lab.train, "calibrate", 1),
-    "evaluation": (sae_lab.train, "evaluate_all", 1),
+    "calibration": (sae_lab.training.run, "calibrate", 1),
+    "evaluation": (sae_lab.training.run, "evaluate_all", 1),
 }
 
 

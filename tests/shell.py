@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [f"sae_lab.{name}" for name in ("training.run", "sweeps.gpus", "report", "throughput", "evaluate")]
-)
+PRELOADED = ("training.run", "sweeps.gpus", "report", "throughput", "evaluate")
+FORKS.set_forkserver_preload([f"sae_lab.{name}" for name in PRELOADED])
 
 
 def run(*overrides: str, module: str = "train", shell: bool = False, **options) -> subprocess.CompletedProcess[str]:
