@@ -1,4 +1,4 @@
-"""The bundled text: Python's standard library, as source and as bytecode listings."""
+"""Text that every machine has: the source of Python's standard library, and its bytecode listings."""
 
 import dis
 import io
@@ -12,14 +12,14 @@ from sae_lab.text.documents import HELD_OUT, TRAIN, IndexedDocuments, digest_of
 
 
 def is_held_out(name: str, every: int) -> bool:
-    """Whether the document of this name is kept from training: one in `every`, by checksum, the same everywhere."""
+    """Whether a document belongs to the held-out split: one in `every`, chosen by a checksum of its name."""
     return zlib.crc32(name.encode()) % every == 0
 
 
 class StdlibDocuments(IndexedDocuments):
-    """The source text and docstrings of the running Python's standard library, one document a module.
+    """The source of the running Python's standard library; one document per module.
 
-    Left out: tests (some distributions do not ship them) and the character tables of `encodings`.
+    Tests are left out, because some distributions do not ship them, and so are the character tables of `encodings`.
     One module in `held_out_every` belongs to the split `held_out`, the others to `train`.
     """
 
@@ -43,9 +43,9 @@ class StdlibDocuments(IndexedDocuments):
 
 
 class DisassembledStdlib(StdlibDocuments):
-    """The same modules as bytecode listings (`dis`), each cut to the length of its source; `mixed` adds the source.
+    """Bytecode listings (`dis`) of the modules of StdlibDocuments, each cut to the length of the module's source.
 
-    Text of another kind that every machine has. A module that does not compile is an empty document.
+    With `mixed`, the sources are documents too. A module that does not compile is an empty document.
     """
 
     def __init__(self, split: str = TRAIN, seed: int = 0, held_out_every: int = 10, mixed: bool = False):
@@ -61,7 +61,7 @@ class DisassembledStdlib(StdlibDocuments):
 
 
 def disassemble(source: str) -> str:
-    """The listing of a module's bytecode, without addresses in memory; empty where it does not compile."""
+    """Return the bytecode listing of a module's source, without memory addresses; empty if it does not compile."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

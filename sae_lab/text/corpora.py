@@ -1,4 +1,4 @@
-"""Documents from files and from the Hugging Face hub, through `datasets`."""
+"""Documents from local files and from the Hugging Face hub, read with `datasets`."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments,
 
 log = logging.getLogger(__name__)
 
-# Columns that hold the text, best first; several are joined by blank lines.
+# Usual names of the text columns, in order of preference. Several columns are joined by blank lines.
 TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
     *(("text",), ("content",), ("document",), ("body",), ("markdown",)),
     *(("instruction", "input", "output"), ("instruction", "output"), ("instruction", "response")),
@@ -23,16 +23,17 @@ TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
 
 
 class FileDocuments(IndexedDocuments):
-    """Text files named by globs, through `datasets`: txt and md (one document a file), jsonl, csv, parquet (one a row).
+    """Local files that match globs: txt and md (one document per file); json, jsonl, csv and parquet (one per row).
 
-    `datasets` keeps a copy in its cache and maps that into memory, so the files may be larger than memory. Bytes of
-    txt and md that are not UTF-8 become U+FFFD.
+    `datasets` copies the files to its cache and memory-maps the copy, so they may be larger than memory. Bytes of txt
+    and md that are not UTF-8 become U+FFFD.
 
-    One document in `held_out_every` belongs to the split `held_out`, chosen by its number; of fewer, the last one;
-    of a single document, its last tenth.
+    Every `held_out_every`-th document belongs to the split `held_out`. If there are fewer documents, the last one is
+    held out; if there is only one, its last tenth is.
 
     Raises:
-        UserError: no file matches, files of unknown or mixed kinds, a file that cannot be read, or no text column.
+        UserError: no file matches, the files are of an unknown type or of several types, a file cannot be read, or
+            there is no text column.
     """
 
     WHOLE = {"sample_by": "document", "encoding_errors": "replace"}
@@ -48,7 +49,7 @@ class FileDocuments(IndexedDocuments):
     ):
         super().__init__(seed, split)
         if held_out_every < 2:
-            raise UserError(f"data.held_out_every={held_out_every} leaves nothing to train on: give 2 or more.")
+            raise UserError(f"data.held_out_every={held_out_every} leaves nothing to train on: it must be 2 or more.")
         globs = [paths] if isinstance(paths, str) else paths
         if not isinstance(globs, Sequence) or not all(isinstance(g, str) for g in globs):
             raise UserError(f"data.paths={paths} must be a list of globs, such as data.paths=['corpus/**/*.txt'].")
@@ -73,7 +74,8 @@ class FileDocuments(IndexedDocuments):
         builder = builders.pop()
         if builders or builder is None:
             raise UserError(
-                f"data.paths match files of kinds {suffixes}: give files of one kind of {list(cls.BUILDERS)}."
+                f"data.paths={globs} match files of types {suffixes}: all files must be of one type, "
+                f"which must be one of {list(cls.BUILDERS)}."
             )
         return files, builder
 
@@ -92,15 +94,15 @@ class FileDocuments(IndexedDocuments):
 
 
 class HubDocuments(Documents):
-    """A data set of the Hugging Face hub (or a local folder in its format), streamed through `datasets` in its order.
+    """A data set of the Hugging Face hub, or a local folder in the hub's format, streamed in its own order.
 
-    The first `held_out_documents` documents belong to the split `held_out` and are skipped in training. A place in the
-    stream is the state of `datasets`, which then skips whole shards, and reads again what came before in one shard.
+    The first `held_out_documents` documents belong to the split `held_out`; training skips them. To resume, `datasets`
+    skips the shards that were read completely and rereads the beginning of the current one.
 
-    `revision` (a branch, a tag or a commit) pins what is read. The hub's commit is the text's digest.
+    `revision` (a branch, a tag or a commit) pins the text. The digest of the text is the commit on the hub.
 
     Raises:
-        UserError: the data set or its revision cannot be reached or read, or has no text column.
+        UserError: the data set or its revision cannot be reached or read, or it has no text column.
     """
 
     def __init__(
@@ -133,7 +135,7 @@ class HubDocuments(Documents):
 
 
 def load_rows(path: str, **options: Any):
-    """`datasets.load_dataset`, whose failures (no such data set, a broken file) become one sentence."""
+    """Call `datasets.load_dataset`; raise a UserError if there is no such data set or a file is broken."""
     import datasets
 
     sentence = f"the files of data.paths cannot be read as {path}: {{reason}}"
@@ -142,9 +144,9 @@ def load_rows(path: str, **options: Any):
 
 
 def commit_on_hub(path: str, revision: str | None) -> str | None:
-    """The commit that a hub data set's revision names now; None for a local folder, and with HF_HUB_OFFLINE=1.
+    """Return the commit that `revision` currently points to; None for a local folder or with HF_HUB_OFFLINE=1.
 
-    `datasets` would ask as well, but retry for 23 seconds where nobody answers.
+    Fails at once without a network, where `datasets` retries for 23 seconds.
     """
     import datasets
     from huggingface_hub import HfApi
@@ -156,14 +158,15 @@ def commit_on_hub(path: str, revision: str | None) -> str | None:
 
 
 def unreachable_sentence(path: str) -> str:
+    """Return the error message for a data set that cannot be loaded, with a placeholder for the reason."""
     return (
-        f"the data set {path!r} cannot be loaded ({{reason}}): check its name and the network, "
-        "or train on local text with data=stdlib or data=text_files data.paths=[...]."
+        f"the data set {path!r} cannot be loaded ({{reason}}): check data.path, data.name, data.hub_split and the "
+        "network, or train on local text with data=stdlib or data=text_files data.paths=[...]."
     )
 
 
 def root_cause(error: BaseException) -> str:
-    """What the first of a chain of errors says, in a line."""
+    """Return the message of the first error in a chain of causes, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)
@@ -171,7 +174,7 @@ def root_cause(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no warnings of `datasets` inside, as before outside."""
+    """Disable the progress bars and warnings of `datasets` inside the context, and restore them afterwards."""
     import datasets
 
     bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
@@ -187,15 +190,17 @@ def quiet() -> Iterator[None]:
 
 
 def text_columns(columns: Mapping[str, Any], named: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The columns that hold the text: those named, else the first usual ones, else the only column of strings.
+    """Return the names of the columns that hold the text.
 
-    `columns` are the features of a data set, or one of its rows.
+    Args:
+        columns: the features of a data set, or one of its rows.
+        named: the user's choice; None takes the first match in TEXT_COLUMNS, else the only column of strings.
     """
     strings = [name for name, kind in columns.items() if kind is None or is_text(kind)]
     if named is not None:
         chosen = (named,) if isinstance(named, str) else tuple(named)
         if not chosen or not set(chosen) <= set(strings):
-            raise UserError(f"data.column={named} is not a text column of the data: choose among {strings}.")
+            raise UserError(f"data.column={named} is not a text column of the data: it must be among {strings}.")
         return chosen
     usual = [choice for choice in TEXT_COLUMNS if set(choice) <= set(strings)]
     if not usual and len(strings) != 1:
@@ -204,10 +209,10 @@ def text_columns(columns: Mapping[str, Any], named: str | Sequence[str] | None) 
 
 
 def is_text(kind: Any) -> bool:
-    """Whether a feature of `datasets`, or a value, is a string."""
+    """Whether a feature of `datasets`, or a value, is of type string."""
     return isinstance(kind, str) or getattr(kind, "dtype", None) in ("string", "large_string")
 
 
 def join_columns(row: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """The text of a row: its columns that are not empty, with a blank line between them."""
+    """Return the text of a row: its non-empty text columns, joined by blank lines."""
     return "\n\n".join(row[c] for c in columns if row[c])

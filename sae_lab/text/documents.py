@@ -1,4 +1,4 @@
-"""Documents: text in passes, each in an order of its own, that can be entered anywhere. The bundled ones are here."""
+"""The contract of a text source: passes over documents, each shuffled differently, that can start at any place."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -10,22 +10,22 @@ import numpy as np
 import xxhash
 
 TRAIN, HELD_OUT = "train", "held_out"
-WINDOW = 2**23  # characters of text that are read at once and mixed
-END = 2**20  # bytes at either end of a file
-PIECE = 2**16  # characters after which a document is cut, so that a long one is mixed like the others
+WINDOW = 2**23  # characters that are read together and shuffled
+END = 2**20  # bytes at the beginning and at the end of a file that a quick digest reads
+PIECE = 2**16  # maximum characters of a piece: longer documents are cut, so that they are shuffled too
 
-Place = dict[str, Any]  # plain values, which a checkpoint may hold
+Place = dict[str, Any]  # where a window begins; plain values, because a checkpoint stores it
 
 
 class Window(NamedTuple):
-    """Consecutive documents of a pass, and the place from which they are read again; place["window"] numbers them."""
+    """Consecutive documents of a pass, and the place where they begin; place["window"] is the window's number."""
 
     place: Place
     texts: list[str]
 
 
 class Piece(NamedTuple):
-    """A document, or a part of a long one: the n-th of its window, in the order of the pass."""
+    """A document, or a part of a long one: the n-th piece of its window after shuffling."""
 
     place: Place
     n: int
@@ -33,30 +33,30 @@ class Piece(NamedTuple):
 
 
 class Documents(ABC):
-    """Text as a sequence of passes; every pass holds the same documents, each in an order of its own.
+    """A text source: every pass yields the same documents in a different order.
 
-    A pass is read in windows of WINDOW characters. Documents are cut after PIECE characters, and the pieces of a window
-    are permuted by (seed, pass, window). So the stream can be entered at any piece by reading no more than one window.
+    A pass is read in windows of WINDOW characters. Documents are cut into pieces of at most PIECE characters, and the
+    pieces of a window are shuffled by (seed, pass, window). To start at a piece, only its window has to be read.
     """
 
     def __init__(self, seed: int, split: str = TRAIN):
-        # Held-out documents come in one order, whatever the seed: all runs are judged on the same text.
+        # The order of held-out documents does not depend on the seed, so all runs are evaluated on the same text.
         self.seed = seed if split == TRAIN else 0
 
     @abstractmethod
     def windows(self, epoch: int, place: Place | None) -> Iterator[Window]:
-        """The windows of pass `epoch` from the one at `place` on; None is the first."""
+        """Yield the windows of pass `epoch`, starting with the one at `place`; None is the first one."""
 
     def digest(self, thorough: bool = True) -> str:
-        """Of all the text that this may give, or else of enough to tell that it changed; empty where neither is known.
+        """Return a digest that changes when the text changes; empty if this source has none.
 
         Args:
-            thorough: read everything through.
+            thorough: read all of the text; otherwise only enough of it to notice most changes.
         """
         return ""
 
     def pieces(self, epoch: int, place: Place | None = None, first: int = 0) -> Iterator[Piece]:
-        """Pass `epoch` from the `first`-th piece of the window at `place` on."""
+        """Yield the pieces of pass `epoch`, starting with number `first` of the window at `place`."""
         for window in self.windows(epoch, place):
             texts = [text[i : i + PIECE] for text in window.texts for i in range(0, len(text), PIECE)]
             order = permutation(len(texts), self.seed, epoch, window.place["window"])
@@ -66,7 +66,7 @@ class Documents(ABC):
 
 
 class IndexedDocuments(Documents):
-    """Documents that can be read in any order: pass `epoch` is a permutation drawn from (seed, epoch)."""
+    """A text source with random access to its documents: pass `epoch` is a permutation drawn from (seed, epoch)."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -83,7 +83,10 @@ class IndexedDocuments(Documents):
 
 
 def digest_of(files: Iterable[Path], thorough: bool = True) -> str:
-    """Of what the files hold, in this order: a gigabyte takes about a second. Else of their sizes and ends only."""
+    """Return a digest of the files' contents, in this order. A gigabyte takes about a second.
+
+    Unless `thorough`, only the size and both ends (END bytes each) of a large file are read.
+    """
     digest = xxhash.xxh3_128()
     for file in files:
         size = file.stat().st_size
@@ -100,7 +103,7 @@ def digest_of(files: Iterable[Path], thorough: bool = True) -> str:
 
 
 def take_window(texts: Iterator[str]) -> list[str]:
-    """The next documents, up to the one with which they are WINDOW characters."""
+    """Return the next documents until they hold WINDOW characters or more; fewer at the end."""
     taken, length = [], 0
     for text in texts:
         taken.append(text)
@@ -111,5 +114,5 @@ def take_window(texts: Iterator[str]) -> list[str]:
 
 
 def permutation(n: int, *key: int) -> list[int]:
-    """The numbers below n, in an order drawn from the key."""
+    """Return a permutation of range(n), drawn from the key."""
     return np.random.default_rng(key).permutation(n).tolist()

@@ -1,4 +1,4 @@
-"""Documents -> packed rows of token ids: a stream that can be stopped and continued at any row."""
+"""Tokenize documents into packed rows of token ids: a stream that can stop and continue at any row."""
 
 import logging
 from collections.abc import Iterator
@@ -15,20 +15,22 @@ log = logging.getLogger(__name__)
 
 
 class TextRows:
-    """Rows of `seq_len` token ids, BOS and then tokens of the documents. No padding.
+    """Iterator over rows of `seq_len` token ids: BOS, then tokens of the documents. No padding.
 
         doc 1: a b c d e   doc 2: f g h   seq_len 4
-        pack=True    [BOS a b c] [BOS d e BOS] [BOS f g h]     the documents joined by BOS; nothing lost
-        pack=False   [BOS a b c] [BOS f g h]                   no row crosses documents; what does not fill one is lost
+        pack=True    [BOS a b c] [BOS d e BOS] [BOS f g h]     documents are joined by BOS; no token is lost
+        pack=False   [BOS a b c] [BOS f g h]                   one document per row; rows that are not full are dropped
 
-    A document boundary that falls on the start of a row is marked by the row's own BOS; a document without tokens is
-    passed over. A tokenizer adds nothing of its own, and what looks like a special token in a document is text. When
-    the documents end, the stream starts over in a new order and says so; with `repeat=False` it ends, and the last,
-    unfilled row is dropped. `state_dict()` is the place of the next row; a stream given that state continues as if it
-    had never stopped.
+    If a document begins at the start of a row, the row has one BOS, not two. Documents without tokens are skipped.
+    The tokenizer adds no special tokens, and text that looks like a special token is tokenized as plain text.
+
+    After the last document the stream starts a new pass in a new order and logs a warning. With `repeat=False` it
+    ends, and the last row is dropped if it is not full. `state_dict()` is the position of the next row; a stream that
+    loads it continues exactly there.
 
     Raises:
-        UserError: a row too short to hold text, or documents without any, or none that fills a row of its own.
+        UserError: `seq_len` leaves no room for text, the documents hold no text, or with `pack=False` no document fills
+            a row.
     """
 
     START: dict[str, Any] = {"epoch": 0, "window": None, "piece": 0, "token": 0}
@@ -37,7 +39,7 @@ class TextRows:
         self, documents: Documents, tokenizer: Any, seq_len: int, bos_id: int, repeat: bool = True, pack: bool = True
     ):
         if seq_len < 2:
-            raise UserError(f"seq_len={seq_len} leaves no room for text after BOS: give 2 or more.")
+            raise UserError(f"seq_len={seq_len} leaves no room for text after BOS: it must be 2 or more.")
         self.documents, self.tokenizer, self.seq_len, self.bos_id = documents, tokenizer, seq_len, bos_id
         self.repeat, self.pack = repeat, pack
         self.load_state_dict(self.START)
@@ -49,7 +51,7 @@ class TextRows:
         self.epoch, self.window, self.piece, self.token = (state[key] for key in self.START)
         self._pieces: Iterator[Piece] | None = None
         self._ids: list[int] | None = None
-        self._useful = state != self.START  # whether this pass has held something for a row so far
+        self._useful = state != self.START  # whether this pass has contributed to a row so far
 
     def __iter__(self) -> "TextRows":
         return self
@@ -71,7 +73,7 @@ class TextRows:
         return row
 
     def _piece(self) -> list[int]:
-        """BOS and the ids of the piece at the cursor, opening the next pass where one ends."""
+        """Return BOS and the token ids of the current piece; start the next pass if this one has ended."""
         if self._pieces is None:
             self._pieces = self.documents.pieces(self.epoch, self.window, self.piece)
         while self._ids is None:
@@ -88,16 +90,16 @@ class TextRows:
     def _next_pass(self) -> None:
         if not self._useful:
             if self.pack:
-                raise UserError("the data hold no text: check data.paths, or the split that data=... names.")
-            raise UserError(f"no document fills a row of seq_len={self.seq_len}: lower it, or give data.pack=true.")
+                raise UserError("the data hold no text: check data.paths, or data.path and data.hub_split.")
+            raise UserError(f"no document fills a row of seq_len={self.seq_len}: lower seq_len, or set data.pack=true.")
         if not self.repeat:
             raise StopIteration
-        log.warning("The text ended: it starts over in a new order (pass %d).", self.epoch + 2)
+        log.warning("End of the text: starting pass %d over it, in a new order.", self.epoch + 2)
         self.load_state_dict(self.START | {"epoch": self.epoch + 1})
         self._useful = False
         self._pieces = self.documents.pieces(self.epoch)
 
 
 def take_rows(rows: Iterator[list[int]], n: int) -> Int[Tensor, "n t"]:
-    """The next n rows, or as many as are left."""
+    """Return the next n rows, or as many as are left."""
     return torch.tensor([row for _, row in zip(range(n), rows, strict=False)], dtype=torch.long)

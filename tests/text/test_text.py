@@ -140,7 +140,7 @@ def test_a_new_pass_has_a_new_order_and_is_announced(caplog):
         second = rows.tokenizer.decode(list(itertools.islice(rows, 30)))
     assert sorted(first) == sorted(second)
     assert first != second
-    assert [r.getMessage() for r in caplog.records] == ["The text ended: it starts over in a new order (pass 2)."]
+    assert [r.getMessage() for r in caplog.records] == ["End of the text: starting pass 2 over it, in a new order."]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_unpacked_rows_hold_one_document_each_and_all_that_fills_a_row(seq_len):
 
 def test_unpacked_rows_need_a_document_that_fills_one():
     rows = rows_of(["a b c", "d e"], 5, pack=False)
-    with pytest.raises(UserError, match=r"no document fills a row of seq_len=5: lower it, or give data.pack=true"):
+    with pytest.raises(UserError, match=r"no document fills a row of seq_len=5: lower seq_len, or set data.pack=true"):
         next(rows)
     assert decoded(rows_of(["a b c", "d e"], 4, pack=False, repeat=False)) == ["BOS a b c"]
 
@@ -367,8 +367,8 @@ def test_changed_files_are_read_again(tmp_path):
 MISTAKES = [
     ({"paths": "*.nothing"}, "no file matches"),
     ({"paths": ""}, "no file matches"),
-    ({"paths": "*"}, r"kinds \['.docx', '.jsonl', '.parquet', '.txt'\]"),
-    ({"paths": "*.docx"}, r"kinds \['.docx'\]"),
+    ({"paths": "*"}, r"types \['.docx', '.jsonl', '.parquet', '.txt'\]"),
+    ({"paths": "*.docx"}, r"types \['.docx'\]"),
     ({"paths": "*.jsonl", "column": "txet"}, r"data.column=txet .*\['text'\]"),
     ({"paths": "*.parquet"}, "cannot be read as parquet: .*magic bytes"),
     ({"paths": "*.jsonl", "held_out_every": 1}, "data.held_out_every=1"),
