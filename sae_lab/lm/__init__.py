@@ -1,4 +1,4 @@
-"""The frozen language model: `base.py` is the contract, one file per back end, `tiny/` is the bundled model."""
+"""Frozen language models: `base.py` is the contract, each back end has a file, `tiny/` holds the bundled model."""
 
 from sae_lab.lm.base import LanguageModel
 from sae_lab.lm.nnsight import NnsightLM

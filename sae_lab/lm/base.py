@@ -1,4 +1,4 @@
-"""The contract of a frozen language model: token rows in; activations at named sites out, and others in their place."""
+"""The contract of a frozen language model: read activations at named sites, and run it with replaced ones."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae_lab.lm.sites import check_sites, describe_sites
+from sae_lab.lm.sites import check_sites, join_heads
 from sae_lab.runtime.errors import UserError
 
 SiteHook = Callable[[Any], Tensor | None]
@@ -17,26 +17,29 @@ Hooks = Mapping[str, SiteHook]
 
 
 class AllSitesReached(Exception):
-    """Raised inside a forward pass once every site is captured: the rest of the model need not run."""
+    """Raised inside a forward pass to end it once every site is captured."""
 
 
 class LanguageModel(ABC):
-    """A frozen language model, read and written at named sites. A back end says how to hook a site and how to run.
+    """A frozen language model whose activations can be read and replaced at named sites.
 
-    Shapes: n rows, t tokens a row, s sites, d activation width, v vocabulary.
+    A back end implements `known_sites`, `describe_choices`, `forward` and `unembedding`; it may override `capture`.
+
+    Shapes: n rows, t tokens per row, s sites, d activation width, v vocabulary.
 
     Attributes:
-        name: what the user called the model.
+        name: the model's name, as given by the user.
         sites: site names, in the order of axis s.
-        d: width of an activation, read from the model; the same at all sites.
+        d: activation width, read from the model; the same at all sites.
         tokenizer: the model's Hugging Face tokenizer.
-        bos_id: id that opens a row and parts documents.
-        models: names of the models whose sources follow each other, as many of each; empty where there is but one.
-        context: longest row the model was made for, in tokens; None where it does not say.
-        model: what runs, an `nn.Module` in eval mode whose parameters want no gradient.
+        bos_id: token id that begins each row and separates documents.
+        models: for several models, their names in the order of axis s, where each has equally many sources; empty for
+            a single model.
+        context: maximum row length in tokens; None if the model's config does not have one.
+        model: the `nn.Module` that runs, in eval mode; its parameters require no gradient.
 
     Raises:
-        UserError: an unknown, unreachable or repeated site, sites of different widths, no BOS.
+        UserError: a site is unknown, never computed or repeated; sites have different widths; there is no BOS.
     """
 
     models: tuple[str, ...] = ()
@@ -55,18 +58,18 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def known_sites(self) -> list[str]:
-        """Every name that may be a site."""
+        """Return every valid site name."""
 
     @abstractmethod
     def describe_choices(self) -> str:
-        """The end of an error's sentence: which sites there are."""
+        """Return the end of an error message that tells the user which sites to choose from."""
 
     @abstractmethod
     def forward(self, tokens: Int[Tensor, "n t"], hooks: Hooks) -> Float[Tensor, "n t v"]:
-        """Logits of a whole forward pass; a site's hook sees its activation, and may return another in its place."""
+        """Return the logits of a full forward pass. A hook gets its site's activation and may return a replacement."""
 
     def capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t ..."]]:
-        """What the sites hold in a forward pass that stops at the last of them; a site may be missing."""
+        """Return the raw activation of each site that a forward pass reaches; stop the pass after the last site."""
         seen: dict[str, Any] = {}
         with suppress(AllSitesReached):
             self.forward(tokens, {site: capture_into(site, seen, len(self.sites)) for site in self.sites})
@@ -74,7 +77,7 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def unembedding(self) -> Float[Tensor, "v d"] | None:
-        """The matrix that makes logits of the last residual stream; None where the model has none."""
+        """Return the matrix that maps the final residual stream to logits; None if the model has none."""
 
     @property
     def device(self) -> torch.device:
@@ -82,9 +85,9 @@ class LanguageModel(ABC):
 
     @torch.no_grad()
     def activations(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t s d"]:
-        """Activations at the sites, in the model's dtype and on its device. Nothing after the last site runs.
+        """Return the activations at the sites, in the model's dtype and on its device, without gradient.
 
-        They carry no gradient, but are ordinary tensors (not inference tensors): autograd may save them.
+        Nothing after the last site runs. The result is not an inference tensor, so autograd can save it.
         """
         seen = self._vectors(tokens)
         return torch.stack([seen[site].to(self.device) for site in self.sites], dim=2)
@@ -95,34 +98,38 @@ class LanguageModel(ABC):
         replace: Float[Tensor, "n t s d"] | None = None,
         where: Bool[Tensor, "n t s"] | None = None,
     ) -> Float[Tensor, "n t v"]:
-        """Logits in the model's dtype; with `replace`, site i holds `replace[:, :, i]` instead of its own activation.
+        """Return the logits in the model's dtype, optionally with replaced activations.
 
-        With `where`, it does so only where that is True. Differentiable in `replace`.
+        Args:
+            tokens: rows of token ids.
+            replace: `replace[:, :, i]` takes the place of the activation at site i. Differentiable.
+            where: replace only where this is True; None replaces everywhere.
         """
-        tokens = self._checked(tokens)
+        tokens = self._check_length(tokens)
         if replace is None:
             return self.forward(tokens, {})
         assert replace.shape == (*tokens.shape, len(self.sites), self.d), (replace.shape, tokens.shape)
 
         def put(i: int) -> SiteHook:
-            return lambda x: put_where(x, replace[:, :, i], None if where is None else where[:, :, i])
+            return lambda x: replace_where(x, replace[:, :, i], None if where is None else where[:, :, i])
 
         return self.forward(tokens, {site: put(i) for i, site in enumerate(self.sites)})
 
     def _vectors(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t d"]]:
-        tokens = self._checked(tokens)
+        tokens = self._check_length(tokens)
         seen = self.capture(tokens)
         missing = [site for site in self.sites if site not in seen]
         if missing:
             raise UserError(
                 f"lm.sites: {self.name} never computes {missing} in a forward pass: {self.describe_choices()}"
             )
-        return {site: describe_sites(site, seen[site], tokens) for site in self.sites}
+        return {site: join_heads(site, seen[site], tokens) for site in self.sites}
 
-    def _checked(self, tokens: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
+    def _check_length(self, tokens: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
+        """Return the tokens on the model's device; raise a UserError if the rows exceed the model's context."""
         if self.context is not None and tokens.shape[1] > self.context:
             raise UserError(
-                f"seq_len={tokens.shape[1]} exceeds the context of {self.name}: give seq_len={self.context} or less."
+                f"seq_len={tokens.shape[1]} exceeds the context of {self.name}: use seq_len={self.context} or less."
             )
         return tokens.to(self.device)
 
@@ -130,12 +137,12 @@ class LanguageModel(ABC):
     def _width(self) -> int:
         widths = {site: x.shape[-1] for site, x in self._vectors(torch.full((1, 2), self.bos_id)).items()}
         if len(set(widths.values())) > 1:
-            raise UserError(f"lm.sites have different widths {widths}: one SAE reads sites of one width.")
+            raise UserError(f"lm.sites have different widths {widths}: all sites must have the same width.")
         return widths[self.sites[0]]
 
 
 def capture_into(site: str, seen: dict[str, Any], n_sites: int) -> SiteHook:
-    """A hook that puts what the site holds into `seen`, and ends the forward pass once that has all sites."""
+    """Return a hook that stores the site's activation in `seen` and ends the forward pass once all sites are there."""
 
     def hook(x: Any) -> None:
         seen[site] = x
@@ -145,25 +152,25 @@ def capture_into(site: str, seen: dict[str, Any], n_sites: int) -> SiteHook:
     return hook
 
 
-def put_where(x: Tensor, new: Float[Tensor, "n t d"], where: Bool[Tensor, "n t"] | None) -> Tensor:
-    """`new` in the shape and dtype of what a site holds, and x itself where `where` is False."""
+def replace_where(x: Tensor, new: Float[Tensor, "n t d"], where: Bool[Tensor, "n t"] | None) -> Tensor:
+    """Replace a site's activation x by `new` where `where` is True; keep the shape, dtype and device of x."""
     new = new.reshape(x.shape).to(x)
     return new if where is None else torch.where(where.to(x.device).view(*x.shape[:2], *[1] * (x.ndim - 2)), new, x)
 
 
 def find_bos_id(name: str, tokenizer: Any, bos_id: int | None, vocab_size: int) -> int:
-    """The given id, else the tokenizer's BOS, else its EOS (0 is an id like any other).
+    """Return the given id (which may be 0), else the tokenizer's BOS, else its EOS.
 
     Raises:
-        UserError: the tokenizer has neither, or the id lies outside the vocabulary.
+        UserError: the tokenizer has neither, or the id is outside the vocabulary.
     """
     for candidate in (bos_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             if not 0 <= candidate < vocab_size:
                 raise UserError(
-                    f"lm.bos_id={candidate} is not among the {vocab_size} token ids of {name}: give one that is."
+                    f"lm.bos_id={candidate} is not a token id of {name}: it must be between 0 and {vocab_size - 1}."
                 )
             return int(candidate)
     raise UserError(
-        f"the tokenizer of {name} has neither a BOS nor an EOS token: give the id to use with lm.bos_id=..."
+        f"the tokenizer of {name} has neither a BOS nor an EOS token: set the token id to use with lm.bos_id=..."
     )

@@ -1,4 +1,4 @@
-"""A causal language model and its tokenizer: found, read, put on a device; every failure told in one sentence."""
+"""Load a causal language model and its tokenizer with `transformers`; every failure is a one-sentence UserError."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,25 +13,25 @@ from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.hub import HUB_TIMEOUT, hub_errors
 
 TINY = "tiny"
-SIBLING = "outputs/tiny_disassembly"  # where fine_tune_tiny.py writes, unless told otherwise
+FINE_TUNED_TINY = "outputs/tiny_disassembly"  # default output folder of `python -m sae_lab.lm.tiny.fine_tune`
 DeviceMap = str | dict[str, int | str] | None
 
 
 class LoadedLM(LanguageModel):
-    """A language model that `transformers` loads; a back end says what is made of it.
+    """A language model that `transformers` loads. A back end may wrap it by overriding `wrap`.
 
     Args:
         name: hub name, local folder, or "tiny" for the bundled model.
         sites: site names, in the order of axis s.
         dtype: dtype of weights, activations and logits.
-        device: "auto" is CUDA where there is one.
-        device_map: for a model larger than one device, "auto" or accelerate's map from modules to devices. The
-            activations of all sites then come to the device of the embedding.
-        bos_id: opens a row and parts documents; None takes the tokenizer's BOS, else its EOS.
-        revision: branch, tag or commit of the hub's repository.
+        device: "auto" is CUDA if available, else the CPU.
+        device_map: for a model larger than one device: "auto", or accelerate's map from modules to devices. The
+            activations of all sites are then moved to the device of the embedding.
+        bos_id: token id that begins each row and separates documents; None takes the tokenizer's BOS, else its EOS.
+        revision: branch, tag or commit of the repository on the hub.
 
     Raises:
-        UserError: whatever `load` and LanguageModel raise.
+        UserError: the errors of `load` and LanguageModel.
     """
 
     def __init__(
@@ -45,43 +45,43 @@ class LoadedLM(LanguageModel):
         revision: str | None = None,
     ):
         model, tokenizer = load(name, dtype, revision, device, device_map)
-        super().__init__(name, sites, self.adopt(name, model, tokenizer), model.config, tokenizer, bos_id)
+        super().__init__(name, sites, self.wrap(name, model, tokenizer), model.config, tokenizer, bos_id)
 
-    def adopt(self, name: str, model: Any, tokenizer: Any) -> Any:
-        """What runs, made of what was loaded."""
+    def wrap(self, name: str, model: Any, tokenizer: Any) -> Any:
+        """Return the module that runs: the loaded model, or a back end's wrapper around it."""
         return model
 
 
 def load(
     name: str, dtype: str, revision: str | None, device: str = "cpu", device_map: DeviceMap = None
 ) -> tuple[Any, Any]:
-    """Model and tokenizer: from a local folder, else the Hugging Face cache, else the hub.
+    """Load a model and its tokenizer from a local folder, else the Hugging Face cache, else the hub.
 
-    What is in the cache is used without asking the hub: `transformers` would ask for every optional file and, with no
-    network, retry each for 23 seconds.
+    A model in the cache is used without asking the hub: `transformers` would ask for every optional file and, without
+    a network, retry each for 23 seconds.
 
     Raises:
-        UserError: no name, no such folder or model, hub out of reach, no causal language model, no tokenizer, unknown
-            dtype, no such device.
+        UserError: there is no such folder, model, dtype or device; the hub cannot be reached; or the files hold no
+            causal language model with a tokenizer.
     """
     if not isinstance(name, str):
         raise UserError(f"lm.name={'null' if name is None else name} must be a hub name or the path of a folder.")
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise UserError(f"lm.dtype={dtype} is no floating-point dtype of torch: use float32, bfloat16 or float16.")
+        raise UserError(f"lm.dtype={dtype} is not a floating-point dtype: use float32, bfloat16 or float16.")
     if device_map is not None and device != "auto":
-        raise UserError(f"lm.device={device} and lm.device_map={device_map} exclude each other: give one of them.")
+        raise UserError(f"lm.device={device} and lm.device_map={device_map} exclude each other: set only one of them.")
     options = {"dtype": torch_dtype, "device_map": device_map, "revision": revision or "main"}
     model, tokenizer = _find(name, revision, options)
     return (place_model(model, device) if device_map is None else model), tokenizer
 
 
 def place_model(model: Any, device: str) -> Any:
-    """The model moved to the device; "auto" is CUDA where there is one, else the CPU."""
+    """Move the model to a device; "auto" is CUDA if available, else the CPU."""
     device = resolve_device(device)
     try:
         return model.to(device)
-    except (AssertionError, RuntimeError) as e:  # torch's two ways to say that there is no such device
+    except (AssertionError, RuntimeError) as e:  # torch raises either if there is no such device
         reason = str(e).splitlines()[0]
         raise UserError(f"lm.device={device} cannot hold the model ({reason}): use lm.device=auto or cpu.") from e
 
@@ -108,12 +108,12 @@ def _read(source: str, options: dict[str, Any]) -> tuple[Any, Any]:
     files = {key: value for key, value in options.items() if key not in weights} | {"trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **files)
-        if tokenizer.vocab_size == 0:  # what transformers makes of a folder without tokenizer files
+        if tokenizer.vocab_size == 0:  # transformers returns an empty tokenizer if its files are missing
             raise OSError("its tokenizer is missing: save it too, with `tokenizer.save_pretrained(folder)`")
         return AutoModelForCausalLM.from_pretrained(source, **weights, **files), tokenizer
     except OSError:
         raise
-    except Exception as e:  # a broken file or a config of another kind: every library below has its own exception
+    except Exception as e:  # a broken file or an unsuitable config: every library below has its own exceptions
         raise _unreadable(source, e) from e
 
 
@@ -123,44 +123,50 @@ def _unreadable(name: str, error: Exception) -> UserError:
 
 
 def find_folder(name: str) -> Path | None:
-    """The folder that `name` means, or None where it can only be a hub name."""
+    """Return the folder that `name` refers to, or None if it can only be a hub name."""
     folder = Path(__file__).parent / "tiny" if name == TINY else Path(name).expanduser()
-    fix = "give a folder written by `save_pretrained`, a hub name, or lm=tiny."
+    fix = "give a folder written by `save_pretrained` or a hub name, or use lm=tiny."
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"lm.name={name} is a folder without config.json: {fix}")
         return folder
-    if name == SIBLING:
-        raise UserError(f"lm.name={name} is not there yet: make it with `python -m sae_lab.lm.tiny.fine_tune`.")
+    if name == FINE_TUNED_TINY:
+        raise UserError(f"lm.name={name} does not exist yet: make it with `python -m sae_lab.lm.tiny.fine_tune`.")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(f"lm.name={name} is no folder: {fix}")
+        raise UserError(f"lm.name={name} is not a folder: {fix}")
     return None
 
 
 def check_hub(name: str, revision: str | None) -> None:
-    """Ask the hub for the model once, without retries; UserError if it does not answer or does not have it."""
+    """Ask the hub for the model once, without retries.
+
+    Raises:
+        UserError: the hub cannot be reached, or has no such model or revision.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     unreachable = (
-        f"{name} is neither a local folder nor in the Hugging Face cache, and the hub cannot be reached "
-        f"({{reason}}): use lm=tiny, give lm.name=<local folder>, or download it first with `hf download {name}`."
+        f"lm.name={name} is neither a local folder nor in the Hugging Face cache, and the hub cannot be reached "
+        f"({{reason}}): use lm=tiny, set lm.name=<local folder>, or download it first with `hf download {name}`."
     )
     with hub_errors(unreachable):
         try:
             HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
         except RevisionNotFoundError as e:
-            raise UserError(f"the hub's {name} has no revision {revision}: correct lm.revision=...") from e
+            raise UserError(
+                f"lm.revision={revision} is not a branch, tag or commit of {name} on the hub: correct lm.revision."
+            ) from e
         except RepositoryNotFoundError as e:
             raise UserError(
-                f"{name} is neither a local folder nor a model of the hub that you may see: "
-                "correct lm.name=..., or log in with `hf auth login` if it is private."
+                f"lm.name={name} is neither a local folder nor a model on the hub that you have access to: "
+                "correct lm.name, or log in with `hf auth login` if the model is private."
             ) from e
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no warnings of `transformers` inside, as before outside."""
+    """Disable the progress bars and warnings of `transformers` inside the context, and restore them afterwards."""
     from transformers.utils import logging
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Back end: nnsight, which reads and writes modules inside a traced forward pass. `pip install 'sae-lab[nnsight]'`."""
+"""nnsight back end, which reads and replaces activations inside a traced forward pass. Install `sae-lab[nnsight]`."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,14 +15,17 @@ from sae_lab.runtime.errors import UserError
 
 
 class NnsightLM(TransformersLM):
-    """The model and the site names of TransformersLM, run by nnsight.
+    """A `transformers` model run by nnsight, with the site names of TransformersLM.
 
-    Where nnsight writes `model.transformer.h[2].output[0]`, a site is `transformer.h.2.output`, or without `.output`.
+    The site `transformer.h.2.output`, or `transformer.h.2` for short, is `model.transformer.h[2].output[0]` in nnsight.
 
-    Args: as LoadedLM.
+    Args:
+        name: as in LoadedLM.
+        sites: as in LoadedLM.
+        model: the other arguments of LoadedLM.
 
     Raises:
-        UserError: nnsight is not installed, and whatever LoadedLM raises.
+        UserError: nnsight is not installed; and the errors of LoadedLM.
     """
 
     def __init__(self, name: str, sites: Sequence[str] | str, **model: Any):
@@ -32,14 +35,14 @@ class NnsightLM(TransformersLM):
 
     @cached_property
     def envoy(self) -> Any:
-        """The model as nnsight wraps it."""
+        """The model, wrapped by nnsight."""
         from nnsight import NNsight
 
         return NNsight(self.model)
 
     @cached_property
-    def in_order(self) -> list[str]:
-        """The sites as a forward pass comes to them: nnsight has to be asked in that order."""
+    def execution_order(self) -> list[str]:
+        """The sites in the order in which a forward pass computes them; nnsight must access them in that order."""
         order: list[str] = []
         with self.hooked({site: lambda _x, site=site: order.append(site) for site in self.sites}):  # type: ignore[misc]
             self.model(torch.full((1, 2), self.bos_id, device=self.device), use_cache=False)
@@ -48,18 +51,18 @@ class NnsightLM(TransformersLM):
     def capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t ..."]]:
         seen = {}
         with self.envoy.trace(tokens, use_cache=False) as tracer:
-            for site in self.in_order:
+            for site in self.execution_order:
                 seen[site] = self._read(site)
             tracer.stop()
         return seen
 
     def forward(self, tokens: Int[Tensor, "n t"], hooks: Hooks) -> Float[Tensor, "n t v"]:
         with self.envoy.trace(tokens, use_cache=False):
-            for site in self.in_order:
+            for site in self.execution_order:
                 if site in hooks:
                     self._write(site, hooks[site](self._read(site)))
             logits = self.envoy.output.logits.save()
-        return logits  # noqa: RET504 (inside the trace it is not computed yet)
+        return logits  # noqa: RET504 (it has no value before the trace ends)
 
     def _read(self, site: str) -> Any:
         path, side = self.places[site]

@@ -1,4 +1,4 @@
-"""Two language models on the same tokens, for model diffing: the activations of one, then those of the other."""
+"""Two language models run on the same tokens, for model diffing."""
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -9,18 +9,19 @@ from sae_lab.runtime.errors import UserError
 
 
 class PairedLM(LanguageModel):
-    """A base model and what it was fine-tuned to: sources are the sites of `base`, then those of `tuned`.
+    """A base model and its fine-tuned version. Sources are the sites of `base`, then those of `tuned`.
 
-    Sites are called `base.<site>` and `tuned.<site>`. Logits, clean or spliced, are those of one of the two; what is
-    put in place of the other's activations has no effect on them.
+    Sites are named `base.<site>` and `tuned.<site>`. The logits are those of the model that `spliced` names, with and
+    without replaced activations; replacing activations of the other model does not change them.
 
     Args:
-        base, tuned: models of one vocabulary and one width, with as many sites.
-        spliced: `base` or `tuned`: whose logits and cross-entropy are meant.
-        device: of both.
+        base: the base model.
+        tuned: a model with the same vocabulary, activation width and number of sites.
+        spliced: the model that gives the logits and the cross-entropy: `base` or `tuned`.
+        device: device of both models.
 
     Raises:
-        UserError: another vocabulary, width or number of sites, or an unknown `spliced`.
+        UserError: the models differ in vocabulary, width or number of sites; or `spliced` is unknown.
     """
 
     models = ("base", "tuned")
@@ -55,15 +56,18 @@ class PairedLM(LanguageModel):
         return {f"{which}.{site}": x for which, lm in self.pair.items() for site, x in lm.capture(tokens).items()}
 
     def unembedding(self) -> None:
-        """None: a latent of a crosscoder writes into two models."""
+        """Return None, because a latent of a crosscoder writes to two models."""
 
 
 def check_alike(base: LanguageModel, tuned: LanguageModel) -> None:
-    """UserError unless the two models read the same token ids and give as many activations of one width."""
+    """Raise a UserError unless both models have the same vocabulary, number of sites and activation width."""
     if base.tokenizer.get_vocab() != tuned.tokenizer.get_vocab():
-        raise UserError(f"{base.name} and {tuned.name} have different vocabularies: give two models of one tokenizer.")
+        raise UserError(
+            f"lm.base.name={base.name} and lm.tuned.name={tuned.name} have different vocabularies: "
+            "both models must use the same tokenizer."
+        )
     if (len(base.sites), base.d) != (len(tuned.sites), tuned.d):
         raise UserError(
             f"{base.name} has {len(base.sites)} sites of width {base.d}, {tuned.name} {len(tuned.sites)} of {tuned.d}: "
-            "give lm.base.sites and lm.tuned.sites that match."
+            "lm.base.sites and lm.tuned.sites must agree in number and width."
         )

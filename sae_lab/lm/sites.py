@@ -1,4 +1,4 @@
-"""The names of sites: paths of modules, and TransformerLens names for them in the architectures that it knows."""
+"""Site names: module paths, and their TransformerLens names in known architectures."""
 
 import difflib
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from sae_lab.runtime.errors import UserError
 
 
 class Place(NamedTuple):
-    """Where a site is: what comes into a module (its first argument), or what leaves it (its first result)."""
+    """Location of a site: a module's input (its first argument) or its output (the first element of a tuple)."""
 
     module: str
     side: str  # "input" or "output"
 
 
-# What TransformerLens calls a place -> its path: from the model's body for embeddings, from a block for the rest.
-# A path means the module's output, and its input where `.input` follows. Every block's hook_resid_pre is its input,
-# every hook_resid_post its output. hook_resid_mid is missing on purpose: the sum that it names is made between two
-# modules, and a replacement at the next module's input would leave the residual stream itself unchanged.
+# TransformerLens name -> module path, relative to the model's body for embeddings and to a block for the rest.
+# A path means the module's output; with `.input` appended, its input. hook_resid_pre is the input of a block and
+# hook_resid_post its output. hook_resid_mid is missing on purpose: it is a sum that no module returns. Replacing the
+# next module's input instead would leave the residual stream itself unchanged.
 GPT2 = {
     "hook_embed": "wte",
     "hook_attn_out": "attn",
@@ -30,7 +30,7 @@ GPT2 = {
     "mlp.hook_post": "mlp.c_proj.input",
 }
 GPT_NEO = GPT2 | {"attn.hook_z": "attn.attention.out_proj.input"}
-GPT_NEOX = {  # attention and MLP read the same residual stream and are added together: parallel, but still two terms
+GPT_NEOX = {  # parallel attention and MLP: both read the same residual stream, and each still adds its own term
     "hook_embed": "embed_in",
     "hook_attn_out": "attention",
     "hook_mlp_out": "mlp",
@@ -46,10 +46,10 @@ LLAMA = {
     "attn.hook_z": "self_attn.o_proj.input",
     "mlp.hook_post": "mlp.down_proj.input",
 }
-# A second norm stands between a sub-layer and the residual stream: what is added to the stream is the norm's output.
+# A second norm follows each sub-layer; the norm's output is what is added to the residual stream.
 POST_NORM = LLAMA | {"hook_attn_out": "post_attention_layernorm", "hook_mlp_out": "post_feedforward_layernorm"}
 
-FAMILIES = {  # by `model_type` of the model's config
+FAMILIES = {  # keyed by `model_type` of the model's config
     "gpt2": GPT2,
     "gpt_neo": GPT_NEO,
     "gpt_neox": GPT_NEOX,
@@ -66,14 +66,14 @@ FAMILIES = {  # by `model_type` of the model's config
 
 
 def module_places(model: nn.Module) -> dict[str, Place]:
-    """`path`, `path.input` and `path.output` of every module."""
+    """Return the places named `path`, `path.input` and `path.output` for every module path."""
     paths = [path for path, _ in model.named_modules() if path]
     sides = {f"{path}.{side}": Place(path, side) for path in paths for side in ("input", "output")}
     return sides | {path: Place(path, "output") for path in paths}
 
 
 def transformer_lens_places(model_type: str, blocks: Sequence[str]) -> dict[str, Place]:
-    """TransformerLens names in a model of a known architecture, whose blocks have these paths; else none."""
+    """Return the places that have TransformerLens names, given the paths of the blocks; empty if unknown here."""
     family = FAMILIES.get(model_type)
     if family is None or not blocks:
         return {}
@@ -93,7 +93,7 @@ def _place(path: str) -> Place:
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Paths of the model's blocks: the longest list of modules."""
+    """Return the paths of the model's blocks: the elements of its longest `nn.ModuleList`."""
     stacks = [(len(m), path) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     if not stacks:
         return []
@@ -102,7 +102,7 @@ def find_blocks(model: nn.Module) -> list[str]:
 
 
 def check_sites(name: str, sites: Sequence[str], known: Sequence[str], offer: str) -> None:
-    """UserError unless the sites are known, at least one and none twice; `offer` is the end of its sentence."""
+    """Raise a UserError unless the sites are known and distinct, and there is one. `offer` ends the message."""
     if not sites or len(set(sites)) < len(sites):
         raise UserError(f"lm.sites={list(sites)} must name at least one site, and none twice: {offer}")
     for site in sites:
@@ -112,9 +112,13 @@ def check_sites(name: str, sites: Sequence[str], known: Sequence[str], offer: st
             raise UserError(f"lm.sites: {name} has no site {site!r}: {hint}{offer}")
 
 
-def describe_sites(site: str, x: Any, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t d"]:
-    """What a site holds, as one vector a token (attention heads are joined); UserError if it is anything else."""
+def join_heads(site: str, x: Any, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t d"]:
+    """Return a site's activation as one vector per token, with attention heads joined.
+
+    Raises:
+        UserError: the activation does not begin with the axes (n, t), or has no further axis.
+    """
     if not isinstance(x, Tensor) or x.ndim < 3 or x.shape[:2] != tokens.shape:
         kind = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise UserError(f"lm.sites: {site} does not hold one vector a token ({kind}): choose another site.")
+        raise UserError(f"lm.sites: {site} does not hold one vector per token ({kind}): choose another site.")
     return x.flatten(2)

@@ -1,4 +1,4 @@
-"""Back end: TransformerLens 4, for its hook names and for HookedTransformer's activation space."""
+"""TransformerLens 4 back end, with its hook names and HookedTransformer's activation space."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,25 +14,28 @@ from sae_lab.runtime.errors import UserError
 
 
 class TransformerLensLM(LoadedLM):
-    """A site is a hook name, such as `blocks.3.hook_resid_pre`: the residual stream before block 3, i.e. after block 2.
+    """A model run by TransformerLens. A site is a hook name, such as `blocks.3.hook_resid_pre`, the input of block 3.
 
-    Attention is computed eagerly, for TransformerLens hooks its scores; TransformersLM takes torch's fused kernel.
+    Attention is computed eagerly because TransformerLens hooks its scores; TransformersLM uses torch's fused kernel.
 
     Args:
-        compatibility_mode: fold layer norms and centre what is written to the residual stream, as HookedTransformer
-            did. The logits' softmax stays the same; the activations do not: an SAE belongs to one of the two modes.
+        name: as in LoadedLM.
+        sites: as in LoadedLM.
+        compatibility_mode: fold layer norms and center the writes to the residual stream, as HookedTransformer does.
+            The predicted probabilities stay the same, but the activations change: an SAE trained in one mode does not
+            work in the other.
         model: the other arguments of LoadedLM.
 
     Raises:
-        UserError: TransformerLens does not know the architecture, and whatever LoadedLM raises.
+        UserError: TransformerLens does not support the architecture; and the errors of LoadedLM.
     """
 
     def __init__(self, name: str, sites: Sequence[str] | str, compatibility_mode: bool = False, **model: Any):
         self.compatibility_mode = compatibility_mode
         super().__init__(name, sites, **model)
 
-    def adopt(self, name: str, model: Any, tokenizer: Any) -> Any:
-        return boot(name, model, tokenizer, self.compatibility_mode)
+    def wrap(self, name: str, model: Any, tokenizer: Any) -> Any:
+        return boot_bridge(name, model, tokenizer, self.compatibility_mode)
 
     def known_sites(self) -> list[str]:
         return list(self.model.hook_dict)
@@ -47,22 +50,24 @@ class TransformerLensLM(LoadedLM):
                 handles.enter_context(
                     self.model.hooks([(site, lambda x, hook, f=f: f(x)) for site, f in hooks.items()])
                 )
-            except ValueError as e:  # a hook point that TransformerLens keeps switched off
-                raise UserError(f"lm.sites: TransformerLens does not compute it ({e}) {self.describe_choices()}") from e
+            except ValueError as e:  # a hook point that is disabled by default in TransformerLens
+                raise UserError(
+                    f"lm.sites: TransformerLens does not compute this hook ({e}): {self.describe_choices()}"
+                ) from e
             return self.model(tokens, use_cache=False)
 
     def unembedding(self) -> Float[Tensor, "v d"]:
         return self.model.W_U.T
 
 
-def boot(name: str, model: Any, tokenizer: Any, compatibility_mode: bool) -> Any:
-    """A TransformerBridge around the loaded model, on the device or devices where that lies."""
-    with quiet():  # importing it changes the verbosity of `transformers`
+def boot_bridge(name: str, model: Any, tokenizer: Any, compatibility_mode: bool) -> Any:
+    """Wrap the loaded model in a TransformerBridge, on the same device or devices."""
+    with quiet():  # this import changes the verbosity of `transformers`
         from transformer_lens.model_bridge import TransformerBridge
 
     device = None if hasattr(model, "hf_device_map") else model.device
-    # A copy, for the bridge gives it a padding token. A tokenizer that does not say that it adds BOS would be loaded
-    # again, by name and without the revision; the bridge only ever gets ids from us, so the answer does not matter.
+    # Copied because the bridge adds a padding token. Without add_bos_token=True, the bridge would load the tokenizer
+    # again, by name and without the revision. The value does not matter, as the bridge gets token ids, never text.
     tokenizer = deepcopy(tokenizer)
     tokenizer.init_kwargs["add_bos_token"] = True
     try:

@@ -1,4 +1,4 @@
-"""Back end: any causal language model that `transformers` loads, hooked at its modules."""
+"""Default back end: any causal language model that `transformers` loads, with hooks on its modules."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,18 +14,19 @@ from sae_lab.lm.sites import Place, find_blocks, module_places, transformer_lens
 
 
 class TransformersLM(LoadedLM):
-    """A site is the path of a module and means its output (the first element, where that is a tuple).
+    """A model run by `transformers`. A site is a module path and means the module's output.
 
-    `transformer.h.2` of GPT-2 or `model.layers.14` of Llama, Gemma and Qwen is the residual stream after that block;
-    `model.layers.14.input` is the same before it. In the architectures of `sites.FAMILIES`, TransformerLens names such
-    as `blocks.14.hook_resid_pre` are understood, too.
+    If the output is a tuple, the site is its first element.
+    `transformer.h.2` in GPT-2, or `model.layers.14` in Llama, Gemma and Qwen, is the residual stream after that block;
+    `model.layers.14.input` is the residual stream before it. In the architectures of `sites.FAMILIES`, TransformerLens
+    names such as `blocks.14.hook_resid_pre` work too.
 
-    Args and Raises: as LoadedLM.
+    Arguments and errors are those of LoadedLM.
     """
 
     @cached_property
     def places(self) -> dict[str, Place]:
-        """Every name that may be a site, and where it is."""
+        """Every valid site name, with its place in the model."""
         return module_places(self.model) | self.transformer_lens_places
 
     @cached_property
@@ -51,7 +52,7 @@ class TransformersLM(LoadedLM):
 
     @contextmanager
     def hooked(self, hooks: Hooks) -> Iterator[None]:
-        """While open, torch calls the hooks in every forward pass."""
+        """Register the hooks on their modules; remove them when the context ends."""
         with ExitStack() as handles:
             for site, hook in hooks.items():
                 path, side = self.places[site]
@@ -65,7 +66,7 @@ class TransformersLM(LoadedLM):
 
 
 def on_first_output(hook: SiteHook):
-    """A torch forward hook that shows `hook` the output, or its first element, and puts back what it returns."""
+    """Return a torch forward hook that applies `hook` to a module's output, or to the first element of a tuple."""
 
     def forward_hook(_module: nn.Module, _inputs: Any, out: Any) -> Any:
         first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
@@ -78,7 +79,7 @@ def on_first_output(hook: SiteHook):
 
 
 def on_first_input(hook: SiteHook):
-    """The same for a module's first argument, given by its place or by its name."""
+    """Return a torch forward pre-hook that applies `hook` to a module's first argument, positional or keyword."""
 
     def pre_hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:

@@ -283,14 +283,14 @@ WRONG_SITES = [
         r"\.h\.0 \.\.\. transformer\.h\.5, or blocks\.i of hook_resid_pre, hook_attn",
     ),
     (TransformersLM, "transformer.h", "never computes"),
-    (TransformersLM, "transformer", "does not hold one vector a token"),
+    (TransformersLM, "transformer", "does not hold one vector per token"),
     (TransformersLM, [], "at least one site"),
     (TransformersLM, ["transformer.h.2", "transformer.h.2"], "none twice"),
     (TransformersLM, ["transformer.h.2", "transformer.h.2.mlp.c_fc"], "different widths .*128.*512"),
     (TransformerLensLM, "blocks.3.hook_resid_prr", r"did you mean blocks\.3\.hook_resid_pre"),
     (TransformerLensLM, "transformer.h.2", r"choose among blocks\.0\.hook_resid_pre \.\.\. blocks\.5\.hook_resid_pre"),
-    (TransformerLensLM, "blocks.1.attn.hook_pattern", "does not hold one vector a token"),
-    (TransformerLensLM, "blocks.1.hook_attn_in", "TransformerLens does not compute it"),
+    (TransformerLensLM, "blocks.1.attn.hook_pattern", "does not hold one vector per token"),
+    (TransformerLensLM, "blocks.1.hook_attn_in", "TransformerLens does not compute this hook"),
 ]
 
 

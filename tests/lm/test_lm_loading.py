@@ -94,13 +94,13 @@ def test_no_such_model_on_the_hub(monkeypatch):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError, "404")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", not_found)
-    with pytest.raises(UserError, match="neither a local folder nor a model of the hub"):
+    with pytest.raises(UserError, match="neither a local folder nor a model on the hub"):
         load("acme/not-in-any-cache", "float32", None)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c"])
 def test_no_such_folder(name):
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         load(name, "float32", None)
 
 

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from sae_lab.evaluation import diffing
 from sae_lab.evaluation.evaluator import evaluate
 from sae_lab.lm import PairedLM, TransformersLM
-from sae_lab.lm.loading import SIBLING, TINY
+from sae_lab.lm.loading import FINE_TUNED_TINY, TINY
 from sae_lab.runs.results import write_results
 from sae_lab.runtime.errors import UserError
 from sae_lab.training.run import build_sae
@@ -95,7 +95,7 @@ def test_a_site_that_is_not_there_is_named():
 def test_the_sibling_says_how_it_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"make it with `python -m sae_lab\.lm\.tiny\.fine_tune`"):
-        TransformersLM(SIBLING, SITES)
+        TransformersLM(FINE_TUNED_TINY, SITES)
 
 
 def test_the_evaluation_of_a_crosscoder_counts_and_draws_whose_its_latents_are(base, tuned, tmp_path):

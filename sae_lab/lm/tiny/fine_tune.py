@@ -1,4 +1,4 @@
-"""Fine-tune the bundled model on disassembled Python, for model diffing: `python -m sae_lab.lm.tiny.fine_tune`."""
+"""Fine-tune the bundled model on Python bytecode, for model diffing: `python -m sae_lab.lm.tiny.fine_tune`."""
 
 import argparse
 import json
@@ -7,18 +7,18 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from sae_lab.lm.loading import SIBLING, TINY, find_folder
+from sae_lab.lm.loading import FINE_TUNED_TINY, TINY, find_folder
 from sae_lab.lm.tiny.train import SEED, all_rows, held_out_loss, train_lm
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments
 from sae_lab.text.documents import HELD_OUT, TRAIN
 
-LR = 1e-3  # a third of the bundled model's
+LR = 1e-3  # a third of the learning rate of the bundled model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(SIBLING), help="folder to write")
+    parser.add_argument("--out", type=Path, default=Path(FINE_TUNED_TINY), help="folder to write")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of 4,096 tokens")
     args = parser.parse_args()
     keep_freed_memory()

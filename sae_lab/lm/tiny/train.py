@@ -1,4 +1,4 @@
-"""Train the bundled language model, GPT-2 in architecture, on Python's stdlib: `python -m sae_lab.lm.tiny.train`."""
+"""Train the bundled GPT-2 language model on Python's standard library: `python -m sae_lab.lm.tiny.train`."""
 
 import argparse
 import json
@@ -20,12 +20,12 @@ from sae_lab.text.rows import TextRows
 
 BOS = "<|endoftext|>"
 CONFIG: dict[str, Any] = {"vocab_size": 4096, "n_positions": 256, "n_embd": 128, "n_layer": 6, "n_head": 4}
-SITE = "transformer.h.2"  # the default site of lm=tiny: the residual stream half-way up
+SITE = "transformer.h.2"  # the default site of lm=tiny: the residual stream in the middle of the model
 SEQ_LEN, BATCH_ROWS, LR, SEED = 128, 32, 3e-3, 0
 
 
 def train_tokenizer(folder: Path) -> None:
-    """Byte-level BPE on the training modules; BOS is id 0."""
+    """Train a byte-level BPE tokenizer on the training modules and save it; BOS has id 0."""
     documents = StdlibDocuments(TRAIN)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,14 +42,14 @@ def train_tokenizer(folder: Path) -> None:
 
 
 def all_rows(tokenizer, documents: Documents) -> torch.Tensor:
-    """One pass over the documents: (n, SEQ_LEN) ids."""
+    """Return all rows of one pass over the documents: token ids, (n, SEQ_LEN)."""
     rows = TextRows(documents, tokenizer, SEQ_LEN, tokenizer.bos_token_id, repeat=False)
     return torch.tensor(list(rows))
 
 
 @torch.no_grad()
 def held_out_loss(lm: GPT2LMHeadModel, rows: torch.Tensor) -> float:
-    """Mean next-token cross-entropy in nats."""
+    """Return the mean next-token cross-entropy in nats."""
     lm.eval()
     total = 0.0
     for chunk in rows.split(128):
@@ -59,7 +59,7 @@ def held_out_loss(lm: GPT2LMHeadModel, rows: torch.Tensor) -> float:
 
 
 def train_lm(lm: GPT2LMHeadModel, rows: torch.Tensor, n_steps: int, lr: float = LR) -> None:
-    """AdamW, 3 % warm-up, cosine to zero, bf16 autocast; rows in a new order each pass."""
+    """Train with AdamW, 3 % warm-up, cosine decay to zero and bf16 autocast; rows are shuffled every pass."""
     decay = [p for p in lm.parameters() if p.ndim == 2]
     rest = [p for p in lm.parameters() if p.ndim != 2]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -93,14 +93,14 @@ def train_lm(lm: GPT2LMHeadModel, rows: torch.Tensor, n_steps: int, lr: float = 
 
 
 def zero_ablate_site(lm: GPT2LMHeadModel):
-    """Set the default site to zero; returns the hook's handle."""
+    """Register a hook that sets the default site to zero; return its handle."""
     return lm.get_submodule(SITE).register_forward_hook(
         lambda _m, _i, out: (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
     )
 
 
 def measure_lm(lm: GPT2LMHeadModel, rows: torch.Tensor, n_steps: int) -> dict:
-    """What the model card reports, on the held-out modules."""
+    """Return the numbers of the model card, measured on the held-out modules."""
     p = torch.bincount(rows[:, 1:].flatten(), minlength=CONFIG["vocab_size"]).double()
     p = p[p > 0] / p.sum()
     clean = held_out_loss(lm, rows)
