@@ -1,6 +1,10 @@
-"""SAEs of other libraries, in and out: files are the interface, and none of those libraries is imported.
+"""Read and write SAEs in the file formats of other libraries, without importing those libraries.
 
-One file a format, each with `FILES`, by which a folder is known, `read` (-> one of our SAEs, computing the same codes
-and reconstructions) and, where something of ours can be said in it exactly, `write`. What a format says and we cannot
-is refused, as are tensors that nobody asked for.
+Each format has a module with
+
+- `FILES`, the file names that identify a folder of this format;
+- `read`, which returns one of our SAEs that computes the same codes and reconstructions;
+- `write`, for formats that can represent some of our SAEs exactly.
+
+A UserError is raised for a setting that has no exact counterpart here, and for a tensor of unknown meaning.
 """

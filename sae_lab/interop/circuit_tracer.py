@@ -1,7 +1,7 @@
-"""circuit-tracer: the transcoders of all layers of a model, from which it builds attribution graphs.
+"""Read and write circuit-tracer's transcoders, from which it builds attribution graphs.
 
-A cross-layer transcoder is W_enc_<layer>.safetensors and W_dec_<layer>.safetensors, transcoders of one layer each are
-layer_<layer>.safetensors; beside them config.yaml says what kind they are and at which of TransformerLens' hooks.
+A cross-layer transcoder is W_enc_<layer>.safetensors and W_dec_<layer>.safetensors. Single-layer transcoders are
+layer_<layer>.safetensors. In the same folder, config.yaml holds the type of transcoder and the TransformerLens hooks.
 """
 
 import logging
@@ -20,10 +20,10 @@ from sae_lab.interop.tensors import (
     Tensors,
     build,
     check_exportable,
-    parts,
+    inference_tensors,
     read_safetensors,
-    thresholds,
-    whole,
+    single_source_tensors,
+    take_thresholds,
     write_safetensors,
 )
 from sae_lab.runtime.errors import UserError
@@ -41,16 +41,20 @@ SITE = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def read(path: Path) -> BaseSAE:
-    """The cross-layer transcoder of a folder, or the transcoder of a layer's file, with the codes that it has there.
+    """Read a folder as a cross-layer transcoder, or the file of one layer as a transcoder.
 
     Raises:
-        UserError: what Tensors raises.
+        UserError: the errors of Tensors.
     """
     return read_layer(path) if path.is_file() else read_cross_layer(path)
 
 
 def read_layer(file: Path) -> BaseSAE:
-    """h = x W_encᵀ + b_enc, y_hat = z W_dec + b_dec [+ x W_skipᵀ]; ReLU, or JumpReLU where there is a threshold."""
+    """Read a single-layer transcoder: JumpReLU if the file has thresholds, else ReLU.
+
+    h = x W_encᵀ + b_enc
+    y_hat = code W_dec + b_dec [+ x W_skipᵀ]
+    """
     with Tensors(file, read_safetensors(file)) as t:
         W_enc = t.take("W_enc", None, None)
         f, d = W_enc.shape
@@ -66,7 +70,7 @@ def read_layer(file: Path) -> BaseSAE:
 
 
 def read_cross_layer(folder: Path) -> BaseSAE:
-    """The latents of all layers, one layer after the other; without thresholds they are ReLU's, which are zero."""
+    """Read a cross-layer transcoder; its latents are in the order of the layers. Missing thresholds are 0 (ReLU)."""
     n = len(list(folder.glob(ENCODER.format("*"))))
     layers = [read_encoder_and_decoder(folder, 0, n)]
     layers += [read_encoder_and_decoder(folder, i, n, *layers[0]["W_enc"].shape) for i in range(1, n)]
@@ -76,7 +80,7 @@ def read_cross_layer(folder: Path) -> BaseSAE:
 
 
 def read_encoder_and_decoder(folder: Path, i: int, n: int, *shape: int) -> dict[str, Tensor]:
-    """What belongs to layer i of n: f latents, which read it and write to it and the layers after it."""
+    """Read the f latents that read layer i of n and write to layers i, ..., n - 1; `shape` is the expected (f, d)."""
     file = folder / ENCODER.format(i)
     with Tensors(file, read_safetensors(file)) as t:
         W_enc = t.take(f"W_enc_{i}", *(shape or (None, None)))
@@ -91,70 +95,77 @@ def read_encoder_and_decoder(folder: Path, i: int, n: int, *shape: int) -> dict[
 
 
 def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> str | None:
-    """The files that circuit-tracer loads: a cross-layer transcoder, or one layer's beside those of other layers.
+    """Write a cross-layer transcoder, or one layer's transcoder into a folder that may already hold other layers.
 
-    Its hub loader takes them from a repository, `load_transcoders_from_cache(folder.name, folder.parent)` from here.
+    circuit-tracer loads the folder with `load_transcoders_from_cache(folder.name, folder.parent)`, or from the hub.
 
     Returns:
-        the name of a layer's file, by which `load_sae` tells it from others of the folder.
+        For a single layer, the name of its file, which is the `sae_id` for `load_sae`; else None.
 
     Raises:
-        UserError: circuit-tracer has no form for it, or the folder holds something else.
+        UserError: circuit-tracer cannot represent the SAE, or the folder holds transcoders that do not match.
     """
     if not sae.n_inputs:
         raise UserError(
-            "circuit-tracer has no form for an SAE, only for transcoders: train experiment=transcoder or cross_layer."
+            "circuit-tracer cannot represent an SAE, only transcoders: train with experiment=transcoder or "
+            "experiment=cross_layer."
         )
-    crosses = isinstance(sae, CrossLayer)
+    cross_layer = isinstance(sae, CrossLayer)
     sae = check_exportable(sae, (), ("none",), "circuit-tracer", TRANSCODERS["circuit_tracer"])
     if provenance.get("model", {}).get("processing", "none") != "none":
         raise UserError(
-            "circuit-tracer runs a model as it is, and this transcoder's was processed "
+            "circuit-tracer runs the unprocessed model, but this transcoder was trained on a processed one "
             f"({provenance['model']['processing']}): train with lm.compatibility_mode=false."
         )
-    layers, hooks = places(provenance.get("sites", []), sae.n_inputs, every_layer=crosses)
+    layers, hooks = layers_and_hooks(provenance.get("sites", []), sae.n_inputs, every_layer=cross_layer)
     model = provenance.get("model", {}).get("name")
-    config = {"model_name": model, "model_kind": "cross_layer_transcoder" if crosses else "transcoder_set", **hooks}
+    config = {"model_name": model, "model_kind": "cross_layer_transcoder" if cross_layer else "transcoder_set", **hooks}
     description = yaml.safe_dump(config, sort_keys=False)
-    files = cross_layer_files(sae) if crosses else {LAYER.format(layers[0]): layer_file(sae)}
+    files = cross_layer_files(sae) if cross_layer else {LAYER.format(layers[0]): layer_file(sae)}
     check_folder(folder, description, files)
     for name, tensors in files.items():
         write_safetensors(folder / name, tensors)
-    write_atomically(folder / CONFIG, description.encode())  # the last: where it is, circuit-tracer takes all as there
-    log_layers(folder, layers if crosses else layers_of(folder), model)
-    return None if crosses else LAYER.format(layers[0])
+    write_atomically(folder / CONFIG, description.encode())  # last: circuit-tracer takes its presence as completeness
+    log_layers(folder, layers if cross_layer else layers_in(folder), model)
+    return None if cross_layer else LAYER.format(layers[0])
 
 
-def places(sites: Sequence[str], n_inputs: int, every_layer: bool) -> tuple[list[int], dict[str, str]]:
-    """The layers, and the hooks at which a transcoder reads and writes them, in circuit-tracer's words.
+def layers_and_hooks(sites: Sequence[str], n_inputs: int, every_layer: bool) -> tuple[list[int], dict[str, str]]:
+    """Return the layers of a transcoder, and the two entries of circuit-tracer's config that name its hooks.
+
+    Args:
+        sites: hook names; first those that are read, then those that are predicted.
+        n_inputs: number of sites that are read.
+        every_layer: for a cross-layer transcoder: the layers must be 0, 1, ..., n_inputs - 1.
 
     Raises:
-        UserError: not one hook to read and one to write, of the same layers, or not every layer from 0 on, in order.
+        UserError: the sites are not one hook that is read and one that is predicted, at the same layers and in order.
     """
     found = [(int(match[1]), match[2]) for match in map(SITE.fullmatch, sites) if match]
     layers = [layer for layer, _ in found]
     read, written = found[:n_inputs], found[n_inputs:]
     hooks = {hook for _, hook in read}, {hook for _, hook in written}
-    due = list(range(n_inputs)) if every_layer else layers[:1]
-    if len(found) < len(sites) or layers != 2 * due or any(len(names) != 1 for names in hooks):
+    expected = list(range(n_inputs)) if every_layer else layers[:1]
+    if len(found) < len(sites) or layers != 2 * expected or any(len(names) != 1 for names in hooks):
         layer, more = ("0", ",...") if every_layer else ("<layer>", "")
         raise UserError(
-            f"circuit-tracer has {'all layers of a model from 0 on' if every_layer else 'one layer of a model'}, by "
-            f"TransformerLens' names of one place to read and one to write, not {', '.join(sites) or 'unknown sites'}: "
+            "circuit-tracer needs one TransformerLens hook to read and one to predict, at "
+            f"{'all layers of the model from 0 on' if every_layer else 'one layer of the model'}, "
+            f"not lm.sites=[{', '.join(sites) or 'unknown'}]: "
             f"train with lm.sites=[blocks.{layer}.mlp.hook_in{more},blocks.{layer}.hook_mlp_out{more}]."
         )
-    return due, {"feature_input_hook": read[0][1], "feature_output_hook": written[0][1]}
+    return expected, {"feature_input_hook": read[0][1], "feature_output_hook": written[0][1]}
 
 
 def cross_layer_files(sae: Any) -> dict[str, dict[str, Tensor]]:
-    """By name the tensors of each file: of layer i what reads it, b_dec, and what its latents write to i and after."""
+    """Return the tensors of each file, by file name: encoder and b_dec of layer i, and decoder of its latents."""
     n, f, d = sae.n_parts, sae.n_latents // sae.n_parts, sae.d_in
-    with whole(sae) as t:
+    with inference_tensors(sae) as t:
         layers = {
             "W_enc": t.take("W_enc", n * f, 1, d).view(n, f, d),
             "b_enc": t.take("b_enc", n * f).view(n, f),
             "b_dec": t.take("b_dec", n, d),
-            "threshold": thresholds(t, n * f).view(n, f),
+            "threshold": take_thresholds(t, n * f).view(n, f),
         }
         W_dec = t.take("W_dec", n * f, n, d).view(n, f, n, d)
     encoders = {ENCODER.format(i): {f"{name}_{i}": tensor[i] for name, tensor in layers.items()} for i in range(n)}
@@ -162,50 +173,54 @@ def cross_layer_files(sae: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def layer_file(sae: BaseSAE) -> dict[str, Tensor]:
-    """The tensors of a layer's file."""
+    """Return the tensors of the file of a single-layer transcoder."""
     d, f = sae.d_in, sae.n_latents
-    with parts(sae) as t:
+    with single_source_tensors(sae) as t:
         theirs = {"W_enc": t.take("W_enc", f, d), "b_enc": t.take("b_enc", f)}
         theirs |= {"W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
         if sae.config["skip"]:
             theirs["W_skip"] = t.take("W_skip", d, d)
         if type(sae).__name__ != "VanillaSAE":
-            theirs[THRESHOLD] = thresholds(t, f)
+            theirs[THRESHOLD] = take_thresholds(t, f)
     return theirs
 
 
 def check_folder(folder: Path, description: str, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise a UserError unless circuit-tracer can load what the folder holds already together with these files.
+    """Raise a UserError unless circuit-tracer can load these files together with those already in the folder.
 
-    It counts the files of a cross-layer transcoder; layers of a set have equally many latents, and all or none a skip.
+    circuit-tracer takes the number of layers of a cross-layer transcoder from the number of files. Single-layer
+    transcoders in one folder must have equally many latents, and either all or none a skip connection.
     """
     file = folder / CONFIG
     if file.is_file() and file.read_text() != description:
-        raise UserError(f"{file} is of transcoders of another kind, model or hook: give out=<another folder>.")
-    there = {path.name for pattern in (ENCODER, LAYER) for path in folder.glob(pattern.format("*"))}
-    for name in sorted(there - files.keys())[:1]:  # the others were held against it
-        crosses, ours = ENCODER.format(0) in files, next(iter(files.values()))
-        if crosses or sizes(read_safetensors(folder / name)) != sizes(ours):
+        raise UserError(
+            f"{file} describes transcoders of another type, model or hook: export with out=<another folder>."
+        )
+    existing = {path.name for pattern in (ENCODER, LAYER) for path in folder.glob(pattern.format("*"))}
+    for name in sorted(existing - files.keys())[:1]:  # one suffices: the others were compared to it when written
+        cross_layer, ours = ENCODER.format(0) in files, next(iter(files.values()))
+        if cross_layer or tensor_shapes(read_safetensors(folder / name)) != tensor_shapes(ours):
             raise UserError(
-                f"{folder / name} does not go with this transcoder, for circuit-tracer wants layers of one size, all "
-                "or none with a skip connection, and no others: give out=<another folder>."
+                f"{folder / name} cannot be in one folder with this transcoder: circuit-tracer needs layers of one "
+                "size, all or none with a skip connection, and no other files: export with out=<another folder>."
             )
 
 
-def sizes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+def tensor_shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Return the shape of each tensor except the thresholds, which not every layer has."""
     return {name: tensor.shape for name, tensor in tensors.items() if name != THRESHOLD}
 
 
-def layers_of(folder: Path) -> list[int]:
-    """Which layers' files a folder holds."""
+def layers_in(folder: Path) -> list[int]:
+    """Return the layers for which the folder has a single-layer transcoder."""
     names = [path.stem.removeprefix("layer_") for path in folder.glob(LAYER.format("*"))]
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def log_layers(folder: Path, layers: Sequence[int], model: str | None) -> None:
-    """Say which layers are there: which a model has, no file of the run tells."""
+    """Log which layers the folder holds. Whether these are all is unknown: no file of the run has the model's depth."""
     log.info(
-        "%s holds layers %s: circuit-tracer wants those of every block of %s, from 0 on",
+        "%s holds layers %s: circuit-tracer needs every layer of %s, from 0 on",
         folder,
         ", ".join(map(str, layers)),
         model or "the model",

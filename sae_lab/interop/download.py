@@ -1,7 +1,7 @@
-"""SAEs on the Hugging Face hub: by SAELens release, or by repository and folder.
+"""Find and download SAEs on the Hugging Face hub: by SAELens release, or by repository and folder.
 
-Of sae-lens one file is read, its table of releases; `pip install --no-deps sae-lens` brings it. With its dependencies
-it cannot be installed beside this package: it wants transformer-lens < 4.
+The releases are listed in a table that is part of sae-lens: `pip install --no-deps sae-lens`. Nothing of sae-lens is
+imported. Its dependencies cannot be installed together with this package: it needs transformer-lens < 4.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.hub import hub_errors
 
 CONVERSIONS = (None, "gemma_2", "sparsify", "dictionary_learning_1")
-"""The conversions of SAELens' release table whose files a reader of this package knows; None is its own format."""
+"""Values of `conversion_func` in the release table whose files this package can read; None is SAELens' own format."""
 
 
 class Entry(NamedTuple):
@@ -26,18 +26,18 @@ class Entry(NamedTuple):
     scale: float | None
 
 
-def find(source: str, sae_id: str | None) -> Entry:
-    """Where an SAE lies: by the release table of an installed sae-lens (read as data), else repository and folder.
+def find_entry(source: str, sae_id: str | None) -> Entry:
+    """Look up an SAE in the release table; if `source` is not a release there, take it as a repository on the hub.
 
     Raises:
-        UserError: an unknown release, an SAE that it does not have, or one of a format that nobody reads here.
+        UserError: the release is unknown, does not have this SAE, or has files of a format that cannot be read here.
     """
     table = release_table()
     if source not in table:
         if "/" not in source:
-            known = f"sae-lens knows {len(table)} others"
-            known = known if table else "`pip install --no-deps sae-lens` for its table of them"
-            raise UserError(f"{source} is no folder, file or release ({known}): give a path or user/repository.")
+            known = f"sae-lens lists {len(table)} releases"
+            known = known if table else "to load SAELens releases, `pip install --no-deps sae-lens`"
+            raise UserError(f"{source} is not a folder, file or release ({known}): give a path or user/repository.")
         return Entry(source, sae_id or "", {}, None)
     release = table[source]
     entries = {entry["id"]: entry for entry in release["saes"]}
@@ -45,8 +45,8 @@ def find(source: str, sae_id: str | None) -> Entry:
         raise UserError(f"the release {source} has no SAE {sae_id!r}: give sae_id=<one of {', '.join(entries)}>.")
     if release.get("conversion_func") not in CONVERSIONS:
         raise UserError(
-            f"the release {source} has files that sae-lens converts by {release['conversion_func']}: "
-            "load them in an environment of its own and save them to a folder."
+            f"the release {source} has files that sae-lens converts with {release['conversion_func']}, which is not "
+            "supported here: load the SAE with sae-lens in a separate environment, save it, and load that folder."
         )
     entry = entries[sae_id]
     overrides = release.get("config_overrides") or {}
@@ -54,7 +54,7 @@ def find(source: str, sae_id: str | None) -> Entry:
 
 
 def release_table() -> dict[str, Any]:
-    """SAELens' pretrained_saes.yaml where sae-lens is installed, else nothing. Nothing of it is imported."""
+    """Read pretrained_saes.yaml of an installed sae-lens, without importing it; empty if it is not installed."""
     spec = importlib.util.find_spec("sae_lens")
     if spec is None or not spec.submodule_search_locations:
         return {}
@@ -63,13 +63,14 @@ def release_table() -> dict[str, Any]:
 
 
 def download(entry: Entry) -> Path:
-    """The folder, or file, of one SAE in the hub's cache.
+    """Download one SAE to the hub's cache and return its folder or file.
 
     Raises:
-        UserError: the hub cannot be reached, or does not have it.
+        UserError: the hub cannot be reached, or does not have the repository.
     """
     from huggingface_hub import snapshot_download
 
-    with hub_errors(f"{entry.repo_id} cannot be fetched from the hub ({{reason}}): download it, and give its folder."):
+    unreachable = f"{entry.repo_id} cannot be downloaded from the hub ({{reason}}): give a local folder instead."
+    with hub_errors(unreachable):
         root = snapshot_download(entry.repo_id, allow_patterns=[entry.path, f"{entry.path}/*"] if entry.path else None)
     return Path(root) / entry.path

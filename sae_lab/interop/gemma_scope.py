@@ -1,4 +1,4 @@
-"""Gemma Scope: params.npz."""
+"""Read Gemma Scope SAEs: params.npz."""
 
 import zipfile
 from pathlib import Path
@@ -14,25 +14,29 @@ FILES = (WEIGHTS,) = ("params.npz",)
 
 
 def read(folder: Path) -> BaseSAE:
-    """The JumpReLU SAE of a Gemma Scope folder: relu(h) · 1[h > threshold], h = x W_enc + b_enc.
+    """Read a Gemma Scope folder as a JumpReLU SAE.
 
-    The file does not tell a transcoder from an SAE; a folder whose path says transcoder is refused. Rows of the
-    embedding SAEs are meant as this file's are: SAELens' are sqrt(d) times as long.
+        h = x W_enc + b_enc
+        code = relu(h) · 1[h > threshold]
+
+    The file does not say whether it holds a transcoder, so a folder with "transcoder" in its path is refused. SAEs of
+    the embedding keep the file's scale; SAELens rescales theirs to inputs that are sqrt(d) times as long.
 
     Raises:
-        UserError: what Tensors raises, a transcoder, or a file that holds more than plain arrays.
+        UserError: the errors of Tensors; the path names a transcoder; the file holds more than plain arrays.
     """
     file = folder / WEIGHTS
     if "transcoder" in str(folder).lower():
         raise UserError(
-            f"{folder} is a transcoder, which its file does not tell from an SAE: save it to a folder by sae-lens, in "
-            "an environment of its own, and give that folder."
+            f"{folder} is a transcoder, which cannot be read from this format: save it with sae-lens in a separate "
+            "environment, and load that folder."
         )
     try:
         with np.load(file, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
     except (OSError, ValueError, zipfile.BadZipFile) as e:  # ValueError: an object array, which is a pickle
-        raise UserError(f"{file} cannot be read as plain arrays ({' '.join(str(e).split())}): get it again.") from e
+        reason = " ".join(str(e).split())
+        raise UserError(f"{file} cannot be read as plain arrays ({reason}): download it again.") from e
     names = {"w_enc": "W_enc", "w_dec": "W_dec"}
     with Tensors(file, {names.get(name, name): tensor for name, tensor in tensors.items()}) as t:
         W_dec = t.take("W_dec", None, None)

@@ -1,4 +1,4 @@
-"""Load an SAE of ours or of another library: a file, a folder, a hub repository, a release of SAELens."""
+"""Load an SAE of ours or of another library from a file, a folder, a hub repository or a SAELens release."""
 
 from pathlib import Path
 from types import ModuleType
@@ -29,23 +29,27 @@ def load_sae(
     sae_id: str | None = None,
     fold_decoder_norm: bool = False,
 ) -> BaseSAE:
-    """The SAE of a file, a folder or the hub, in eval mode, with the codes that the library it comes from computes.
+    """Load an SAE in eval mode. An SAE of another library computes the same codes as in that library.
 
     Args:
         source: a run folder or SAE folder of ours; a folder of SAELens, sparsify, dictionary_learning, Gemma Scope or
-            circuit-tracer; a file of OpenAI's or of one of circuit-tracer's layers; `user/repository` on the hub; or a
-            release of SAELens, whose table of them comes with `pip install --no-deps sae-lens` (its dependencies
-            exclude those of this package).
-        sae_id: which SAE of a release, or which folder or file of a folder or repository.
-        fold_decoder_norm: give W_dec rows of unit norm, which training here assumes, and the codes their units.
+            circuit-tracer; a file of OpenAI's sparse_autoencoder or of one circuit-tracer layer; `user/repository` on
+            the hub; or a SAELens release. For releases, `pip install --no-deps sae-lens` (without dependencies, as
+            those conflict with this package's).
+        device: device to move the SAE to.
+        sae_id: the SAE's id in a release, or its folder or file inside a folder or repository.
+        fold_decoder_norm: scale the rows of W_dec to unit norm, which training here assumes, and rescale the codes.
 
     Raises:
-        UserError: nothing of the kind is there, or a file that is broken, incomplete or not expressible exactly.
+        UserError: there is no such SAE, or its file is broken, incomplete or has no exact counterpart here.
     """
     sae = read(source, sae_id)
     if fold_decoder_norm:
         if not sae.foldable:
-            raise UserError(f"{type(sae).__name__} compares latents, so folding its norms would change its choice.")
+            raise UserError(
+                f"{type(sae).__name__} compares latents, so folding its norms would change which ones it selects: "
+                "use fold_decoder_norm=False."
+            )
         sae = untie(sae)
         fold(sae)
     return sae.eval().to(device)
@@ -56,8 +60,8 @@ def read(source: str | Path, sae_id: str | None) -> BaseSAE:
     if path.exists():
         return read_path(path / (sae_id or ""))
     if str(source).startswith(("/", ".", "~")):
-        raise UserError(f"{source} is no folder or file: give an SAE folder, such as <run folder>/sae.")
-    entry = download.find(str(source), sae_id)
+        raise UserError(f"{source} is not a folder or file: give an SAE folder, such as <run folder>/sae.")
+    entry = download.find_entry(str(source), sae_id)
     folder = download.download(entry)
     if is_format(folder, sae_lens.FILES):
         return read_format(sae_lens, folder, entry.overrides, entry.scale)
@@ -80,8 +84,8 @@ def read_folder(folder: Path) -> BaseSAE:
 def read_format(format: ModuleType, folder: Path, *arguments: Any) -> BaseSAE:
     try:
         return format.read(folder, *arguments)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as e:  # a list for a name, a scale of 0
-        raise UserError(f"{folder} says what nobody can mean ({first_line(e)}): get it again.") from e
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as e:  # e.g. a list for a name, scale=0
+        raise UserError(f"{folder} holds an invalid value ({first_line(e)}): download it again.") from e
 
 
 def is_format(folder: Path, files: tuple[str, ...]) -> bool:

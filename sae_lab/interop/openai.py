@@ -1,4 +1,4 @@
-"""OpenAI's sparse_autoencoder: one file of torch.save."""
+"""Read SAEs of OpenAI's sparse_autoencoder: one file written by torch.save."""
 
 from pathlib import Path
 
@@ -10,12 +10,14 @@ STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mea
 
 
 def read(file: Path) -> BaseSAE:
-    """The SAE of an OpenAI file: h = (x - pre_bias) W_encᵀ + latent_bias, with TopK on layer-normed rows, or ReLU.
+    """Read an OpenAI file as a VanillaSAE (ReLU) or a TopKSAE.
 
-    The file does not say whether rows are normalised; as in OpenAI's loader they are where the activation is TopK.
+        h = (x - pre_bias) W_encᵀ + latent_bias
+
+    The file does not say whether x is layer-normed. As in OpenAI's loader, it is for TopK and not for ReLU.
 
     Raises:
-        UserError: what Tensors raises, or an activation that is neither ReLU nor TopK of positive values.
+        UserError: the errors of Tensors; the activation is neither ReLU nor TopK of positive values.
     """
     state = read_pickle(file)
     activation, arguments = state.pop("activation", "ReLU"), state.pop("activation_state_dict", {})
@@ -23,7 +25,9 @@ def read(file: Path) -> BaseSAE:
     if activation == "TopK":
         config = {"normalize": "per_token", "k": require(arguments, "k", file)}
     if activation not in ("ReLU", "TopK") or arguments.get("postact_fn", "ReLU") != "ReLU":
-        raise UserError(f"{file} has the activation {activation} ({arguments}): known here are ReLU, and TopK of it.")
+        raise UserError(
+            f"{file} has the activation {activation} ({arguments}): it must be ReLU, or TopK with postact_fn=ReLU."
+        )
     with Tensors(file, state) as t:
         W_enc = t.take("encoder.weight", None, None)
         f, d = W_enc.shape

@@ -1,4 +1,4 @@
-"""SAELens: cfg.json and sae_weights.safetensors, of version 6 and of those before it."""
+"""Read the SAEs of SAELens, of version 6 and before, and write version 6: cfg.json and sae_weights.safetensors."""
 
 import logging
 import re
@@ -18,11 +18,11 @@ from sae_lab.interop.tensors import (
     check_exportable,
     fold_decoder_norm,
     fold_scale,
-    parts,
     read_json,
     read_safetensors,
     require,
-    thresholds,
+    single_source_tensors,
+    take_thresholds,
     write_safetensors,
 )
 from sae_lab.runtime.errors import UserError
@@ -51,68 +51,70 @@ ARCHITECTURES = {
     "JumpReLUSAE": "jumprelu",
     "TopKSAE": "topk",
     "MatryoshkaTopKSAE": "topk",
-    "BatchTopKSAE": "jumprelu",  # deployed, a batch-wise rule is a threshold
+    "BatchTopKSAE": "jumprelu",  # at inference, a batch-wise rule is a threshold
     "MatryoshkaSAE": "jumprelu",
 }
 NORMALIZE = {"none": "none", "layer_norm": "per_token", "constant_norm_rescale": "constant_norm"}
 NORMALIZED = {ours: theirs for theirs, ours in NORMALIZE.items()}
 VERSION = "6.54.12"
-"""Of the library whose format `write` follows and that it is checked against."""
+"""Version of SAELens that `write` follows and is tested against."""
 RESIDUAL = re.compile(r"(?:transformer\.h|model\.layers|gpt_neox\.layers)\.(\d+)")
-"""The modules whose output TransformerLens calls blocks.<i>.hook_resid_post."""
+"""Paths of the modules that TransformerLens calls blocks.<i>.hook_resid_post."""
 SCALED = "expected_average_only_in"
+"""Value of normalize_activations for inputs multiplied by one factor, `scaling_factor`."""
 SCALER = "activation_scaler.json"
-"""Where a training run keeps the factor of its inputs."""
+"""File in which a training run of SAELens stores that factor."""
 
 
 def read(folder: Path, overrides: Mapping[str, Any] | None = None, scale: float | None = None) -> BaseSAE:
-    """The SAE of a SAELens folder, with the codes that SAELens computes.
+    """Read a SAELens folder; the codes are those that SAELens computes.
 
-    Heads that SAELens joins (`hook_z`) are expected joined here: rows are (b, n_heads · d_head).
+    For `hook_z`, SAELens joins the attention heads itself. Here rows must be joined already: (b, n_heads · d_head).
 
     Args:
-        overrides: of cfg.json, as a release table may have them.
-        scale: what inputs are multiplied by where they are trained with normalize_activations
-            expected_average_only_in; the run's activation_scaler.json, where there is one.
+        folder: folder with cfg.json and sae_weights.safetensors.
+        overrides: values that replace those of cfg.json, as in the release table.
+        scale: factor by which inputs are multiplied if normalize_activations is expected_average_only_in; None reads
+            it from activation_scaler.json.
 
     Raises:
-        UserError: what Tensors raises, an architecture, activation or normalisation that has no exact counterpart
-            here, or such an input factor that nobody gives.
+        UserError: the errors of Tensors; an architecture, activation or normalization without an exact counterpart
+            here; an unknown `scale`.
     """
     file = folder / CONFIG
-    config = modern(read_json(file) | dict(overrides or {}))
+    config = upgrade_config(read_json(file) | dict(overrides or {}))
     name = sae_class(config, file)
     normalize = config.get("normalize_activations") or "none"
     if normalize == SCALED:
         scale = read_scale(folder) if scale is None else scale
     elif normalize not in (("none",) if is_transcoder(config) else NORMALIZE):
-        raise UserError(f"{file} says normalize_activations={normalize!r}, which has no exact counterpart here.")
+        raise UserError(f"{file} has normalize_activations={normalize!r}, which has no exact counterpart here.")
     sae = read_weights(folder / WEIGHTS, config, name, NORMALIZE.get(normalize, "none"))
     if normalize == SCALED and scale is not None:
-        fold_scale(sae, 1 / scale, 1 / scale)  # of a transcoder too, and what it predicts, as SAELens has it
+        fold_scale(sae, 1 / scale, 1 / scale)  # for a transcoder too, SAELens has one factor for input and output
     if config.get("rescale_acts_by_decoder_norm"):
         fold_decoder_norm(sae)
     if not config.get("apply_b_dec_to_input", True):
         add_input_bias(sae)
-    warn_of_processing(config, folder)
+    warn_if_processed(config, folder)
     return sae
 
 
-def warn_of_processing(config: Mapping[str, Any], folder: Path) -> None:
-    """Say so where the model that gave the activations was processed, which makes them others than the plain one's."""
+def warn_if_processed(config: Mapping[str, Any], folder: Path) -> None:
+    """Log a warning if the SAE was trained on a model with folded layer norms or centered writes."""
     metadata = config.get("metadata") or {}
     arguments = config.get("model_from_pretrained_kwargs") or metadata.get("model_from_pretrained_kwargs") or {}
     processed = [name for name in ("fold_ln", "center_writing_weights") if arguments.get(name)]
     if processed:
         log.warning(
-            "%s is an SAE of a model with %s: take its activations with lm=transformer_lens lm.compatibility_mode=true",
+            "%s was trained on a model with %s: use activations of lm=transformer_lens lm.compatibility_mode=true",
             folder,
             " and ".join(processed),
         )
 
 
-def modern(config: dict[str, Any]) -> dict[str, Any]:
-    """A config of any version in the terms of version 6."""
+def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config of any SAELens version with the keys of version 6."""
     version = config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version") or "0"
     if int(str(version).split(".")[0]) >= 6:
         return config
@@ -127,15 +129,18 @@ def modern(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def sae_class(config: Mapping[str, Any], file: Path) -> str:
+    """Return the name of our class for the config's architecture; raise a UserError if there is none."""
     architecture = require(config, "architecture", file)
     if architecture not in CLASSES:
-        raise UserError(f"{file} has the architecture {architecture!r}: known here are {', '.join(CLASSES)}.")
+        raise UserError(f"{file} has the architecture {architecture!r}: it must be one of {', '.join(CLASSES)}.")
     check_sites(config, file)
     activation = config.get("activation_fn", "relu")
     if activation != "relu":
-        raise UserError(f"{file} has the activation {activation!r}: known here are relu and topk.")
+        raise UserError(f"{file} has the activation {activation!r}: it must be relu or topk.")
     if config.get("reshape_activations", "none") not in ("none", "hook_z"):
-        raise UserError(f"{file} says reshape_activations={config['reshape_activations']!r}, which is unknown.")
+        raise UserError(
+            f"{file} has reshape_activations={config['reshape_activations']!r}: it must be 'none' or 'hook_z'."
+        )
     return CLASSES[architecture]
 
 
@@ -144,34 +149,41 @@ def is_transcoder(config: Mapping[str, Any]) -> bool:
 
 
 def check_sites(config: Mapping[str, Any], file: Path) -> None:
-    """Raise a UserError unless this is an SAE of one site, or a transcoder between two of one width."""
+    """Raise a UserError unless this is an SAE of one site, or a transcoder between two sites of the same width."""
     if not is_transcoder(config):
-        said = {**config, **(config.get("metadata") or {})}
-        if said.get("hook_name_out") or said.get("d_out"):
+        entries = {**config, **(config.get("metadata") or {})}
+        if entries.get("hook_name_out") or entries.get("d_out"):
             known = ", ".join(name for name in CLASSES if name.endswith("transcoder"))
             raise UserError(
-                f"{file} describes a transcoder by the architecture {config['architecture']!r}: known here are {known}."
+                f"{file} describes a transcoder of architecture {config['architecture']!r}: it must be one of {known}."
             )
         return
     d_in, d_out = require(config, "d_in", file), require(config, "d_out", file)
     if d_in != d_out:
-        raise UserError(f"{file} predicts width {d_out} from width {d_in}: here a transcoder's sites are of one width.")
-    if config.get("apply_b_dec_to_input", True):  # SAELens takes true where nothing is said, and loads no such file
-        raise UserError(f"{file} does not say apply_b_dec_to_input=false: a transcoder's b_dec is of another site.")
+        raise UserError(
+            f"{file} predicts width {d_out} from width {d_in}: the sites of a transcoder must have the same width."
+        )
+    if config.get("apply_b_dec_to_input", True):  # true is SAELens' default, with which it does not load a transcoder
+        raise UserError(
+            f"{file} does not set apply_b_dec_to_input=false: b_dec belongs to the predicted site, so it cannot be "
+            "subtracted from the input."
+        )
 
 
 def read_scale(folder: Path) -> float:
+    """Read the factor by which inputs are multiplied from activation_scaler.json."""
     file = folder / SCALER
     if not file.is_file():
         raise UserError(
-            f"{folder} wants its inputs multiplied by a factor ({SCALED}) that it does not hold: load it by its "
-            "release, for whose table `pip install --no-deps sae-lens` does, or put "
-            f'{{"scaling_factor": ...}} into {SCALER} there.'
+            f"{folder} has normalize_activations={SCALED}, but not the factor of its inputs: load the SAE by its "
+            "SAELens release (`pip install --no-deps sae-lens`), or write "
+            f'{{"scaling_factor": ...}} to {SCALER} in this folder.'
         )
     return float(require(read_json(file), "scaling_factor", file))
 
 
 def read_weights(file: Path, config: Mapping[str, Any], name: str, normalize: str) -> BaseSAE:
+    """Build the SAE of class `name` from sae_weights.safetensors."""
     d, f = require(config, "d_in", CONFIG), require(config, "d_sae", CONFIG)
     arguments: dict[str, Any] = {"normalize": normalize}
     if is_transcoder(config):
@@ -181,7 +193,7 @@ def read_weights(file: Path, config: Mapping[str, Any], name: str, normalize: st
         ours["b_enc"] = t.take("b_gate" if name == "GatedSAE" else "b_enc", f)
         if name == "GatedSAE":
             ours |= {key: t.take(key, f) for key in ("r_mag", "b_mag")}
-        elif name == "JumpReLUSAE":  # relu(h) · 1[h > threshold]: a threshold below zero is zero
+        elif name == "JumpReLUSAE":  # relu(h) · 1[h > threshold]: a negative threshold has the same effect as 0
             ours["thresholds"] = t.take("threshold", f).clamp_min(0)
             arguments["penalty"] = "l0"
         elif name != "VanillaSAE":
@@ -199,18 +211,19 @@ def read_weights(file: Path, config: Mapping[str, Any], name: str, normalize: st
 
 
 def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
-    """A folder that SAELens loads, computing the codes that `sae` computes in eval mode.
+    """Write a folder that SAELens loads; there the SAE computes the codes that `sae` computes in eval mode.
 
     Raises:
-        UserError: SAELens has no form for it.
+        UserError: SAELens cannot represent the SAE.
     """
     sae = check_exportable(sae, ARCHITECTURES, NORMALIZED, "SAELens", TRANSCODERS["sae_lens"])
-    theirs = weights(sae)  # before anything is written: it refuses what it does not know
+    theirs = weight_tensors(sae)  # before anything is written, because it may raise
     write_safetensors(folder / WEIGHTS, theirs)
-    write_json(folder / CONFIG, description(sae, provenance))
+    write_json(folder / CONFIG, config_for(sae, provenance))
 
 
 def architecture_of(sae: BaseSAE) -> str:
+    """Return SAELens' name for the architecture of an SAE or transcoder."""
     architecture = ARCHITECTURES[type(sae).__name__]
     if not sae.n_inputs:
         return architecture
@@ -218,23 +231,23 @@ def architecture_of(sae: BaseSAE) -> str:
     return kind if architecture == "standard" else f"{architecture}_{kind}"
 
 
-def weights(sae: BaseSAE) -> dict[str, Tensor]:
-    """The tensors of sae_weights.safetensors."""
+def weight_tensors(sae: BaseSAE) -> dict[str, Tensor]:
+    """Return the content of sae_weights.safetensors."""
     architecture, d, f = ARCHITECTURES[type(sae).__name__], sae.d_in, sae.n_latents
-    with parts(sae) as t:
+    with single_source_tensors(sae) as t:
         theirs = {"W_enc": t.take("W_enc", f, d).T, "W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
         theirs["b_gate" if architecture == "gated" else "b_enc"] = t.take("b_enc", f)
         if architecture == "gated":
             theirs |= {name: t.take(name, f) for name in ("r_mag", "b_mag")}
         if architecture == "jumprelu":
-            theirs["threshold"] = thresholds(t, f)
+            theirs["threshold"] = take_thresholds(t, f)
         if sae.config["skip"]:
             theirs["W_skip"] = t.take("W_skip", d, d)
     return theirs
 
 
-def description(sae: BaseSAE, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """cfg.json."""
+def config_for(sae: BaseSAE, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of cfg.json."""
     config = {
         "architecture": architecture_of(sae),
         "d_in": sae.d_in,
@@ -254,7 +267,7 @@ def description(sae: BaseSAE, provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def metadata(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What SAELens wants to know of the activations, in its words; None where the provenance does not say."""
+    """Return SAELens' metadata about the activations; None where the provenance has no value."""
     data = provenance.get("data", {})
     read, *predicted = provenance.get("sites") or [None]
     processed = provenance.get("model", {}).get("processing", "none") != "none"
@@ -263,8 +276,8 @@ def metadata(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "sae_lens_training_version": None,
         "model_name": provenance.get("model", {}).get("name"),
         "model_from_pretrained_kwargs": {"fold_ln": True, "center_writing_weights": True} if processed else {},
-        **hook(read),
-        **(hook(predicted[0], "_out") if predicted else {}),
+        **hook_names(read),
+        **(hook_names(predicted[0], "_out") if predicted else {}),
         "hook_head_index": None,
         "context_size": data.get("seq_len"),
         "prepend_bos": True if provenance else None,
@@ -275,8 +288,8 @@ def metadata(provenance: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def hook(site: str | None, suffix: str = "") -> dict[str, str | None]:
-    """A site as TransformerLens calls it, and as Hugging Face does where we know both."""
+def hook_names(site: str | None, suffix: str = "") -> dict[str, str | None]:
+    """Return a site's TransformerLens name, and its Hugging Face path if both are known."""
     residual = RESIDUAL.fullmatch(site or "")
     name = f"blocks.{residual[1]}.hook_resid_post" if residual else site
     return {f"hook_name{suffix}": name, f"hf_hook_name{suffix}": site if residual else None}

@@ -1,4 +1,4 @@
-"""EleutherAI's sparsify: cfg.json and sae.safetensors."""
+"""Read and write the SAEs of EleutherAI's sparsify: cfg.json and sae.safetensors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +11,10 @@ from sae_lab.interop.tensors import (
     build,
     check_exportable,
     has_unit_rows,
-    parts,
     read_json,
     read_safetensors,
     require,
+    single_source_tensors,
     write_safetensors,
 )
 from sae_lab.runtime.errors import UserError
@@ -25,21 +25,27 @@ FILES = CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 
 def read(folder: Path) -> BaseSAE:
-    """The TopK SAE of a sparsify folder: h = (x - b_dec) W_encᵀ + b_enc, and W_dec stored as ours is, (f, d).
+    """Read a sparsify folder as a TopKSAE.
 
-    A transcoder's h lacks b_dec, as ours does; its W_skip is stored as ours.
+        h = (x - b_dec) W_encᵀ + b_enc     SAE
+        h = x W_encᵀ + b_enc               transcoder, with or without W_skip
+
+    All tensors have the shapes that they have here, without the axis s.
 
     Raises:
-        UserError: what Tensors raises, an SAE with a skip connection, or another activation than topk.
+        UserError: the errors of Tensors; an SAE with a skip connection; an activation other than topk.
     """
     file = folder / CONFIG
     config = read_json(file)
     transcode, skip = bool(config.get("transcode")), bool(config.get("skip_connection"))
     if skip and not transcode:
-        raise UserError(f"{file} says skip_connection without transcode: here only a transcoder has a skip connection.")
+        raise UserError(f"{file} has skip_connection without transcode: only transcoders may have a skip connection.")
     activation = config.get("activation", "topk")
     if activation != "topk" or config.get("signed"):
-        raise UserError(f"{file} has the activation {activation!r}, signed or not: known here is topk of positives.")
+        signed = bool(config.get("signed"))
+        raise UserError(
+            f"{file} has the activation {activation!r} with signed={signed}: it must be 'topk' with signed=False."
+        )
     d, k = require(config, "d_in", file), require(config, "k", file)
     f = config.get("num_latents") or d * require(config, "expansion_factor", file)
     with Tensors(folder / WEIGHTS, read_safetensors(folder / WEIGHTS)) as t:
@@ -52,14 +58,14 @@ def read(folder: Path) -> BaseSAE:
 
 
 def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
-    """A folder that sparsify loads: a TopK SAE, or transcoder, of rows as they are.
+    """Write a TopK SAE or transcoder to a folder that sparsify loads.
 
     Raises:
-        UserError: sparsify has no form for it.
+        UserError: sparsify cannot represent the SAE.
     """
     sae = check_exportable(sae, ("TopKSAE", "MatryoshkaTopKSAE"), ("none",), "sparsify", TRANSCODERS["sparsify"])
     d, f = sae.d_in, sae.n_latents
-    with parts(sae) as t:
+    with single_source_tensors(sae) as t:
         theirs = {"encoder.weight": t.take("W_enc", f, d), "encoder.bias": t.take("b_enc", f)}
         theirs |= {"W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
         if sae.config["skip"]:

@@ -1,16 +1,20 @@
-"""What every format shares: files read without running code, each tensor used once, and the folding rules.
+"""Shared by all formats: read files without running code, use each tensor once, and fold weights.
 
-An SAE of another library is built as one of ours with that library's weights, then folded where it computes its codes
-differently. For latent i with decoder norm n_i = |W_dec_i|, and every fold leaving x_hat as it was:
+An SAE of another library becomes one of ours with that library's weights. Where the library computes codes
+differently, the difference is folded into the weights. Every fold leaves x_hat unchanged. For latent i with decoder
+norm n_i = |W_dec_i|:
 
-    add_input_bias      h = x W_encᵀ + b  ->  (x - b_dec) W_encᵀ + b',  b' = b + W_enc b_dec          codes stay
-    fold_scale          x was divided by r, x_hat is by w: W_enc / r, W_dec w, b_dec w, W_skip w / r  codes stay
-    fold_decoder_norm   W_dec_i / n_i; W_enc_i, biases and threshold of latent i times n_i     code_i is n_i code_i
+    add_input_bias      h = x W_encᵀ + b  ->  (x - b_dec) W_encᵀ + b',  b' = b + W_enc b_dec
+                        codes: unchanged
+    fold_scale          weights for x / r and x_hat / w  ->  W_enc / r, W_dec w, b_dec w, W_skip w / r
+                        codes: unchanged
+    fold_decoder_norm   W_dec_i  ->  W_dec_i / n_i;  W_enc_i, biases and threshold of latent i  ->  times n_i
+                        codes: code_i  ->  n_i code_i
 
-r and w are one number for an SAE, two for a transcoder, which reads one site and writes another; its h lacks b_dec. A
-cross-layer transcoder has one r and one w a layer: a latent's W_enc has the r of the layer that it reads.
+r and w are the same number for an SAE. They differ for a transcoder, which reads one site and predicts another; its h
+is x W_encᵀ + b_enc, without b_dec. A cross-layer transcoder has one r and one w per layer.
 
-An SAE of ours goes out by way of `exportable`, which folds the scale of a normaliser that has one for all rows.
+On export, `check_exportable` folds the scale of a normalizer that uses one scale for all rows.
 """
 
 import json
@@ -38,36 +42,43 @@ TRANSCODERS = {
         *("CrossLayerJumpReLUSAE", "CrossLayerBatchTopKSAE"),
     ),
 }
-"""The classes that a format has a form for as transcoders, from one site, or one a layer, to as many others."""
+"""Classes that each format can represent as a transcoder from one site to one other, or from n to n (cross-layer)."""
 ONE_TO_ONE = {"n_sources": 2, "n_inputs": 1}
-"""The settings that make an SAE such a transcoder."""
+"""Settings of a transcoder from one site to one other."""
 
 
 class Tensors:
-    """The tensors of a file, to be taken by name and shape until none is left: `with Tensors(file, tensors) as t`.
+    """The tensors of a file, checked as they are taken: `with Tensors(file, tensors) as t: t.take("W_enc", f, d)`.
+
+    Leaving the context checks that every tensor was taken.
 
     Raises:
-        UserError: a tensor is missing, of another shape or not finite, or one is left over at the end.
+        UserError: a tensor is missing, has the wrong shape, is not finite, or was not taken.
     """
 
     def __init__(self, source: Any, tensors: Mapping[str, Tensor]):
         self.source, self.left = source, dict(tensors)
 
     def take(self, name: str, *shape: int | None) -> Tensor:
-        """The tensor of this name in float32; None stands for any size."""
+        """Remove the tensor from the file's and return it in float32. A size of None matches any size."""
         if name not in self.left:
-            raise UserError(f"{self.source} has no tensor {name!r} (it has {', '.join(self.left)}): get it again.")
+            raise UserError(
+                f"{self.source} has no tensor {name!r} (it has {', '.join(self.left)}): download the file again."
+            )
         tensor = self.left.pop(name)
         if not isinstance(tensor, Tensor) or not tensor.isfinite().all():
-            raise UserError(f"{name!r} of {self.source} is no tensor of finite numbers: get it again.")
+            raise UserError(f"{name!r} of {self.source} is not a tensor of finite numbers: download the file again.")
         sizes = list(tensor.shape)
         if len(sizes) != len(shape) or any(want not in (None, size) for size, want in zip(sizes, shape, strict=True)):
-            due = tuple("any" if size is None else size for size in shape)
-            raise UserError(f"the tensor {name!r} of {self.source} has shape {tuple(sizes)} where {due} is due.")
+            expected = tuple("any" if size is None else size for size in shape)
+            raise UserError(
+                f"the tensor {name!r} of {self.source} has shape {tuple(sizes)}, expected {expected}: "
+                "download the file again."
+            )
         return tensor.detach().float()
 
     def drop(self, *names: str) -> None:
-        """Tensors that only training reads, where they are there."""
+        """Ignore these tensors, if present: only training uses them."""
         for name in names:
             self.left.pop(name, None)
 
@@ -77,12 +88,15 @@ class Tensors:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is None and self.left:
             raise UserError(
-                f"{self.source} has tensors of unknown meaning, {', '.join(self.left)}: it cannot be expressed exactly."
+                f"{self.source} has tensors of unknown meaning, {', '.join(self.left)}: it cannot be converted exactly."
             )
 
 
 def build(name: str, tensors: Mapping[str, Tensor], **config: Any) -> BaseSAE:
-    """The SAE of class `name`, its parameters set to `tensors` (W_enc and W_dec as (f, d) if of one source)."""
+    """Return an SAE of class `name` with these tensors as its parameters and buffers, in eval mode.
+
+    The axis s may be missing where it is 1: W_enc and W_dec may be (f, d).
+    """
     n_latents, *_, d_in = tensors["W_dec"].shape
     sae = BaseSAE.from_config(name, {"d_in": d_in, "n_latents": n_latents, "encoder_bias": True, **config})
     with torch.no_grad():
@@ -99,78 +113,89 @@ def check_exportable(
     library: str,
     transcoders: Collection[str] = (),
 ) -> BaseSAE:
-    """`sae` as a library can have it: itself, or where its normaliser has one scale for all rows, with that folded.
+    """Return the SAE in a form that a library can represent, or raise a UserError.
+
+    The result is `sae` itself, or a copy with its scale folded into the weights if its normalizer uses one scale for
+    all rows.
 
     Args:
-        transcoders: which of the classes the library has a form for as transcoders.
+        sae: the SAE to export.
+        classes: names of the SAE classes that the library can represent.
+        normalizers: values of `normalize` that the library can represent.
+        library: name of the library, for the error message.
+        transcoders: names of the classes that the library can represent as transcoders.
 
     Raises:
-        UserError: the library has no form for it: another class or normalisation, several sites, groups left out.
+        UserError: the library cannot represent the class, the normalization, several sites, an MLP in the encoder, or
+            `active_groups`.
     """
     name, config = type(sae).__name__, sae.config
     if sae.n_inputs:
         check_transcoder(sae, transcoders, library)
     elif name not in classes:
-        raise UserError(f"{library} has no form for a {name}: it has one for {', '.join(classes)}.")
+        raise UserError(f"{library} cannot represent a {name}: it can represent {', '.join(classes)}.")
     elif sae.n_sources != 1:
-        raise UserError(f"{library} has no form for an SAE of {sae.n_sources} sites: it has one for one site.")
+        raise UserError(
+            f"{library} cannot represent an SAE of {sae.n_sources} sites: it can represent SAEs of one site."
+        )
     shared = [word for word, normalizer in NORMALIZERS.items() if normalizer.shared]
     if config["normalize"] not in (*normalizers, *shared):
         raise UserError(
-            f"{library} has no form for sae.normalize={config['normalize']}: "
+            f"{library} cannot represent sae.normalize={config['normalize']}: "
             f"train with sae.normalize={' or '.join([*normalizers, *shared])}, or export to another format."
         )
     if config["hidden"]:
-        raise UserError(f"{library} has no form for an encoder with an MLP (sae.hidden={config['hidden']}).")
+        raise UserError(
+            f"{library} cannot represent sae.hidden={config['hidden']} (an MLP in the encoder): "
+            "train with sae.hidden=[], or export with format=sae_lab."
+        )
     if config.get("active_groups") is not None:
-        raise UserError(f"{library} has no form for active_groups={config['active_groups']}: save it with null.")
+        raise UserError(
+            f"{library} cannot represent sae.active_groups={config['active_groups']}: save it with active_groups=null."
+        )
     return fold_normalizer(sae) if config["normalize"] in shared else sae
 
 
 def check_transcoder(sae: Any, classes: Collection[str], library: str) -> None:
-    """Raise a UserError unless the library has a form for this transcoder."""
+    """Raise a UserError unless the library can represent this transcoder."""
     name = type(sae).__name__
     if name not in classes:
         formats = [f"format={format}" for format, names in TRANSCODERS.items() if name in names]
         known = ", ".join(dict.fromkeys(name for names in TRANSCODERS.values() for name in names))
-        fix = f"give {' or '.join(formats)}" if formats else f"no format has; there are forms for {known}"
-        raise UserError(f"{library} has no form for a transcoder that is a {name}: {fix}.")
+        fix = f"use {' or '.join(formats)}" if formats else f"no format can; there are formats for {known}"
+        raise UserError(f"{library} cannot represent a transcoder of class {name}: {fix}.")
     if sae.n_sources != 2 * sae.n_parts:
         raise UserError(
-            f"{library} has no form for a transcoder from {sae.n_inputs} to {sae.n_sources - sae.n_inputs} sites: "
-            "it has one from one site to one."
+            f"{library} cannot represent a transcoder from {sae.n_inputs} to {sae.n_sources - sae.n_inputs} sites: "
+            "it must read one site and predict one site."
         )
 
 
-def parts(sae: BaseSAE) -> Tensors:
-    """What `whole` gives, without the axis of the one source."""
-    tensors = whole(sae)
+def single_source_tensors(sae: BaseSAE) -> Tensors:
+    """Return `inference_tensors` without the axis s, for an SAE that reads one source and writes one."""
+    tensors = inference_tensors(sae)
     tensors.left = {key: t.squeeze(-2 if t.ndim > 1 else 0) for key, t in tensors.left.items()}
     return tensors
 
 
-def whole(sae: BaseSAE) -> Tensors:
-    """The tensors by which `sae` computes its codes, to be taken by a writer."""
-    tensors = Tensors(type(sae).__name__, {key: t.detach().cpu() for key, t in state(sae).items()})
+def inference_tensors(sae: BaseSAE) -> Tensors:
+    """Return the tensors that determine codes and reconstructions, without training state; b_enc is 0 if missing."""
+    state = {"b_enc": torch.zeros(sae.n_latents), **sae.state_dict()}
+    tensors = Tensors(type(sae).__name__, {key: t.detach().cpu() for key, t in state.items()})
     tensors.drop(*TRAINING_STATE)
     return tensors
 
 
-def thresholds(t: Tensors, f: int) -> Tensor:
-    """One a latent: JumpReLU's own, or the one of all that a batch-wise rule is deployed with."""
+def take_thresholds(t: Tensors, f: int) -> Tensor:
+    """Take one threshold per latent: those of a JumpReLU, or the single inference threshold of a batch-wise rule."""
     return t.take("thresholds", f) if "thresholds" in t.left else t.take("threshold").expand(f)
 
 
-def state(sae: BaseSAE) -> dict[str, Tensor]:
-    """Parameters and buffers, with the bias that an SAE may do without."""
-    return {"b_enc": torch.zeros(sae.n_latents), **sae.state_dict()}
-
-
 def fold_normalizer(sae: Any) -> BaseSAE:
-    """A copy that takes and gives rows in raw units without normalising them, its weights untied.
+    """Return a copy, with untied weights, that works on raw rows and does not normalize.
 
     Raises:
-        UserError: the normaliser has no scale yet.
+        UserError: the normalizer has no scale yet.
     """
     read = sae.normalizer.divisor().cpu()
     written = sae.target_normalizer.divisor().cpu() if sae.n_inputs else read
@@ -181,13 +206,16 @@ def fold_normalizer(sae: Any) -> BaseSAE:
 
 
 def untie(sae: BaseSAE) -> BaseSAE:
-    """`sae`, or where its weights are tied a copy that has them twice: a fold scales one up and the other down."""
+    """Return `sae`, or an untied copy if its weights are tied: a fold scales encoder and decoder differently."""
     return sae.convert_to(type(sae), tied=False) if sae.config.get("tied") else sae
 
 
 @torch.no_grad()
 def add_input_bias(sae: Any) -> None:
-    """For weights that take x itself: ours take x - b_dec, but for a transcoder's, where this changes nothing."""
+    """Adapt b_enc, in place, from an encoder that reads x to ours, which reads x - b_dec.
+
+    Changes nothing for a transcoder: its encoder reads x here too.
+    """
     shift = sae.W_enc.flatten(1) @ sae.encoder_center().flatten()
     sae.b_enc += shift
     if hasattr(sae, "b_mag"):
@@ -196,8 +224,14 @@ def add_input_bias(sae: Any) -> None:
 
 @torch.no_grad()
 def fold_scale(sae: Any, read: float | Float[Tensor, "r 1"], written: float | Float[Tensor, "w 1"]) -> None:
-    """For weights that take x / read and give x_hat / written; a skip connection leads from one source to one."""
-    by_part = torch.as_tensor(read).view(sae.n_parts, 1, -1, 1)  # a latent reads the sources of its part
+    """Adapt weights, in place, from an SAE that reads x / read and returns x_hat / written to one in raw units.
+
+    Args:
+        sae: the SAE to change. A skip connection must have one source on either side.
+        read: r of the module docstring; one per source that is read, or one for all.
+        written: w of the module docstring; one per source that is written, or one for all.
+    """
+    by_part = torch.as_tensor(read).view(sae.n_parts, 1, -1, 1)  # a latent reads only the sources of its part
     sae.W_enc.copy_((sae.W_enc.unflatten(0, (sae.n_parts, -1)) / by_part).flatten(0, 1))
     sae.W_dec *= written
     sae.b_dec *= written
@@ -207,7 +241,10 @@ def fold_scale(sae: Any, read: float | Float[Tensor, "r 1"], written: float | Fl
 
 @torch.no_grad()
 def fold_decoder_norm(sae: Any) -> None:
-    """Give every row of W_dec unit norm. The codes change units; a rule that compares latents would choose others."""
+    """Scale every row of W_dec to unit norm, in place, and adapt the encoder so that x_hat is unchanged.
+
+    Not for rules that compare latents, such as top-k: they would select different latents.
+    """
     norms: Float[Tensor, " f"] = sae.W_dec.flatten(1).norm(dim=1).clamp_min(1e-8)
     sae.W_dec /= norms.view(-1, 1, 1)
     sae.W_enc *= norms.view(-1, 1, 1)
@@ -219,6 +256,7 @@ def fold_decoder_norm(sae: Any) -> None:
 
 
 def has_unit_rows(sae: Any) -> bool:
+    """Whether every row of W_dec has unit norm."""
     return bool((sae.W_dec.flatten(1).norm(dim=1) - 1).abs().max() < 1e-4)
 
 
@@ -227,13 +265,13 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text())
         assert isinstance(content, dict)
     except (OSError, ValueError, AssertionError) as e:
-        raise UserError(f"{file} cannot be read as a JSON object ({type(e).__name__}): get it again.") from e
+        raise UserError(f"{file} cannot be read as a JSON object ({type(e).__name__}): download it again.") from e
     return content
 
 
 def require(config: Mapping[str, Any], key: str, file: Any) -> Any:
     if config.get(key) is None:
-        raise UserError(f"{file} does not say {key!r}: it is incomplete, get it again.")
+        raise UserError(f"{file} has no value for {key!r}: it is incomplete, download it again.")
     return config[key]
 
 
@@ -241,25 +279,25 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as e:
-        raise UserError(f"{file} cannot be read as safetensors ({' '.join(str(e).split())}): get it again.") from e
+        raise UserError(f"{file} cannot be read as safetensors ({' '.join(str(e).split())}): download it again.") from e
 
 
 def read_pickle(file: Path) -> dict[str, Any]:
-    """A file of torch.save, refusing all that is not data."""
+    """Load a dictionary written by torch.save, with `weights_only=True`, so that no code runs."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch.load raises whatever the broken part does
+    except Exception as e:  # the type depends on what is broken
         raise UserError(
-            f"{file} is not read: it is broken, or a pickle that would run code; convert it to safetensors "
-            f"where you trust it ({type(e).__name__})."
+            f"{file} cannot be loaded ({type(e).__name__}): it is broken, or a pickle that would run code. Download it "
+            "again, or convert it to safetensors if you trust it."
         ) from e
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds a {type(content).__name__} where a dictionary of tensors is due.")
+        raise UserError(f"{file} holds a {type(content).__name__}, expected a dictionary of tensors.")
     return content
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Copies: the file format takes no two names for the same memory, and tied weights are that.
+    # Copied because safetensors does not accept two names for the same memory, which tied weights are.
     write_atomically(file, save({name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}))
 
 

@@ -124,10 +124,10 @@ def test_files_without_thresholds_are_relus(tmp_path):
     ("change", "sentence"),
     [
         (lambda enc, dec: enc.pop("b_enc_1"), "no tensor 'b_enc_1'"),
-        (lambda enc, dec: enc.update(W_enc_1=torch.ones(8, 16)), r"'W_enc_1' .* shape \(8, 16\) where \(16, 16\)"),
+        (lambda enc, dec: enc.update(W_enc_1=torch.ones(8, 16)), r"'W_enc_1' .* shape \(8, 16\), expected \(16, 16\)"),
         (lambda enc, dec: enc.update(W_skip_1=torch.ones(16, 16)), "unknown meaning, W_skip_1"),
-        (lambda enc, dec: dec.update(W_dec_1=torch.ones(16, 3, 16)), r"\(16, 3, 16\) where \(16, 2, 16\)"),
-        (lambda enc, dec: enc.pop("threshold_1"), "says what nobody can mean"),
+        (lambda enc, dec: dec.update(W_dec_1=torch.ones(16, 3, 16)), r"\(16, 3, 16\), expected \(16, 2, 16\)"),
+        (lambda enc, dec: enc.pop("threshold_1"), "holds an invalid value"),
     ],
 )
 def test_broken_files_are_refused(change, sentence, tmp_path):
@@ -173,7 +173,7 @@ def test_layers_come_together_run_by_run(tmp_path, caplog):
     assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == [
         f"layer_{i}.safetensors" for i in range(3)
     ]
-    assert "holds layers 0, 2: circuit-tracer wants those of every block of gpt2" in caplog.text
+    assert "holds layers 0, 2: circuit-tracer needs every layer of gpt2" in caplog.text
     assert "holds layers 0, 1, 2: " in caplog.text
 
 
@@ -183,32 +183,44 @@ NONE = "sae.normalize=none"
 @pytest.mark.parametrize(
     ("sae", "provenance", "sentence"),
     [
-        (build("batch_topk", NONE), said(0), "no form for an SAE, only for transcoders"),
-        (transcoder("topk", NONE), said(0), "circuit-tracer .* a TopKSAE: give format=sparsify"),
-        (transcoder("gated", NONE), said(0), "circuit-tracer .* a GatedSAE: no format has"),
+        (build("batch_topk", NONE), said(0), "cannot represent an SAE, only transcoders"),
+        (transcoder("topk", NONE), said(0), "circuit-tracer .* class TopKSAE: use format=sparsify"),
+        (transcoder("gated", NONE), said(0), "circuit-tracer .* class GatedSAE: no format can"),
         (transcoder("vanilla", NONE, n_sources=3), said(0, 1), "circuit-tracer .* from 1 to 2 sites"),
         (
             CrossLayerTopKSAE(k=4, d_in=16, n_latents=48, n_sources=6, normalize="none"),
             said(0, 1, 2),
-            "a CrossLayerTopKSAE: no format has",
+            "class CrossLayerTopKSAE: no format can",
         ),
         (build("vanilla", "sae.n_inputs=1", "sae.normalize=mean_norm", n_sources=2), said(0), "no scale before"),
-        (transcoder("vanilla", NONE), PROVENANCE, "one layer .* not transformer.h.7: train with lm.sites=.blocks.<lay"),
-        (transcoder("vanilla", NONE), {}, "one layer of a model, .* not unknown sites: train with"),
-        (transcoder("vanilla", NONE), PROVENANCE | {"sites": [sites(3)[0], sites(4)[1]]}, "not blocks.3.mlp.hook_in, "),
+        (
+            transcoder("vanilla", NONE),
+            PROVENANCE,
+            "one layer .* not lm.sites=.transformer.h.7.: train with lm.sites=.blocks.<lay",
+        ),
+        (transcoder("vanilla", NONE), {}, "one layer of the model, not lm.sites=.unknown.: train with"),
+        (
+            transcoder("vanilla", NONE),
+            PROVENANCE | {"sites": [sites(3)[0], sites(4)[1]]},
+            "not lm.sites=.blocks.3.mlp.hook_in, ",
+        ),
         (
             transcoder("vanilla", NONE),
             said(0) | {"model": {"name": "gpt2", "processing": "layer norms folded"}},
-            "runs a model as it is, .* processed .layer norms folded.: train with lm.compatibility_mode=false",
+            "runs the unprocessed model, .* processed one .layer norms folded.: train with lm.compatibility_mode=false",
         ),
-        (cross_layer("jumprelu"), said(1, 2, 3), "all layers of a model from 0 on, .* not blocks.1.mlp.hook_in, "),
+        (
+            cross_layer("jumprelu"),
+            said(1, 2, 3),
+            "all layers of the model from 0 on, not lm.sites=.blocks.1.mlp.hook_in, ",
+        ),
         (cross_layer("jumprelu"), said(0, 2, 1), "all layers"),
         (cross_layer("jumprelu"), said(0, 1), "all layers"),
         (cross_layer("jumprelu"), PROVENANCE | {"sites": sites(0, 1, 2)[::-1]}, "all layers"),
         (
             cross_layer("jumprelu"),
             PROVENANCE | {"sites": ["blocks.0.hook_resid_pre", *sites(0, 1, 2)[1:]]},
-            r"not blocks.0.hook_resid_pre, .*lm.sites=\[blocks.0.mlp.hook_in,...,blocks.0.hook_mlp_out,...\]",
+            r"not lm.sites=.blocks.0.hook_resid_pre, .*lm.sites=\[blocks.0.mlp.hook_in,...,blocks.0.hook_mlp_out,...\]",
         ),
         (cross_layer("jumprelu"), PROVENANCE | {"sites": [*sites(0, 1, 2)[:5], "model.layers.2.mlp"]}, "all layers"),
     ],
@@ -226,11 +238,15 @@ def test_what_has_no_form_there_is_refused(sae, provenance, sentence, tmp_path):
         (
             transcoder("vanilla", NONE),
             said(1) | {"model": {"name": "gpt3"}},
-            "config.yaml is of transcoders of another",
+            "config.yaml describes transcoders of another",
         ),
         (transcoder("vanilla", NONE), PROVENANCE | {"sites": ["blocks.1.ln2.hook_normalized", sites(1)[1]]}, "another"),
-        (cross_layer("jumprelu"), said(0, 1, 2), "another kind, model or hook: give out=<another folder>"),
-        (transcoder("vanilla", NONE, "sae.skip=true"), said(1), "layer_0.safetensors does not go with .* all or none"),
+        (cross_layer("jumprelu"), said(0, 1, 2), "another type, model or hook: export with out=<another folder>"),
+        (
+            transcoder("vanilla", NONE, "sae.skip=true"),
+            said(1),
+            "layer_0.safetensors cannot be in one folder with .* all or none",
+        ),
     ],
 )
 def test_a_folder_of_other_transcoders_stays_as_it_is(sae, provenance, sentence, tmp_path):
@@ -246,7 +262,9 @@ def test_no_deeper_transcoders_files_are_counted_in(tmp_path):
     for _ in range(2):
         circuit_tracer.write(cross_layer("jumprelu"), tmp_path, said(0, 1, 2))
     save_file({"x": torch.ones(1)}, tmp_path / "W_enc_3.safetensors")
-    with pytest.raises(UserError, match=r"W_enc_3.safetensors does not go with .* no others: give out=<another"):
+    with pytest.raises(
+        UserError, match=r"W_enc_3.safetensors cannot be in one folder with .* no other files: export with out=<another"
+    ):
         circuit_tracer.write(cross_layer("jumprelu"), tmp_path, said(0, 1, 2))
 
 
@@ -261,7 +279,7 @@ def test_an_export_of_all_layers_loads_by_its_folder(tmp_path):
 @pytest.mark.parametrize("format", ["sae_lens", "sparsify", "dictionary_learning"])
 def test_other_formats_name_the_one_that_has_a_form(format, tmp_path):
     save_sae(cross_layer("jumprelu"), tmp_path / "run" / "sae", said(0, 1, 2))
-    with pytest.raises(UserError, match="a CrossLayerJumpReLUSAE: give format=circuit_tracer"):
+    with pytest.raises(UserError, match="class CrossLayerJumpReLUSAE: use format=circuit_tracer"):
         export_run(tmp_path / "run", format, tmp_path / "out")
 
 

@@ -202,15 +202,31 @@ def test_a_transcoder_of_sae_lens_names_both_sites(tmp_path):
         (
             sae_lens,
             build("topk", "sae.n_inputs=1", "sae.normalize=none", n_sources=2),
-            "a TopKSAE: give format=sparsify",
+            "class TopKSAE: use format=sparsify",
         ),
-        (sae_lens, build("gated", "sae.n_inputs=1", "sae.normalize=none", n_sources=2), "a GatedSAE: no format has"),
+        (
+            sae_lens,
+            build("gated", "sae.n_inputs=1", "sae.normalize=none", n_sources=2),
+            "class GatedSAE: no format can",
+        ),
         (sae_lens, transcoder("vanilla", "sae.normalize=none", n_sources=3), "SAELens .* from 1 to 2 sites"),
         (sparsify, transcoder("topk", "sae.normalize=none", n_sources=3), "sparsify .* from 1 to 2 sites"),
-        (sparsify, transcoder("jumprelu", "sae.normalize=none"), "sparsify .* a JumpReLUSAE: give format=sae_lens or"),
-        (sparsify, CrossLayerTopKSAE(k=4, d_in=16, n_latents=64, n_sources=2, normalize="none"), "a CrossLayerTopKSAE"),
-        (sae_lens, CrossLayerTopKSAE(k=4, d_in=16, n_latents=64, n_sources=4, normalize="none"), "a CrossLayerTopKSAE"),
-        (dictionary_learning, transcoder("topk", "sae.normalize=none"), "dictionary_learning .* give format=sparsify"),
+        (
+            sparsify,
+            transcoder("jumprelu", "sae.normalize=none"),
+            "sparsify .* class JumpReLUSAE: use format=sae_lens or",
+        ),
+        (
+            sparsify,
+            CrossLayerTopKSAE(k=4, d_in=16, n_latents=64, n_sources=2, normalize="none"),
+            "class CrossLayerTopKSAE",
+        ),
+        (
+            sae_lens,
+            CrossLayerTopKSAE(k=4, d_in=16, n_latents=64, n_sources=4, normalize="none"),
+            "class CrossLayerTopKSAE",
+        ),
+        (dictionary_learning, transcoder("topk", "sae.normalize=none"), "dictionary_learning .* use format=sparsify"),
         (dictionary_learning, transcoder("jumprelu", "sae.normalize=none"), "dictionary_learning .* format=sae_lens"),
     ],
 )
@@ -263,11 +279,15 @@ def test_metadata_says_where_the_activations_come_from(sites, processing, hook, 
 @pytest.mark.parametrize(
     ("write", "sae", "sentence"),
     [
-        (sparsify.write, build("batch_topk"), "sparsify has no form for a BatchTopKSAE"),
+        (sparsify.write, build("batch_topk"), "sparsify cannot represent a BatchTopKSAE"),
         (sparsify.write, build("topk"), "sae.normalize=per_token: train with sae.normalize=none or mean_norm"),
-        (dictionary_learning.write, build("batch_topk", "k=1.5", "sae.normalize=none"), "k=1.5: its k is whole"),
+        (dictionary_learning.write, build("batch_topk", "k=1.5", "sae.normalize=none"), "k=1.5: k must be an integer"),
         (sae_lens.write, build("topk", n_sources=2), "an SAE of 2 sites"),
-        (sae_lens.write, build("matryoshka", "sae.active_groups=1"), "active_groups=1: save it with null"),
+        (
+            sae_lens.write,
+            build("matryoshka", "sae.active_groups=1"),
+            "active_groups=1: save it with active_groups=null",
+        ),
     ],
 )
 def test_what_has_no_form_there_is_refused(write, sae, sentence, tmp_path):

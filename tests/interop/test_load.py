@@ -172,23 +172,23 @@ SITES = {"hook_name": "blocks.2.mlp.hook_in", "hook_name_out": "blocks.2.hook_ml
         (SL, lambda f: retensor(f, lambda t: t.update(W_skip=torch.ones(8, 8))), "unknown meaning, W_skip"),
         (SL, lambda f: retensor(f, lambda t: t.update(scaling_factor=torch.full((16,), 2.0))), "scaling_factor"),
         (SL, lambda f: retensor(f, lambda t: t.pop("b_enc")), "no tensor 'b_enc'"),
-        (SL, lambda f: retensor(f, lambda t: t.update(b_enc=torch.ones(15))), r"shape \(15,\) where \(16,\)"),
-        (SL, lambda f: retensor(f, lambda t: t.update(W_enc=t["W_dec"] + 0)), r"shape \(16, 8\) where"),
-        (SL, lambda f: edit(f, "cfg.json", architecture="abstopk"), "the architecture 'abstopk': known here are"),
-        (SL, lambda f: edit(f, "cfg.json", metadata=SITES), "a transcoder by the architecture 'standard': known here"),
-        (SL, lambda f: edit(f, "cfg.json", d_out=8), "a transcoder by the architecture 'standard': known here"),
-        (SL, lambda f: edit(f, "cfg.json", architecture="transcoder"), "does not say 'd_out'"),
-        (SL, lambda f: edit(f, "cfg.json", architecture="transcoder", d_out=8), "of another site"),
-        (TC, lambda f: edit(f, "cfg.json", architecture="crosslayer_transcoder"), "'crosslayer_transcoder': known"),
+        (SL, lambda f: retensor(f, lambda t: t.update(b_enc=torch.ones(15))), r"shape \(15,\), expected \(16,\)"),
+        (SL, lambda f: retensor(f, lambda t: t.update(W_enc=t["W_dec"] + 0)), r"shape \(16, 8\), expected"),
+        (SL, lambda f: edit(f, "cfg.json", architecture="abstopk"), "the architecture 'abstopk': it must be one of"),
+        (SL, lambda f: edit(f, "cfg.json", metadata=SITES), "a transcoder of architecture 'standard': it must be"),
+        (SL, lambda f: edit(f, "cfg.json", d_out=8), "a transcoder of architecture 'standard': it must be"),
+        (SL, lambda f: edit(f, "cfg.json", architecture="transcoder"), "no value for 'd_out'"),
+        (SL, lambda f: edit(f, "cfg.json", architecture="transcoder", d_out=8), "b_dec belongs to the pred"),
+        (TC, lambda f: edit(f, "cfg.json", architecture="crosslayer_transcoder"), "'crosslayer_transcoder': it must"),
         (TC, lambda f: edit(f, "cfg.json", architecture="jumprelu_transcoder"), "unknown meaning, W_skip"),
-        (TC, lambda f: edit(f, "cfg.json", d_out=6), "width 6 from width 8: .* one width"),
+        (TC, lambda f: edit(f, "cfg.json", d_out=6), "width 6 from width 8: .* the same width"),
         (TC, lambda f: edit(f, "cfg.json", normalize_activations="layer_norm"), "no exact counterpart"),
         (TC, lambda f: edit(f, "cfg.json", activation_fn="tanh-relu"), "the activation 'tanh-relu'"),
-        (TC, lambda f: retensor(f, lambda t: t.update(W_dec=torch.ones(16, 3, 8))), r"shape \(16, 3, 8\) where"),
+        (TC, lambda f: retensor(f, lambda t: t.update(W_dec=torch.ones(16, 3, 8))), r"shape \(16, 3, 8\), expected"),
         (TC, lambda f: retensor(f, lambda t: t.pop("W_skip")), "no tensor 'W_skip'"),
         (SL, lambda f: edit(f, "cfg.json", metadata={}, activation_fn="tanh-relu"), "the activation 'tanh-relu'"),
         (SL, lambda f: edit(f, "cfg.json", normalize_activations="covariance_whitening"), "no exact counterpart"),
-        (SL, lambda f: edit(f, "cfg.json", normalize_activations="expected_average_only_in"), "that it does not hold"),
+        (SL, lambda f: edit(f, "cfg.json", normalize_activations="expected_average_only_in"), "not the factor of its"),
         (SL, lambda f: (f / "cfg.json").write_text("{"), "cannot be read as a JSON object"),
         (SL, lambda f: (f / "sae_weights.safetensors").write_bytes(b"1234"), "cannot be read as safetensors"),
         (SL, lambda f: (f / "sae_weights.safetensors").unlink(), "holds no config.json"),
@@ -196,16 +196,16 @@ SITES = {"hook_name": "blocks.2.mlp.hook_in", "hook_name_out": "blocks.2.hook_ml
         (SC, lambda f: edit(f, "cfg.json", skip_connection=True), "no tensor 'W_skip'"),
         (SP, lambda f: edit(f, "cfg.json", activation="groupmax"), "the activation 'groupmax'"),
         (SP, lambda f: retensor(f, lambda t: t.update(x=torch.ones(1)), "sae.safetensors"), "unknown meaning, x"),
-        (DL, lambda f: edit(f, "config.json", trainer={"dict_class": "os.system"}), "the class 'os.system': known"),
-        (DL, lambda f: edit(f, "config.json", trainer={"dict_class": "BatchTopKSAE", "k": 5}), "k=4 and its .* k=5"),
+        (DL, lambda f: edit(f, "config.json", trainer={"dict_class": "os.system"}), "dict_class 'os.system': it"),
+        (DL, lambda f: edit(f, "config.json", trainer={"dict_class": "BatchTopKSAE", "k": 5}), "k=4, but .* k=5"),
         (DL, lambda f: repickle(f, lambda t: t.pop("threshold")), "no tensor 'threshold'"),
         (DL, lambda f: repickle(f, lambda t: t.update(extra=torch.ones(1))), "unknown meaning, extra"),
         (DL, lambda f: torch.save({"b_dec": Bomb()}, f / "ae.pt"), "a pickle that would run code"),
-        (DL, lambda f: repickle(f, lambda t: t.update(b_dec="x")), "'b_dec' of .* is no tensor of finite numbers"),
-        (DL, lambda f: edit(f, "config.json", trainer="x"), "says what nobody can mean"),
-        (SL, lambda f: retensor(f, lambda t: t["W_enc"][0, :1].fill_(torch.nan)), "no tensor of finite numbers"),
-        (SL, lambda f: edit(f, "cfg.json", architecture=["standard"]), "says what nobody can mean"),
-        (SL, lambda f: edit(f, "cfg.json", metadata={}, sae_lens_version="dev"), "says what nobody can mean"),
+        (DL, lambda f: repickle(f, lambda t: t.update(b_dec="x")), "'b_dec' of .* is not a tensor of finite numbers"),
+        (DL, lambda f: edit(f, "config.json", trainer="x"), "holds an invalid value"),
+        (SL, lambda f: retensor(f, lambda t: t["W_enc"][0, :1].fill_(torch.nan)), "not a tensor of finite numbers"),
+        (SL, lambda f: edit(f, "cfg.json", architecture=["standard"]), "holds an invalid value"),
+        (SL, lambda f: edit(f, "cfg.json", metadata={}, sae_lens_version="dev"), "holds an invalid value"),
         (SP, lambda f: edit(f, "cfg.json", k=100), "k=100 must lie between 1 and the dictionary's 16 latents"),
         (GS, lambda f: np.savez(f / "params.npz", W_dec=np.array([Bomb()], dtype=object)), "as plain arrays"),
     ],
@@ -224,8 +224,8 @@ def test_files_that_must_fail(case, break_it, sentence, tmp_path):
     [
         ({"activation": "Tanh"}, "the activation Tanh"),
         ({"activation_state_dict": {"k": 4, "postact_fn": "Identity"}}, "TopK .*Identity"),
-        ({"activation_state_dict": {}}, "does not say 'k'"),
-        ({"activation_state_dict": 5}, "says what nobody can mean"),
+        ({"activation_state_dict": {}}, "no value for 'k'"),
+        ({"activation_state_dict": 5}, "holds an invalid value"),
     ],
 )
 def test_openai_files_of_another_activation_fail(change, sentence, tmp_path):
@@ -237,13 +237,13 @@ def test_openai_files_of_another_activation_fail(change, sentence, tmp_path):
 def test_a_scale_of_zero_is_told(tmp_path):
     folder = shutil.copytree(source("sae_lens/standard_scaled"), tmp_path / "sae")
     edit(folder, sae_lens.SCALER, scaling_factor=0)
-    with pytest.raises(UserError, match="says what nobody can mean"):
+    with pytest.raises(UserError, match="holds an invalid value"):
         load_sae(folder)
 
 
 def test_a_transcoder_of_gemma_scope_is_known_by_its_path(tmp_path):
     shutil.copytree(FIXTURES / GS, tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1")
-    with pytest.raises(UserError, match=r"is a transcoder.*save it to a folder by sae-lens"):
+    with pytest.raises(UserError, match=r"is a transcoder.*save it with sae-lens"):
         load_sae(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1")
 
 
@@ -281,10 +281,10 @@ def test_a_release_is_looked_up_without_importing_sae_lens(releases):
     [
         ("with-factor", "two", "has no SAE 'two': give sae_id=<one of one>"),
         ("with-factor", None, "has no SAE None"),
-        ("other-format", "one", "converts by llama_scope"),
-        ("nothing", None, "no folder, file or release"),
-        ("./nothing", None, "is no folder or file"),
-        ("somebody/saes", "standard_scaled", "that it does not hold.*pip install --no-deps sae-lens"),
+        ("other-format", "one", "converts with llama_scope"),
+        ("nothing", None, "is not a folder, file or release"),
+        ("./nothing", None, "is not a folder or file"),
+        ("somebody/saes", "standard_scaled", "not the factor of its inputs.*pip install --no-deps sae-lens"),
     ],
 )
 def test_what_the_hub_does_not_have_is_said(releases, name, sae_id, sentence):
@@ -301,5 +301,5 @@ def test_the_table_of_releases_is_asked_for_without_what_sae_lens_depends_on(mon
 
 def test_a_hub_out_of_reach_is_said(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="cannot be fetched from the hub"):
+    with pytest.raises(UserError, match="cannot be downloaded from the hub"):
         hub.download(hub.Entry("somebody/nothing", "x", {}, None))
