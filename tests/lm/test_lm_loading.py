@@ -84,7 +84,7 @@ def test_hub_out_of_reach(no_hub):
     with pytest.raises(UserError, match="cannot be reached") as e:
         load("acme/not-in-any-cache", "float32", None)
     assert time.perf_counter() - start < 10  # huggingface_hub by itself retries for 23 seconds, and more than once
-    fix = "use lm=tiny, give lm.name=<local folder>, or download it first with `hf download acme/not-in-any-cache`"
+    fix = "use lm=tiny, set lm.name=<local folder>, or download it first with `hf download acme/not-in-any-cache`"
     assert fix in str(e.value)
     assert "\n" not in str(e.value)
 
