@@ -1,4 +1,4 @@
-"""`data=cached`: batches from a cache, as a LightningDataModule."""
+"""`data=cached`: a LightningDataModule of batches from a cache."""
 
 from functools import cached_property
 from typing import Any
@@ -17,18 +17,23 @@ from sae_lab.runtime.errors import UserError
 
 
 class CachedData(ActivationData):
-    """`data=cached`: the same batches from activations that `sae_lab.harvest` put on disk; held-out text still runs.
+    """Batches `(b, s, d)` of activations that `sae_lab.harvest` wrote to disk.
+
+    The language model is still needed: the evaluation runs it on the held-out text of the cache.
 
     Args:
-        path: the cache's folder or fsspec URL.
-        stream: as in ActivationData; `seq_len` and the excluded positions are those of the harvest.
+        lm: the language model that the cache was harvested from.
+        path: folder or fsspec URL of the cache.
+        stream: the other arguments of ActivationData; `seq_len`, `pack` and the excluded positions must be those of the
+            harvest.
 
     Raises:
-        UserError: no finished cache, one of another language model or other settings (the keys that differ are
-            named), less held-out text in it than is asked for, a damaged file.
+        UserError: the cache is missing, unfinished or damaged; it was harvested from another language model or with
+            other settings (the message names them); it holds less held-out text than requested.
     """
 
-    # Relative distance between the cache's first rows and the model's: rounding, and other kernels, stay below.
+    # Largest relative distance allowed between the cache's first rows and the same rows computed now. Rounding to the
+    # dtype and different kernels stay below it.
     TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
     def __init__(self, lm: LanguageModel, path: str, **stream: Any):
@@ -36,12 +41,17 @@ class CachedData(ActivationData):
         super().__init__(lm, documents=None, **stream)
         here = lm_key(lm) | {"seq_len": self.seq_len}
         here |= {f"data.{name}": getattr(self, name) for name in ("exclude_bos", "exclude_first", "pack")}
-        refuse_other(self.cache.store, self.cache.manifest, here, "use what it was harvested with, or harvest anew.")
+        refuse_other(
+            self.cache.store,
+            self.cache.manifest,
+            here,
+            "use the settings of the cache, or harvest into another cache_dir.",
+        )
         self._compare_first_rows()
-        self.held_out_text(max(self.n_eval_tokens, self.n_val_tokens) // self.seq_len)  # before, not after, training
+        self.held_out_text(max(self.n_eval_tokens, self.n_val_tokens) // self.seq_len)  # fails before training starts
 
     def _compare_first_rows(self) -> None:
-        """Refuse a model that computes other activations, whatever its flags: what no key names shows here."""
+        """Compute the cache's first rows again and compare: this finds differences that the key does not cover."""
         shard = self.cache.shard(0)
         tokens = shard.tokens[: self.lm_batch_rows].long()
         x = self.lm.activations(tokens)[self.keep(tokens).to(self.lm.device)].float().cpu()
@@ -51,15 +61,16 @@ class CachedData(ActivationData):
         if not distance <= max(self.TOLERANCE[key["dtype"]], self.TOLERANCE.get(key["lm.dtype"], 0)):
             raise UserError(
                 f"{self.cache.store.url} holds activations that this language model does not compute "
-                f"(they differ by {distance:.1%}): use the lm.* keys that it was harvested with, or harvest anew."
+                f"(they differ by {distance:.1%}): use the lm.* keys that it was harvested with, or harvest into "
+                "another cache_dir."
             )
 
     @cached_property
     def origin(self) -> dict[str, str]:
-        return {}  # the place in a cache names the cache, whose key names all of that
+        return {}  # the state of CachedSource names the cache, whose key already includes model, tokenizer and text
 
     def text_rows(self, n: int) -> Int[Tensor, "n t"]:
-        """Of those that the cache was harvested from, in its order."""
+        """Return the first n text rows that the cache was harvested from, or as many as it has."""
         found, shards = [torch.empty(0, self.seq_len, dtype=torch.long)], iter(range(len(self.cache.manifest.shards)))
         while sum(map(len, found)) < n and (number := next(shards, None)) is not None:
             found.append(self.cache.shard(number).tokens.long())
@@ -73,7 +84,7 @@ class CachedData(ActivationData):
         rows = self.cache.held_out()
         if n > len(rows) and not self.cache.manifest.held_out_whole:
             raise UserError(
-                f"{self.cache.store.url} holds {rows.numel()} held-out tokens: ask for no more in data.n_eval_tokens "
-                "and data.n_val_tokens, or harvest with a larger data.n_eval_tokens."
+                f"{self.cache.store.url} holds only {rows.numel()} held-out tokens: lower data.n_eval_tokens and "
+                "data.n_val_tokens, or harvest into another cache_dir with a larger data.n_eval_tokens."
             )
         return rows[:n]

@@ -1,4 +1,4 @@
-"""What decides the numbers in a cache: by this key one is found again, and another refused."""
+"""The key of a cache: every setting that determines its activations. A cache is used only if its key matches."""
 
 import functools
 import inspect
@@ -15,7 +15,7 @@ from sae_lab.text.rows import take_rows
 
 
 def lm_key(lm: LanguageModel) -> dict[str, Any]:
-    """What of a language model decides its activations, wherever it was loaded from."""
+    """Return what determines a language model's activations, independent of where it was loaded from."""
     return {
         "format": FORMAT,
         "lm.backend": type(lm).__name__,
@@ -28,13 +28,15 @@ def lm_key(lm: LanguageModel) -> dict[str, Any]:
 
 
 def data_key(data: ActivationData) -> dict[str, Any]:
-    """What of the text decides the activations; the first rows stand for text that cannot be read through.
+    """Return what determines the activations besides the language model.
+
+    The text is identified by its digest and, because not every source has one, by its first rows.
 
     Raises:
-        UserError: the data are no text.
+        UserError: the data are not text.
     """
     if data.documents is None:
-        raise UserError("a cache is harvested from text: choose another data=..., such as data=stdlib.")
+        raise UserError("a cache can only be harvested from text: choose another data=..., such as data=stdlib.")
     text = data.text(TRAIN, repeat=False)
     return {
         "seq_len": data.seq_len,
@@ -49,7 +51,7 @@ def data_key(data: ActivationData) -> dict[str, Any]:
 
 
 def describe_documents(documents: Callable[[str], Documents]) -> dict[str, Any]:
-    """Class and arguments of a partial, as plain values."""
+    """Return the class and the arguments of a `functools.partial`, as plain values."""
     if not isinstance(documents, functools.partial):
         return {"documents": getattr(documents, "__qualname__", repr(documents))}
     arguments = inspect.signature(documents.func).bind_partial(*documents.args, **documents.keywords).arguments

@@ -1,4 +1,4 @@
-"""Activations on disk, read as a stream: a shuffled way through the shards, and what tells one cache from another."""
+"""Read a cache as a stream, in passes over its pieces, each in a new random order."""
 
 import json
 import logging
@@ -22,10 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class Cache:
-    """A finished cache, open for reading. Pieces are numbered through all shards.
+    """A complete cache, open for reading. Pieces are numbered consecutively over all shards.
 
     Raises:
-        UserError: no cache, an unfinished one, one of another format, a damaged file (whenever it is met).
+        UserError: there is no cache, or it is unfinished or of another format; a file is damaged (raised when it is
+            read).
     """
 
     def __init__(self, path: str):
@@ -34,11 +35,14 @@ class Cache:
         if manifest is None:
             raise UserError(f"{path} holds no cache: make one with `python -m sae_lab.harvest cache_dir={path}`.")
         if manifest.key.get("format") != FORMAT:
-            raise UserError(f"{path} has format {manifest.key.get('format')}, and this is {FORMAT}: harvest it again.")
+            raise UserError(
+                f"{path} has cache format {manifest.key.get('format')}, expected {FORMAT}: "
+                "harvest into another cache_dir."
+            )
         if not manifest.complete:
             raise UserError(
                 f"{path} is unfinished, with {manifest.rows:,} of {manifest.key['n_tokens']:,} tokens: "
-                "the command that harvested it continues."
+                "run the same `python -m sae_lab.harvest` command again to continue it."
             )
         self.manifest = manifest
         self.identity = xxhash.xxh3_64_hexdigest(json.dumps(manifest.key).encode())
@@ -63,38 +67,39 @@ class Cache:
 
 
 class CachedSource:
-    """All rows of a cache, pass after pass: a `buffer.Source`.
+    """A Source that yields every row of a cache once per pass.
 
-    Pass number n takes the pieces in an order drawn from (seed, n), so each block of a stream holds text from
-    everywhere; every row comes once a pass. The order is 8 bytes a piece; rows are read when they are needed.
+    Pass number n visits the pieces in an order drawn from (seed, n), so each block of a stream mixes text from the
+    whole cache. The order takes 8 bytes of memory per piece; rows are read from disk when they are needed.
     """
 
     def __init__(self, cache: Cache, chunk_rows: int, seed: int, repeat: bool, device: torch.device):
         self.cache, self.seed, self.repeat, self.device = cache, seed, repeat, device
         self.pieces_at_once = max(1, chunk_rows // PIECE)
-        self.epoch = self.given = 0
+        self.epoch = self.next_piece = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"cache": self.cache.identity, "epoch": self.epoch, "piece": self.given}
+        return {"cache": self.cache.identity, "epoch": self.epoch, "piece": self.next_piece}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["cache"] != self.cache.identity:
             raise UserError(
                 f"{self.cache.store.url} is not the cache that this run began with: "
-                "put that one back, or type resume=never to start again."
+                "use that cache, or start over with resume=never."
             )
-        self.epoch, self.given = state["epoch"], state["piece"]
+        self.epoch, self.next_piece = state["epoch"], state["piece"]
 
     def __iter__(self) -> Generator[Chunk, None, None]:
         while True:
             order = torch.randperm(self.cache.n_pieces, generator=nth_generator(self.seed, self.epoch))
-            while self.given < len(order):
+            while self.next_piece < len(order):
                 state = self.state_dict()
-                pieces = order[self.given : self.given + self.pieces_at_once].sort().values  # as they lie on the disk
-                self.given += len(pieces)
+                pieces = order[self.next_piece : self.next_piece + self.pieces_at_once]
+                pieces = pieces.sort().values  # read in the order of the disk
+                self.next_piece += len(pieces)
                 rows = torch.cat([self.cache.piece(i) for i in pieces.tolist()])
                 yield Chunk(state, rows.to(self.device))
             if not self.repeat:
                 return
-            self.epoch, self.given = self.epoch + 1, 0
-            log.info("All of the cache was read: it starts over in a new order (pass %d).", self.epoch + 1)
+            self.epoch, self.next_piece = self.epoch + 1, 0
+            log.info("End of the cache: starting pass %d over it, in a new order.", self.epoch + 1)

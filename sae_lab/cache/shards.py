@@ -1,11 +1,11 @@
-"""The files of a cache: what they hold, written whole and checked where they are read.
+"""The files of a cache. They are written atomically and verified when they are read.
 
-    manifest.json             format, key (all that decides a number in the cache), shards in order
-    shard-00000.safetensors   activations (n, s, d), tokens (r, t) of the text rows they come from, checksums (pieces)
+    manifest.json             format, key (every setting that determines the activations), list of shards in order
+    shard-00000.safetensors   activations (n, s, d), tokens (r, t) of their text rows, checksums (one per piece)
     held_out.safetensors      tokens (r, t) of held-out text, so that evaluation needs neither documents nor network
 
-Activations lie in the order of the text, without the excluded positions. A piece is PIECE rows of a shard (its last
-one may be shorter): what is read, and checked, at a time.
+Activations are in the order of the text, without the excluded positions. A piece is PIECE rows of a shard (the last
+piece may be shorter). It is the unit that is read and verified.
 """
 
 import json
@@ -34,7 +34,7 @@ REBUILD = "harvest it again with rebuild=true"
 
 
 class Shard(NamedTuple):
-    """One file, and the place in the text from which it can be made again."""
+    """One shard file, with the position in the text (`begin`) from which it can be rebuilt."""
 
     file: str
     rows: int
@@ -50,7 +50,10 @@ class Shard(NamedTuple):
 
 @dataclass
 class Manifest:
-    """What a cache holds; `held_out_whole`: the held-out text ended before as much was there as was asked for."""
+    """The content of manifest.json.
+
+    `held_out_whole` is true if the cache holds all of the held-out text, because there was less than requested.
+    """
 
     model: str
     key: dict[str, Any]
@@ -69,10 +72,10 @@ class Manifest:
 
     @classmethod
     def read(cls, store: Store) -> "Manifest | None":
-        """The manifest of a folder, or None where there is none.
+        """Read the manifest of a folder; None if it has none.
 
         Raises:
-            UserError: it is damaged.
+            UserError: the manifest is damaged.
         """
         if not store.exists(MANIFEST):
             return None
@@ -85,16 +88,18 @@ class Manifest:
 
 
 def refuse_other(store: Store, manifest: Manifest, here: dict[str, Any], remedy: str) -> None:
-    """Raise a UserError that names the keys in which the cache differs from what is wanted."""
+    """Raise a UserError if the cache's key differs from `here`, naming the settings that differ. `remedy` ends it."""
     there = manifest.key
     differing = [key for key in here if there.get(key) != here[key]]
     if differing:
-        shown = ", ".join(f"{key} is {there.get(key)} there and {here[key]} here" for key in differing[:4])
-        raise UserError(f"{store.url} holds other activations, of lm.name={manifest.model} ({shown}): {remedy}")
+        shown = ", ".join(f"{key} is {there.get(key)} in the cache and {here[key]} here" for key in differing[:4])
+        raise UserError(
+            f"{store.url} holds activations of lm.name={manifest.model} with other settings ({shown}): {remedy}"
+        )
 
 
 def write_shard(store: Store, file: str, chunks: Sequence[Chunk], limit: int) -> Shard:
-    """The first `limit` rows of consecutive chunks as one file."""
+    """Write the first `limit` rows of consecutive chunks to one file."""
     rows = torch.cat([chunk.rows for chunk in chunks])[:limit]
     tokens = torch.cat([chunk.tokens for chunk in chunks if chunk.tokens is not None]).int()
     content = save({"activations": rows, "tokens": tokens, "checksums": piece_checksums(rows)})
@@ -103,14 +108,14 @@ def write_shard(store: Store, file: str, chunks: Sequence[Chunk], limit: int) ->
 
 
 def write_held_out(store: Store, tokens: Int[Tensor, "r t"]) -> str:
-    """The file's checksum."""
+    """Write the held-out tokens and return the file's checksum."""
     content = save({"tokens": tokens.int()})
     store.write(HELD_OUT_FILE, content)
     return xxhash.xxh3_128_hexdigest(content)
 
 
 def read_held_out(store: Store, checksum: str) -> Int[Tensor, "r t"]:
-    """Raises a UserError where the file is missing or damaged."""
+    """Read the held-out tokens; raise a UserError if the file is missing or damaged."""
     try:
         content = store.local_file(HELD_OUT_FILE).read_bytes()
     except OSError:
@@ -121,7 +126,7 @@ def read_held_out(store: Store, checksum: str) -> Int[Tensor, "r t"]:
 
 
 def find_damaged(store: Store, manifest: Manifest) -> list[str]:
-    """The files that are missing or not as they were written, by every byte of them."""
+    """Return the files that are missing or differ from what was written; reads every byte."""
     checksums = {shard.file: shard.checksum for shard in manifest.shards} | {HELD_OUT_FILE: manifest.held_out_checksum}
     return [
         file
@@ -131,12 +136,13 @@ def find_damaged(store: Store, manifest: Manifest) -> list[str]:
 
 
 def piece_checksums(rows: Float[Tensor, "n s d"]) -> Int[Tensor, " p"]:
+    """Return the checksum of each piece, as the int64 with the same bits as the uint64."""
     sums = [xxhash.xxh3_64_intdigest(as_bytes(piece)) for piece in rows.split(PIECE)]
     return torch.from_numpy(np.array(sums, dtype=np.uint64).view(np.int64))
 
 
 class MappedShard:
-    """The tensors of a shard, mapped into memory: the operating system reads what is used, once for all processes."""
+    """The memory-mapped tensors of a shard. Only rows that are used are read, once for all processes."""
 
     def __init__(self, store: Store, shard: Shard):
         self.damaged = UserError(f"{store.url}/{shard.file} is damaged: {REBUILD}.")
@@ -152,6 +158,7 @@ class MappedShard:
             raise self.damaged from e
 
     def piece(self, i: int) -> Float[Tensor, "n s d"]:
+        """Return the rows of piece i; raise a UserError if their checksum is wrong."""
         rows = self.activations[i * PIECE : (i + 1) * PIECE]
         if xxhash.xxh3_64_intdigest(as_bytes(rows)) != self.checksums[i]:
             raise self.damaged

@@ -1,4 +1,4 @@
-"""A folder of files that appear whole, on this machine or behind any URL that fsspec knows."""
+"""A folder of atomically written files, on this machine or at any URL that fsspec supports."""
 
 import errno
 import logging
@@ -17,14 +17,14 @@ from sae_lab.runtime.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-COPIES = Path("~/.cache/sae_lab").expanduser()  # where files from afar are kept, so that they can be mapped into memory
+COPIES = Path("~/.cache/sae_lab").expanduser()  # copies of remote files, which only then can be memory-mapped
 
 
 class Store:
-    """The folder at `url`. On this machine its files are used where they lie; from afar, copies of them are.
+    """The folder at `url`. Local files are used in place; remote files are copied to `COPIES` first.
 
     Raises:
-        UserError: the URL's protocol is not known or needs a package that is not there; a write that fails.
+        UserError: the URL's protocol is unknown or needs a package that is not installed; a write fails.
     """
 
     def __init__(self, url: str | Path):
@@ -50,29 +50,32 @@ class Store:
         return self.fs.cat_file(self.path(name))
 
     def local_file(self, name: str) -> Path:
-        """The file itself, or a copy of it, fetched when first asked for."""
+        """Return the path of the file, or of a local copy, which is downloaded at the first call."""
         if self.folder is not None:
             return self.folder / name
         options = {"cache_storage": str(COPIES), "check_files": True}
         return Path(fsspec.open_local(f"filecache::{self.url}/{name}", filecache=options))
 
     def write(self, name: str, content: bytes) -> None:
-        """Put a whole file there, in place of an older one; a reader or a crash sees the one or the other."""
+        """Write or replace a file atomically: readers, and a crash, see the old file or the new one, never a mix."""
         with self._explain_errors():
             if self.folder is not None:
                 write_atomically(self.folder / name, content)
-            else:  # object stores show an object once all of it is there
+            else:  # in object stores, an object becomes visible only when it is complete
                 self.fs.makedirs(self.root, exist_ok=True)
                 self.fs.pipe_file(self.path(name), content)
 
-    def sweep(self) -> None:
-        """Remove what processes that were killed while they wrote have left behind."""
+    def remove_partial_files(self) -> None:
+        """Remove temporary files of processes that were killed while writing."""
         for left in self.folder.glob(".*.*.*") if self.folder is not None else ():
             left.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone at work in this folder (afar: on this machine); where another process is, wait for it and say so."""
+        """Hold the folder's lock; log a message if another process has it, and wait.
+
+        The lock of a remote folder only excludes other processes on this machine.
+        """
         with self._explain_errors():
             file = self._lock_file()
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +83,7 @@ class Store:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                log.info("Another process is at work on %s: waiting for it.", self.url)
+                log.info("Another process is writing to %s: waiting for it.", self.url)
                 lock.acquire()
         try:
             yield
@@ -94,10 +97,13 @@ class Store:
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:
+        """Turn an OSError inside the context into a UserError."""
         try:
             yield
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"The disk of {self.url} is full: make room, and the same command continues.") from e
+                raise UserError(
+                    f"The disk of {self.url} is full: free some space, then run the same command again to continue."
+                ) from e
             reason = e.strerror or str(e)
             raise UserError(f"{self.url} cannot be written ({reason}): choose another cache_dir=...") from e

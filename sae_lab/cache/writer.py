@@ -1,4 +1,4 @@
-"""The writing of a cache: a language model's activations, shard after shard, on disk."""
+"""Write a cache: store a language model's activations on disk, shard by shard."""
 
 import logging
 import shutil
@@ -22,17 +22,19 @@ log = logging.getLogger(__name__)
 
 
 class CacheWriter:
-    """Fills the folder of a cache, shard by shard. Whenever it is stopped, what is whole stays and it goes on there.
+    """Writes a cache, shard by shard. If it is stopped, it continues after the last complete shard.
 
     Args:
-        data: language model, text, and the positions that are kept; `data.n_eval_tokens` of held-out text go along.
+        data: the language model, the text and the excluded positions; `data.n_eval_tokens` of held-out text are stored
+            too.
         path: a folder, or any fsspec URL.
-        n_tokens: rows of activations, exactly; fewer where the text ends before (`data.repeat=false`).
-        shard_tokens: rows in a shard, to a pass of the language model more; a shard is gathered in memory.
-        dtype: of the cache: float32, float16, bfloat16, or auto: the language model's.
+        n_tokens: exact number of activations to store; fewer if the text ends first with `data.repeat=false`.
+        shard_tokens: activations per shard, rounded up to whole forward passes of the language model. One shard is
+            held in memory.
+        dtype: dtype of the cache: float32, float16, bfloat16, or auto for the language model's.
 
     Raises:
-        UserError: another cache lies there, the folder cannot be written, no text, rows that `dtype` cannot hold.
+        UserError: the folder holds another cache or cannot be written; there is no text; activations overflow `dtype`.
     """
 
     def __init__(self, data: ActivationData, path: str, n_tokens: int, shard_tokens: int, dtype: str = "auto"):
@@ -46,36 +48,40 @@ class CacheWriter:
         self.key = lm_key(data.lm) | data_key(data) | size
 
     def build(self, rebuild: bool = False) -> Manifest:
-        """Harvest what is missing; with `rebuild`, check every shard first and make damaged ones again."""
+        """Write the missing shards; with `rebuild`, first verify all shards and rewrite damaged ones."""
         manifest = self._read(start_over=rebuild)
         if manifest is None or rebuild or not manifest.complete:
             with self.store.locked():
-                self.store.sweep()
-                manifest = self._read(start_over=rebuild) or self._begin()
+                self.store.remove_partial_files()
+                manifest = self._read(start_over=rebuild) or self._start()
                 if rebuild:
-                    self._mend(manifest)
+                    self._rewrite_damaged(manifest)
                 if not manifest.complete:
-                    self._extend(manifest)
+                    self._write_missing(manifest)
         log.info("%s is complete: %s tokens in %d shards.", self.store.url, f"{manifest.rows:,}", len(manifest.shards))
         return manifest
 
     def verify(self) -> None:
-        """Check every byte of every shard that is there.
+        """Check every byte of every file of the cache.
 
         Raises:
-            UserError: naming the damaged and missing ones.
+            UserError: files are damaged or missing; the message names them.
         """
         manifest = self._read()
         bad = find_damaged(self.store, manifest) if manifest else []
         if bad:
-            raise UserError(f"{self.store.url}: damaged: {', '.join(bad)}; rebuild=true makes them again.")
-        log.info("%s: %d shards, all whole.", self.store.url, len(manifest.shards) if manifest else 0)
+            raise UserError(
+                f"{self.store.url} has damaged or missing files ({', '.join(bad)}): rewrite them with rebuild=true."
+            )
+        log.info("%s: all of its %d shards are intact.", self.store.url, len(manifest.shards) if manifest else 0)
         if manifest is None or not manifest.complete:
-            rows = manifest.rows if manifest else 0
-            log.warning("It is unfinished, with %s of %s tokens: harvest continues.", f"{rows:,}", f"{self.n_tokens:,}")
+            log.warning(
+                "The cache is unfinished, with %s of %s tokens: run the command without verify=true to continue it.",
+                *(f"{manifest.rows if manifest else 0:,}", f"{self.n_tokens:,}"),
+            )
 
     def _read(self, start_over: bool = False) -> Manifest | None:
-        """This cache's manifest, None where there is none, or a damaged one that is not to be kept."""
+        """Return the cache's manifest; None if there is none, or if it is damaged and `start_over` is set."""
         try:
             manifest = Manifest.read(self.store)
         except UserError:
@@ -86,8 +92,8 @@ class CacheWriter:
             refuse_other(self.store, manifest, self.key, "choose another cache_dir=...")
         return manifest
 
-    def _begin(self) -> Manifest:
-        """Say what is going to be written, and write the held-out text and an empty manifest."""
+    def _start(self) -> Manifest:
+        """Log the size of the cache, then write the held-out text and an empty manifest."""
         data = self.data
         bytes_per_token = len(data.lm.sites) * data.d_in * self.dtype.itemsize
         log.info(
@@ -101,19 +107,19 @@ class CacheWriter:
         return manifest
 
     def _write_held_out(self) -> tuple[bool, str]:
-        """Whether that is all of the held-out text, and the file's checksum."""
+        """Write the held-out text; return whether that is all there is, and the file's checksum."""
         wanted = max(1, self.data.n_eval_tokens // self.data.seq_len)
         held_out = take_rows(self.data.text(HELD_OUT, repeat=False), wanted)
         return len(held_out) < wanted, write_held_out(self.store, held_out)
 
     def _free(self) -> str:
         folder = self.store.folder
-        return "" if folder is None else f" ({shutil.disk_usage(folder).free / 1e9:.1f} GB are free there)"
+        return "" if folder is None else f" ({shutil.disk_usage(folder).free / 1e9:.1f} GB are free on this disk)"
 
-    def _extend(self, manifest: Manifest) -> None:
-        """Shard after shard, the manifest after each, from the end of the last one to n_tokens or the text's end."""
+    def _write_missing(self, manifest: Manifest) -> None:
+        """Write the shards after the last one, up to n_tokens or the end of the text; save the manifest each time."""
         source: Source = self.data.source()
-        source.load_state_dict(self._place(manifest))
+        source.load_state_dict(self._text_state(manifest))
         if self.data.prefetch:
             source = PrefetchedSource(source, 4, self.data.lm.device)
         with TokenProgress("harvesting", self.n_tokens, manifest.rows) as bar:
@@ -125,17 +131,18 @@ class CacheWriter:
                 manifest.complete = manifest.rows == self.n_tokens
                 manifest.write(self.store)
         if not manifest.complete:
-            self._text_ended(manifest)
+            self._finish_early(manifest)
 
-    def _text_ended(self, manifest: Manifest) -> None:
+    def _finish_early(self, manifest: Manifest) -> None:
+        """Mark the cache as complete at the end of the text; raise a UserError if it is empty."""
         if manifest.rows == 0:
             raise UserError(f"the text is shorter than one row of seq_len={self.data.seq_len} tokens: give more text.")
         log.warning("The text ended after %s of %s tokens.", f"{manifest.rows:,}", f"{self.n_tokens:,}")
         manifest.complete = True
         manifest.write(self.store)
 
-    def _place(self, manifest: Manifest) -> dict[str, Any]:
-        """The text's state after the last shard."""
+    def _text_state(self, manifest: Manifest) -> dict[str, Any]:
+        """Return the state of the text rows after the last shard."""
         rows = self.data.text(TRAIN, self.data.repeat)
         if manifest.shards:
             last = manifest.shards[-1]
@@ -145,13 +152,16 @@ class CacheWriter:
 
     def write_shard(self, file: str, chunks: list[Chunk], limit: int) -> Shard:
         if not all(chunk.rows.isfinite().all() for chunk in chunks):
-            raise UserError(f"activations of {list(self.data.lm.sites)} do not fit {self.dtype}: give dtype=bfloat16.")
+            raise UserError(
+                f"activations of {list(self.data.lm.sites)} are not finite in {self.dtype}: use dtype=bfloat16."
+            )
         return write_shard(self.store, file, chunks, limit)
 
-    def _mend(self, manifest: Manifest) -> None:
+    def _rewrite_damaged(self, manifest: Manifest) -> None:
+        """Verify all files and write damaged or missing ones again."""
         bad = find_damaged(self.store, manifest)
         for file in bad:
-            log.warning("%s is damaged or missing: making it again.", file)
+            log.warning("%s is damaged or missing: writing it again.", file)
         if HELD_OUT_FILE in bad:
             manifest.held_out_whole, manifest.held_out_checksum = self._write_held_out()
             manifest.write(self.store)
@@ -167,17 +177,20 @@ class CacheWriter:
 def gather_chunks(
     source: Source, n_rows: int, at_once: int, dtype: torch.dtype, advance: Callable[[int], None]
 ) -> Iterator[list[Chunk]]:
-    """Chunks of the source, on the CPU and of this dtype, `at_once` rows or a few more at a time, up to n_rows."""
+    """Yield consecutive chunks in lists of at least `at_once` rows, on the CPU and in this dtype, up to n_rows in all.
+
+    The last list may have fewer rows. `advance` is called with the number of rows of each chunk.
+    """
     chunks: list[Chunk] = []
-    held = given = 0
+    held = yielded = 0
     stream = iter(source)
-    while given + held < n_rows and (chunk := next(stream, None)) is not None:
+    while yielded + held < n_rows and (chunk := next(stream, None)) is not None:
         chunks.append(chunk._replace(rows=chunk.rows.to("cpu", dtype)))
         held += len(chunk.rows)
         advance(len(chunk.rows))
         if held >= at_once:
             yield chunks
-            given, held, chunks = given + held, 0, []
+            yielded, held, chunks = yielded + held, 0, []
     stream.close()
     if held:
         yield chunks

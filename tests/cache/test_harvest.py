@@ -24,7 +24,7 @@ def cache(tmp_path_factory):
 def test_a_run_trains_from_it_and_is_evaluated_on_the_same_text(cache, tmp_path):
     done = run(*SMALL, "n_tokens=20_480", "data=cached", f"data.path={cache}", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert "All of the cache was read: it starts over in a new order (pass 2)." in done.stderr
+    assert "End of the cache: starting pass 2 over it, in a new order." in done.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["n_eval_tokens"] == N_EVAL
     assert metrics["fvu"] < 1
@@ -33,9 +33,9 @@ def test_a_run_trains_from_it_and_is_evaluated_on_the_same_text(cache, tmp_path)
 def test_mistakes_get_one_sentence(cache, tmp_path):
     assert_one_sentence(run(*CACHE, "k=3", f"cache_dir={cache}", module="harvest"), "no key k")
     cached = ["data=cached", f"data.path={cache}", f"hydra.run.dir={tmp_path}"]
-    assert_one_sentence(run(*cached, "seq_len=128"), "seq_len is 64 there and 128 here")
+    assert_one_sentence(run(*cached, "seq_len=128"), "seq_len is 64 in the cache and 128 here")
     other = run(*cached, "seq_len=64", "lm.sites=[transformer.h.1]")
-    assert_one_sentence(other, "lm.sites is ['transformer.h.2'] there and ['transformer.h.1'] here")
+    assert_one_sentence(other, "lm.sites is ['transformer.h.2'] in the cache and ['transformer.h.1'] here")
 
 
 def test_verifying_names_a_damaged_shard(cache):
@@ -43,7 +43,7 @@ def test_verifying_names_a_damaged_shard(cache):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     damaged = run(*CACHE, f"cache_dir={cache}", "verify=true", module="harvest")
-    assert_one_sentence(damaged, "damaged: shard-00002.safetensors; rebuild=true makes them again")
+    assert_one_sentence(damaged, "damaged or missing files (shard-00002.safetensors): rewrite them with rebuild=true")
     mended = run(*CACHE, f"cache_dir={cache}", "rebuild=true", module="harvest")
     assert mended.returncode == 0, mended.stderr
     assert shard.read_bytes() == whole
