@@ -1,4 +1,4 @@
-"""Shuffling: consecutive rows in, batches of mixed rows out; nothing lost, nothing twice, its place can be saved."""
+"""Shuffle consecutive rows into batches. Every row comes exactly once, and the position can be saved and restored."""
 
 import time
 from collections.abc import Callable, Generator
@@ -14,21 +14,22 @@ from sae_lab.runtime.seeds import nth_generator
 
 
 class Filling:
-    """How blocks are filled in this process: for who shows progress. It decides no row and is in no state."""
+    """Block-fill timing for progress bars. Does not affect rows; not checkpointed."""
 
     def __init__(self) -> None:
         self.rows, self.seconds = 0, 0.0
         self.watch: Callable[[int, int], None] | None = None
-        """Told of the rows in the block that is being filled, and of those that it holds when it is full."""
+        """Called while a block fills, with the number of rows so far and the number of rows of a full block."""
 
 
 class ShuffledBlocks:
-    """Batches from blocks of `block_rows` consecutive rows, each block refilled and shuffled whole.
+    """Iterator over batches: fills a block with `block_rows` consecutive rows, shuffles it, yields it, and repeats.
 
     Block number n is permuted by a generator seeded with (seed, n), so the batches are a function of (source, seed).
-    The state is the place where the block begins (the state of the chunk that holds its first row, and how many rows
-    of that chunk came before), the block's number, and how many of its batches have been given. Where the source
-    ends, the last batch may be smaller. All blocks take their turn in the memory of one.
+    At the end of the source, the last batch may be smaller. All blocks reuse the same memory.
+
+    The state is where the block begins (the state of the chunk with its first row, and the number of earlier rows in
+    that chunk), the number of the block, and how many of its batches were given.
     """
 
     def __init__(self, source: Source, block_rows: int, batch_size: int, seed: int):
@@ -41,7 +42,7 @@ class ShuffledBlocks:
         self.close()
 
     def close(self) -> None:
-        """Let go of the source and of the block; the next batch, if one is asked for, is still the next one."""
+        """Close the source and free the block. The position is kept: iteration can continue."""
         if self._chunks is not None:
             self._chunks.close()
         self._chunks = None
@@ -53,12 +54,15 @@ class ShuffledBlocks:
 
     @property
     def n_given(self) -> int:
-        """Batches given since the stream began, in this process or before; all but those of the last block are full."""
+        """Batches given since the beginning of the stream, including those before a resume.
+
+        All of them have full size, except perhaps the last one of the last block.
+        """
         return self._number * (self.block_rows // self.batch_size) + self._given
 
     @property
     def n_ready(self) -> int:
-        """Rows of the block that are still to be given, in whole batches."""
+        """Rows left in the current block, counted in batches of full size."""
         return max(0, len(self._batches) - self._given) * self.batch_size
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,7 +89,7 @@ class ShuffledBlocks:
         return batch
 
     def _refill(self) -> None:
-        """Gather one block from the source and permute it. Raises StopIteration where nothing is left."""
+        """Fill the block from the source and draw its permutation; raise StopIteration at the end of the source."""
         filled, start = 0, time.perf_counter()
         while filled < self.block_rows and self._open_chunk() is not None:
             assert self._chunk is not None
@@ -108,7 +112,7 @@ class ShuffledBlocks:
         self._batches = order.split(self.batch_size)
 
     def _open_chunk(self) -> Chunk | None:
-        """The chunk that holds the next row; None at the end of the source, whose last chunk stays open."""
+        """Return the chunk that holds the next row; None at the end of the source, where the last chunk is kept."""
         if self._chunks is None:
             state, skip = self._begin
             self.source.load_state_dict(state)
@@ -127,8 +131,10 @@ class ShuffledBlocks:
 
 
 def allocate_block(rows: Float[Tensor, "n s d"], n: int) -> Float[Tensor, "m s d"]:
-    """Memory for n such rows. On a CPU it is no part of the C library's heap, as a block leaves a hole there that the
-    next small tensor cuts up: the calibration's block then took new memory, and a run that of two blocks.
+    """Allocate memory for n rows of the shape, dtype and device of `rows`.
+
+    On a CPU the block is mapped with mmap instead of taken from the C library's heap. There, small tensors fragmented
+    the memory of a freed block, so the block for the threshold calibration needed new memory: a run took two blocks.
     """
     if rows.device.type != "cpu":
         return rows.new_empty(n, *rows.shape[1:])

@@ -1,4 +1,4 @@
-"""Text -> frozen language model -> shuffled batches of activations, as a LightningDataModule that owns its place."""
+"""Text -> frozen language model -> shuffled batches of activations, as a LightningDataModule that can resume."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -25,10 +25,10 @@ from sae_lab.text.rows import TextRows, take_rows
 
 
 class Batches:
-    """What Lightning iterates over: n_rows rows of the stream, the last batch with what is left of them.
+    """Iterable for Lightning over the first n_rows rows of the stream; the last batch may be smaller.
 
-    Of several processes each gets its share of every batch. It has a length, without which Lightning would read one
-    batch ahead.
+    With several processes, each gets its share of every batch. The length is defined because Lightning otherwise reads
+    one batch ahead.
     """
 
     def __init__(self, stream: ShuffledBlocks, n_rows: int):
@@ -52,24 +52,25 @@ class ActivationData(L.LightningDataModule):
     """Batches `(b, s, d)` of a frozen language model's activations, shuffled, deterministic in (config, seed).
 
     Args:
-        lm: the language model and its sites. It lives here and never in a checkpoint.
-        documents: `documents(split)` gives the documents of `train` or `held_out`.
-        seq_len: tokens in a row, BOS included.
-        batch_size: rows of activations (tokens) in a training batch.
-        n_tokens: activations to train on, exactly; the last batch holds what is left for it.
-        block_tokens: activations that are shuffled together, all of a run that has fewer; the memory of a block is
+        lm: the language model and its sites. It is never part of a checkpoint.
+        documents: `documents(split)` returns the documents of the split `train` or `held_out`.
+        seq_len: tokens per text row, BOS included.
+        batch_size: activations (tokens) per training batch.
+        n_tokens: exact number of activations to train on; the last batch may be smaller.
+        block_tokens: activations that are shuffled together, at most those of the run. A block takes
             block_tokens · s · d · bytes of `lm.dtype`, twice that with prefetch.
-        lm_batch_rows: text rows in one forward pass of the language model.
+        lm_batch_rows: text rows per forward pass of the language model.
         exclude_bos: leave out every BOS token.
         exclude_first: leave out the first n positions of each row.
-        pack: rows may cross documents; otherwise what does not fill a row of its own is left out.
-        prefetch: harvest the next block in a thread while one trains, which changes no row; "auto" does on a GPU.
-        repeat: start the text over where it ends before n_tokens; otherwise the run ends there.
-        n_eval_tokens, n_val_tokens: held-out tokens for the evaluation after training and for validation during it.
-        seed: of the order of documents and of the shuffling.
+        pack: join documents within a row; otherwise no row crosses documents, and rows that are not full are dropped.
+        prefetch: compute the next block in a thread during training. Does not change any row. "auto" is true on a GPU.
+        repeat: start a new pass over the text if it ends before n_tokens; otherwise the run ends there.
+        n_eval_tokens: held-out tokens of the evaluation after training.
+        n_val_tokens: held-out tokens of the validation during training.
+        seed: seed of the order of documents and of the shuffling.
 
     Raises:
-        UserError: fewer tokens than one batch, or excluded positions that leave nothing of a row.
+        UserError: there are fewer tokens than one batch, or no position of a row is left after the exclusions.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class ActivationData(L.LightningDataModule):
             raise UserError(f"data.exclude_first={exclude_first} leaves nothing of a row of seq_len={seq_len} tokens.")
         self.lm, self.documents, self.seed, self.repeat, self.pack = lm, documents, seed, repeat, pack
         self.seq_len, self.batch_size, self.n_tokens = seq_len, batch_size, int(n_tokens)
-        # What lies behind the run's last batch is never asked for: a short run need not wait until its block holds it.
+        # Activations after the run's last batch are never used, so a short run does not wait for a full block.
         self.block_tokens = min(int(block_tokens), math.ceil(n_tokens / batch_size) * batch_size)
         self.lm_batch_rows = lm_batch_rows
         self.exclude_bos, self.exclude_first = exclude_bos, exclude_first
@@ -130,25 +131,26 @@ class ActivationData(L.LightningDataModule):
         return len(self.lm.sites)
 
     def keep(self, tokens: Int[Tensor, "n t"]) -> Bool[Tensor, "n t"]:
-        """Which positions an SAE is trained and judged on."""
+        """Return a mask of the positions on which an SAE is trained and evaluated."""
         kept = torch.ones_like(tokens, dtype=torch.bool)
         kept[:, : self.exclude_first] = False
         return kept & (tokens != self.lm.bos_id) if self.exclude_bos else kept
 
     def text(self, split: str, repeat: bool) -> TextRows:
+        """Return the text rows of a split, from the beginning."""
         assert self.documents is not None
         return TextRows(self.documents(split), self.lm.tokenizer, self.seq_len, self.lm.bos_id, repeat, self.pack)
 
     def text_rows(self, n: int) -> Int[Tensor, "n t"]:
-        """The first n text rows of the training text, or as many as a pass has."""
+        """Return the first n rows of the training text, or as many as one pass has."""
         return take_rows(self.text(TRAIN, repeat=False), n)
 
     def source(self) -> Source:
-        """The activations to train on, in order, from their beginning."""
+        """Return the training activations before shuffling, from the beginning."""
         return LMSource(self.lm, self.text(TRAIN, self.repeat), self.keep, self.lm_batch_rows, self.lm_turn)
 
     def new_stream(self, prefetch: bool = False) -> ShuffledBlocks:
-        """The training stream from its beginning."""
+        """Return the stream of shuffled training batches, from the beginning."""
         source = self.source()
         if prefetch:
             ahead = max(1, self.block_tokens // (self.lm_batch_rows * self.seq_len))
@@ -156,24 +158,25 @@ class ActivationData(L.LightningDataModule):
         return ShuffledBlocks(SharedSource(source), self.block_tokens, self.batch_size, self.seed)
 
     def held_out_text(self, n: int) -> Int[Tensor, "n t"]:
-        """The first n text rows of the held-out split, or as many as it has."""
+        """Return the first n text rows of the held-out split, or as many as it has."""
         return take_rows(self.text(HELD_OUT, repeat=False), n)
 
     def held_out_rows(self, n_tokens: int) -> Int[Tensor, "n t"]:
-        """Held-out text rows, from the beginning of the split, at least one and at most a pass; n_tokens in all.
+        """Return the first held-out text rows, n_tokens in all, but at least one row and at most one pass.
 
-        Their order is mixed (the same way every time), so that neighbouring rows come from different documents.
+        They are shuffled, always in the same way, so that consecutive rows come from different documents.
         """
         with self.lm_turn:
             rows = self.held_out_text(max(1, n_tokens // self.seq_len))
         if len(rows) == 0:
             raise UserError(
-                f"the held-out text is shorter than one row of seq_len={self.seq_len} tokens: give more text."
+                f"the held-out text is shorter than one row of seq_len={self.seq_len} tokens: "
+                "give more text, or lower seq_len."
             )
         return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
 
     def probe_rows(self, n: int = 16) -> Float[Tensor, "n s d"]:
-        """Activations at n positions of one held-out text row, spread over it: what a saved SAE is checked on."""
+        """Return activations at n positions spread over one held-out text row, on which a saved SAE is verified."""
         tokens = self.held_out_rows(self.seq_len)
         x = self.lm.activations(tokens)[self.keep(tokens)]
         return x[:: max(1, len(x) // n)][:n]
@@ -191,7 +194,7 @@ class ActivationData(L.LightningDataModule):
         return DataLoader(self._validation, batch_size=None)  # type: ignore[arg-type]
 
     def calibration_batches(self, n: int) -> Iterator[Float[Tensor, "b s d"]]:
-        """The first n training batches again, or as many as the run has."""
+        """Yield the first n training batches again, or as many as the run has."""
         stream = self.new_stream()
         for _ in range(min(n, self.n_steps)):
             batch = next(stream, None)
@@ -207,7 +210,7 @@ class ActivationData(L.LightningDataModule):
 
     @cached_property
     def origin(self) -> dict[str, str]:
-        """What a run must find again to go on with the same numbers, besides its config."""
+        """Digests of what determines the batches besides the config; they must be the same when a run resumes."""
         with self.lm_turn:
             text = self.text(TRAIN, repeat=False)
             digest = text.documents.digest(thorough=False) or digest_of_rows(take_rows(text, self.lm_batch_rows))
@@ -221,8 +224,8 @@ class ActivationData(L.LightningDataModule):
         return self.stream.state_dict() | {"origin": self.origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises a UserError where the stream would go on with other text, or through another model."""
+        """Restore the stream; raise a UserError if the text, the tokenizer or the language model changed."""
         state = dict(state_dict)
-        remedy = "put back what it began with, or type resume=never to start again."
+        remedy = "restore what it began with, or start over with resume=never."
         refuse_changed(state.pop("origin", {}), self.origin, remedy)
         self.stream.load_state_dict(state)

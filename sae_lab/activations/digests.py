@@ -1,4 +1,4 @@
-"""By what a cache and a checkpoint know the model and the text that they come from: digests."""
+"""Digests that identify the language model, tokenizer and text behind a cache or a checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from sae_lab.runtime.errors import UserError
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """Of the parameters and buffers as loaded, so of revision and folding too (2 GB of them take a second)."""
+    """Return a digest of the parameters and buffers as loaded, after any folding. 2 GB take a second."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -22,6 +22,7 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a digest of the full tokenizer; of its vocabulary only, if it has no Rust back end."""
     rust = getattr(tokenizer, "backend_tokenizer", None)
     text = rust.to_str() if rust is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return xxhash.xxh3_128_hexdigest(text.encode())
@@ -32,12 +33,15 @@ def digest_of_rows(tokens: Int[Tensor, "r t"]) -> str:
 
 
 def refuse_changed(began_with: Mapping[str, str], here: Mapping[str, str], remedy: str) -> None:
-    """Raise a UserError that names what is no longer what a run began with; where there is no digest nothing is."""
+    """Raise a UserError that names the digests that changed since the run began. `remedy` ends the message.
+
+    Digests that the run did not record are not compared.
+    """
     changed = [name for name in began_with if began_with[name] != here.get(name)]
     if changed:
         raise UserError(f"{' and '.join(changed)} changed since this run began: {remedy}")
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor of any dtype."""
+    """Return the memory of a contiguous CPU tensor of any dtype."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""What `data=stdlib`, `disassembly`, `text_files` and `hub` build: activations of a language model on documents."""
+"""Build ActivationData from text: the functions behind `data=stdlib`, `disassembly`, `text_files` and `hub`."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,13 +11,13 @@ from sae_lab.text.corpora import FileDocuments, HubDocuments
 
 
 def stdlib(lm: LanguageModel, seed: int, held_out_every: int, **stream: Any) -> ActivationData:
-    """`data=stdlib`: the source of Python's standard library."""
+    """Return activations on the source of Python's standard library (`data=stdlib`)."""
     documents = partial(StdlibDocuments, seed=seed, held_out_every=held_out_every)
     return ActivationData(lm, documents, seed=seed, **stream)
 
 
 def disassembly(lm: LanguageModel, seed: int, held_out_every: int, mixed: bool, **stream: Any) -> ActivationData:
-    """`data=disassembly`: its bytecode listings."""
+    """Return activations on bytecode listings of Python's standard library (`data=disassembly`)."""
     documents = partial(DisassembledStdlib, seed=seed, held_out_every=held_out_every, mixed=mixed)
     return ActivationData(lm, documents, seed=seed, **stream)
 
@@ -30,7 +30,7 @@ def text_files(
     held_out_every: int,
     **stream: Any,
 ) -> ActivationData:
-    """`data=text_files`: globs of txt, jsonl, csv or parquet."""
+    """Return activations on local files: txt, md, jsonl, csv or parquet (`data=text_files`)."""
     paths = list(paths) if isinstance(paths, Sequence) and not isinstance(paths, str) else paths
     documents = partial(FileDocuments, paths, column=column, seed=seed, held_out_every=held_out_every)
     return ActivationData(lm, documents, seed=seed, **stream)
@@ -47,7 +47,7 @@ def hub(
     revision: str | None,
     **stream: Any,
 ) -> ActivationData:
-    """`data=openwebtext`, `data=fineweb`, ...: a data set of the Hugging Face hub, streamed."""
+    """Return activations on a streamed data set of the Hugging Face hub (`data=hub`, `fineweb`, `openwebtext`, ...)."""
     options: dict[str, Any] = {
         "name": name,
         "hub_split": hub_split,

@@ -1,4 +1,4 @@
-"""Reading ahead: the next rows are made in a thread of their own while the current ones train."""
+"""Prefetch: compute the next chunks in a background thread during training."""
 
 import atexit
 import threading
@@ -11,15 +11,15 @@ import torch
 
 from sae_lab.activations.source import Chunk, Source
 
-EXIT_SECONDS = 10.0  # that a process which ends waits for the chunk in hand
+EXIT_SECONDS = 10.0  # maximum time that an exiting process waits for the chunk being computed
 
 
 class PrefetchedSource:
-    """A `buffer.Source` that another one feeds, up to `n_chunks` chunks ahead.
+    """A Source that reads another Source up to `n_chunks` chunks ahead, in a thread.
 
-    The chunks are the same, in the same order. Each carries the state from which it comes again, so what lies ready
-    but was not asked for belongs to no state: a resumed run makes it again. An exception of the source is raised, as
-    itself, where its chunk would have come.
+    Chunks and their order are unchanged. Each chunk carries the state from which it can be computed again, so chunks
+    that were prefetched but not used are in no checkpoint; a resumed run computes them again. An exception in the
+    source is raised unchanged, in place of the chunk that failed.
     """
 
     def __init__(self, source: Source, n_chunks: int, device: torch.device):
@@ -32,11 +32,11 @@ class PrefetchedSource:
         self.source.load_state_dict(state)
 
     def __iter__(self) -> Generator[Chunk, None, None]:
-        """The chunks; closing the generator ends its thread, at the latest after the chunk in hand."""
+        """Yield the chunks. Closing the generator stops its thread as soon as the current chunk is finished."""
         reader = Reader(iter(self.source), self.n_chunks, self.device)
         reader.start()
         atexit.register(reader.stop, EXIT_SECONDS)
-        unregister = atexit.unregister  # held here: at the interpreter's end the module may go before this generator
+        unregister = atexit.unregister  # at interpreter exit, the module may be cleared before this generator is closed
         try:
             yield from reader.chunks()
         finally:
@@ -45,7 +45,10 @@ class PrefetchedSource:
 
 
 class Reader(threading.Thread):
-    """Draws chunks while there are free places, each on the device's side stream, finished before it is handed over."""
+    """Thread that reads up to `n_places` chunks ahead.
+
+    On a GPU it works on its own CUDA stream, and synchronizes the stream before it hands over a chunk.
+    """
 
     def __init__(self, source: Iterator[Chunk], n_places: int, device: torch.device):
         super().__init__(name="prefetch", daemon=True)
@@ -57,8 +60,9 @@ class Reader(threading.Thread):
         self._stopping = False
 
     def run(self) -> None:
-        # A thread starts with torch's current global number of threads, which the main thread may just have lowered
-        # (threads.py); the bits of a product depend on it. The getter makes torch initialise before we set.
+        # A new thread gets torch's current global number of threads, which the main thread may have lowered meanwhile
+        # (runtime/threads.py). The rounding of matrix products depends on it, so it is set back to the number at
+        # construction. The getter is called first because it makes torch initialize.
         torch.get_num_threads()
         torch.set_num_threads(self._n_threads)
         item: Chunk | BaseException | None = None
@@ -77,16 +81,17 @@ class Reader(threading.Thread):
         return not self._stopping
 
     def chunks(self) -> Iterator[Chunk]:
-        """What the thread drew, as it becomes ready."""
+        """Yield the chunks as they become ready."""
         while (item := self._ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            if item.rows.is_cuda:  # its memory must not go back to the side stream before the reader's work is done
+            if item.rows.is_cuda:  # keeps the side stream from reusing this memory while the consumer still works on it
                 item.rows.record_stream(torch.cuda.current_stream(item.rows.device))
             yield item
             self._places.release()
 
     def stop(self, seconds: float | None = None) -> None:
+        """Stop after the current chunk; wait for the thread, at most `seconds`."""
         self._stopping = True
         self._places.release()
         self.join(seconds)

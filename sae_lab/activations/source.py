@@ -1,4 +1,4 @@
-"""Activations in the order of the text: the language model run over rows of it, by one process or several together."""
+"""Activations in the order of the text, computed by one process or by several together."""
 
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -16,7 +16,7 @@ from sae_lab.text.rows import TextRows, take_rows
 
 
 class Chunk(NamedTuple):
-    """Some consecutive rows, the source's state from which they come again, and the text they come from, if any."""
+    """Consecutive rows, the source's state from which they can be computed again, and their text rows, if any."""
 
     state: dict[str, Any]
     rows: Float[Tensor, "n s d"]
@@ -24,7 +24,7 @@ class Chunk(NamedTuple):
 
 
 class Source(Protocol):
-    """Rows in order, in chunks; deterministic, and able to start at any chunk that it has given before."""
+    """A deterministic iterable of chunks of rows, which can restart at the state of any chunk."""
 
     def __iter__(self) -> Generator[Chunk, None, None]: ...
 
@@ -34,16 +34,16 @@ class Source(Protocol):
 
 
 class LMSource:
-    """Runs the language model over text rows: a `buffer.Source` of activations, one chunk a forward pass.
+    """A Source that runs the language model over text rows, one forward pass per chunk.
 
-    It holds `turn` while it does: hooks and tokenizer serve one thread at a time. Of several processes each reads all
-    of the text, but runs the model on every n-th chunk only, and leaves the others' rows for `Shared` to fetch.
+    It holds `lock` meanwhile, because hooks and tokenizer are not thread-safe. With n processes, each reads all of the
+    text but runs the model on every n-th chunk only; `SharedSource` fetches the rows of the other chunks.
     """
 
     def __init__(
-        self, lm: LanguageModel, rows: TextRows, keep: Callable[[Tensor], Tensor], lm_batch_rows: int, turn: Lock
+        self, lm: LanguageModel, rows: TextRows, keep: Callable[[Tensor], Tensor], lm_batch_rows: int, lock: Lock
     ):
-        self.lm, self.rows, self.keep, self.lm_batch_rows, self.turn = lm, rows, keep, lm_batch_rows, turn
+        self.lm, self.rows, self.keep, self.lm_batch_rows, self.lock = lm, rows, keep, lm_batch_rows, lock
 
     def state_dict(self) -> dict[str, Any]:
         return self.rows.state_dict()
@@ -54,27 +54,27 @@ class LMSource:
     def __iter__(self) -> Generator[Chunk, None, None]:
         while texts := self._read(world_size()):
             for i, (state, tokens) in enumerate(texts):
-                mine = i == rank() or len(texts) < world_size()  # at the end of the text all run what is left
+                mine = i == rank() or len(texts) < world_size()  # at the end of the text, every process runs the rest
                 yield Chunk(state, self._activations(tokens) if mine else self._other_rank_rows(tokens), tokens)
 
     def _read(self, n: int) -> list[tuple[dict[str, Any], Int[Tensor, "r t"]]]:
-        """The text of the next n chunks, or of as many as there are, and where each begins."""
-        with self.turn:
+        """Return the state and the text rows of each of the next n chunks, or of as many as are left."""
+        with self.lock:
             texts = [(self.rows.state_dict(), take_rows(self.rows, self.lm_batch_rows)) for _ in range(n)]
         return [(state, tokens) for state, tokens in texts if len(tokens)]
 
     def _activations(self, tokens: Int[Tensor, "r t"]) -> Float[Tensor, "n s d"]:
-        with self.turn:
+        with self.lock:
             activations = self.lm.activations(tokens)
             return activations[self.keep(tokens).to(activations.device)]
 
     def _other_rank_rows(self, tokens: Int[Tensor, "r t"]) -> Float[Tensor, "n s d"]:
-        """A tensor without memory, in the shape of what another process computes."""
+        """Return a meta tensor that stands in for the rows that another rank computes."""
         return torch.empty(int(self.keep(tokens).sum()), len(self.lm.sites), self.lm.d, device="meta")
 
 
 class SharedSource:
-    """A `buffer.Source` that several processes harvest together: each comes to have all chunks, in the same order."""
+    """A Source that several processes compute together; each of them yields all chunks, in the same order."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -91,7 +91,7 @@ class SharedSource:
                 yield from self._fetch(group)
 
     def _fetch(self, group: list[Chunk]) -> list[Chunk]:
-        """The chunks with the rows that others have computed: the r-th comes from rank r."""
+        """Fill in the rows that other ranks computed; rank r broadcasts the r-th chunk."""
         if not any(chunk.rows.is_meta for chunk in group):
             return group
         own = group[rank()].rows.contiguous()
