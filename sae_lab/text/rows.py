@@ -19,7 +19,7 @@ class TextRows:
 
         doc 1: a b c d e   doc 2: f g h   seq_len 4
         pack=True    [BOS a b c] [BOS d e BOS] [BOS f g h]     documents are joined by BOS; no token is lost
-        pack=False   [BOS a b c] [BOS f g h]                   one document per row; rows that are not full are dropped
+        pack=False   [BOS a b c] [BOS f g h]                   no row crosses documents; unfilled rows are dropped
 
     If a document begins at the start of a row, the row has one BOS, not two. Documents without tokens are skipped.
     The tokenizer adds no special tokens, and text that looks like a special token is tokenized as plain text.
