@@ -1,10 +1,10 @@
-# make setup | demo | test | docs | bench. PYTHON chooses the interpreter of .venv.
+# make setup | demo | lint | test-fast | test | docs | bench. PYTHON chooses the interpreter of .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint docs bench clean
+.PHONY: setup demo lint test-fast test docs bench clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --verbose >$(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
+
+# Every test that starts no process.
+test-fast: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not process"
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
