@@ -1,0 +1,1 @@
+"""Text and a language model -> shuffled batches of activations."""

@@ -1,0 +1,1 @@
+"""Activations on disk. Without this room, streaming still works."""

@@ -1,0 +1,1 @@
+"""SAEs -> metrics and tables. Writes no files, draws no figures."""

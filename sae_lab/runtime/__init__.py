@@ -1,0 +1,1 @@
+"""What the machine gives: errors, checks, files, devices, signals, the hub, the screen. Imports nothing of ours."""

@@ -1,0 +1,1 @@
+"""Controlled measurements: what a step costs, which stage limits, whether planted features are found."""

@@ -1,0 +1,1 @@
+"""Documents -> rows of tokens. Knows no language model."""
