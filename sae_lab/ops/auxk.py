@@ -1,4 +1,4 @@
-"""The auxiliary loss: dead latents learn what the live ones leave over."""
+"""The auxiliary loss: dead latents learn to reconstruct the residual of the live ones."""
 
 from typing import Any
 
@@ -20,10 +20,10 @@ from sae_lab.ops.selection import (
 from sae_lab.ops.sparse import attach_encoder_gradient, decode
 from sae_lab.parallel.collectives import min_over_ranks
 
-BY_ENTRY_FROM = {"cpu": 10, "cuda": 100}
-"""Dead latents for each of the k_aux, from which on touching only those that take part costs less. Measured at d 768,
-b 4096, k_aux 384 on 2 cores: equal at 8, 1.3 x faster at 16, 2.7 x at 32 and 64. A GPU's products are faster; there it
-is not measured."""
+SPARSE_FROM = {"cpu": 10, "cuda": 100}
+"""Ratio n_dead / k_aux from which the sparse computation is used instead of the dense one. Measured at d 768, b 4096,
+k_aux 384 on 2 cores: equally fast at 8, sparse 1.3 x faster at 16, 2.7 x at 32 and 64. Not measured on a GPU, where
+dense products are faster."""
 
 
 def auxk_loss(
@@ -35,14 +35,22 @@ def auxk_loss(
     k_aux: int,
     over_batch: bool = False,
 ) -> Tensor:
-    """mean (e - sum_{top k_aux dead i} relu(h_i) W_dec_i)²,   h = x W_encᵀ + b_enc,   e the residual
+    """Compute the auxiliary loss: the MSE between the residual e and its reconstruction from dead latents.
 
-    Gao et al. 2024, arXiv 2406.04093, §A.2. The weights are the dead latents' rows. Gradients reach them alone: through
-    the residual, live latents would be pulled towards the dead ones. The sum has no bias, as e already lacks b_dec.
-    With `over_batch` the top k_aux · b of the whole batch take part instead of the top k_aux of each row. It is left
-    open which of those that tie for the last place do.
+        loss = mean (e - sum_{top k_aux dead i} relu(h_i) W_dec_i)²        h = x W_encᵀ + b_enc
+
+    Gao et al. 2024, arXiv 2406.04093, §A.2. Only W_enc, b_enc and W_dec get gradients: through the residual, live
+    latents would be pulled towards the dead ones. There is no b_dec, since e does not contain it.
+
+    Args:
+        x: the encoder's input, centered.
+        residual: e, what the live latents did not reconstruct.
+        W_enc, b_enc, W_dec: the rows of the dead latents.
+        k_aux: dead latents that take part, per row.
+        over_batch: choose the top k_aux · b entries of the whole batch instead of the top k_aux of each row. Which of
+            several entries tied for the last place are chosen is not specified.
     """
-    if len(W_enc) < BY_ENTRY_FROM[x.device.type] * k_aux:
+    if len(W_enc) < SPARSE_FROM[x.device.type] * k_aux:
         return _AuxK.apply(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch)
     with torch.no_grad():
         code = (select_top_of_batch if over_batch else select_top_k)(Preactivations(x, W_enc, b_enc), k_aux)
@@ -52,9 +60,10 @@ def auxk_loss(
 
 
 class _AuxK(torch.autograd.Function):
-    """Walks over pieces of rows and takes the gradient on the way, so that no (b, n_dead) matrix exists.
+    """Dense `auxk_loss`, piece of rows by piece of rows, without ever holding a (b, n_dead) matrix.
 
-    For k_aux of the order of the number of dead latents: there a dense product costs less than one by active entry.
+    The forward pass computes the gradient of each piece as well. Faster than the sparse computation where k_aux is not
+    much smaller than the number of dead latents.
     """
 
     @staticmethod
@@ -98,13 +107,13 @@ class _AuxK(torch.autograd.Function):
 
 
 def row_thresholds(h: Float[Tensor, "n n_dead"], k: int) -> Float[Tensor, "n 1"]:
-    """What the k largest entries of each row reach."""
+    """Return the k-th largest entry of each row."""
     k = min(k, h.shape[-1])
     return kth_largest(sortable(h), k).view(h.dtype).unsqueeze(-1)
 
 
 def batch_threshold(h: Pieces, k: int) -> Tensor:
-    """What the k · b largest positive entries of the whole batch reach."""
+    """Return the smallest of the k · b largest positive entries of the batch, over all ranks; 0 if there are none."""
     values = select_top_of_batch(h, k).values
     smallest = min_over_ranks(values.amin() if len(values) else values.new_tensor(torch.inf))
     return smallest.masked_fill(smallest.isinf(), 0)

@@ -1,4 +1,4 @@
-"""The dense product x Wᵀ + b, by the fastest kernel that torch has for it."""
+"""The dense product x Wᵀ + b, with the fastest kernel that torch offers."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ from torch.autograd.function import once_differentiable
 
 
 def linear(x: Float[Tensor, "b d"], W: Float[Tensor, "f d"], bias: Float[Tensor, " f"] | None = None) -> Tensor:
-    """x Wᵀ + bias, as `F.linear`; strides do not matter.
+    """Compute x Wᵀ + bias like `F.linear`, for any strides.
 
-    In float32 on a CPU it is oneDNN's product. torch's default there is MKL's, which leaves AVX-512 alone on AMD:
-    measured on 2 cores of an EPYC (Zen 5), torch 2.13, oneDNN ran 2.1 x faster at b 4096, d 768, f 12288.
+    In float32 on a CPU it calls oneDNN. torch's default there is MKL, which does not use AVX-512 on AMD: measured on
+    2 cores of an EPYC (Zen 5), torch 2.13, oneDNN was 2.1 x faster at b 4096, d 768, f 12288.
     """
-    return _OneDNN.apply(x, W, bias) if _takes(x, W) else F.linear(x, W, bias)
+    return _OneDNNLinear.apply(x, W, bias) if _can_use_onednn(x, W) else F.linear(x, W, bias)
 
 
 def linear_by_part(
     x: Float[Tensor, "b n_parts*d"], W: Float[Tensor, "f d"], bias: Float[Tensor, " f"] | None, n_parts: int
 ) -> Float[Tensor, "b f"]:
-    """`linear`, with x and the rows of W cut into equal parts: each part of the columns comes from one part of x."""
+    """Apply `linear` part by part: part i of the output columns is part i of x times part i of the rows of W."""
     if n_parts == 1:
         return linear(x, W, bias)
     biases = [None] * n_parts if bias is None else bias.chunk(n_parts)
@@ -29,7 +29,7 @@ def linear_by_part(
     return torch.cat([linear(*part) for part in parts], dim=1)
 
 
-def _takes(x: Tensor, W: Tensor) -> bool:
+def _can_use_onednn(x: Tensor, W: Tensor) -> bool:
     return (
         x.device.type == W.device.type == "cpu"
         and x.numel() > 0 < W.numel()
@@ -40,24 +40,24 @@ def _takes(x: Tensor, W: Tensor) -> bool:
     )
 
 
-def _product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias: the operator by which torch's own compiler reaches oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(pack_weight(x), pack_weight(W), bias, "none", [], "")
+def _onednn_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute x Wᵀ + bias by the operator through which torch.compile calls oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(ensure_dense(x), ensure_dense(W), bias, "none", [], "")
 
 
-def pack_weight(x: Tensor) -> Tensor:
-    """x, or a copy of it where its rows or columns lie apart, as some columns of another matrix do.
+def ensure_dense(x: Tensor) -> Tensor:
+    """Return x, or a contiguous copy if neither x nor its transpose is contiguous (a slice of columns, for example).
 
-    oneDNN takes a transposed matrix as fast as another, but such strides up to 1,000 x slower in a gradient.
+    oneDNN multiplies a transposed matrix as fast as any other, but other strides made a gradient up to 1,000 x slower.
     """
     return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
 
 
-class _OneDNN(torch.autograd.Function):
+class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, W)
-        return _product(x, W, bias)
+        return _onednn_linear(x, W, bias)
 
     @staticmethod
     @once_differentiable
@@ -65,7 +65,7 @@ class _OneDNN(torch.autograd.Function):
         x, W = ctx.saved_tensors
         needs_x, needs_W, needs_bias = ctx.needs_input_grad
         return (
-            _product(grad, W.T) if needs_x else None,
-            _product(grad.T, x.T) if needs_W else None,
+            _onednn_linear(grad, W.T) if needs_x else None,
+            _onednn_linear(grad.T, x.T) if needs_W else None,
             grad.sum(dim=0) if needs_bias else None,
         )

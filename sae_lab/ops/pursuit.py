@@ -1,27 +1,27 @@
-"""Inference-time optimisation: codes that are searched for in a dictionary instead of computed by an encoder.
+"""Pursuit: inference-time optimization that searches for a code in a dictionary, without an encoder.
 
-For rows y = x - b_dec and a dictionary D of unit rows, each pursuit spends k steps on
+For rows y = x - b_dec and a dictionary D of unit rows, a pursuit takes k steps to solve approximately
 
     min_w |y - w D|²    with w >= 0 and at most k entries of w positive
 
-A step takes the residual r = y - w D, its correlations c = r Dᵀ, the best latent j = argmax_f c_f, and as active set
-S = {i : w_i > 0} ∪ {j}. They differ in what they do with S:
+Each step computes the residual r = y - w D, the correlations c = r Dᵀ, the best latent j = argmax_f c_f and the active
+set S = {i : w_i > 0} ∪ {j}. The methods differ in how they update w on S:
 
     matching pursuit             w_j += relu(c_j)                                    Mallat and Zhang 1993
     gradient pursuit             w <- relu(w + α g),  g = c on S,  α = |g|² / |g D|²  Blumensath and Davies 2008
-    orthogonal matching pursuit  w <- argmin |y - w D|² over the w that live on S    Pati et al. 1993
+    orthogonal matching pursuit  w <- argmin |y - w D|² over all w supported on S    Pati et al. 1993
 
-α is the exact line search, for on S the gradient g has ⟨g D, r⟩ = |g|². A latent may be chosen twice, and a weight may
-be clipped to zero, so L0 can end below k. Rows of D that are not of unit norm are divided by it, or long rows would be
-chosen for their length; the code is in the units of D again. Where a least-squares weight comes out negative, its
-latent leaves S and the others are solved for again.
+- α is the exact line search, because ⟨g D, r⟩ = |g|² for the gradient g on S.
+- A latent may be chosen twice and a weight may be clipped to zero, so L0 can end below k.
+- Rows of D are scaled to unit norm for the search, or long rows would be preferred; the code is scaled back.
+- If a least-squares weight is negative, its latent is removed from S and the others are solved for again.
 
-What a step costs is c, taken for a piece of the rows at a time, of which only the largest entry and those on S are
-kept; everything else touches the at most k active entries of a row. Where the Gram matrix D Dᵀ fits into memory,
-c = y Dᵀ - w D Dᵀ: one product at the start, then in each step t rows of the Gram matrix for a row that has chosen t
-latents. Elsewhere every step is a product. Measured at b 4096, f 12288, d 768, k 32 on 2 cores of an EPYC (Zen 4), a
-whole gradient pursuit took 8.7 s: 0.71 products a step with the Gram matrix, bound by memory, and 1.11 without, where a
-tenth goes into the largest entry; the matrix costs f / b products, once for a dictionary.
+The cost of a step is that of c, which is computed for one piece of the rows at a time; all else touches at most k
+entries per row. If the Gram matrix D Dᵀ fits into memory, c = y Dᵀ - w D Dᵀ: one dense product at the start, then t
+rows of the Gram matrix for each row that has chosen t latents. Otherwise each step is a dense product. Measured for
+gradient pursuit at b 4096, f 12288, d 768, k 32 on 2 cores of an EPYC (Zen 4): 8.7 s in total; a step costs 0.71 dense
+products with the Gram matrix (bound by memory) and 1.11 without (a tenth of it for the argmax). The Gram matrix costs
+f / b products, once per dictionary.
 """
 
 from abc import ABC, abstractmethod
@@ -36,11 +36,16 @@ from sae_lab.ops.selection import PIECE
 from sae_lab.ops.sparse import Pattern, SparseCode, dot_products
 
 GRAM_ENTRIES = {"cpu": 2**28, "cuda": 0}
-"""The largest Gram matrix that is kept: 1 GiB in float32. A GPU's products are too fast for it to pay."""
+"""Entries of the largest Gram matrix to keep (1 GiB in float32). On a GPU dense products are fast enough without it."""
 
 
 class Dictionary:
-    """The rows of D, of any norm, prepared for pursuits: `unit` rows, their `norms`, the `gram` matrix or None."""
+    """A dictionary prepared for pursuits: `unit` rows, their original `norms`, and the `gram` matrix or None.
+
+    Args:
+        rows: D, with rows of any norm.
+        gram: keep the Gram matrix if it has at most GRAM_ENTRIES entries.
+    """
 
     def __init__(self, rows: Float[Tensor, "f n"], gram: bool = True):
         self.norms = rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
@@ -53,7 +58,7 @@ class Dictionary:
 
 
 class Search(ABC):
-    """One pursuit over some rows after t steps: the latent that each step chose, and its weight (D of unit rows)."""
+    """State of a pursuit on some rows after t steps: the latent chosen at each step, and its weight on a unit row."""
 
     def __init__(self, y: Float[Tensor, "b n"], dictionary: Dictionary):
         self.y, self.dictionary = y, dictionary
@@ -61,9 +66,10 @@ class Search(ABC):
         self.latents = y.new_empty(len(y), 0, dtype=torch.long)
         self.weights = y.new_empty(len(y), 0)
         self.first = y.new_empty(len(y), 0, dtype=torch.bool)
-        """Where a latent was chosen for the first time: only there it has a weight."""
+        """True at the step that chose a latent for the first time; the weight is kept there."""
 
     def run(self, k: int) -> "Search":
+        """Take k steps."""
         for _ in range(k):
             c = self.correlations()
             j = argmax(c).unsqueeze(1)
@@ -74,7 +80,7 @@ class Search(ABC):
         return self
 
     def correlations(self) -> Float[Tensor, "b f"]:
-        """(y - w D) Dᵀ."""
+        """Compute (y - w D) Dᵀ."""
         unit, gram = self.dictionary.unit, self.dictionary.gram
         if gram is None or self.start is None:
             return linear(self.y - self.combine(self.weights, unit), unit)
@@ -82,19 +88,25 @@ class Search(ABC):
 
     @abstractmethod
     def update(self, new: Bool[Tensor, "b t"], c: Float[Tensor, "b t"]) -> Float[Tensor, "b t"]:
-        """The weights after this step; `new` is where j stands, c the correlations of all that were chosen so far."""
+        """Compute the weights after this step.
+
+        Args:
+            new: marks the latent j of this step.
+            c: correlations of the latents chosen so far.
+        """
 
     def active(self, new: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
-        """S."""
+        """Return the active set S as a mask."""
         return (self.weights > 0) | new
 
     def combine(self, weights: Float[Tensor, "b t"], rows: Float[Tensor, "f m"]) -> Float[Tensor, "b m"]:
-        """The weighted sum of the rows of the latents chosen so far."""
+        """Compute the weighted sum of the `rows` of the latents chosen so far."""
         if self.latents.shape[1] == 0:
             return rows.new_zeros(len(weights), rows.shape[1])
         return F.embedding_bag(self.latents, rows, mode="sum", per_sample_weights=weights)
 
     def code(self) -> SparseCode:
+        """Return the code, in the units of the original rows of D."""
         n_latents = len(self.dictionary)
         latents, order = torch.where(self.weights > 0, self.latents, n_latents).sort(dim=1)
         kept = latents < n_latents
@@ -104,23 +116,29 @@ class Search(ABC):
 
 
 class MatchingPursuit(Search):
+    """w_j += relu(c_j)"""
+
     def update(self, new: Tensor, c: Tensor) -> Tensor:
         return self.weights + new * c.relu()
 
 
 class GradientPursuit(Search):
+    """w <- relu(w + α g),   g = c on S,   α = |g|² / |g D|²"""
+
     def update(self, new: Tensor, c: Tensor) -> Tensor:
         g = c * self.active(new)
-        reach = self.combine(g, self.dictionary.unit).square().sum(dim=1, keepdim=True)
-        length = torch.where(reach > 0, g.square().sum(dim=1, keepdim=True) / reach, 0)  # no residual, no direction
-        return (self.weights + length * g).relu()
+        norm = self.combine(g, self.dictionary.unit).square().sum(dim=1, keepdim=True)
+        alpha = torch.where(norm > 0, g.square().sum(dim=1, keepdim=True) / norm, 0)  # 0 if the residual is zero
+        return (self.weights + alpha * g).relu()
 
 
 class OrthogonalMatchingPursuit(Search):
+    """w <- argmin |y - w D|² over all w >= 0 supported on S"""
+
     def __init__(self, y: Float[Tensor, "b n"], dictionary: Dictionary):
         super().__init__(y, dictionary)
         self.gram = y.new_empty(len(y), 0, 0)
-        """Products of the chosen latents with each other."""
+        """Gram matrix of the chosen latents, per row."""
 
     def update(self, new: Tensor, c: Tensor) -> Tensor:
         b, t = c.shape
@@ -141,7 +159,10 @@ class OrthogonalMatchingPursuit(Search):
 def least_squares(
     gram: Float[Tensor, "b t t"], b: Float[Tensor, "b t"], active: Bool[Tensor, "b t"]
 ) -> Float[Tensor, "b t"]:
-    """gram⁻¹ b over the active entries of each row, zero elsewhere; a tiny ridge lets equal atoms share a weight."""
+    """Solve gram w = b over the active entries of each row, with w = 0 elsewhere.
+
+    A ridge of a few eps keeps the system positive definite where two chosen rows are equal: they share the weight.
+    """
     both = active.unsqueeze(1) & active.unsqueeze(2)
     ridge = 1 + 8 * torch.finfo(gram.dtype).eps
     system = torch.where(both, gram, 0).diagonal_scatter(torch.where(active, ridge, 1.0).to(gram), dim1=1, dim2=2)
@@ -157,20 +178,23 @@ METHODS: dict[str, type[Search]] = {
 
 
 def argmax(c: Float[Tensor, "b f"]) -> Int[Tensor, " b"]:
-    """The place of each row's largest entry; numpy's AVX-512 finds it 16 x faster than torch."""
+    """Return the index of each row's largest entry; on a CPU numpy (AVX-512) is 16 x faster than torch."""
     return torch.from_numpy(c.numpy().argmax(axis=1)) if c.device.type == "cpu" else c.argmax(dim=1)
 
 
 @torch.no_grad()
 def pursue(method: str, y: Float[Tensor, "b n"], dictionary: Dictionary, k: int) -> SparseCode:
-    """The code of each row of y after k steps of `method`, a key of METHODS. Autocast is left out: residuals cancel."""
+    """Return the code of each row of y after k steps of `method`, a key of METHODS.
+
+    Runs without autocast: the residual is a difference of nearly equal numbers.
+    """
     rows = max(512, PIECE[y.device.type] // len(dictionary))
     with torch.autocast(y.device.type, enabled=False):
         return concatenate_codes([METHODS[method](piece, dictionary).run(k).code() for piece in y.split(rows)])
 
 
 def concatenate_codes(codes: list[SparseCode]) -> SparseCode:
-    """The codes of consecutive pieces of rows, as one."""
+    """Concatenate codes along the rows."""
     counts = torch.cat([code.row_offsets.diff() for code in codes])
     latents = torch.cat([code.latents for code in codes])
     pattern = Pattern(F.pad(counts.cumsum(0), (1, 0)), latents, codes[0].n_latents)

@@ -1,8 +1,8 @@
-"""Which pre-activations become active: rules that walk over h in pieces of rows and keep only what survives.
+"""Selection of active latents: rules that read the pre-activations h in pieces of rows and keep the selected entries.
 
-Every rule is exact, takes positive entries only and resolves ties by the lowest position: the same h gives the same
-code however it is cut. On a CPU the primitives at the end are numpy's, which finds and partitions with AVX-512 where
-torch takes several times longer.
+Every rule is exact, selects only positive entries and breaks ties by the lowest position, so the code does not depend
+on how h is cut into pieces. On a CPU the primitives at the end of this file use numpy, whose search and partition with
+AVX-512 are several times faster than torch's.
 """
 
 import math
@@ -21,18 +21,18 @@ from sae_lab.parallel.collectives import concatenate_ranks, min_over_ranks, worl
 from sae_lab.runtime.threads import one_thread
 
 Pieces: TypeAlias = Iterable[Float[Tensor, "_ f"]]
-"""h as pieces of consecutive rows, at least one; may be walked more than once. `[h]` is the simplest."""
+"""h as one or more pieces of consecutive rows. May be iterated several times. `[h]` is the simplest case."""
 
 PIECE = {"cpu": 2**20, "cuda": 2**27}
-"""Entries of h that exist at a time, unless 512 rows are more: fewer rows would slow the product down. On a CPU they
-stay in its cache: steps at f 12288, b 4096 took 298 to 312 ms, with 2**24 entries 314 to 336 ms."""
+"""Entries of h in memory at a time; a piece has at least 512 rows, since products of fewer rows are slower. On a CPU a
+piece fits into the cache: a step at f 12288, b 4096 took 298 to 312 ms, and 314 to 336 ms with 2**24 entries."""
 SAMPLE_ROWS = 64
 
 
 class Preactivations:
-    """The pieces of h = x W_encᵀ + b_enc, computed while they are walked, in bf16 under autocast.
+    """Pieces of h = x W_encᵀ + b_enc, computed while iterating; in bf16 under autocast.
 
-    With `n_parts`, x and the latents are cut into as many parts: the latents of each see that part of x alone.
+    With `n_parts` > 1, x and the latents are split into that many parts, and latents of part i read part i of x.
     """
 
     def __init__(
@@ -56,19 +56,19 @@ class Preactivations:
 
 
 def select_above(h: Pieces, threshold: Tensor) -> SparseCode:
-    """z = relu(h) · 1[h > threshold]."""
+    """Return z = relu(h) · 1[h > threshold]."""
     return gather_candidates(h, lambda piece, _: sortable(round_down(threshold.clamp_min(0), piece.dtype))).code()
 
 
 def select_top_of_batch(h: Pieces, k: float) -> SparseCode:
-    """The floor(k·b) largest entries of relu(h) over the whole batch.
+    """Keep the floor(k·b) largest entries of relu(h) over the whole batch.
 
-    Only entries above a bound are gathered. The first piece shows the one that about 1.5·k entries a row exceed;
-    should fewer than k·b exceed it in the end, h is walked again with a lower bound. Where the batch is shared out
-    among processes, each keeps those of the whole batch's that lie on its rows.
+    Only entries above a bound are gathered. The bound is estimated on the first piece such that about 1.5·k entries
+    per row exceed it; if fewer than k·b entries of the batch do, h is computed again with a lower bound. With several
+    processes the choice is made over the batches of all ranks, and each rank keeps the chosen entries of its rows.
     """
     for margin in (1.5, 12, 96, math.inf):
-        found = gather_candidates(h, partial(bound_of_batch, m=margin * k))
+        found = gather_candidates(h, partial(estimate_batch_bound, m=margin * k))
         values, own = concatenate_ranks(found.values)
         n = int(k * found.n_rows * world_size())
         if len(values) >= n:
@@ -77,13 +77,13 @@ def select_top_of_batch(h: Pieces, k: float) -> SparseCode:
 
 
 def select_top_k(h: Pieces, k: int) -> SparseCode:
-    """On each row the k largest entries of relu(h)."""
-    found = gather_candidates(h, lambda piece, _: bound_of_rows(piece, k))
+    """Keep the k largest entries of relu(h) on each row."""
+    found = gather_candidates(h, lambda piece, _: row_bounds(piece, k))
     return found.keep(largest_of_rows(found, k)).code()
 
 
 class Entries(NamedTuple):
-    """Entries of h: their positions in the flattened matrix, ascending, and their values in `sortable` form."""
+    """Entries of h: ascending positions in the flattened matrix, and values in `sortable` form."""
 
     positions: Int[Tensor, " n"]
     values: Tensor
@@ -92,15 +92,18 @@ class Entries(NamedTuple):
     dtype: torch.dtype
 
     def rows(self) -> Int[Tensor, " n"]:
+        """Return the row of each entry."""
         return self.positions.div(self.n_latents, rounding_mode="floor")
 
     @one_thread()
     def keep(self, mask: Bool[Tensor, " n"]) -> "Entries":
-        kept = places(mask)  # once for both: on a GPU the host waits for it
+        """Return the entries where `mask` is true."""
+        kept = true_positions(mask)  # computed once for both tensors: on a GPU it makes the host wait
         return self._replace(positions=self.positions.index_select(0, kept), values=self.values.index_select(0, kept))
 
     @one_thread()
     def code(self) -> SparseCode:
+        """Convert to a SparseCode."""
         rows = self.rows()
         row_offsets = torch.searchsorted(rows, torch.arange(self.n_rows + 1, device=rows.device))
         pattern = Pattern(row_offsets, self.positions - rows * self.n_latents, self.n_latents)
@@ -108,7 +111,7 @@ class Entries(NamedTuple):
 
 
 def gather_candidates(h: Pieces, bound_of: Callable[[Tensor, Tensor | None], Tensor]) -> Entries:
-    """The entries of each piece above `bound_of(piece, bound of the piece before)`, sortable and not negative."""
+    """Gather the entries of each piece above `bound_of(piece, previous bound)`, which is non-negative and sortable."""
     positions, values, bound, n_rows = [], [], None, 0
     for piece in h:
         bound = bound_of(piece, bound)
@@ -120,8 +123,8 @@ def gather_candidates(h: Pieces, bound_of: Callable[[Tensor, Tensor | None], Ten
     return Entries(torch.cat(positions), torch.cat(values), n_rows, piece.shape[1], piece.dtype)
 
 
-def bound_of_batch(piece: Float[Tensor, "n f"], bound: Tensor | None, m: float) -> Tensor:
-    """What about m entries a row exceed, judged by some rows of the first piece."""
+def estimate_batch_bound(piece: Float[Tensor, "n f"], bound: Tensor | None, m: float) -> Tensor:
+    """Estimate a bound that about m entries per row exceed, from a sample of the first piece's rows."""
     if bound is not None:
         return bound
     sample = sortable(piece[:: 1 + len(piece) // SAMPLE_ROWS]).flatten()
@@ -131,10 +134,11 @@ def bound_of_batch(piece: Float[Tensor, "n f"], bound: Tensor | None, m: float) 
     )
 
 
-def bound_of_rows(piece: Float[Tensor, "n f"], k: int) -> Tensor:
-    """For each row what its k largest positive entries exceed, and few others.
+def row_bounds(piece: Float[Tensor, "n f"], k: int) -> Tensor:
+    """Return a bound for each row that its k largest positive entries exceed, and few others.
 
-    Cut the row into blocks: the k-th largest of their maxima is at most the k-th largest entry, as k entries reach it.
+    The row is cut into blocks. The k-th largest of the blocks' maxima is at most the k-th largest entry of the row,
+    because k entries are at least as large.
     """
     n_latents = piece.shape[1]
     size = max(n for n in (1, 2, 4, 8, 16, 32) if n_latents % n == 0 and (n == 1 or n_latents >= 8 * k * n))
@@ -144,7 +148,7 @@ def bound_of_rows(piece: Float[Tensor, "n f"], k: int) -> Tensor:
 
 @one_thread()
 def largest_of_batch(values: Float[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:
-    """Which k of at least k positive values are the largest; of equal ones the first."""
+    """Mark the k largest of at least k positive values; the first ones among ties."""
     if k == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     kth = kth_largest(values, k)
@@ -154,7 +158,7 @@ def largest_of_batch(values: Float[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:
 
 @one_thread()
 def largest_of_rows(entries: Entries, k: int) -> Bool[Tensor, " n"]:
-    """Which of some positive entries are the k largest of their row; of equal ones the first."""
+    """Mark the k largest of the positive entries on each row; the first ones among ties."""
     rows = entries.rows()
     starts = torch.searchsorted(rows, torch.arange(entries.n_rows, device=rows.device))
     place = torch.arange(len(rows), device=rows.device) - starts[rows]
@@ -167,39 +171,42 @@ def largest_of_rows(entries: Entries, k: int) -> Bool[Tensor, " n"]:
 
 
 def sortable(x: Tensor) -> Tensor:
-    """x in a form that is compared fast and that numpy knows: bfloat16 as its bits, in order as far as positive."""
+    """View bfloat16 as int16, which numpy knows and which compares faster; return other dtypes as they are.
+
+    The bits of positive bfloat16 numbers are in the order of the numbers.
+    """
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
 
 def just_below(x: Tensor) -> Tensor:
-    """The next smaller number."""
+    """Return the next smaller representable number."""
     return torch.nextafter(x, torch.full_like(x, -math.inf)) if x.is_floating_point() else x - 1
 
 
 def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest number of this dtype that does not exceed x, so that `h > x` is `h > round_down(x)`."""
+    """Round x down to `dtype`, so that `h > x` equals `h > round_down(x)` for h of that dtype."""
     y = x.to(dtype)
     return torch.where(y > x, just_below(y), y)
 
 
 def find_above(h: Tensor, bound: Tensor) -> tuple[Int[Tensor, " found"], Tensor]:
-    """The entries of h that exceed the bound: their positions in the flattened h, ascending, and their values."""
+    """Find the entries of h that exceed the bound: ascending positions in the flattened h, and values."""
     if h.device.type == "cpu":
-        found = np.flatnonzero(h.numpy() > bound.numpy())
-        return torch.from_numpy(found), torch.from_numpy(h.numpy().reshape(-1)[found])
-    place = places(h > bound)
-    return place, h.flatten()[place]
+        indices = np.flatnonzero(h.numpy() > bound.numpy())
+        return torch.from_numpy(indices), torch.from_numpy(h.numpy().reshape(-1)[indices])
+    found = true_positions(h > bound)
+    return found, h.flatten()[found]
 
 
-def places(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " true"]:
-    """Where the flattened mask is true, ascending."""
+def true_positions(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " true"]:
+    """Return the ascending positions where the flattened mask is true."""
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.flatten().nonzero().squeeze(-1)
 
 
 def kth_largest(h: Tensor, k: int) -> Tensor:
-    """The k-th largest entry along the last axis."""
+    """Return the k-th largest entry along the last axis."""
     if h.device.type == "cpu":
         at = h.shape[-1] - k
         return torch.from_numpy(np.partition(h.numpy(), at, axis=-1)[..., at].copy())

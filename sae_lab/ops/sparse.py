@@ -1,16 +1,16 @@
-"""Sparse codes: which latents are active on which rows and how strongly, and the products that touch only those.
+"""Sparse codes, and the products that touch only their active entries.
 
-A top-k SAE's step needs one dense product, the encoder's (see selection.py for what becomes of it). The rest is here:
-each active entry e lies on a row r and a latent c, and takes part in
+A training step of a top-k SAE needs one dense product, the encoder's (selection.py keeps its largest entries). All
+other products are here. An active entry e, on row r and latent c, contributes to
 
     x_hat_r  = sum_{e on r} z_e W_dec_c + b_dec          z_e       = (x_r - b_dec) · W_enc_c [+ b_enc_c]
     dz_e     = dx_hat_r · W_dec_c                        dW_enc_c  = sum_{e on c} dz_e (x_r - b_dec)
     dW_dec_c = sum_{e on c} z_e dx_hat_r                 db_enc_c  = sum_{e on c} dz_e
     db_dec   = sum_r dx_hat_r - sum_c db_enc_c W_enc_c   dx_r      = sum_{e on r} dz_e W_enc_c
 
-so everything is one of two sums: weighted sums of rows, over the entries of a row or of a latent, and dot products,
-one an entry: on a CPU by torch's sparse kernels, on a GPU by Triton's (sparse_triton.py), or by torch's where Triton
-is missing. Nothing is added concurrently: two runs are equal to the bit.
+All of these are built from two primitives: `weighted_sums` of rows, over the entries of a row or of a latent, and
+`dot_products`, one per entry. On a GPU they are Triton kernels (sparse_triton.py) if Triton is installed, otherwise
+torch's sparse kernels. There are no atomic additions: two runs are equal to the bit.
 """
 
 import warnings
@@ -35,27 +35,27 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 class ByLatent(NamedTuple):
-    """The entries of a pattern sorted by latent, then row: those of latent c are offsets[c] : offsets[c + 1]."""
+    """Entries of a pattern sorted by latent, then by row: latent c has the entries offsets[c] : offsets[c + 1]."""
 
     order: Int[Tensor, " nnz"]
-    """Where each of them stands in the pattern."""
+    """Position of each entry in the pattern."""
     rows: Int[Tensor, " nnz"]
     offsets: Int[Tensor, " f+1"]
 
     @one_thread()
     def sort(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
-        """Values in the pattern's order -> in this one."""
+        """Reorder values from the pattern's order to this one."""
         return values[self.order]
 
     @one_thread()
     def unsort(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
-        """Values in this order -> in the pattern's."""
+        """Reorder values from this order to the pattern's."""
         return torch.empty_like(values).index_copy_(0, self.order, values)
 
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Which latents are active where, as CSR: on row r latents[row_offsets[r] : row_offsets[r + 1]], ascending."""
+    """Sparsity pattern in CSR form: row r has the latents latents[row_offsets[r] : row_offsets[r + 1]], ascending."""
 
     row_offsets: Int[Tensor, " b+1"]
     latents: Int[Tensor, " nnz"]
@@ -63,27 +63,29 @@ class Pattern:
 
     @cached_property
     def rows(self) -> Int[Tensor, " nnz"]:
-        """The row of every entry."""
+        """Row of each entry."""
         n_rows = len(self.row_offsets) - 1
         rows = torch.arange(n_rows, device=self.latents.device)
         return rows.repeat_interleave(self.row_offsets.diff(), output_size=len(self.latents))
 
     @cached_property
     def by_latent(self) -> ByLatent:
+        """The entries sorted by latent."""
         with one_thread():
             order = stable_argsort(self.latents)
             offsets = F.pad(self.fire_counts().cumsum(0), (1, 0))
             return ByLatent(order, self.rows[order], offsets)
 
     def fire_counts(self) -> Int[Tensor, " f"]:
-        """How many entries each latent has."""
+        """Count the entries of each latent."""
         counts = self.latents.new_zeros(self.n_latents)
-        return counts.scatter_add_(0, self.latents, torch.ones_like(self.latents))  # bincount makes a GPU's host wait
+        # not bincount: on a GPU it makes the host wait
+        return counts.scatter_add_(0, self.latents, torch.ones_like(self.latents))
 
 
 @dataclass(frozen=True, eq=False)
 class SparseCode:
-    """A code (b, f) as its active entries, whose values are not zero; gradients flow through `values`."""
+    """Code of shape (b, f) stored as its active (non-zero) entries. Gradients flow through `values`."""
 
     pattern: Pattern
     values: Float[Tensor, " nnz"]
@@ -105,6 +107,7 @@ class SparseCode:
         return torch.Size((len(self.row_offsets) - 1, self.n_latents))
 
     def to_dense(self) -> Float[Tensor, "b f"]:
+        """Return the code as a dense matrix, with gradients to `values`."""
         return self.values.new_zeros(self.shape).index_put((self.pattern.rows, self.latents), self.values)
 
 
@@ -112,29 +115,29 @@ Code: TypeAlias = SparseCode | Float[Tensor, "b f"]
 
 
 def l0_per_row(code: Code) -> Int[Tensor, " b"]:
-    """How many latents are active (not zero) on each row."""
+    """Count the active (non-zero) latents on each row."""
     return code.row_offsets.diff() if isinstance(code, SparseCode) else (code != 0).sum(dim=-1)
 
 
 def fire_counts(code: Code) -> Int[Tensor, " f"]:
-    """On how many rows each latent is active."""
+    """Count the rows on which each latent is active."""
     return code.pattern.fire_counts() if isinstance(code, SparseCode) else (code != 0).sum(dim=0)
 
 
 def fired_latents(code: Code) -> Bool[Tensor, " f"]:
-    """Which latents are active on at least one row."""
+    """Mark the latents that are active on at least one row."""
     return fire_counts(code) > 0 if isinstance(code, SparseCode) else (code != 0).any(dim=0)
 
 
 def smallest_positive(code: Code) -> Tensor:
-    """min{z_ij | z_ij > 0}, a scalar; infinite where no entry is positive."""
+    """Return min{z_ij | z_ij > 0}, a scalar; infinity if no entry is positive."""
     values = code.values if isinstance(code, SparseCode) else code.flatten()
     infinity = values.new_full((1,), float("inf"))
     return torch.cat([values.masked_fill(values <= 0, float("inf")), infinity]).min()
 
 
 def split_by_group(code: Code, sizes: Sequence[int]) -> list[Code]:
-    """The codes of consecutive groups of latents, numbered from 0 in each."""
+    """Split a code into consecutive groups of latents. Latents are numbered from 0 in each group."""
     if not isinstance(code, SparseCode):
         return list(code.split(list(sizes), dim=-1))
     parts: list[Code] = []
@@ -148,7 +151,7 @@ def split_by_group(code: Code, sizes: Sequence[int]) -> list[Code]:
 
 
 def keep_first_latents(code: Code, n: int) -> Code:
-    """The code with every latent from the n-th on at zero."""
+    """Set all latents but the first n to zero."""
     first = split_by_group(code, [n, code.shape[1] - n])[0]
     if isinstance(first, SparseCode):
         return SparseCode(replace(first.pattern, n_latents=code.shape[1]), first.values)
@@ -158,7 +161,11 @@ def keep_first_latents(code: Code, n: int) -> Code:
 def decode(
     code: Code, W_dec: Float[Tensor, "f s d"], b_dec: Float[Tensor, "s d"] | Float[Tensor, "b s d"]
 ) -> Float[Tensor, "b s d"]:
-    """x_hat = z W_dec + b_dec, with gradients for the code's values, W_dec and b_dec, one for all rows or one a row."""
+    """Compute x_hat = z W_dec + b_dec, with gradients for the code's values, W_dec and b_dec.
+
+    Args:
+        b_dec: one bias for all rows, or one per row.
+    """
     if isinstance(code, SparseCode):
         return _Decode.apply(code.values, W_dec, b_dec, code.pattern)
     return (code @ W_dec.flatten(1)).unflatten(-1, W_dec.shape[1:]) + b_dec
@@ -180,7 +187,7 @@ class _Decode(torch.autograd.Function):
         entries = ctx.pattern.by_latent
         grad_z = grad_W = None
         g = grad.flatten(1).contiguous()
-        if needs_z:  # latent by latent: the rows of grad stay in cache, those of W_dec are read once
+        if needs_z:  # sorted by latent: the rows of grad stay in cache, and each row of W_dec is read once
             grad_z = entries.unsort(dot_products(entries.offsets, entries.rows, W_dec.flatten(1), g))
         if needs_W:
             grad_W = weighted_sums(entries.offsets, entries.rows, entries.sort(z), g).view_as(W_dec)
@@ -195,18 +202,21 @@ def attach_encoder_gradient(
     W_enc: Float[Tensor, "f s d"],
     b_enc: Float[Tensor, " f"] | None,
 ) -> SparseCode:
-    """`code`, whose values are (x - b_dec) W_encᵀ [+ b_enc] at its entries, with gradients for all four of them."""
-    return SparseCode(code.pattern, _Encoded.apply(code.values, x, b_dec, W_enc, b_enc, code.pattern))
+    """Return `code` with gradients for x, b_dec, W_enc and b_enc.
+
+    The values of `code` must be those of (x - b_dec) W_encᵀ [+ b_enc] at its entries.
+    """
+    return SparseCode(code.pattern, _AttachEncoderGradient.apply(code.values, x, b_dec, W_enc, b_enc, code.pattern))
 
 
-class _Encoded(torch.autograd.Function):
+class _AttachEncoderGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, z: Tensor, x: Tensor, b_dec: Tensor, W_enc: Tensor, b_enc: Tensor | None, pattern: Pattern
     ) -> Tensor:
         ctx.save_for_backward(x, b_dec, W_enc)
         ctx.pattern = pattern
-        return z.to(x.dtype, copy=True)  # under autocast h is bf16
+        return z.to(x.dtype, copy=True)  # under autocast z is bf16
 
     @staticmethod
     @once_differentiable
@@ -232,9 +242,9 @@ def weighted_sums(
     weights: Float[Tensor, " nnz"],
     rows: Float[Tensor, "m d"],
 ) -> Float[Tensor, "n d"]:
-    """out_i = sum_{j from offsets_i to offsets_{i+1}} weights_j rows[indices_j]: a sparse matrix times a dense one."""
+    """Compute out_i = sum_{offsets_i <= j < offsets_{i+1}} weights_j rows[indices_j]: a sparse-dense matrix product."""
     if rows.is_cuda and HAS_TRITON:
-        from sae_lab.ops import sparse_triton  # Triton takes a second to import
+        from sae_lab.ops import sparse_triton  # here, because importing Triton takes a second
 
         return sparse_triton.weighted_sums(offsets, indices, weights, rows)
     return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
@@ -243,7 +253,7 @@ def weighted_sums(
 def dot_products(
     offsets: Int[Tensor, " n+1"], indices: Int[Tensor, " nnz"], left: Float[Tensor, "n d"], right: Float[Tensor, "m d"]
 ) -> Float[Tensor, " nnz"]:
-    """out_j = left_i · right[indices_j] for j from offsets_i to offsets_{i+1}: a sampled product of two dense ones."""
+    """Compute out_j = left_i · right[indices_j] for offsets_i <= j < offsets_{i+1}: a sampled dense-dense product."""
     if left.is_cuda and HAS_TRITON:
         from sae_lab.ops import sparse_triton
 
@@ -254,10 +264,10 @@ def dot_products(
 
 
 def stable_argsort(keys: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The order that makes the keys ascend, equal ones staying as they stand."""
+    """Return the stable order that sorts the keys ascending."""
     if keys.device.type != "cpu":
-        return keys.int().argsort(stable=True)  # a radix sort: half the passes over half the bytes
-    # numpy sorts plain numbers with AVX-512, 100 x faster than torch sorts: make each key one with its place.
+        return keys.int().argsort(stable=True)  # radix sort: int32 takes half the passes over half the bytes
+    # numpy sorts integers with AVX-512, 100 x faster than torch: pack each key and its position into one integer.
     bits = len(keys).bit_length()
     tagged = (keys << bits) | torch.arange(len(keys))
     tagged.numpy().sort()

@@ -1,14 +1,15 @@
-"""The two primitives of sparse.py on a GPU, by Triton: weighted sums of rows, and dot products with rows.
+"""The two primitives of sparse.py as Triton kernels: weighted sums of rows, and dot products with rows.
 
-A kernel's program takes a part of a segment: its first PART entries, or as many from a cut, one at every PART-th entry
-after its start. So a latent that fires on every row is the work of many programs, and every sum has one order: the
-entries of a part as they stand, then the parts as they stand. Nothing is atomic, and the tuner chooses only among
-configurations that leave this order alone: neither a second run nor another choice changes a bit.
+The entries of one output row are a segment. A segment is cut into parts of PART entries, and each program of a kernel
+computes one part, so a latent that fires on every row is shared among many programs. Sums have a fixed order: the
+entries of a part in order, then the parts in order. There are no atomics, and all configurations of the autotuner keep
+this order, so results are equal to the bit in every run and for every configuration.
 
-Programs 0 to n - 1 take the segments' first parts. Cuts need no table: no two lie in one chunk of PART consecutive
-entries, so program n - 1 + c looks for the cut in chunk c, the c-th from 0, and most find none.
+Programs 0 to n - 1 compute the first parts of the n segments. Later parts need no table: a chunk of PART consecutive
+entries, counted from entry 0, contains at most one cut, so program n - 1 + c searches chunk c for a cut. Most find
+none.
 
-Sums are float32, or float64 where the rows are. All addresses are 64 bits wide.
+Sums are float32, or float64 if the rows are. All addresses are 64 bits wide.
 """
 
 import torch
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 PART = 128
-"""Not tuned, as it decides the order of sums. Long enough for cuts to be rare, short beside the whole of a kernel."""
+"""Not tuned, because it decides the order of sums. Long enough to make cuts rare, short compared with all the work."""
 
 
 def weighted_sums(
@@ -27,8 +28,8 @@ def weighted_sums(
     weights: Float[Tensor, " nnz"],
     rows: Float[Tensor, "m d"],
 ) -> Float[Tensor, "n d"]:
-    """out_i = sum_{j from offsets_i to offsets_{i+1}} weights_j rows[indices_j], in the dtype of the rows."""
-    n, d, n_cuts = len(offsets) - 1, rows.shape[1], most_cuts(indices)
+    """Compute out_i = sum_{offsets_i <= j < offsets_{i+1}} weights_j rows[indices_j], in the dtype of the rows."""
+    n, d, n_cuts = len(offsets) - 1, rows.shape[1], max_cuts(indices)
     out = rows.new_empty((n, d), dtype=accumulator(rows.dtype))
     parts = out.new_empty((n_cuts, d))
     with torch.cuda.device_of(rows):
@@ -44,24 +45,24 @@ def weighted_sums(
 def dot_products(
     offsets: Int[Tensor, " n+1"], indices: Int[Tensor, " nnz"], left: Float[Tensor, "n d"], right: Float[Tensor, "m d"]
 ) -> Float[Tensor, " nnz"]:
-    """out_j = left_i · right[indices_j] for j from offsets_i to offsets_{i+1}, in the dtype of the left rows."""
+    """Compute out_j = left_i · right[indices_j] for offsets_i <= j < offsets_{i+1}, in the dtype of the left rows."""
     n, d = left.shape
     out = left.new_empty(len(indices))
     with torch.cuda.device_of(left):
-        _dots[(n + most_cuts(indices),)](
+        _dots[(n + max_cuts(indices),)](
             out, offsets, indices.contiguous(), left.contiguous(), right.contiguous(),
             n, d, entries_per_segment(indices, n), PART=PART,
         )  # fmt: skip
     return out
 
 
-def most_cuts(indices: Int[Tensor, " nnz"]) -> int:
-    """How many cuts there are at most: one in each chunk of PART entries but the first."""
+def max_cuts(indices: Int[Tensor, " nnz"]) -> int:
+    """Return the largest possible number of cuts: one in each chunk of PART entries but the first."""
     return max(0, triton.cdiv(len(indices), PART) - 1)
 
 
 def entries_per_segment(indices: Int[Tensor, " nnz"], n: int) -> int:
-    """By what the tuner knows a size again: the digits of the mean, the same for all batches of a run."""
+    """Return the autotuner's key for a size: the bits of the mean number of entries, equal for all batches of a run."""
     return (len(indices) // max(1, n)).bit_length()
 
 
@@ -71,9 +72,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 @triton.jit
 def _cut(offsets, n, chunk, PART: tl.constexpr):
-    """(segment, its start, its end, the cut) for the segment that holds the chunk's first entry.
+    """Return (segment, start, end, cut) for the segment that contains the chunk's first entry.
 
-    There is a cut in the chunk if it lies behind the segment's start and before its end.
+    The chunk has a cut only if start < cut < end.
     """
     entry = chunk * PART
     segment = chunk * 0
@@ -89,7 +90,7 @@ def _cut(offsets, n, chunk, PART: tl.constexpr):
 
 @triton.jit
 def _part(offsets, n, PART: tl.constexpr):
-    """(segment, first entry, one after the last) of this program's part."""
+    """Return (segment, first entry, last entry + 1) of this program's part."""
     program = tl.program_id(0).to(tl.int64)
     if program < n:
         segment = program
@@ -114,7 +115,7 @@ def _sums(
     out, parts, offsets, indices, weights, rows, n, d, per_segment,
     PART: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Each element of a row is summed by one thread, entry after entry: BLOCK and UNROLL change no bit."""
+    """Sum each element of a row in one thread, entry by entry, so that BLOCK and UNROLL do not change any bit."""
     segment, first, stop = _part(offsets, n, PART)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d
@@ -135,7 +136,7 @@ def _sums(
 
 @triton.jit(do_not_specialize=["n"])
 def _add_parts(out, parts, offsets, n, d, PART: tl.constexpr, BLOCK: tl.constexpr):
-    """To each sum that has been cut, add its other parts; the program of its first cut does it."""
+    """Add the later parts of each cut segment to its sum, in the program of the segment's first cut."""
     chunk = tl.program_id(0).to(tl.int64) + 1
     segment, start, end, cut = _cut(offsets, n, chunk, PART)
     if (cut == start + PART) & (cut < end):
@@ -156,7 +157,7 @@ def _dots(
     out, offsets, indices, left, right, n, d, per_segment,
     PART: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr = 256,
 ):  # fmt: skip
-    """One warp multiplies, then adds up its lanes: BLOCK sets that order and is not tuned."""
+    """Multiply, then reduce over the lanes of one warp. BLOCK decides the order of that sum and is not tuned."""
     segment, first, stop = _part(offsets, n, PART)
     accumulator = tl.float64 if left.dtype.element_ty == tl.float64 else tl.float32
     for entry in range(first, stop, ENTRIES):

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sae_lab.ops.matmul import linear, pack_weight
+from sae_lab.ops.matmul import ensure_dense, linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -30,6 +30,6 @@ def test_under_autocast_it_is_bf16():
 def test_columns_of_another_matrix_are_copied_and_nothing_else_is():
     x = torch.randn(8, 6)
     for dense in (x, x.T, x[2:5]):
-        assert pack_weight(dense) is dense
-    assert pack_weight(x[:, :3]).is_contiguous()
-    assert torch.equal(pack_weight(x[:, :3]), x[:, :3])
+        assert ensure_dense(dense) is dense
+    assert ensure_dense(x[:, :3]).is_contiguous()
+    assert torch.equal(ensure_dense(x[:, :3]), x[:, :3])

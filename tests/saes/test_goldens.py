@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import build
 
 from sae_lab.ops import selection
-from sae_lab.ops.auxk import BY_ENTRY_FROM, auxk_loss
+from sae_lab.ops.auxk import SPARSE_FROM, auxk_loss
 from sae_lab.ops.sparse import l0_per_row, smallest_positive
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, TopKSAE
@@ -180,7 +180,7 @@ class TestAuxiliaryLoss:
 
     @pytest.fixture(params=["dense", "by entry"])
     def _both_ways(self, request, monkeypatch):
-        monkeypatch.setitem(BY_ENTRY_FROM, "cpu", 1000 if request.param == "dense" else 0)
+        monkeypatch.setitem(SPARSE_FROM, "cpu", 1000 if request.param == "dense" else 0)
 
     @pytest.mark.usefixtures("_both_ways")
     @pytest.mark.parametrize("bias", [False, True])
