@@ -1,9 +1,9 @@
-"""What n processes that train one SAE must tell each other; a process alone gets back what it gave.
+"""Communication between the n processes that train one SAE. With one process every function is the identity.
 
-Process number r, its rank, trains on the r-th of n equal consecutive shares of every batch, and gradients are averaged
-before anything is done with them. Loss terms are means over rows, so that this is the gradient of the whole batch.
-What looks at the batch in any other way (a choice among all its entries, a count, a ratio of two means) asks here.
-Every process gets the same bits, hence takes the same step.
+Rank r trains on the r-th of n equal consecutive shares of every batch, and gradients are averaged before anything reads
+them. Loss terms are means over rows, so the average is the gradient of the whole batch. Code that depends on the batch
+in any other way (a selection among all its entries, a count, a ratio of two means) must use the functions here. All
+ranks get the same bits, so all take the same step.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
-TIMEOUT = timedelta(minutes=30)  # for any one exchange: the slowest waits for no more than a block's text
+TIMEOUT = timedelta(minutes=30)  # of one collective operation; the longest wait is for another rank to fill its block
 
 
 def world_size() -> int:
@@ -29,7 +29,7 @@ def rank() -> int:
 
 @contextmanager
 def process_group(rank: int, n: int, store: dist.Store) -> Iterator[None]:
-    """Inside, this process is number `rank` of n, each of which has a GPU of its own if there are as many."""
+    """Join a process group of n as number `rank` inside the block. Uses one GPU per process if there are n GPUs."""
     gpus = torch.cuda.is_available() and torch.cuda.device_count() >= n
     if gpus:
         torch.cuda.set_device(rank)
@@ -42,13 +42,13 @@ def process_group(rank: int, n: int, store: dist.Store) -> Iterator[None]:
 
 
 def rank_share(batch: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "b/n *rest"]:
-    """This rank's rows of a batch; where n does not divide it, up to n - 1 rows at its end are nobody's."""
+    """Return this rank's rows of a batch. If n does not divide b, the last b mod n rows go to no rank."""
     size = len(batch) // world_size()
     return batch[rank() * size : (rank() + 1) * size]
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum over the ranks; carries no gradient."""
+    """Return the sum over ranks, without a gradient."""
     if world_size() == 1:
         return x
     x = x.detach().clone()
@@ -57,7 +57,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean over the ranks, with this rank's gradient: averaged over the ranks, that is the gradient of the mean."""
+    """Return the mean over ranks. Its gradient is this rank's, whose average over ranks is the gradient of the mean."""
     return x if world_size() == 1 else _Average.apply(x)
 
 
@@ -72,46 +72,49 @@ class _Average(torch.autograd.Function):
 
 
 def on_any_rank(x: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
-    """Where x is true on any rank."""
+    """Return where x is true on at least one rank."""
     return x if world_size() == 1 else sum_over_ranks(x.int()) > 0
 
 
 def min_over_ranks(x: Tensor) -> Tensor:
-    """The smallest that any rank has, entry by entry."""
+    """Return the elementwise minimum over ranks."""
     if world_size() == 1:
         return x
-    y = x.to(torch.int32 if x.dtype == torch.int16 else x.dtype, copy=True)  # no back end knows int16
+    y = x.to(torch.int32 if x.dtype == torch.int16 else x.dtype, copy=True)  # no back end supports int16
     dist.all_reduce(y, dist.ReduceOp.MIN)
     return y.to(x.dtype)
 
 
 def concatenate_ranks(x: Shaped[Tensor, "n *rest"]) -> tuple[Shaped[Tensor, "m *rest"], slice]:
-    """What all ranks have, in their order, and where in it this rank's part is; n may differ between them."""
+    """Concatenate x over ranks, in their order. Returns the whole and the slice of it that is this rank's x.
+
+    n may differ between ranks.
+    """
     if world_size() == 1:
         return x, slice(None)
-    sizes = torch.zeros(world_size(), dtype=torch.long, device=x.device)
-    sizes[rank()] = len(x)
-    n = sum_over_ranks(sizes).tolist()
-    padded = x.new_zeros(max(n), *x.shape[1:])
+    own_size = torch.zeros(world_size(), dtype=torch.long, device=x.device)
+    own_size[rank()] = len(x)
+    sizes = sum_over_ranks(own_size).tolist()
+    padded = x.new_zeros(max(sizes), *x.shape[1:])
     padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in n]
-    dist.all_gather([as_bytes(part) for part in parts], as_bytes(padded))
-    start = sum(n[: rank()])
-    return torch.cat([part[:size] for part, size in zip(parts, n, strict=True)]), slice(start, start + len(x))
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather([view_as_bytes(part) for part in parts], view_as_bytes(padded))
+    start = sum(sizes[: rank()])
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), slice(start, start + len(x))
 
 
 def broadcast_from(x: Tensor, source: int) -> None:
-    """Put into x, which is contiguous, what it holds on rank `source`."""
-    dist.broadcast(as_bytes(x), source)
+    """Copy x from rank `source` into x, in place; x must be contiguous."""
+    dist.broadcast(view_as_bytes(x), source)
 
 
-def as_bytes(x: Tensor) -> Tensor:
-    """The same memory as numbers that every back end can carry."""
+def view_as_bytes(x: Tensor) -> Tensor:
+    """View the same memory as uint8, which every back end supports."""
     return x.view(-1).view(torch.uint8)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the ranks, all of which have one for the same parameters."""
+    """Replace every gradient by its mean over ranks. All ranks must have gradients for the same parameters."""
     if world_size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]

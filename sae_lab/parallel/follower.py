@@ -1,4 +1,4 @@
-"""A rank above 0, as `launch` starts it: it trains along, writes no file, and ends when rank 0 does."""
+"""Main program of ranks above 0, started by `launch`: train, write no files, exit when rank 0 does."""
 
 import os
 import signal
@@ -16,26 +16,31 @@ from sae_lab.runtime.signals import Signals
 
 
 def main(target: str, folder: Path, rank: int, n: int, port: int) -> None:
-    """A rank above 0: train the run in `folder`, then wait for rank 0 to have done so."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, Signals.SIGNALS)  # whatever handlers Lightning sets
-    follower = threading.Thread(target=exit_with_rank_0, daemon=True)
-    follower.start()
+    """Train the run in `folder` as rank `rank` of n, then wait until rank 0 exits.
+
+    Args:
+        target: the function to call with `folder`, as "module:function".
+        port: of the TCP store that rank 0 opened.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, Signals.SIGNALS)  # blocked, so that Lightning's handlers never run
+    watcher = threading.Thread(target=exit_with_rank_0, daemon=True)
+    watcher.start()
     module, _, function = target.partition(":")
-    train_along = getattr(import_module(module), function)  # now, not at the top: signals had to be blocked first
+    train = getattr(import_module(module), function)  # imported here, after the signals are blocked
     store = dist.TCPStore(HOST, port, n, is_master=False, timeout=TIMEOUT)
     store.add("ready", 1)
     with share_threads(n), process_group(rank, n, store):
         try:
-            train_along(folder)
+            train(folder)
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
-            os._exit(1)  # at once: who hears no more of this process looks whether it has ended
-        follower.join()
+            os._exit(1)  # at once: another rank that gets no answer checks whether this process has exited
+        watcher.join()
 
 
 def exit_with_rank_0() -> None:
-    """End this process when rank 0 closes its end of the pipe, or ends."""
+    """Exit when rank 0 closes its end of the pipe or exits."""
     os.read(sys.stdin.fileno(), 1)
     os._exit(0)
 

@@ -1,10 +1,9 @@
-"""`trainer=ddp trainer.devices=n`: n processes train one SAE, alone or as a job of a sweep.
+"""`trainer=ddp trainer.devices=n`: n processes train one SAE, as a single run or as a job of a sweep.
 
-The process of the run is rank 0, and alone writes into its folder. It starts the others as
-`python -m sae_lab.parallel.follower`, which read the config from the folder's `.hydra/` and know nothing of Hydra.
-(Lightning's launcher would start the user's command again: inside `-m` that is the whole sweep, in a folder of another
-second.) The others live as long as the pipe from rank 0 is open; so none is left over, whatever ends rank 0. They leave
-signals to it.
+The process that the user started is rank 0, and the only one that writes into the run folder. It starts the other ranks
+as `python -m sae_lab.parallel.follower`; they read the config from `.hydra/` in that folder and do not use Hydra.
+Lightning's own launcher is not used, because it repeats the user's command: under `--multirun` that is the whole sweep,
+in a new folder. Ranks above 0 exit when the pipe from rank 0 closes, so none survives it, and they block signals.
 """
 
 import os
@@ -23,11 +22,11 @@ from sae_lab.parallel.collectives import TIMEOUT, process_group
 from sae_lab.runtime.errors import UserError
 
 HOST = "127.0.0.1"
-GRACE = 30.0  # seconds between the end of one process and that of what waits for it
+GRACE = 30.0  # seconds that a lost rank has to exit, and that rank 0 may still wait for a rank that exited
 
 
 class Child:
-    """A rank above 0: its process, and what it says in `rank_<r>.log`, which stays if it failed."""
+    """Process of a rank above 0. Its output goes to `rank_<r>.log`, which is kept if the process fails."""
 
     def __init__(self, target: str, folder: Path, rank: int, n: int, port: int):
         self.rank, self.n, self.log = rank, n, folder / f"rank_{rank}.log"
@@ -36,15 +35,16 @@ class Child:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
 
     def failure(self) -> str | None:
-        """What to say where it has ended before its time."""
+        """Return an error message if the process has exited, else None."""
         code = self.process.poll()
         if code is None:
             return None
-        said = self.log.read_text(errors="replace").strip() or f"exit code {code}"
-        last = said.splitlines()[-1]
-        return f"process {self.rank} of {self.n} ended early ({last}): see {self.log}; the same command continues."
+        output = self.log.read_text(errors="replace").strip() or f"exit code {code}"
+        last_line = output.splitlines()[-1]
+        return f"process {self.rank} of {self.n} ended early ({last_line}): see {self.log}; the same command continues."
 
     def end(self) -> None:
+        """Let the process exit, kill it after 10 seconds, and delete its log if it succeeded."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
@@ -57,16 +57,16 @@ class Child:
 
 
 @contextmanager
-def joined_by_ranks(folder: Path, n: int, target: str) -> Iterator[None]:
-    """Inside, this process is rank 0 of n that train the run in `folder`; the others go when it leaves.
+def launch_ranks(folder: Path, n: int, target: str) -> Iterator[None]:
+    """Start ranks 1 to n - 1 on the run in `folder`; inside the block this process is rank 0, after it they exit.
 
     Args:
-        folder: of the run.
-        n: processes.
-        target: what the others call with the folder, as "module:function".
+        folder: the run folder.
+        n: number of processes.
+        target: the function that the other ranks call with `folder`, as "module:function".
 
     Raises:
-        UserError: another process has ended early.
+        UserError: another rank exited early.
     """
     if n == 1:
         yield
@@ -74,23 +74,23 @@ def joined_by_ranks(folder: Path, n: int, target: str) -> Iterator[None]:
     children: list[Child] = []
     with ExitStack() as stack:
         stack.callback(end_all, children)
-        store = dist.TCPStore(HOST, 0, n, is_master=True, wait_for_workers=False, timeout=TIMEOUT)  # 0: any free port
+        store = dist.TCPStore(HOST, 0, n, is_master=True, wait_for_workers=False, timeout=TIMEOUT)  # port 0: any free
         children += [Child(target, folder, rank, n, store.port) for rank in range(1, n)]
         wait_until_ready(store, children)
         stack.enter_context(share_threads(n))
         stack.enter_context(process_group(0, n, store))
-        stack.enter_context(watch_children(children))  # left first: the others end before rank 0 leaves the group
+        stack.enter_context(watch_children(children))  # exits first: the others end before rank 0 leaves the group
         yield
 
 
 @contextmanager
 def watch_children(children: list[Child]) -> Iterator[None]:
-    """Say what the others say where the work inside hears no more of them, and end them after it."""
+    """Turn torch's error about a lost rank into a UserError with that rank's message; end all children at exit."""
     done = threading.Event()
     threading.Thread(target=exit_if_stuck, args=(children, done), daemon=True).start()
     try:
         yield
-    except RuntimeError as e:  # what torch raises then
+    except RuntimeError as e:  # torch raises it when a rank is lost
         lost = isinstance(e, dist.DistError) or "gloo" in str(e)
         reason = first_failure(children, GRACE if lost else 0.0)
         if reason is None:
@@ -107,7 +107,7 @@ def end_all(children: list[Child]) -> None:
 
 
 def wait_until_ready(store: dist.Store, children: list[Child]) -> None:
-    """Until all have come as far as rank 0 is."""
+    """Wait until all children are ready to join the process group."""
     while store.add("ready", 0) < len(children):
         reason = first_failure(children, 0.1)
         if reason is not None:
@@ -115,19 +115,19 @@ def wait_until_ready(store: dist.Store, children: list[Child]) -> None:
 
 
 def first_failure(children: list[Child], seconds: float) -> str | None:
-    """What the first of them that failed has to say; it may take a moment until one is seen to have."""
-    end = time.monotonic() + seconds
+    """Return the message of the first child that failed, waiting up to `seconds` for one; None if none did."""
+    deadline = time.monotonic() + seconds
     while True:
         for child in children:
             if (reason := child.failure()) is not None:
                 return reason
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             return None
         time.sleep(0.02)
 
 
 def exit_if_stuck(children: list[Child], done: threading.Event) -> None:
-    """End this process where it waits for a rank that is no more: on a GPU no exception may come."""
+    """Exit this process if it still waits for a rank that failed GRACE seconds ago: on a GPU torch may not raise."""
     while not done.wait(1.0):
         reason = first_failure(children, 0.0)
         if reason is not None:
@@ -139,7 +139,7 @@ def exit_if_stuck(children: list[Child], done: threading.Event) -> None:
 
 @contextmanager
 def share_threads(n: int) -> Iterator[None]:
-    """The threads of this machine's processors, shared among n processes."""
+    """Use 1/n of torch's threads inside the block, so that n processes do not compete for the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // n))
     try:

@@ -20,7 +20,7 @@ from sae_lab.evaluation.calibration import calibrate
 from sae_lab.evaluation.evaluator import evaluate_all
 from sae_lab.interop.load import load_sae
 from sae_lab.parallel.collectives import rank
-from sae_lab.parallel.launch import joined_by_ranks
+from sae_lab.parallel.launch import launch_ranks
 from sae_lab.runs.config import read_config
 from sae_lab.runs.folder import Run, examine_folder
 from sae_lab.runs.provenance import provenance
@@ -59,7 +59,7 @@ def train_run(cfg: DictConfig) -> dict[str, Any]:
     callbacks = [StopOnSignal(run.last_checkpoint), TrainingProgress()]
     member = build_member(cfg, run, build_sae(cfg, data), data, callbacks)
     with run.begin(hydra_files(cfg)):  # all that can be wrong with the config has shown by now
-        with joined_by_ranks(run.folder, cfg.trainer.devices, f"{__name__}:{train_as_follower.__name__}"):
+        with launch_ranks(run.folder, cfg.trainer.devices, f"{__name__}:{train_as_follower.__name__}"):
             fit(member, data)
         [metrics] = finish([member], data)
     return metrics
