@@ -1,4 +1,4 @@
-"""Checks of settings, each with a sentence that says what they must be."""
+"""Validation of settings. Each error message says what the value must be."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ from sae_lab.runtime.errors import UserError
 
 
 def checked_word(name: str, word: str, *known: str) -> str:
-    """`word`, the value of the setting `name`, if it is one of those known.
+    """Return `word`, the value of the setting `name`, if it is one of the known words.
 
     Raises:
         UserError: it is not.
@@ -27,12 +27,12 @@ def checked_number(
     whole: bool = False,
     optional: bool = False,
 ) -> Any:
-    """`value`, of the setting `name`, if it is a finite number within these bounds, or null where it is optional.
+    """Return `value`, of the setting `name`, if it is a finite number within the bounds, or None if it is optional.
 
-    A whole number comes back as an int: 1e3 is a float in YAML.
+    With `whole`, returns an int (YAML reads 1e3 as a float).
 
     Raises:
-        UserError: it is not, or not whole where it must be.
+        UserError: it is not, or `whole` is set and it has a fractional part.
     """
     if value is None and optional:
         return None
@@ -51,10 +51,10 @@ def checked_number(
 
 
 def checked_flag(name: str, value: Any) -> bool:
-    """`value`, of the setting `name`, if it is true or false.
+    """Return `value`, of the setting `name`, if it is true or false.
 
     Raises:
-        UserError: it is not: any word would count as true.
+        UserError: it is not. (Any non-empty string would count as true.)
     """
     if not isinstance(value, bool):
         raise UserError(f"{name}={'null' if value is None else value} must be true or false.")

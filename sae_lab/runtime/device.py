@@ -1,4 +1,4 @@
-"""Which device and precision are meant, and what the time is when a device has done all that it was given."""
+"""The device, the precision, and a clock that waits for the device."""
 
 import time
 from typing import Any
@@ -9,24 +9,24 @@ from sae_lab.runtime.errors import UserError
 
 
 def resolve_device(device: str) -> str:
-    """`auto` is CUDA where there is one, else the CPU; any other name is itself.
+    """Return the device to use: `auto` becomes `cuda` if there is a GPU, else `cpu`; other names stay.
 
     Raises:
-        UserError: CUDA where there is none.
+        UserError: CUDA is asked for and there is no GPU.
     """
     found = torch.cuda.is_available()
     if device.startswith("cuda") and not found:
-        raise UserError(f"device {device} is not there: torch sees no GPU; give auto or cpu.")
+        raise UserError(f"device {device} is not available, because torch finds no GPU: give auto or cpu.")
     return ("cuda" if found else "cpu") if device == "auto" else device
 
 
 def checked_precision(name: str, precision: str) -> Any:
-    """`precision`, the value of the setting `name`, if parameters stay in float32 under it.
+    """Return `precision`, the value of the setting `name`, if it keeps parameters in float32.
 
-    An Adam step of 1e-4 would be lost on a weight in bf16.
+    In bf16, an Adam step of 1e-4 would be rounded away.
 
     Raises:
-        UserError: they do not, or it is an unknown word.
+        UserError: it is neither 32-true nor bf16-mixed.
     """
     known = {"32-true": "all in float32", "bf16-mixed": "products in bfloat16"}
     if precision not in known:
@@ -36,7 +36,7 @@ def checked_precision(name: str, precision: str) -> Any:
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Seconds; only differences mean something."""
+    """Wait until `device` is idle and return the time in seconds. Only differences are meaningful."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

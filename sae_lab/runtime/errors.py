@@ -1,18 +1,18 @@
-"""What ends a run on purpose: a user's mistake, told in one sentence that names the fix, and a signal."""
+"""Exceptions that end a run on purpose: a user's mistake, told in one sentence that names the fix, and a signal."""
 
 
 class UserError(Exception):
-    """A mistake in the input (a key, a path, a site, a file); entry points print its one sentence and no traceback."""
+    """A mistake in the input (a key, a path, a site, a file). Entry points print its message without a traceback."""
 
 
 class Busy(UserError):
-    """A run folder in which another process trains."""
+    """Another process is training in the run folder."""
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived; a checkpoint was saved first. The exit code is the shell's for that signal.
+    """SIGINT or SIGTERM stopped the run, after a checkpoint was saved. The exit code is 128 + the signal's number.
 
-    Like KeyboardInterrupt no Exception: a sweep must not take it for the failure of one job and start the next.
+    Not an Exception, like KeyboardInterrupt, so that a sweep does not record a failed job and start the next.
     """
 
     def __init__(self, message: str, signum: int):
@@ -21,5 +21,5 @@ class Interrupted(BaseException):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library's error says, or its name where it says nothing."""
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic file writes."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path` that takes its place, flushed to the disk, when the block ends without an exception.
+    """Open a temporary file that replaces `path`, flushed to disk, when the block ends without an exception.
 
-    A reader or a crash sees the old file or the new one, never half of it.
+    After a crash, or for another process, `path` is the old file or the new one, never a part of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -27,16 +27,18 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what `atomic_file` leaves in a folder when its process is killed; for one in which nobody writes now."""
+    """Remove the temporary files that killed processes left in `folder`. No process may be writing there."""
     for path in folder.glob(".*.*"):
         if path.suffix[1:].isdigit():
             path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file through `atomic_file`."""
     with atomic_file(path) as f:
         f.write(content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write indented JSON atomically."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: how long it may take to answer, and one sentence for whatever goes wrong with it."""
+"""The Hugging Face hub: a time limit, and one error message for everything that can go wrong."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,18 +6,18 @@ from contextlib import contextmanager
 from sae_lab.runtime.errors import UserError, first_line
 
 HUB_TIMEOUT = 5.0
-"""Seconds that the hub has to answer before it counts as unreachable."""
+"""Seconds without an answer after which the hub counts as unreachable."""
 
 
 @contextmanager
 def hub_errors(sentence: str, reason: Callable[[Exception], str] = first_line) -> Iterator[None]:
-    """Raise a UserError of this sentence for any exception inside but a UserError.
+    """Turn every exception inside the block into a UserError. A UserError passes unchanged.
 
-    Network errors come from whichever HTTP library huggingface_hub uses, so no narrower class can be named.
+    All exceptions are caught, because network errors come from the HTTP library that huggingface_hub happens to use.
 
     Args:
-        sentence: what to tell; `{reason}` in it is replaced by the reason.
-        reason: an exception's reason, in a line.
+        sentence: the error message; `{reason}` in it is replaced.
+        reason: returns the reason of an exception, in one line.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the commands show on the terminal: bars for long loops, a table at the end. Training's bar: progress.py."""
+"""Output on the terminal: progress bars for long loops, and tables. Training's bar is in training/progress.py."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -16,27 +16,32 @@ console = Console()
 
 
 def track(items: Sequence[T], description: str, seconds: float = 15.0) -> Iterator[T]:
-    """A loop that shows how far it is: by a bar on a terminal, else by a line every `seconds`."""
+    """Iterate over `items` and show the progress: a bar on a terminal, else a line every `seconds`."""
     if console.is_terminal:
         yield from rich_track(items, description, console=console, transient=True)
         return
-    start = said = time.perf_counter()
+    start = last_print = time.perf_counter()
     for done, item in enumerate(items):
         now = time.perf_counter()
-        if done and now - said >= seconds:
-            said = now
+        if done and now - last_print >= seconds:
+            last_print = now
             left = (now - start) / done * (len(items) - done)
             print(f"{description} {done}/{len(items)}  {format_duration(left)} left", flush=True)
         yield item
 
 
 class TokenProgress:
-    """Tokens done, tokens/s and the time left: a live bar on a terminal, else a line soon and every `seconds` then."""
+    """Shows tokens done, tokens/s and the time left: a bar on a terminal, else a line after 3 s, then every `seconds`.
+
+    Args:
+        total: tokens at the end.
+        done: tokens done before this process began.
+    """
 
     def __init__(self, description: str, total: int, done: int, seconds: float = 15.0):
         self.description, self.total, self.done, self.seconds = description, total, done, seconds
         self._first, self._start = done, time.perf_counter()
-        self._said = self._start - seconds + 3.0
+        self._last_print = self._start - seconds + 3.0
         columns = [TextColumn(description), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens")]
         columns += [TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeRemainingColumn()]
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -50,27 +55,27 @@ class TokenProgress:
         self._bar.stop()
 
     def advance(self, n: int) -> None:
+        """Count n more tokens."""
         self.done = min(self.total, self.done + n)
         now = time.perf_counter()
         rate = (self.done - self._first) / (now - self._start)
         self._bar.update(self._task, completed=self.done, rate=rate)
-        if not console.is_terminal and now - self._said > self.seconds:
-            self._said = now
-            left = (self.total - self.done) / rate
-            rest = f"{rate:,.0f} tokens/s  {format_duration(left)} left"
-            said = f"{self.description} {self.done:,}/{self.total:,} tokens  {rest}"
-            print(said, flush=True)
+        if not console.is_terminal and now - self._last_print > self.seconds:
+            self._last_print = now
+            left = format_duration((self.total - self.done) / rate)
+            counts = f"{self.done:,}/{self.total:,} tokens"
+            print(f"{self.description} {counts}  {rate:,.0f} tokens/s  {left} left", flush=True)
 
 
 def format_duration(seconds: float) -> str:
-    """0:04:10."""
+    """Format seconds as 0:04:10."""
     return str(timedelta(seconds=round(seconds)))
 
 
 def print_metrics(
     metrics: dict[str, Any], run_dir: Path, columns: tuple[str, str] = ("deployed", "train mode")
 ) -> None:
-    """The evaluation as a table: the deployed rule and the training rule side by side."""
+    """Print an evaluation as a table: the deployed rule and the training rule side by side."""
     table = Table(title=str(run_dir), title_justify="left")
     for column in ("metric", *columns):
         table.add_column(column, justify="left" if column == "metric" else "right")
@@ -83,11 +88,11 @@ def print_metrics(
 
 
 def format_number(value: float) -> str:
-    """Four significant digits; whole numbers with thousands separators."""
+    """Format a number with four significant digits, or a whole number with thousands separators."""
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.4g}"
 
 
 def print_files(paths: Sequence[Path]) -> None:
-    """What was written, one path a line."""
+    """Print the paths of written files, one per line."""
     for path in paths:
         print(path)

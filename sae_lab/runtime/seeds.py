@@ -1,12 +1,13 @@
-"""Random numbers that can be drawn again in the middle of a run."""
+"""Random numbers that a resumed run can draw again."""
 
 import torch
 
 
 def nth_generator(seed: int, n: int) -> torch.Generator:
-    """The generator of the n-th block, pass or step that a seed decides, which none of those before it has touched.
+    """Return a new generator for the n-th block, pass or step of a run with this seed.
 
-    So a run that continues draws what it would have drawn, with no state but n. Up to n of a million no two seeds have
-    a generator in common. The prime must stay: checkpoints and caches of old continue with its numbers.
+    It depends on (seed, n) alone, so a resumed run draws the same numbers and needs no state but n. Different seeds
+    give different generators for n up to a million. Do not change the prime: existing checkpoints and caches rely on
+    its numbers.
     """
     return torch.Generator().manual_seed(seed * 1_000_003 + n)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, noted and acted on when it is safe."""
+"""SIGINT and SIGTERM, recorded when they arrive and handled when it is safe."""
 
 import signal
 import time
@@ -9,9 +9,10 @@ from sae_lab.runtime.errors import Interrupted
 
 
 class Signals:
-    """Notes the first SIGINT or SIGTERM as `received`, to be acted on once it is `due`; a later one ends the process.
+    """Records the first SIGINT or SIGTERM; a second one ends the process at once.
 
-    A repeat within ECHO seconds is the same wish: `timeout make demo` sends it to make, which passes it on, and to us.
+    A second signal within ECHO seconds is ignored: `timeout make demo` sends SIGTERM both to make, which passes it on,
+    and to this process.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -19,17 +20,19 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._time = 0.0
+        """The first signal, from the moment at which it arrives."""
         self.due: int | None = None
+        """The same signal, once the current step is to be the last. Set by the training loop."""
+        self._time = 0.0
         self._handlers: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """From now on; again where other code has put its handlers in between."""
+        """Install the handlers. May be called again, if other code has replaced them."""
         before: dict[int, Any] = {s: signal.signal(s, self._note) for s in self.SIGNALS}
         self._handlers = self._handlers or before
 
     def restore(self) -> None:
-        """As it was before the first `listen`."""
+        """Put back the handlers that were there before the first `listen`."""
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
         self._handlers = {}
@@ -38,4 +41,4 @@ class Signals:
         if self.received is None:
             self.received, self._time = signum, time.monotonic()
         elif time.monotonic() - self._time > self.ECHO:
-            raise Interrupted("Stopped at once by a second signal; what was saved before stands", signum)
+            raise Interrupted("Stopped at once by a second signal; earlier checkpoints are kept", signum)

@@ -409,7 +409,10 @@ def test_rank_0_does_not_wait_for_ever(monkeypatch, capfd):
         (["batch_size=127"], "batch_size=127 cannot be shared out equally: give a multiple of trainer.devices"),
         (["n_tokens=1023"], "n_tokens=1023 cannot be shared out equally"),
         (["trainer.devices=0"], "trainer.devices=0 must be a whole number of at least 1"),
-        (["trainer.accelerator=cuda", "trainer.devices=64"], "=64 exceeds the . GPUs|cuda is not there: torch sees"),
+        (
+            ["trainer.accelerator=cuda", "trainer.devices=64"],
+            "=64 exceeds the . GPUs|cuda is not available, because torch finds",
+        ),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(tmp_path, overrides, words):
