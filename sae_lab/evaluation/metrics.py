@@ -1,37 +1,38 @@
-"""What is reported of a trained SAE: every name defined once, accumulated as totals over the held-out tokens.
+"""The metrics of a trained SAE, defined here and accumulated as totals over the held-out tokens.
 
-Reconstruction, for activations x and reconstructions x_hat in raw units, over n rows, s sources and d dimensions
-(sums run over rows, sources and dimensions; every source counts, but of a routed SAE the one that it chose, of a
-transcoder those that it predicts):
+**Reconstruction.** x and x_hat are activations and reconstructions in raw units, over n rows, s sources and d
+dimensions. Sums and means are over rows, sources and dimensions. All sources count, except that a routed SAE is judged
+on the source that it chose for each row, and a transcoder on the sources that it predicts.
 
-    nmse               mean of ((x - x_hat) / (std_d x + 1e-5))², std_d unbiased, per row and source: the squared error
-                       on the unit-std input, as the BatchTopK write-up plots it
-    fvu                sum (x - x_hat)² / sum (x - mean x)², mean x per source and dimension over the whole data set
+    nmse               mean of ((x - x_hat) / (std_d x + 1e-5))², with the unbiased std_d of each row and source: the
+                       squared error on inputs of unit standard deviation, as in the BatchTopK write-up
+    fvu                sum (x - x_hat)² / sum (x - mean x)², with the mean per source and dimension over the data set
     cosine_similarity  mean over rows and sources of cos(x, x_hat)
     l0                 mean over rows of the number of active (non-zero) latents
-    l0_std             its standard deviation over rows (population)
-    dead_fraction      share of latents active on no evaluation token
+    l0_std             standard deviation of that number over rows (population)
+    dead_fraction      share of the latents that are active on no evaluation token
     n_eval_tokens      n
-    fvu_0, fvu_1, ...  fvu of each of these sources by itself, where there are several
-    share_0, ...       share of the rows on which a routed SAE chose each source
+    fvu_0, fvu_1, ...  fvu of each source that counts, if there are several
+    share_0, ...       share of the rows for which a routed SAE chose each source
 
-Of a crosscoder on two models, latents_base_only, latents_shared, latents_tuned_only and latents_between count latents
-by whose feature they are (see diffing.py); sources are the base model's, then the fine-tuned one's.
+`ROW_METRICS` adds metrics that are means over rows and sources. For a crosscoder on two models, latents_base_only,
+latents_shared, latents_tuned_only and latents_between count latents by the model to which they belong (diffing.py).
 
-Downstream, next-token cross-entropy (nats) of the language model, mean over all predictions within rows; x is
-replaced, at all sources but those that are input alone, at the positions that the SAE is judged on (`data.exclude_*`
-positions keep their activation):
+**Downstream.** Next-token cross-entropies of the language model in nats, averaged over all predictions within rows.
+Activations are replaced at the positions on which the SAE is judged; positions that `data.exclude_*` leaves out keep
+theirs.
 
     ce_clean           nothing replaced
-    ce_spliced         x replaced by x_hat; by a routed SAE at the source that it chose for the position, alone
-    ce_zero, ce_mean   x replaced by 0, by the data set's mean activation
+    ce_spliced         x replaced by x_hat at the sources that count
+    ce_zero, ce_mean   x replaced by 0, by the mean activation of the data set, at all sources but a transcoder's inputs
     ce_degradation     ce_spliced - ce_clean: positive is worse
-    loss_recovered     (ce_zero - ce_spliced) / (ce_zero - ce_clean): 1 is perfect, 0 as bad as zero-ablation; missing
-                       where that costs nothing, as where what is predicted belongs to another model
-    kl                 mean KL(clean || spliced) of the next-token distributions, nats
+    loss_recovered     (ce_zero - ce_spliced) / (ce_zero - ce_clean): 1 is perfect, 0 is as bad as zero-ablation.
+                       Missing if zero-ablation costs nothing, for example if the target belongs to another model
+    kl                 mean KL(clean || spliced) of the next-token distributions, in nats
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -44,23 +45,45 @@ from sae_lab.parallel.collectives import mean_over_ranks, sum_over_ranks
 
 
 def batch_fvu(x: Float[Tensor, "b s d"], x_hat: Float[Tensor, "b s d"]) -> Tensor:
-    """fvu of one batch, by itself: for training curves."""
+    """Compute the fvu of one batch, for training curves."""
     mean = mean_over_ranks(x.mean(dim=0))
     return sum_over_ranks((x - x_hat).float().square().sum()) / sum_over_ranks((x - mean).float().square().sum())
 
 
+def nmse(x: Float[Tensor, "b s d"], x_hat: Float[Tensor, "b s d"]) -> Float[Tensor, "b s"]:
+    """Compute mean_d ((x - x_hat) / (std_d x + 1e-5))² of each row and source."""
+    error, scale = (x - x_hat).double(), x.std(dim=-1, keepdim=True) + 1e-5
+    return (error / scale).square().mean(dim=-1)
+
+
+def cosine_similarity(x: Float[Tensor, "b s d"], x_hat: Float[Tensor, "b s d"]) -> Float[Tensor, "b s"]:
+    """Compute cos(x, x_hat) of each row and source."""
+    return F.cosine_similarity(x, x_hat, dim=-1)
+
+
+RowMetric: TypeAlias = Callable[[Float[Tensor, "b s d"], Float[Tensor, "b s d"]], Float[Tensor, "b s"]]
+
+ROW_METRICS: dict[str, RowMetric] = {"nmse": nmse, "cosine_similarity": cosine_similarity}
+"""Functions of x and x_hat (raw units, float32) that return one value per row and source. The mean over the rows and
+sources that count is reported under the key. To add a metric: `ROW_METRICS["max_error"] = max_error`."""
+
+ORDER = ("nmse", "fvu", "l0", "l0_std", "cosine_similarity", "dead_fraction")
+"""Order of the first names in metrics.json."""
+
+
 class ReconstructionMetrics(Metric):
-    """The reconstruction metrics of this file's docstring, as float64 totals; distributed processes add theirs up."""
+    """The reconstruction metrics of this module, accumulated as float64 totals that are summed over processes.
+
+    The row metrics are those that are in ROW_METRICS when this object is constructed.
+    """
 
     full_state_update = False
 
     sum_x: Tensor
-    covered_x: Tensor
+    predicted_x: Tensor
     squared_norm: Tensor
     squared_error: Tensor
-    normalised_error: Tensor
-    cosine: Tensor
-    n_covered: Tensor
+    n_predicted: Tensor
     l0_sum: Tensor
     l0_squared: Tensor
     fires: Tensor
@@ -68,8 +91,10 @@ class ReconstructionMetrics(Metric):
 
     def __init__(self, n_latents: int):
         super().__init__()
-        for name in ("sum_x", "covered_x", "squared_norm", "squared_error", "normalised_error", "cosine", "n_covered"):
-            self.add_state(name, torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")  # grows to one a source
+        self.row_metrics = dict(ROW_METRICS)
+        per_source = ("sum_x", "predicted_x", "squared_norm", "squared_error", "n_predicted")
+        for name in (*per_source, *map(row_total, self.row_metrics)):
+            self.add_state(name, torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")  # updates make it (s, ...)
         for name in ("l0_sum", "l0_squared", "n_rows"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("fires", torch.zeros(n_latents, dtype=torch.long), dist_reduce_fx="sum")
@@ -79,22 +104,30 @@ class ReconstructionMetrics(Metric):
         x: Float[Tensor, "*row d"],
         x_hat: Float[Tensor, "*row d"],
         code: Code,
-        covers: Bool[Tensor, "b s"] | None = None,
+        predicted: Bool[Tensor, "b s"] | None = None,
     ) -> None:
-        """One batch; only the sources of a row where `covers` is True count (None: all)."""
+        """Add one batch.
+
+        Args:
+            predicted: the sources of each row that count; None: all.
+        """
         x = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
         x, x_hat = x.float(), x_hat.reshape(x.shape).float()
-        error, scale = (x - x_hat).double(), x.std(dim=-1, keepdim=True) + 1e-5
-        weight = (torch.ones(x.shape[:2], device=x.device) if covers is None else covers).double()
+        error = (x - x_hat).double()
+        weight = (torch.ones(x.shape[:2], device=x.device) if predicted is None else predicted).double()
         totals = {
             "sum_x": x.double().sum(dim=0),
-            "covered_x": (weight.unsqueeze(-1) * x).sum(dim=0),
+            "predicted_x": (weight.unsqueeze(-1) * x).sum(dim=0),
             "squared_norm": (weight * x.double().square().sum(dim=-1)).sum(dim=0),
             "squared_error": (weight * error.square().sum(dim=-1)).sum(dim=0),
-            "normalised_error": (weight * (error / scale).square().mean(dim=-1)).sum(dim=0),
-            "cosine": (weight * F.cosine_similarity(x, x_hat, dim=-1)).sum(dim=0),
-            "n_covered": weight.sum(dim=0),
+            "n_predicted": weight.sum(dim=0),
         }
+        for name, metric in self.row_metrics.items():
+            values = metric(x, x_hat)
+            if values.shape != weight.shape:
+                b_s = tuple(weight.shape)
+                raise ValueError(f"ROW_METRICS[{name!r}] must return shape (b, s) = {b_s}, not {tuple(values.shape)}.")
+            totals[row_total(name)] = (weight * values).sum(dim=0)
         for name, value in totals.items():
             setattr(self, name, getattr(self, name) + value)
         l0 = l0_per_row(code).double()
@@ -104,55 +137,66 @@ class ReconstructionMetrics(Metric):
         self.n_rows += len(x)
 
     def mean_activation(self) -> Float[Tensor, "s d"]:
+        """Return the mean of x over all rows."""
         return (self.sum_x / self.n_rows).float()
 
     def density(self) -> Float[Tensor, " f"]:
-        """The share of rows on which each latent is active."""
+        """Return the share of rows on which each latent is active."""
         return self.fires / self.n_rows
 
     def compute(self) -> dict[str, float]:
+        """Return the metrics by name."""
         mean = self.sum_x / self.n_rows
-        variance = self.squared_norm + (mean * (self.n_covered.unsqueeze(-1) * mean - 2 * self.covered_x)).sum(dim=-1)
-        n, l0 = self.n_covered.sum(), self.l0_sum / self.n_rows
-        values = {
-            "nmse": self.normalised_error.sum() / n,
+        centering = mean * (self.n_predicted.unsqueeze(-1) * mean - 2 * self.predicted_x)
+        variance = self.squared_norm + centering.sum(dim=-1)
+        l0 = self.l0_sum / self.n_rows
+        values = {name: getattr(self, row_total(name)).sum() / self.n_predicted.sum() for name in self.row_metrics}
+        values |= {
             "fvu": self.squared_error.sum() / variance.sum(),
             "l0": l0,
             "l0_std": (self.l0_squared / self.n_rows - l0.square()).clamp_min(0).sqrt(),
-            "cosine_similarity": self.cosine.sum() / n,
             "dead_fraction": (self.fires == 0).double().mean(),
         }
-        covered = self.n_covered.nonzero().flatten().tolist()
-        if len(covered) > 1:
-            values |= {f"fvu_{i}": self.squared_error[i] / variance[i] for i in covered}
-        if ((self.n_covered > 0) & (self.n_covered < self.n_rows)).any():
-            values |= {f"share_{i}": share for i, share in enumerate(self.n_covered / self.n_rows)}
+        values = {name: values[name] for name in (*ORDER, *values) if name in values}
+        predicted = self.n_predicted.nonzero().flatten().tolist()
+        if len(predicted) > 1:
+            values |= {f"fvu_{i}": self.squared_error[i] / variance[i] for i in predicted}
+        if ((self.n_predicted > 0) & (self.n_predicted < self.n_rows)).any():
+            values |= {f"share_{i}": share for i, share in enumerate(self.n_predicted / self.n_rows)}
         return {name: value.item() for name, value in values.items()} | {"n_eval_tokens": int(self.n_rows)}
 
 
+def row_total(name: str) -> str:
+    """Return the name of the state that holds the total of a row metric."""
+    return f"row_{name}"
+
+
 def next_token_log_probs(logits: Float[Tensor, "n t v"]) -> Float[Tensor, "n t-1 v"]:
-    """log p of every token after the first, in float32; the last position predicts nothing that is known."""
+    """Return log-probabilities for the second to the last token, in float32. The last position's target is unknown."""
     return logits[:, :-1].float().log_softmax(dim=-1)
 
 
 def cross_entropy(log_probs: Float[Tensor, "n t-1 v"], tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t-1"]:
-    """-log p of what came next, nats."""
+    """Return -log p of each next token, in nats."""
     return -log_probs.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
 
 
 def kl_divergence(
     p: Float[Tensor, "n t-1 v"], clean: Float[Tensor, "n t-1 v"], spliced: Float[Tensor, "n t-1 v"]
 ) -> Float[Tensor, "n t-1"]:
-    """KL(clean || spliced) of each prediction, nats, from log-probabilities and p = exp(clean).
+    """Compute KL(clean || spliced) of each prediction, in nats, from log-probabilities.
 
-    Many SAEs share p: taken anew for each, exp is 6/7 of this. A row at a time, for the vocabulary may be large.
+    Computed row by row, because the vocabulary may be large.
+
+    Args:
+        p: exp(clean). An argument because many SAEs share it: computing it here would take 6/7 of the time.
     """
     rows = zip(p, clean, spliced, strict=True)
-    return torch.stack([torch.linalg.vecdot(p_row, of_p - of_q) for p_row, of_p, of_q in rows])
+    return torch.stack([torch.linalg.vecdot(p_row, log_p - log_q) for p_row, log_p, log_q in rows])
 
 
 class DownstreamMetrics(Metric):
-    """The downstream metrics of this file's docstring, as float64 totals."""
+    """The downstream metrics of this module, accumulated as float64 totals."""
 
     full_state_update = False
 
@@ -166,20 +210,21 @@ class DownstreamMetrics(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, **predictions: Float[Tensor, "n t-1"]) -> None:
-        """One value per prediction, for each name of TOTALS."""
+        """Add one batch: one value per prediction for each name in TOTALS."""
         for name in self.TOTALS:
             setattr(self, name, getattr(self, name) + predictions[name].double().sum())
         self.n_predictions += predictions["ce_clean"].numel()
 
     def compute(self) -> dict[str, float]:
+        """Return the metrics by name."""
         values = {name: (getattr(self, name) / self.n_predictions).item() for name in self.TOTALS}
-        damage, reach = values["ce_spliced"] - values["ce_clean"], values["ce_zero"] - values["ce_clean"]
-        values["ce_degradation"] = damage
-        return values | {"loss_recovered": (values["ce_zero"] - values["ce_spliced"]) / reach} if reach else values
+        values["ce_degradation"] = values["ce_spliced"] - values["ce_clean"]
+        cost = values["ce_zero"] - values["ce_clean"]
+        return values | {"loss_recovered": (values["ce_zero"] - values["ce_spliced"]) / cost} if cost else values
 
 
 def l0_histogram(counts: Int[Tensor, " n"], bos: Bool[Tensor, " n"]) -> list[dict[str, Any]]:
-    """Rows (l0, bos, other): how many tokens have that many active latents, BOS tokens told apart."""
+    """Count BOS tokens and other tokens by L0. Returns rows (l0, bos, other)."""
     size = int(counts.max()) + 1
     at_bos, elsewhere = (torch.bincount(counts[mask], minlength=size).tolist() for mask in (bos, ~bos))
     return [{"l0": i, "bos": at_bos[i], "other": elsewhere[i]} for i in range(size)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sae_lab.evaluation.metrics import (
+    ROW_METRICS,
     DownstreamMetrics,
     ReconstructionMetrics,
     batch_fvu,
@@ -126,3 +127,48 @@ def test_nothing_is_recovered_where_zero_ablation_costs_nothing():
     values = metrics.compute()
     assert values["ce_degradation"] == 0
     assert "loss_recovered" not in values
+
+
+def max_error(x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
+    return (x - x_hat).abs().amax(dim=-1)
+
+
+def test_a_registered_row_metric_is_its_mean_over_the_rows_and_sources_that_count(monkeypatch):
+    x, x_hat, code = rows(60, s=2), rows(60, s=2, seed=1), torch.ones(60, 4)
+    before = totals(x, x_hat, code, 16)
+    monkeypatch.setitem(ROW_METRICS, "max_error", max_error)
+    values, error = totals(x, x_hat, code, 16), (x - x_hat).abs().amax(dim=-1)
+    assert values.pop("max_error") == pytest.approx(error.double().mean().item(), rel=1e-12)
+    assert values == before
+
+    predicted = torch.rand(60, 2, generator=torch.Generator().manual_seed(3)) < 0.5
+    metrics = ReconstructionMetrics(4)
+    metrics.update(x, x_hat, code, predicted)
+    assert metrics.compute()["max_error"] == pytest.approx(error[predicted].double().mean().item(), rel=1e-12)
+
+    monkeypatch.delitem(ROW_METRICS, "max_error")
+    assert "max_error" in metrics.compute()  # it was there when these metrics were constructed
+    assert totals(x, x_hat, code, 16) == before
+
+
+def test_row_metrics_of_several_processes_are_summed(monkeypatch):
+    monkeypatch.setitem(ROW_METRICS, "max_error", max_error)
+    x, x_hat, code = rows(60, s=2), rows(60, s=2, seed=1), torch.ones(60, 4)
+    first, second = ReconstructionMetrics(4), ReconstructionMetrics(4)
+    first.update(x[:25], x_hat[:25], code[:25])
+    second.update(x[25:], x_hat[25:], code[25:])
+    first.merge_state(second)
+    assert first.compute() == pytest.approx(totals(x, x_hat, code, 60), rel=1e-12)
+
+
+def test_any_row_metric_can_be_removed(monkeypatch):
+    monkeypatch.delitem(ROW_METRICS, "nmse")
+    x, code = rows(20), torch.ones(20, 4)
+    assert list(totals(x, x + 1, code, 20))[:3] == ["fvu", "l0", "l0_std"]
+
+
+def test_a_row_metric_of_another_shape_is_refused(monkeypatch):
+    """Shape (b,) would broadcast against (b, 1) without an error."""
+    monkeypatch.setitem(ROW_METRICS, "total", lambda x, x_hat: (x - x_hat).abs().sum(dim=(1, 2)))
+    with pytest.raises(ValueError, match=r"ROW_METRICS\['total'\] must return shape \(b, s\) = \(20, 1\), not \(20,\)"):
+        totals(rows(20), rows(20, seed=1), torch.ones(20, 4), 20)
