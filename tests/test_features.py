@@ -17,7 +17,7 @@ from sae_lab.evaluation.latents import (
     describe_directions,
     excerpt,
     gather_activations,
-    one_per_stretch,
+    keep_one_per_window,
 )
 from sae_lab.plots.feature_page import write_page
 from sae_lab.runtime.errors import UserError
@@ -91,7 +91,7 @@ def test_an_excerpt_stays_in_its_row():
 
 
 def test_apart_keeps_the_first_of_a_window():
-    assert one_per_stretch(torch.tensor([12, 40, 14, 10, 3]), context=2).tolist() == [12, 40, 3]
+    assert keep_one_per_window(torch.tensor([12, 40, 14, 10, 3]), context=2).tolist() == [12, 40, 3]
 
 
 def test_directions_name_what_a_decoder_row_writes():

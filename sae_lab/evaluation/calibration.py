@@ -1,4 +1,4 @@
-"""After training: what an SAE's inference needs, such as BatchTopK's threshold, estimated with the weights frozen."""
+"""Calibration after training: estimate what inference needs, such as BatchTopK's threshold, with frozen weights."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from sae_lab.saes.base import BaseSAE
 
 
 def calibrate(saes: Sequence[BaseSAE], data: ActivationData, n_batches: int) -> None:
-    """Let every SAE estimate what its inference needs (BatchTopK's threshold), on the first training batches."""
+    """Call `calibrate` of every SAE on the first `n_batches` training batches."""
     for i, x in enumerate(data.calibration_batches(n_batches)):
         for sae in saes:
             sae.calibrate(x.to(next(sae.parameters()).device), i)

@@ -1,13 +1,13 @@
-"""Model diffing: whose feature a crosscoder's latent is, read from the norms of its decoder row.
+"""Model diffing: classify the latents of a crosscoder by the model to which they belong.
 
-The sources of the crosscoder are the activations of a base model, then those of a fine-tuned one. With |W_dec_i,A| and
-|W_dec_i,B| the norms of latent i's row over the sources of each,
+The sources of the crosscoder are the activations of a base model (A), then those of a fine-tuned model (B). |W_dec_i,A|
+and |W_dec_i,B| are the norms of latent i's decoder row over the sources of each model, and
 
     relative_norm_i = |W_dec_i,B| / (|W_dec_i,A| + |W_dec_i,B|)
 
-is 0 for a latent of the base model alone, 1 for one of the fine-tuned model alone, 1/2 for one of both. Norms are in
-the SAE's units. `sae.normalize=per_token` gives every token of either model the same length: a model that is louder as
-a whole, or on some tokens, then does not look like the owner of what both have in common. With `none` it does.
+is 0 for a latent of the base model alone, 1 for one of the fine-tuned model alone, and 1/2 for a shared one. Norms are
+in the SAE's units. Use `sae.normalize=per_token`, which gives all activations of both models the same norm. With
+`none`, shared latents look as if they belonged to the model with the larger activations.
 
 Lindsey et al. 2024, Sparse Crosscoders (Transformer Circuits); Minder, Dumas et al. 2025, arXiv 2504.02922.
 """
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-# Bounds of the relative norm; what lies between them belongs to no class.
+# Bounds of the relative norm. Values outside of all three classes are counted as BETWEEN.
 BASE_ONLY = (0.0, 0.1)
 SHARED = (0.4, 0.6)
 TUNED_ONLY = (0.9, 1.0)
@@ -27,25 +27,25 @@ BETWEEN = "between"
 
 
 def relative_norm(directions: Float[Tensor, "f s d"]) -> Float[Tensor, " f"]:
-    """relative_norm_i; the first half of the sources is the base model's. 1/2 for a row of zeros."""
+    """Compute relative_norm_i, 1/2 for a row of zeros. The first half of the sources belongs to the base model."""
     base, tuned = (half.flatten(1).norm(dim=-1) for half in directions.chunk(2, dim=1))
     total = base + tuned
     return torch.where(total > 0, tuned / total, 0.5)
 
 
 def cosine(directions: Float[Tensor, "f s d"]) -> Float[Tensor, " f"]:
-    """cos(W_dec_i,A, W_dec_i,B): near 1 where fine-tuning left a shared feature's direction alone."""
+    """Compute cos(W_dec_i,A, W_dec_i,B), which is near 1 if fine-tuning kept the direction of a shared feature."""
     base, tuned = (half.flatten(1) for half in directions.chunk(2, dim=1))
     return F.cosine_similarity(base, tuned, dim=-1)
 
 
 def class_of(ratio: float) -> str:
-    """The class within whose bounds (both included) a relative norm lies."""
+    """Return the class of a relative norm. Bounds are inclusive."""
     return next((name for name, (low, high) in CLASSES.items() if low <= ratio <= high), BETWEEN)
 
 
 def latent_table(directions: Float[Tensor, "f s d"], density: Float[Tensor, " f"]) -> pd.DataFrame:
-    """One row a latent: latent, relative_norm, class, cosine, density (share of tokens on which it fires)."""
+    """Return a table with one row per latent: latent, relative_norm, class, cosine and density."""
     ratio = relative_norm(directions).tolist()
     return pd.DataFrame(
         {
@@ -59,9 +59,9 @@ def latent_table(directions: Float[Tensor, "f s d"], density: Float[Tensor, " f"
 
 
 def class_counts(table: pd.DataFrame) -> dict[str, int]:
-    """How many latents that fire at all fall into each class: latents_base_only, ..., latents_between.
+    """Count the latents in each class: latents_base_only, latents_shared, latents_tuned_only and latents_between.
 
-    The decoder row of a latent that never fires is what it was at the start, which looks shared.
+    Latents that never fire are left out: their decoder rows are the initial ones, which look shared.
     """
     counts = table["class"][table["density"] > 0].value_counts()
     return {f"latents_{name}": int(counts.get(name, 0)) for name in (*CLASSES, BETWEEN)}

@@ -1,4 +1,4 @@
-"""x_hat spliced back into the language model: what the SAE's error costs downstream."""
+"""Replace activations by x_hat inside the language model, to measure what the SAE's error costs downstream."""
 
 from collections.abc import Callable
 
@@ -17,26 +17,32 @@ def spliced_logits(
     activations: Float[Tensor, "n t s d"],
     keep: Bool[Tensor, "n t"],
     replace: Replace,
-    covers: Bool[Tensor, "#b s"] | None = None,
+    predicted: Bool[Tensor, "#b s"] | None = None,
 ) -> Float[Tensor, "n t v"]:
-    """The model's logits where the activations at the kept positions are replaced.
+    """Return the model's logits after replacing activations.
 
-    `activations[keep]` are the b rows to replace, at the sources where `covers` is True (None: all of them). All else
-    is what the forward pass makes of what was replaced before it: at a later site, not the clean activation.
+    Positions and sources that are not replaced keep the activation of this forward pass. At a later site it may differ
+    from the clean activation, because of the replacements at earlier sites.
+
+    Args:
+        activations: the clean activations.
+        keep: the b positions at which to replace.
+        replace: maps the b rows `activations[keep]` to their replacements.
+        predicted: the sources of each row to replace; None replaces all.
     """
     keep = keep.to(activations.device)
     spliced, where = activations.clone(), keep.unsqueeze(-1).repeat(1, 1, activations.shape[2])
     spliced[keep] = replace(activations[keep]).to(spliced)
-    if covers is not None:
-        where[keep] = covers.to(where.device)
+    if predicted is not None:
+        where[keep] = predicted.to(where.device)
     return lm.logits(tokens, spliced, where)
 
 
 def zero_ablation(x: Tensor) -> Tensor:
-    """Zero-ablation."""
+    """Replace activations by zero."""
     return torch.zeros_like(x)
 
 
 def constant_ablation(value: Float[Tensor, "s d"]) -> Replace:
-    """Ablation to a constant, such as the mean activation."""
+    """Return a function that replaces activations by `value`, such as the mean activation."""
     return lambda x: value.to(x).expand_as(x)

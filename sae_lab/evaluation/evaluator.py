@@ -1,4 +1,4 @@
-"""SAEs of the same sites -> their metrics and tables, from two walks over held-out text that all of them share."""
+"""Evaluation of SAEs on held-out text. SAEs of the same sites share both passes over the language model."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -27,16 +27,21 @@ from sae_lab.saes.base import BaseSAE
 
 
 class Evaluation(NamedTuple):
-    """Metrics by name, and the tables that the figures are drawn from."""
+    """Metrics by name, and the tables from which the figures are drawn."""
 
     metrics: dict[str, Any]
     tables: dict[str, pd.DataFrame]
     rows_per_second: float
-    """How fast the SAE gave x_hat and codes: encoder and decoder, in turns with the other SAEs of this evaluation."""
+    """Speed of encoding and decoding, in rows per second. Measured while alternating with the other SAEs."""
 
 
 class EvaluatedSAE:
-    """One SAE under one rule, and the totals gathered for it."""
+    """One SAE under one activation rule, with its accumulated totals.
+
+    Args:
+        training_rule: evaluate in `train()` mode, under the batch-wise rule.
+        batch_size: rows that the SAE sees at once.
+    """
 
     def __init__(self, sae: BaseSAE, training_rule: bool, batch_size: int):
         self.sae, self.training_rule, self.batch_size = sae, training_rule, batch_size
@@ -47,7 +52,7 @@ class EvaluatedSAE:
         self.n_rows, self.seconds = 0, 0.0
 
     def autoencode(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Code]]:
-        """(x, x_hat, code) under this rule, in equal parts of about a training batch; the SAE's mode stays."""
+        """Yield (x, x_hat, code) for equal parts of x of about `batch_size` rows. Restores the SAE's mode."""
         before = self.sae.training
         self.sae.train(self.training_rule)
         try:
@@ -64,23 +69,28 @@ class EvaluatedSAE:
         return result
 
     def reconstruct(self, x: Tensor) -> Tensor:
+        """Return x_hat under this rule."""
         return torch.cat([x_hat for _, x_hat, _ in self.autoencode(x)])
 
     def metrics(self) -> dict[str, float]:
+        """Compute all metrics from the totals."""
         return self.reconstruction.compute() | self.downstream.compute()
 
 
 def evaluate(sae: BaseSAE, data: ActivationData) -> Evaluation:
-    """The metrics of `metrics.py` on held-out text, under the deployed rule and, as `train_mode`, the training rule."""
+    """Evaluate an SAE on held-out text: the metrics of metrics.py under the deployed rule.
+
+    `metrics["train_mode"]` holds the same metrics under the training rule.
+    """
     return evaluate_all({"": sae}, data)[""]
 
 
 @torch.no_grad()
 def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str, Evaluation]:
-    """`evaluate` for several SAEs of the same sites, which share every pass over the language model.
+    """Evaluate several SAEs of the same sites with the same two passes over the language model.
 
-    The training rule sees batches of about the training size: whole text rows, from all over the held-out text.
-    No SAE's state or mode changes.
+    The training rule sees batches of about the training size, made of whole text rows from all over the held-out text.
+    The state and mode of the SAEs do not change.
     """
     rows_at_once = max(data.lm_batch_rows, math.ceil(data.batch_size / data.seq_len))
     batches = data.held_out_rows(data.n_eval_tokens).split(rows_at_once)
@@ -93,18 +103,18 @@ def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str,
     for name, subject in deployed.items():
         metrics = subject.metrics()
         train_mode = trained[name].metrics() if name in trained else dict(metrics)
-        drawn = build_tables(subject, bos)
+        tables = build_tables(subject, bos)
         if data.lm.models and not subject.sae.n_inputs:
-            drawn["relative_norm"] = diffing.latent_table(subject.sae.directions(), subject.reconstruction.density())
-            metrics |= diffing.class_counts(drawn["relative_norm"])
-        evaluations[name] = Evaluation(metrics | {"train_mode": train_mode}, drawn, subject.n_rows / subject.seconds)
+            tables["relative_norm"] = diffing.latent_table(subject.sae.directions(), subject.reconstruction.density())
+            metrics |= diffing.class_counts(tables["relative_norm"])
+        evaluations[name] = Evaluation(metrics | {"train_mode": train_mode}, tables, subject.n_rows / subject.seconds)
     return evaluations
 
 
 def reconstruct_all(
     subjects: list[EvaluatedSAE], data: ActivationData, batches: tuple[Tensor, ...]
 ) -> Bool[Tensor, " n"]:
-    """First walk: reconstruction metrics and L0s. Returns which of the n tokens are BOS."""
+    """Run the first pass: reconstruction metrics and L0. Returns a mask of the BOS tokens among the n tokens."""
     bos = []
     for tokens in track(batches, "evaluating reconstruction"):
         keep = data.keep(tokens)
@@ -119,29 +129,29 @@ def reconstruct_all(
 
 
 def splice_all(subjects: list[EvaluatedSAE], data: ActivationData, batches: tuple[Tensor, ...]) -> None:
-    """Second walk: cross-entropies with the activations clean, zeroed, set to their mean and, per subject, spliced."""
+    """Run the second pass: cross-entropies with activations clean, set to zero or the mean, and replaced by x_hat."""
     mean = constant_ablation(subjects[0].reconstruction.mean_activation())
     for tokens in track(batches, "evaluating cross-entropy"):
         splice_batch(subjects, data, tokens, mean)
 
 
 def splice_batch(subjects: list[EvaluatedSAE], data: ActivationData, tokens: Int[Tensor, "n t"], mean: Replace) -> None:
-    """One batch of `splice_all`; subjects that predict the same sources share the ablations."""
+    """Process one batch of `splice_all`. SAEs that predict the same sources share the ablations."""
     lm, keep, targets = data.lm, data.keep(tokens), tokens.to(data.lm.device)
     activations = lm.activations(tokens)
     rows = activations[keep.to(activations.device)]
 
-    def log_probs(replace: Replace, covers: Bool[Tensor, "#b s"] | None) -> Tensor:
-        return next_token_log_probs(spliced_logits(lm, tokens, activations, keep, replace, covers))
+    def log_probs(replace: Replace, predicted: Bool[Tensor, "#b s"] | None) -> Tensor:
+        return next_token_log_probs(spliced_logits(lm, tokens, activations, keep, replace, predicted))
 
-    def ablated(n_inputs: int) -> dict[str, Tensor]:
-        covers = (torch.arange(rows.shape[1]) >= n_inputs).unsqueeze(0)
+    def ablate(n_inputs: int) -> dict[str, Tensor]:
+        predicted = (torch.arange(rows.shape[1]) >= n_inputs).unsqueeze(0)
         by = {"ce_zero": zero_ablation, "ce_mean": mean}
-        return {name: cross_entropy(log_probs(replace, covers), targets) for name, replace in by.items()}
+        return {name: cross_entropy(log_probs(replace, predicted), targets) for name, replace in by.items()}
 
     clean = next_token_log_probs(lm.logits(tokens))
     p, ce_clean = clean.exp(), cross_entropy(clean, targets)
-    ablations = {n: ablated(n) for n in {subject.sae.n_inputs for subject in subjects}}
+    ablations = {n: ablate(n) for n in {subject.sae.n_inputs for subject in subjects}}
     for subject in subjects:
         spliced = log_probs(subject.reconstruct, subject.sae.predicted_mask(rows))
         own = {"ce_spliced": cross_entropy(spliced, targets), "kl": kl_divergence(p, clean, spliced)}
@@ -149,7 +159,7 @@ def splice_batch(subjects: list[EvaluatedSAE], data: ActivationData, tokens: Int
 
 
 def build_tables(subject: EvaluatedSAE, bos: Bool[Tensor, " n"]) -> dict[str, pd.DataFrame]:
-    """Tokens by L0 (BOS apart), and the share of tokens on which each latent fires."""
+    """Build two tables: the number of tokens by L0 (BOS apart), and the density of each latent."""
     density = subject.reconstruction.density().cpu().numpy()
     return {
         "l0_per_token": pd.DataFrame(l0_histogram(torch.cat(subject.l0), bos)),

@@ -1,4 +1,4 @@
-"""What latents respond to and what they promote: one walk over text, and all that is derived from it."""
+"""Descriptions of latents: the contexts in which they are active, and the tokens that they promote."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,22 +20,23 @@ N_BINS = 30
 
 
 class Activations(NamedTuple):
-    """Where the chosen latents are active in the text, and how strongly: one entry for each active (token, latent)."""
+    """Activations of the chosen latents over a text, with one entry for each active (token, latent) pair."""
 
     tokens: Int[Tensor, "n t"]
-    """The text, in rows."""
+    """The text in rows."""
     n_positions: int
-    """How many positions of it an SAE looks at."""
+    """Positions of the text that the SAE reads (`data.exclude_*` leaves some out)."""
     latents: Int[Tensor, " m"]
-    """Of each entry: which of the chosen latents, counted from 0."""
+    """Index of the entry's latent among the chosen ones."""
     positions: Int[Tensor, " m"]
-    """Of each entry: its token's place in the flattened text."""
+    """Position of the entry's token in the flattened text."""
     values: Float[Tensor, " m"]
+    """Activation of the entry."""
 
 
 @torch.no_grad()
 def gather_activations(sae: BaseSAE, data: ActivationData, latents: Int[Tensor, " c"], n_tokens: int) -> Activations:
-    """Every activation of `latents` over the first n_tokens of the training text, under the deployed rule."""
+    """Gather all activations of `latents` on the first n_tokens of the training text, under the deployed rule."""
     rows = data.text_rows(max(1, n_tokens // data.seq_len))
     place = torch.full((sae.n_latents,), -1)
     place[latents] = torch.arange(len(latents))
@@ -53,7 +54,7 @@ def gather_activations(sae: BaseSAE, data: ActivationData, latents: Int[Tensor, 
 
 
 def with_offsets(batches) -> Iterator[tuple[int, Tensor]]:
-    """Batches of text rows, each with the number of tokens before it."""
+    """Yield each batch of text rows with the number of tokens before it."""
     start = 0
     for tokens in batches:
         yield start, tokens
@@ -61,7 +62,7 @@ def with_offsets(batches) -> Iterator[tuple[int, Tensor]]:
 
 
 def active_entries(code: Code) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, latent, value) of every active entry, on the CPU."""
+    """Return (row, latent, value) of all active entries, on the CPU."""
     if isinstance(code, SparseCode):
         return code.pattern.rows.cpu(), code.latents.cpu(), code.values.cpu()
     rows, latents = code.nonzero(as_tuple=True)
@@ -71,7 +72,13 @@ def active_entries(code: Code) -> tuple[Tensor, Tensor, Tensor]:
 def describe_activations(
     activations: Activations, n: int, *, n_top: int, n_random: int, context: int, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """For each of the n chosen latents: density, largest activation, histogram and contexts."""
+    """Describe each of the n chosen latents: density, largest activation, histogram and contexts.
+
+    Args:
+        n_top: contexts with the strongest activations.
+        n_random: contexts drawn among the other activations.
+        context: tokens to show on either side.
+    """
     order = torch.argsort(activations.latents, stable=True)
     counts = torch.bincount(activations.latents, minlength=n).tolist()
     generator = torch.Generator().manual_seed(seed)
@@ -82,25 +89,25 @@ def describe_activations(
             "density": len(mine) / max(1, activations.n_positions),
             "max": float(values.max()) if len(mine) else 0.0,
         }
-        ranked = one_per_stretch(positions[values.argsort(descending=True, stable=True)], context)
+        ranked = keep_one_per_window(positions[values.argsort(descending=True, stable=True)], context)
         rest = ranked[n_top:]
-        chance = rest[torch.randperm(len(rest), generator=generator)[:n_random]]
+        drawn = rest[torch.randperm(len(rest), generator=generator)[:n_random]]
         strengths = dict(zip(positions.tolist(), values.tolist(), strict=True))
         row["histogram"] = histogram(values)
-        for name, centres in (("top", ranked[:n_top]), ("random", chance)):
+        for name, centres in (("top", ranked[:n_top]), ("random", drawn)):
             row[name] = [excerpt(activations.tokens, c, context, strengths) for c in centres.tolist()]
         described.append(row)
     return described
 
 
-def one_per_stretch(positions: Int[Tensor, " m"], context: int) -> Int[Tensor, " _"]:
-    """The first, in the order given, of each stretch of 2·context + 1 tokens that the text is cut into."""
+def keep_one_per_window(positions: Int[Tensor, " m"], context: int) -> Int[Tensor, " _"]:
+    """Cut the text into windows of 2·context + 1 tokens and keep the first position given in each window."""
     cells = (positions // (2 * context + 1)).numpy()
     return positions[np.sort(np.unique(cells, return_index=True)[1])]
 
 
 def excerpt(tokens: Int[Tensor, "n t"], centre: int, context: int, strengths: dict[int, float]) -> dict[str, Any]:
-    """The tokens around one position, within its row, and the latent's activation on each of them."""
+    """Return the tokens around one position, within its row, with the latent's activation on each."""
     length = tokens.shape[1]
     start, column = centre - centre % length, centre % length
     window = range(start + max(0, column - context), start + min(length, column + context + 1))
@@ -112,7 +119,7 @@ def excerpt(tokens: Int[Tensor, "n t"], centre: int, context: int, strengths: di
 
 
 def histogram(values: Float[Tensor, " m"]) -> dict[str, Any]:
-    """How often the latent is active how strongly, in bins of equal width from 0 to its largest activation."""
+    """Count activations in bins of equal width from 0 to the largest activation."""
     top = float(values.max()) if len(values) else 1.0
     return {"counts": np.histogram(values.numpy(), bins=N_BINS, range=(0, top))[0].tolist(), "top": top}
 
@@ -121,10 +128,10 @@ def histogram(values: Float[Tensor, " m"]) -> dict[str, Any]:
 def describe_directions(
     sae: BaseSAE, lm: LanguageModel, latents: Int[Tensor, " c"], n_logits: int, n_neighbours: int
 ) -> list[dict[str, Any]]:
-    """What each latent's decoder row does: the tokens it promotes and suppresses, the latents that point its way.
+    """Describe each latent's decoder row: the tokens that it promotes and suppresses, and its nearest neighbours.
 
-    Logits are those of the row through the unembedding alone, about their mean over the vocabulary; they are left
-    out where the site does not have the unembedding's width.
+    Logits are the row times the unembedding, minus their mean over the vocabulary. They are left out if the widths of
+    site and unembedding differ. Neighbours are the latents with the largest cosine similarity of decoder rows.
     """
     rows = F.normalize(sae.directions().float().flatten(1), dim=-1)
     unembedding = lm.unembedding()
@@ -148,10 +155,10 @@ def describe_directions(
 
 
 def choose_latents(sae: BaseSAE, latents: Any, n_latents: int) -> Int[Tensor, " c"]:
-    """The latents that the page is about, ascending: those that the list `latents` names, or n_latents of all.
+    """Return the latents to describe, ascending: those in the list `latents`, or n_latents drawn from all.
 
     Raises:
-        UserError: no list, or one with something that is no latent's number.
+        UserError: `latents` is not a list of latent indices.
     """
     if latents is None:
         drawn = torch.randperm(sae.n_latents, generator=torch.Generator().manual_seed(0))[:n_latents]
@@ -164,7 +171,7 @@ def choose_latents(sae: BaseSAE, latents: Any, n_latents: int) -> Int[Tensor, " 
 
 
 def spell_tokens(tokenizer: Any, found: list[dict[str, Any]]) -> dict[int, str]:
-    """The text of every token id that the descriptions name."""
+    """Decode every token id in the descriptions."""
     ids = {t for row in found for name in ("top", "random") for e in row[name] for t in e["tokens"]}
     ids |= {p["token"] for row in found for name in ("promoted", "suppressed") for p in row.get(name, [])}
     return {i: tokenizer.decode([i]) for i in sorted(ids)}

@@ -1,4 +1,4 @@
-"""The activation rule of one SAE on the parameters of another: the write-up's cross-check."""
+"""Evaluate the parameters of one SAE under the activation rule of another: the BatchTopK write-up's cross-check."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ ACTIVATIONS: dict[str, tuple[type[BaseSAE], dict[str, Any]]] = {
     "batch_topk": (BatchTopKSAE, {"quantile": "batch"}),
     "threshold": (BatchTopKSAE, {"quantile": "batch"}),
 }
-"""Who has a rule: batch_topk is what a BatchTopKSAE does in `train()`, threshold what it does in `eval()`."""
+"""Class and settings of each rule: batch_topk is BatchTopKSAE in `train()` mode, threshold in `eval()` mode."""
 
 
 def with_activation(sae: BaseSAE, activation: str) -> BaseSAE:
-    """The parameters of `sae` under another rule; a threshold is to be calibrated.
+    """Return an SAE with the parameters of `sae` and another activation rule. Its threshold is not calibrated yet.
 
     Raises:
-        UserError: an unknown rule, or one that cannot work with the parameters or the k of this SAE.
+        UserError: the rule is unknown, or this SAE lacks the parameters or the k that it needs.
     """
     if activation not in ACTIVATIONS:
         raise UserError(f"activation={activation} is not known: choose one of {', '.join(ACTIVATIONS)}.")
@@ -30,14 +30,14 @@ def with_activation(sae: BaseSAE, activation: str) -> BaseSAE:
     if sae.config.get("k") is None:
         raise UserError(f"activation={activation} needs a k, and a {type(sae).__name__} has none.")
     other = sae.convert_to(cls, **settings)
-    lacking = dict(other.named_parameters()).keys() - dict(sae.named_parameters(remove_duplicate=False)).keys()
-    if lacking:
-        raise UserError(f"activation={activation} needs {', '.join(lacking)}, and a {type(sae).__name__} has none.")
+    missing = dict(other.named_parameters()).keys() - dict(sae.named_parameters(remove_duplicate=False)).keys()
+    if missing:
+        raise UserError(f"activation={activation} needs {', '.join(missing)}, and a {type(sae).__name__} has none.")
     return other
 
 
 def evaluate_under(activation: str, sae: BaseSAE, data: ActivationData, calibration_batches: int) -> dict[str, Any]:
-    """The metrics of the parameters of `sae` under the rule that `activation` names."""
+    """Evaluate the parameters of `sae` under the rule `activation`."""
     other = with_activation(sae, activation)
     if other.batch_rule:
         calibrate([other], data, calibration_batches)
