@@ -1,11 +1,10 @@
-"""Figures, from tables: each function takes a table and a path, draws, writes a PNG there and returns the path."""
+"""Figures. Each function takes a table and a path, writes a PNG to that path and returns the path."""
 
 from sae_lab.plots.run import l0_per_token, latent_density, relative_norm, training_curves
 from sae_lab.plots.style import display_name, has_values
-from sae_lab.plots.sweep import against, by_job, frontier, l0_by_line, mean_over_seeds
+from sae_lab.plots.sweep import by_job, frontier, l0_by_line, mean_over_seeds, metrics_against
 
 __all__ = [
-    "against",
     "by_job",
     "display_name",
     "frontier",
@@ -14,6 +13,7 @@ __all__ = [
     "l0_per_token",
     "latent_density",
     "mean_over_seeds",
+    "metrics_against",
     "relative_norm",
     "training_curves",
 ]

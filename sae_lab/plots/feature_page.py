@@ -1,4 +1,4 @@
-"""The feature page: one HTML file with all that it shows, which opens without a server or a network."""
+"""The feature page: one self-contained HTML file that opens without a server or a network."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ PAGE = Path(__file__).with_suffix(".html")
 
 
 def write_page(description: dict[str, Any], folder: Path) -> list[Path]:
-    """features.json, and index.html, which carries the same."""
+    """Write features.json, and index.html with the same data inside."""
     text = json.dumps(description, ensure_ascii=False, separators=(",", ":"))
     page = PAGE.read_text(encoding="utf-8").replace("/*DATA*/null", text.replace("<", "\\u003c"))
     written = []

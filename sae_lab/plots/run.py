@@ -1,4 +1,4 @@
-"""A run's own figures: its training, its L0 a token, its latents' densities, whose features they are."""
+"""Figures of one run: training curves, L0 per token, latent densities and, for two models, relative norms."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 from sae_lab.evaluation import diffing
 from sae_lab.plots.style import COLUMN, INK, LABELS, MUTED, PAGE, PALETTE, PLAIN, has_values, legend_below, page
 
-# The panels of a training log: label, its column in training and in validation.
+# Panels of the training curves: label, column of the training values, column of the validation values.
 PANELS = (
     ("Reconstruction loss", "loss/reconstruction", ""),
     (LABELS["fvu"], "fvu", "val/fvu"),
@@ -21,9 +21,10 @@ PANELS = (
 
 
 def training_curves(table: pd.DataFrame, path: Path) -> Path:
-    """Reconstruction loss, FVU, L0 and the share of dead latents against tokens, one panel each; validation as dots.
+    """Plot reconstruction loss, FVU, L0 and the share of dead latents against tokens; validation values as dots.
 
-    `table` is a run's metrics.csv; a panel without data is left out, and a log without any leaves one empty panel.
+    Args:
+        table: metrics.csv of a run. Panels without data are left out; without any data one empty panel is drawn.
     """
     panels = [p for p in PANELS if has_values(table, "tokens") and (has_values(table, p[1]) or has_values(table, p[2]))]
     tokens = _tokens(table) if panels else np.empty(0)
@@ -44,14 +45,16 @@ def training_curves(table: pd.DataFrame, path: Path) -> Path:
             axis.set_xlabel("Training tokens")
         if not panels:
             axes[0].set_title("nothing was logged")
-        legend_below(figure, least=2)
+        legend_below(figure, min_entries=2)
     return path
 
 
 def l0_per_token(table: pd.DataFrame, path: Path, k: float | None = None) -> Path:
-    """How many latents are active on a token: share of tokens (%) against L0, BOS positions told apart.
+    """Plot a histogram of L0 (active latents per token) in % of the tokens, with BOS tokens in a colour of their own.
 
-    `table` has the columns l0, bos, other (numbers of tokens). 99.9 % of the tokens fit on the x axis.
+    Args:
+        table: columns l0, bos, other (numbers of tokens). The x axis covers 99.9 % of the tokens.
+        k: drawn as a vertical line.
     """
     l0, bos, other = (table[c].to_numpy(float) for c in ("l0", "bos", "other"))
     total = (bos + other).sum()
@@ -77,16 +80,17 @@ def l0_per_token(table: pd.DataFrame, path: Path, k: float | None = None) -> Pat
 
 
 def latent_density(table: pd.DataFrame, path: Path) -> Path:
-    """On what share of tokens each latent fires: a histogram over log10 of the share; dead latents are counted apart.
+    """Plot a histogram of log10 of each latent's density (share of tokens on which it fires).
 
-    `table` has the column density, one row a latent.
+    Args:
+        table: column density, one row per latent. Dead latents are not drawn, but counted in the title.
     """
     density = table["density"].to_numpy(float)
     alive = np.log10(density[density > 0])
     dead = density.size - alive.size
     with page(path) as (figure, (axes,)):
         if alive.size:
-            # Quarters of a decade, on whole quarters: two SAEs' figures have the same bins.
+            # Bins are quarters of a decade with fixed edges, so that figures of different SAEs can be compared.
             edges = np.arange(np.floor(alive.min() * 4), np.floor(alive.max() * 4) + 2) / 4
             axes.hist(alive, edges, color=PALETTE[0], edgecolor="white", linewidth=0.4)
             median = float(np.median(alive))
@@ -105,12 +109,13 @@ def latent_density(table: pd.DataFrame, path: Path) -> Path:
 
 
 def relative_norm(table: pd.DataFrame, path: Path) -> Path:
-    """Whose feature each latent is: a histogram over |W_dec_B| / (|W_dec_A| + |W_dec_B|), a colour for each class.
+    """Plot a histogram of |W_dec_B| / (|W_dec_A| + |W_dec_B|), with a colour for each class of `diffing`.
 
-    `table` is that of `diffing.latents`. Latents that never fire are counted in the title and not drawn.
+    Args:
+        table: from `diffing.latent_table`. Latents that never fire are not drawn, but counted in the title.
     """
     alive = table[table["density"] > 0]
-    edges = np.linspace(0, 1, 51)  # the bounds of the classes are edges
+    edges = np.linspace(0, 1, 51)  # contains the bounds of the classes
     colours = {**dict(zip(diffing.CLASSES, PALETTE[:3], strict=True)), diffing.BETWEEN: "#BBBBBB"}
     names = {"base_only": "base only", "shared": "shared", "tuned_only": "fine-tuned only", "between": "between"}
     with page(path) as (figure, (axes,)):
@@ -136,10 +141,10 @@ def relative_norm(table: pd.DataFrame, path: Path) -> Path:
 
 
 def _l0_bins(l0: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Edges of at most about 80 bins around whole numbers, up to the L0 that 99.9 % of the tokens do not exceed."""
+    """Return the edges of about 80 bins at most, centered on whole numbers, up to the 99.9 % quantile of L0."""
     order = np.argsort(l0)
-    below = np.cumsum(tokens[order]) / tokens.sum()
-    top = l0[order][np.searchsorted(below, 0.999)]
+    cumulative = np.cumsum(tokens[order]) / tokens.sum()
+    top = l0[order][np.searchsorted(cumulative, 0.999)]
     low = l0[tokens > 0].min()
     margin = max(5.0, 0.1 * (top - low))
     low = 0 if low <= max(top / 2, margin) else np.floor(low - margin)
@@ -148,7 +153,7 @@ def _l0_bins(l0: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 def _tokens(table: pd.DataFrame) -> np.ndarray:
-    """Tokens seen at each row; a validation row may hold the step alone, and takes its tokens from its neighbours."""
+    """Return the tokens seen at each row. A validation row may hold only the step: its tokens are interpolated."""
     known = table.dropna(subset=["tokens"]).sort_values("step")
     missing = np.interp(table["step"], known["step"], known["tokens"])
     return table["tokens"].fillna(pd.Series(missing, table.index)).to_numpy(float)
@@ -162,7 +167,7 @@ def _curve(axes: Axes, tokens: np.ndarray, table: pd.DataFrame, column: str, **l
 
 
 def _loss_scale(axes: Axes) -> None:
-    """A log y axis where the curves span a decade or more, else a linear one from 0."""
+    """Use a log y axis if the curves span a decade or more, else a linear one from 0."""
     y = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
     if 0 < 10 * y.min() <= y.max():
         axes.set_yscale("log")
@@ -174,6 +179,6 @@ def _loss_scale(axes: Axes) -> None:
 
 
 def _power(x: float) -> str:
-    """x in the notation of the axis: 0.0031 → 3.1·10⁻³."""
+    """Format x like the axis: 0.0031 → 3.1·10⁻³."""
     mantissa, exponent = f"{x:.1e}".split("e")
     return f"${mantissa}\\cdot10^{{{int(exponent)}}}$"

@@ -1,4 +1,4 @@
-"""The look of every figure: fonts, colours, the words on its axes, the page it is drawn on."""
+"""The style of all figures: fonts, colours, axis labels, page size and legend."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -10,11 +10,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-# Okabe and Ito's palette without its yellow, which vanishes on white: told apart under every kind of colour blindness.
+# Okabe and Ito's colour-blind safe palette, without its yellow, which is hard to see on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 INK, MUTED = "#222222", "#777777"
 STYLE: dict[str, Any] = {
-    # matplotlib ships this font, so a figure is the same on every machine.
+    # This font ships with matplotlib, so figures are the same on every machine.
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8,
@@ -47,7 +47,7 @@ STYLE: dict[str, Any] = {
     "savefig.bbox": "tight",
     "savefig.pad_inches": 0.04,
 }
-COLUMN, PAGE = 3.6, 6.8  # inches: one column of a paper, and both
+COLUMN, PAGE = 3.6, 6.8  # width in inches of one column of a paper, and of two
 LABELS = {
     "nmse": "Normalised MSE",
     "fvu": "Variance unexplained (share)",
@@ -62,7 +62,11 @@ PLAIN = FuncFormatter(lambda x, _: f"{x:,.10g}")
 
 @contextmanager
 def page(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (COLUMN, 2.5)) -> Iterator[Any]:
-    """A figure in the house style, size in inches: yields (figure, list of axes), writes `path` when the block ends."""
+    """Create a figure in this style. Yields (figure, list of axes) and writes `path` when the block ends.
+
+    Args:
+        size: (width, height) in inches.
+    """
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
@@ -71,25 +75,25 @@ def page(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] 
         figure.savefig(path)
 
 
-def legend_below(figure: Figure, least: int = 1) -> None:
-    """One legend for all panels, under them, where it covers no data; none with fewer than `least` entries."""
+def legend_below(figure: Figure, min_entries: int = 1) -> None:
+    """Draw one legend for all panels below them. Nothing is drawn for fewer than `min_entries` entries."""
     found = [axes.get_legend_handles_labels() for axes in figure.axes]
-    keys = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
-    if len(keys) < least:
+    entries = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    if len(entries) < min_entries:
         return
-    columns = -(-len(keys) // legend_rows(keys, figure.get_figwidth()))
-    look: dict[str, Any] = {"ncols": columns, "columnspacing": 1.4, "handlelength": 1.8, "handletextpad": 0.5}
-    figure.legend(list(keys.values()), list(keys), loc="outside lower center", **look)
+    columns = -(-len(entries) // legend_rows(entries, figure.get_figwidth()))
+    layout: dict[str, Any] = {"ncols": columns, "columnspacing": 1.4, "handlelength": 1.8, "handletextpad": 0.5}
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", **layout)
 
 
 def legend_rows(labels: Collection[str], width: float) -> int:
-    """How many rows a legend under a figure takes; an inch holds about 15 characters, a key counts as 6."""
+    """Return the number of rows of a legend, counting 15 characters per inch and 6 per line sample."""
     columns = max(1, int(15 * width // (max(map(len, labels)) + 6)))
     return -(-len(labels) // columns)
 
 
 def display_name(name: str) -> str:
-    """An SAE's name as papers write it: batch_topk → BatchTopK, TopKSAE → TopK."""
+    """Return an SAE's name as papers write it: batch_topk → BatchTopK, TopKSAE → TopK."""
     words = {"topk": "TopK", "relu": "ReLU", "jumprelu": "JumpReLU", "sae": "SAE"}
     if name != name.lower():
         return name.removesuffix("SAE") or name
@@ -97,5 +101,5 @@ def display_name(name: str) -> str:
 
 
 def has_values(table: pd.DataFrame, column: str) -> bool:
-    """Whether a table has the column, with at least one value in it."""
+    """Return whether the table has this column and at least one value in it."""
     return column in table and bool(table[column].notna().any())

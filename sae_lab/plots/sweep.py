@@ -1,4 +1,4 @@
-"""A sweep's figures: metrics against what was swept, a line an architecture, error bars over seeds."""
+"""Figures of a sweep: metrics against the swept option, with one line per architecture and error bars over seeds."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,24 +17,29 @@ DASHES = ("-", "--", ":", "-.")
 FIXED = {"n_latents": "dictionary size"}
 
 
-def against(table: pd.DataFrame, path: Path, x: str, y: Sequence[str], lines: str, fixed: Mapping[str, float]) -> Path:
-    """The metrics `y` side by side against `x`, a line for each value of the column `lines`, mean ± std over seeds.
+def metrics_against(
+    table: pd.DataFrame, path: Path, x: str, y: Sequence[str], lines: str, fixed: Mapping[str, float]
+) -> Path:
+    """Plot metrics against a column: mean ± standard deviation over seeds.
 
-    Rows that differ from `fixed` ({"k": 16}) are left out; they still reserve their line's colour, so that a line
-    looks the same in every figure of one table.
+    Args:
+        x: column of the x axis.
+        y: metrics, one panel each.
+        lines: column whose values become lines. A value has the same colour in every figure of one table.
+        fixed: rows to draw, such as {"k": 16}.
     """
-    looks = _looks(table[lines])
+    styles = _line_styles(table[lines])
     rows = table
     for column, value in fixed.items():
         rows = rows[rows[column].astype(float) == value]
     points = mean_over_seeds(rows, x, y, lines)
     width = PAGE if len(y) > 1 else COLUMN
-    with page(path, columns=len(y), size=(width, 2.4 + 0.16 * legend_rows(looks, width))) as (figure, axes):
+    with page(path, columns=len(y), size=(width, 2.4 + 0.16 * legend_rows(styles, width))) as (figure, axes):
         for axis, metric in zip(axes, y, strict=True):
             for name, line in points.dropna(subset=[metric]).groupby(lines, sort=False):
                 mean, std = line[metric].to_numpy(float), line[f"{metric}_std"].to_numpy(float)
                 bars = {"yerr": std, "capsize": 2.5, "elinewidth": 0.9} if np.isfinite(std).any() else {}
-                axis.errorbar(line[x].to_numpy(float), mean, **bars, label=name, **looks[str(name)])
+                axis.errorbar(line[x].to_numpy(float), mean, **bars, label=name, **styles[str(name)])
             axis.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(metric, metric))
             _log2_axis(axis, points[x].astype(float))
         figure.suptitle(_title(fixed, points["n"]))
@@ -43,9 +48,9 @@ def against(table: pd.DataFrame, path: Path, x: str, y: Sequence[str], lines: st
 
 
 def mean_over_seeds(table: pd.DataFrame, x: str, y: Sequence[str], lines: str) -> pd.DataFrame:
-    """One row for each (line, x): n (rows averaged), and for each metric its mean and `<metric>_std`.
+    """Average over seeds. Returns one row per (line, x): n (rows averaged), and each metric with its `<metric>_std`.
 
-    The standard deviation is the sample's (n - 1 below the line), NaN for a single row. Lines keep the table's order.
+    The standard deviation is the sample's (divided by n - 1), NaN for a single row. Lines keep the table's order.
     """
     rows = table.dropna(subset=[lines, x])
     groups = rows.groupby([lines, x], sort=False)
@@ -61,26 +66,31 @@ def mean_over_seeds(table: pd.DataFrame, x: str, y: Sequence[str], lines: str) -
 
 
 def frontier(table: pd.DataFrame, path: Path, y: str, colours: str, lines: str) -> Path:
-    """The metric `y` against the measured L0: colour by the column `colours`, area by dictionary size (n_latents).
+    """Plot a metric against the measured L0. The area of a marker shows the dictionary size (n_latents).
 
-    Rows with equal `lines`, n_latents and k differ by their seed and are averaged into a point; a thin line joins the
-    points of different k.
+    Rows with equal `lines`, n_latents and k differ in their seed only and are averaged into one point. A thin line
+    joins the points of different k.
+
+    Args:
+        y: the metric.
+        colours: column that decides the colour.
+        lines: column that tells lines apart.
     """
-    looks = _looks(table[colours])
+    styles = _line_styles(table[colours])
     rows = table.dropna(subset=["l0", y, "n_latents"])
     curve = list(dict.fromkeys([colours, lines, "n_latents"]))
     points = rows.groupby([*curve, "k"], sort=False, dropna=False)[["l0", y]].mean().reset_index().sort_values("l0")
     areas = _areas(points["n_latents"])
-    with page(path, size=(PAGE * 0.8, max(3.0, 0.9 + 0.17 * (len(looks) + len(areas))))) as (figure, (axes,)):
-        for _, its in points.groupby(curve, sort=False):
-            own = looks[its[colours].iloc[0]]
-            axes.plot(its["l0"], its[y], own["linestyle"], color=own["color"], linewidth=0.7, alpha=0.5)
-            look: dict[str, Any] = {"color": own["color"], "marker": own["marker"], "edgecolor": "white"}
-            axes.scatter(its["l0"], its[y], areas[its["n_latents"].iloc[0]], linewidth=0.5, zorder=3, **look)
+    with page(path, size=(PAGE * 0.8, max(3.0, 0.9 + 0.17 * (len(styles) + len(areas))))) as (figure, (axes,)):
+        for _, group in points.groupby(curve, sort=False):
+            style = styles[group[colours].iloc[0]]
+            axes.plot(group["l0"], group[y], style["linestyle"], color=style["color"], linewidth=0.7, alpha=0.5)
+            marker: dict[str, Any] = {"color": style["color"], "marker": style["marker"], "edgecolor": "white"}
+            axes.scatter(group["l0"], group[y], areas[group["n_latents"].iloc[0]], linewidth=0.5, zorder=3, **marker)
         axes.set(xlabel=LABELS["l0"], ylabel=LABELS.get(y, y))
         axes.margins(0.07)
         _l0_scale(axes, points["l0"])
-        entries = [Line2D([], [], label=name, **own) for name, own in looks.items()]
+        entries = [Line2D([], [], label=name, **style) for name, style in styles.items()]
         entries.append(Line2D([], [], linestyle="", label=f"\n{LABELS['n_latents']}"))
         grey: dict[str, Any] = {"marker": "o", "linestyle": "", "color": MUTED}
         entries += [Line2D([], [], **grey, markersize=a**0.5, label=f"{n:,.0f}") for n, a in areas.items()]
@@ -89,7 +99,7 @@ def frontier(table: pd.DataFrame, path: Path, y: str, colours: str, lines: str) 
 
 
 def by_job(table: pd.DataFrame, path: Path, y: Sequence[str], label: str) -> Path:
-    """The metrics `y` side by side, a point a job, named by the column `label`."""
+    """Plot the metrics `y` side by side, with one point per job, named by the column `label`."""
     height = np.arange(len(table))
     with page(path, columns=len(y), size=(PAGE if len(y) > 1 else COLUMN, 0.8 + 0.2 * len(table))) as (_, axes):
         for axis, metric in zip(axes, y, strict=True):
@@ -101,10 +111,11 @@ def by_job(table: pd.DataFrame, path: Path, y: Sequence[str], label: str) -> Pat
 
 
 def l0_by_line(table: pd.DataFrame, path: Path) -> Path:
-    """How many latents are active on a token: share of tokens (%) against L0, a panel a line and a colour a k.
+    """Plot histograms of L0 (active latents per token) in % of the tokens: one panel per line, one colour per k.
 
-    `table` has the columns line, k, l0, bos, other (numbers of tokens); rows of equal line, k and l0 are added up.
-    99.5 % of the tokens fit on the x axis.
+    Args:
+        table: columns line, k, l0, bos, other (numbers of tokens). Rows with equal line, k and l0 are added up. The x
+            axis covers 99.5 % of the tokens.
     """
     panels, ks = list(dict.fromkeys(table["line"])), sorted(table["k"].dropna().unique())
     columns = min(3, len(panels))
@@ -112,8 +123,8 @@ def l0_by_line(table: pd.DataFrame, path: Path) -> Path:
     colours = dict(zip(ks, PALETTE, strict=False))
     with page(path, rows, columns, (PAGE if columns > 1 else COLUMN, 0.5 + 1.9 * rows)) as (figure, axes):
         for axis, name in zip(axes, panels, strict=False):
-            for k, its in table[table["line"] == name].groupby("k", dropna=False):
-                _l0_curve(axis, its, colours.get(k, MUTED), f"k = {k:g}" if k in colours else None)
+            for k, group in table[table["line"] == name].groupby("k", dropna=False):
+                _l0_curve(axis, group, colours.get(k, MUTED), f"k = {k:g}" if k in colours else None)
             axis.set_title(name)
             axis.set(xlabel=LABELS["l0"], ylim=(0, None))
         for axis in axes[len(panels) :]:
@@ -137,8 +148,8 @@ def _l0_curve(axis: Axes, table: pd.DataFrame, colour: str, label: str | None) -
         axis.plot([mean], [0], "^", color=colour, clip_on=False, zorder=3)
 
 
-def _looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dashes for each name, in order of appearance; the dashes change when the colours run out."""
+def _line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return colour, marker and dashes of each name, in order of appearance. Dashes change after the last colour."""
     unique = list(dict.fromkeys(names))
     return {
         name: {
@@ -151,15 +162,15 @@ def _looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def _title(fixed: Mapping[str, float], n: pd.Series) -> str:
-    what = ", ".join(f"{FIXED.get(name, name)} = {value:,.10g}" for name, value in fixed.items())
+    settings = ", ".join(f"{FIXED.get(name, name)} = {value:,.10g}" for name, value in fixed.items())
     if n.max() < 2:
-        return what
+        return settings
     seeds = f"{n.max()}" if n.min() == n.max() else f"{n.min()}–{n.max()}"
-    return f"{what}{', ' if what else ''}mean ± s.d. over {seeds} seeds"
+    return f"{settings}{', ' if settings else ''}mean ± s.d. over {seeds} seeds"
 
 
 def _log2_axis(axes: Axes, values: Iterable[float]) -> None:
-    """A log2 x axis whose ticks are the values themselves."""
+    """Use a log2 x axis with ticks at the values."""
     ticks = sorted(set(values))
     if not ticks or ticks[0] <= 0:
         return
@@ -170,7 +181,7 @@ def _log2_axis(axes: Axes, values: Iterable[float]) -> None:
 
 
 def _l0_scale(axes: Axes, l0: pd.Series) -> None:
-    """Log2 where L0 spans a factor of 3 or more, as in a sweep over k; a narrow range would be left without a tick."""
+    """Use a log2 x axis if L0 spans a factor of 3 or more. A narrower range could end up without a tick."""
     if len(l0) and 0 < 3 * l0.min() <= l0.max():
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())
@@ -178,6 +189,6 @@ def _l0_scale(axes: Axes, l0: pd.Series) -> None:
 
 
 def _areas(sizes: pd.Series) -> dict[float, float]:
-    """A marker's area (points²) for each dictionary size, in equal steps."""
+    """Return a marker area (points²) for each dictionary size, in equal steps."""
     unique = sorted(sizes.unique())
     return dict(zip(unique, np.linspace(16, 70, len(unique)) if len(unique) > 1 else [36.0], strict=True))

@@ -63,7 +63,7 @@ def draw_comparisons(done: pd.DataFrame, figures: Path, y: list[str]) -> list[Pa
         for value, jobs in ((float(str(v)), group) for v, group in both.groupby(fixed)):
             if jobs[x].nunique() > 1:
                 path = figures / f"nmse_ce_{name}{value:.10g}.png"
-                paths.append(plots.against(both, path, x, y, "line", {fixed: value}))
+                paths.append(plots.metrics_against(both, path, x, y, "line", {fixed: value}))
     if not paths:
         paths.append(plots.by_job(done.assign(label=_labels(done)), figures / "nmse_ce_by_job.png", y, "label"))
     return paths

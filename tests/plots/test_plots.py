@@ -67,7 +67,7 @@ def test_mean_over_seeds_leaves_out_rows_without_x():
 
 
 def test_against_draws_means_on_a_log2_axis_with_the_sizes_as_ticks(drawn, path):
-    assert plots.against(sweep(), path, "n_latents", ["nmse", "ce_degradation"], "line", {"k": 16}) == path
+    assert plots.metrics_against(sweep(), path, "n_latents", ["nmse", "ce_degradation"], "line", {"k": 16}) == path
     nmse, ce = drawn[0].axes
     points = points_of(nmse)
     assert points["TopK"] == ([512, 1024], pytest.approx([1 / 8192 + 0.005, 1 / 16384 + 0.005]))
@@ -81,7 +81,7 @@ def test_against_draws_means_on_a_log2_axis_with_the_sizes_as_ticks(drawn, path)
 
 
 def test_against_has_error_bars_of_one_std_only_where_there_are_seeds(drawn, path):
-    plots.against(sweep(), path, "k", ["nmse"], "line", {"n_latents": 512})
+    plots.metrics_against(sweep(), path, "k", ["nmse"], "line", {"n_latents": 512})
     bars = {c.get_label(): c.lines[2] for c in drawn[0].axes[0].containers}
     (low, high) = bars["TopK"][0].get_segments()[0][:, 1]
     assert (high - low) / 2 == pytest.approx(0.01 / 2**0.5)
@@ -92,7 +92,7 @@ def test_a_line_has_one_colour_in_every_figure_of_a_table(drawn, path):
     table = pd.concat([sweep(), sweep().query("k == 32").assign(line="Gated")])
     table = table[(table["line"] != "TopK") | (table["k"] == 16)]
     for k in (16, 32):
-        plots.against(table, path, "n_latents", ["nmse"], "line", {"k": k})
+        plots.metrics_against(table, path, "n_latents", ["nmse"], "line", {"k": k})
     colours = [{c.get_label(): c.lines[0].get_color() for c in f.axes[0].containers} for f in drawn]
     assert colours[0].keys() == {"TopK", "BatchTopK"}
     assert colours[1].keys() == {"BatchTopK", "Gated"}
@@ -100,8 +100,8 @@ def test_a_line_has_one_colour_in_every_figure_of_a_table(drawn, path):
 
 
 def test_lines_past_the_palette_still_differ():
-    looks = sweeps._looks([f"line {i}" for i in range(3 * len(style.PALETTE))])
-    assert len({(look["color"], look["linestyle"]) for look in looks.values()}) == len(looks)
+    styles = sweeps._line_styles([f"line {i}" for i in range(3 * len(style.PALETTE))])
+    assert len({(s["color"], s["linestyle"]) for s in styles.values()}) == len(styles)
 
 
 def test_frontier_averages_seeds_and_sizes_markers_by_dictionary(drawn, path):
