@@ -1,4 +1,4 @@
-"""The model card of a run's SAE."""
+"""Model card of an exported SAE."""
 
 import json
 from pathlib import Path
@@ -11,17 +11,18 @@ from sae_lab.runs.config import config_file, read_config
 from sae_lab.runtime.screen import format_number
 from sae_lab.saes.base import BaseSAE
 
-MACHINES_OWN = ("run_dir", "logger")
-"""Parts of a config that say nothing about the SAE, only where its files went."""
+MACHINE_KEYS = ("run_dir", "logger")
+"""Keys of a config to leave out of the card: they say where files went, and nothing about the SAE."""
 
 
 def write_card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: str, sae_id: str | None = None) -> str:
-    """The model card: what the SAE is, what it was trained on, its metrics, figures and config.
+    """Return the model card as Markdown: the SAE, what it was trained on, its metrics, figures and config.
 
     Args:
-        sae_id: the SAE's file, where its folder may hold others.
+        format: name of the file format in which the SAE was exported.
+        sae_id: the file of the SAE, if the folder may contain several.
     """
-    provenance = without_folders(provenance)
+    provenance = strip_folders(provenance)
     header = {"tags": ["sparse-autoencoder", "interpretability", format], "library_name": "sae_lab"}
     model, sites = provenance.get("model", {}).get("name"), ", ".join(provenance.get("sites", []))
     lines = ["---", yaml.safe_dump(header).strip(), "---", "", f"# {type(sae).__name__} of {model} at {sites}", ""]
@@ -41,13 +42,13 @@ def write_card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: 
     lines += [f"![{file.stem}](figures/{file.name})" for file in sorted((run_dir / "figures").glob("*.png"))]
     if config_file(run_dir).is_file():
         config: Any = OmegaConf.to_container(read_config(run_dir))
-        said = without_folders({name: value for name, value in config.items() if name not in MACHINES_OWN})
-        lines += ["", "## Config", "", "```yaml", OmegaConf.to_yaml(OmegaConf.create(said)).strip(), "```"]
+        shown = strip_folders({name: value for name, value in config.items() if name not in MACHINE_KEYS})
+        lines += ["", "## Config", "", "```yaml", OmegaConf.to_yaml(OmegaConf.create(shown)).strip(), "```"]
     return "\n".join([*lines, ""])
 
 
 def describe_roles(sae: BaseSAE, sites: list[str]) -> list[str]:
-    """Which sites a transcoder reads and which it predicts; nothing of an SAE, or where nobody knows the sites."""
+    """Return lines that say which sites a transcoder reads and predicts. Empty for an SAE, or if sites are unknown."""
     if not (sae.n_inputs and sites):
         return []
     names = [f"`{site}`" for site in sites]
@@ -55,17 +56,17 @@ def describe_roles(sae: BaseSAE, sites: list[str]) -> list[str]:
     return [f"A transcoder: from activations at {read} it predicts those at {predicted}, `sae.predict(x)`.", ""]
 
 
-def without_folders(said: Any) -> Any:
-    """Of every absolute path in a nested container its last part: where things lie is the machine's, not the SAE's."""
-    if isinstance(said, dict):
-        return {name: without_folders(value) for name, value in said.items()}
-    if isinstance(said, list):
-        return [without_folders(value) for value in said]
-    return Path(said).name if isinstance(said, str) and said.startswith(("/", "~")) else said
+def strip_folders(value: Any) -> Any:
+    """Replace each absolute path in a nested container by its last part, so that the card shows no local folders."""
+    if isinstance(value, dict):
+        return {name: strip_folders(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return [strip_folders(child) for child in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def metrics_table(file: Path) -> list[str]:
-    """metrics.json as Markdown, the names as in sae_lab/metrics.py; nothing where a run has none yet."""
+    """Return metrics.json as a Markdown table (names as in sae_lab/evaluation/metrics.py); empty if it is missing."""
     if not file.is_file():
         return []
     metrics = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""SAE folders (config.json + sae.safetensors), files that appear whole or not at all, and a checkpoint's soundness."""
+"""Reading and verifying Lightning checkpoints."""
 
 import zipfile
 from pathlib import Path
@@ -10,16 +10,18 @@ from sae_lab.runtime.errors import UserError
 
 
 def checkpoint_content(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds, with tensors that are not read."""
+    """Load a checkpoint without reading its tensors (they are on the meta device)."""
     content: dict[str, Any] = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
     return content
 
 
 def check_readable(checkpoint: Path, remedy: str) -> int:
-    """The step a checkpoint was saved at; every byte of it is read, as torch does not look at a file's checksums.
+    """Verify a checkpoint and return the step at which it was saved.
+
+    Reads the whole file to verify the checksums of its parts, which torch does not do.
 
     Raises:
-        UserError: it cannot be read, or is no checkpoint of ours; the sentence ends with `remedy`.
+        UserError: it is damaged, or not a checkpoint of this library. The message ends with `remedy`.
     """
     try:
         with zipfile.ZipFile(checkpoint) as archive:

@@ -1,4 +1,4 @@
-"""A run's SAE, in the files of this or another library, with figures and a card; and the way to the hub."""
+"""Export a run's SAE in the files of this or another library, with figures and a model card; push it to the hub."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,10 @@ WRITERS = {name: format.write for name, format in FORMATS.items() if hasattr(for
 
 
 def export_run(run_dir: Path, format: str, out: Path) -> list[Path]:
-    """Write the run's SAE, its figures and a card into `out`; returns the files.
+    """Write the run's SAE, its figures and a model card into `out`. Returns the files.
 
     Raises:
-        UserError: an unknown format, no SAE in the run, or one that the format has no form for.
+        UserError: the format is unknown, the run has no SAE, or the format cannot express it.
     """
     if format not in (*WRITERS, OURS):
         raise UserError(f"format={format} is not known: choose one of {', '.join((*WRITERS, OURS))}.")
@@ -38,19 +38,20 @@ def export_run(run_dir: Path, format: str, out: Path) -> list[Path]:
 
 
 def copy_files(files: list[Path], folder: Path) -> None:
+    """Copy those of the files that exist into `folder`."""
     for file in files:
         if file.is_file():
             write_atomically(folder / file.name, file.read_bytes())
 
 
 def push_to_hub(folder: Path, repository: str, private: bool) -> str:
-    """Upload a folder to the hub, making the repository if need be; returns its address.
+    """Upload a folder to the hub and return its URL. Creates the repository if it does not exist.
 
     Args:
-        private: whether a repository that is made is its owner's alone; one that exists stays what it is.
+        private: create a private repository. An existing repository keeps its visibility.
 
     Raises:
-        UserError: the hub cannot be reached or refuses; the folder stays.
+        UserError: the hub cannot be reached or refuses. The local folder is kept.
     """
     from huggingface_hub import HfApi
 

@@ -1,4 +1,4 @@
-"""A run folder: whose config it holds, how far the run has come, and what to do about it."""
+"""Run folders: their config, the state of the run, and whether it can be resumed."""
 
 import fcntl
 import shutil
@@ -17,10 +17,10 @@ from sae_lab.runtime.files import remove_unfinished, write_atomically
 
 LOCK, FAILED = ".lock", "failed.txt"
 
-# What a run leaves in its folder, beside `.hydra/`, and a run that starts again removes.
-OURS = ("checkpoints", "sae", "steps", "figures", "tensorboard", "wandb", "metrics.json", "metrics.csv")
+# Files of a run besides `.hydra/`. A run that starts again in the same folder removes them.
+RUN_FILES = ("checkpoints", "sae", "steps", "figures", "tensorboard", "wandb", "metrics.json", "metrics.csv")
 
-# What may change when a run is continued: where and how it runs, not what it computes.
+# Keys that may change when a run is resumed: they decide where and how it runs, not what it computes.
 FREE = (
     "resume",
     "run_dir",
@@ -40,7 +40,12 @@ FREE = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder; `complete` means: metrics.json is there; `step` is where to continue from (0: start)."""
+    """State of a run folder.
+
+    Args:
+        step: step of the checkpoint to resume from; 0: start from the beginning.
+        complete: metrics.json exists.
+    """
 
     folder: Path
     step: int
@@ -52,15 +57,18 @@ class Run:
 
     @property
     def checkpoint(self) -> Path | None:
-        """What to continue from."""
+        """The checkpoint to resume from, or None."""
         return self.last_checkpoint if self.step else None
 
     @contextmanager
     def begin(self, files: dict[str, str]) -> Iterator[None]:
-        """Make the folder this run's: clear what an earlier run left if this one starts, and write `.hydra/`.
+        """Lock the folder, write `.hydra/`, and remove the files of an earlier run unless this one resumes it.
+
+        Args:
+            files: content of `.hydra/` by file name.
 
         Raises:
-            Busy: another process trains in it.
+            Busy: another process is training in the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOCK).open("wb") as lock:
@@ -76,7 +84,7 @@ class Run:
 
 
 def try_lock(lock: BinaryIO) -> bool:
-    """Lock an open file until it is closed, by whatever end of this process; False where another one holds it."""
+    """Try to lock an open file until it is closed or this process exits. Returns False if another process holds it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -85,7 +93,7 @@ def try_lock(lock: BinaryIO) -> bool:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process trains in this folder."""
+    """Return whether a process is training in this folder."""
     if not (folder / LOCK).is_file():
         return False
     with (folder / LOCK).open("rb") as lock:
@@ -93,19 +101,21 @@ def is_running(folder: Path) -> bool:
 
 
 def examine_folder(folder: Path, config: Any, resume: str) -> Run:
-    """What `folder` holds, seen by a run of this (resolved) config; nothing is written.
+    """Return the state of `folder` for a run with this (resolved) config. Writes nothing.
 
     Raises:
-        UserError: it holds a run of another config, its checkpoint cannot be read, or `resume` is no known word.
+        UserError: the folder holds a run of another config or a damaged checkpoint, or `resume` is unknown.
     """
     if resume not in ("auto", "never"):
         raise UserError(f"resume={resume} is not known: choose auto (continue where the folder stands) or never.")
     checkpoint = Run(folder, 0, False).last_checkpoint
     complete = (folder / "metrics.json").is_file()
-    if resume == "never" or not (checkpoint.is_file() or complete):  # nothing was learnt yet: any config may start
-        foreign = [name for name in OURS if (folder / name).exists()]
-        if foreign and not config_file(folder).is_file():
-            raise UserError(f"{folder} is no run's, but holds {', '.join(foreign)}: choose another hydra.run.dir.")
+    if resume == "never" or not (checkpoint.is_file() or complete):  # no checkpoint: any config may start
+        found = [name for name in RUN_FILES if (folder / name).exists()]
+        if found and not config_file(folder).is_file():
+            raise UserError(
+                f"{folder} is not a run folder, but holds {', '.join(found)}: choose another hydra.run.dir."
+            )
         return Run(folder, 0, False)
     step = 0 if complete else check_readable(checkpoint, "delete it to start again, or type resume=never.")
     if not config_file(folder).is_file():
@@ -115,8 +125,8 @@ def examine_folder(folder: Path, config: Any, resume: str) -> Run:
 
 
 def clear_folder(folder: Path) -> None:
-    """Remove what an earlier run left, and nothing else."""
-    named = [folder / name for name in (*OURS, ".hydra", FAILED)]
+    """Remove the files of an earlier run, and nothing else."""
+    named = [folder / name for name in (*RUN_FILES, ".hydra", FAILED)]
     for path in (*named, *folder.glob("metrics_*.json"), *folder.glob("rank_*.log")):
         if path.is_dir():
             shutil.rmtree(path)
@@ -125,7 +135,7 @@ def clear_folder(folder: Path) -> None:
 
 
 def refuse_other_config(folder: Path, there: Any, here: Any) -> None:
-    """Raise a UserError that names the keys which differ, leaving out those that may."""
+    """Raise a UserError that names the keys that differ, unless all of them may differ (FREE)."""
     theirs, ours = flatten(there), flatten(here)
     by_depth = sorted(theirs | ours, key=lambda k: (k.count("."), k))
     keys = [k for k in by_depth if not any(k == f or k.startswith(f"{f}.") for f in FREE)]
@@ -140,7 +150,7 @@ def refuse_other_config(folder: Path, there: Any, here: Any) -> None:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a.b": value} for {"a": {"b": value}}."""
+    """Flatten a nested config: {"a": {"b": value}} → {"a.b": value}."""
     if not isinstance(config, dict) or not config:
         return {prefix: config}
     return {

@@ -1,4 +1,4 @@
-"""A run folder -> its SAE, and its data with the language model."""
+"""Load the SAE, the data and the language model of a run folder."""
 
 from pathlib import Path
 
@@ -18,13 +18,17 @@ from sae_lab.saes.files import load_sae_folder
 def load_run(
     run_dir: str | Path, device: str = "auto", n_eval_tokens: int | None = None, sae_dir: str | Path | None = None
 ) -> tuple[BaseSAE, ActivationData, DictConfig]:
-    """The SAE that a run left, on the language model's device; its data, built again, with that model; its config.
+    """Load a run: its SAE (on the language model's device), its data with the language model, and its config.
 
-    With `sae_dir`, the SAE in that folder in place of its own.
+    Args:
+        run_dir: the run folder.
+        device: device of the language model and the SAE.
+        n_eval_tokens: held-out tokens of an evaluation; None takes the run's own.
+        sae_dir: an SAE folder to load instead of the run's own SAE.
 
     Raises:
-        UserError: no run folder, or no SAE in it or in `sae_dir`; a number of tokens that is none; another model or
-            text than the run had.
+        UserError: there is no run in `run_dir` or no SAE, `n_eval_tokens` is not a positive integer, or the language
+            model or the text is not the one of the run.
     """
     if not config_file(Path(run_dir)).is_file():
         raise UserError(f"{run_dir} is not a run folder (no .hydra/config.yaml): give run_dir=<folder of a run>.")
@@ -32,7 +36,7 @@ def load_run(
     if n_eval_tokens is not None:
         run.data.n_eval_tokens = checked_number("n_eval_tokens", n_eval_tokens, 1, whole=True)
     run.lm.device = device
-    get_class(run.sae._target_)  # registers an SAE that lies outside this package
+    get_class(run.sae._target_)  # imports an SAE class from outside this package, which registers it
     data = instantiate(run.data, lm=instantiate(run.lm))
     checkpoint = Path(run_dir) / "checkpoints" / "last.ckpt"
     if checkpoint.is_file():

@@ -1,4 +1,4 @@
-"""Where an SAE comes from, and a probe that tells whether it still does what it did when it was saved."""
+"""Provenance of an SAE: what it was trained on, and with which versions."""
 
 import platform
 import subprocess
@@ -12,7 +12,7 @@ PACKAGES = ("sae-lab", "torch", "lightning", "transformers", "transformer_lens",
 
 
 def provenance(config: dict[Any, Any], lm: LanguageModel) -> dict[str, Any]:
-    """What an SAE was trained on and by: model, sites, tokenizer, BOS policy, text, dials, versions, commit."""
+    """Collect the provenance of an SAE: model, sites, tokenizer, BOS policy, text, options, versions, commit."""
     folded = bool(config["lm"].get("compatibility_mode"))
     revision = getattr(getattr(lm.model, "config", None), "_commit_hash", None)
     keys = ("lm", "data", "optimizer", "schedule", "n_tokens", "batch_size", "seed")
@@ -32,7 +32,7 @@ def provenance(config: dict[Any, Any], lm: LanguageModel) -> dict[str, Any]:
 
 
 def current_commit() -> str | None:
-    """The commit of this checkout, marked where files differ from it; None for an installed package."""
+    """Return the commit of this checkout, with `-dirty` if files differ from it; None for an installed package."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

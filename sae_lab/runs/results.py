@@ -1,4 +1,4 @@
-"""What an evaluation leaves in a run folder: metrics.json, tables and figures."""
+"""Write the results of an evaluation: metrics.json, tables and figures."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from sae_lab.saes.base import BaseSAE
 
 
 def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[Path]:
-    """metrics.json last, since it marks a run as complete; before it the tables and figures of `figures/`."""
+    """Write the tables and figures into `figures/`, then metrics.json, which marks the run as complete."""
     figures = run_dir / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for name, table in evaluation.tables.items():
@@ -30,6 +30,7 @@ def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[P
 
 
 def write_metrics(metrics: dict[str, Any], sae: BaseSAE, path: Path) -> Path:
+    """Write the metrics, with the sizes of the SAE, as JSON."""
     sizes = {"n_latents": sae.n_latents, "d_in": sae.d_in, "n_sources": sae.n_sources}
     write_json(path, metrics | sizes)
     return path

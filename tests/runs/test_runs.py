@@ -112,7 +112,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
 def test_somebody_elses_folder_is_not_cleared(tmp_path, resume):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "paper.png").write_text("")
-    with pytest.raises(UserError, match="is no run's, but holds figures: choose another"):
+    with pytest.raises(UserError, match="is not a run folder, but holds figures: choose another"):
         open_run(tmp_path, f"resume={resume}")
     assert (tmp_path / "figures" / "paper.png").is_file()
 
