@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while training: finish the step, save a checkpoint, leave."""
+"""Callbacks that stop on a signal, and that keep SAEs during training."""
 
 import signal
 from pathlib import Path
@@ -14,7 +14,7 @@ from sae_lab.saes.files import save_sae
 
 
 class SaveWhenDue(L.Callback):
-    """Saves a checkpoint after the step in which a signal is due."""
+    """Saves a checkpoint after a step if `signals.due` is set."""
 
     def __init__(self, checkpoint: Path, signals: Signals):
         self.checkpoint, self.signals = checkpoint, signals
@@ -25,13 +25,17 @@ class SaveWhenDue(L.Callback):
 
 
 class StopOnSignal(SaveWhenDue):
-    """The first SIGINT or SIGTERM ends the run after the current step with a checkpoint; a second one at once."""
+    """Stops the run on SIGINT or SIGTERM: saves a checkpoint after the current step; a second signal ends it at once.
+
+    Raises:
+        Interrupted: after the checkpoint is saved.
+    """
 
     def __init__(self, checkpoint: Path):
         super().__init__(checkpoint, Signals())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Here, and not in setup: Lightning has by now registered its own SIGTERM handler, which saves nothing.
+        # Not in `setup`: Lightning registers its own SIGTERM handler after that, and it saves no checkpoint.
         self.signals.listen()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: Any) -> None:
@@ -52,16 +56,17 @@ class StopOnSignal(SaveWhenDue):
 
 
 class KeepSAEs(L.Callback):
-    """`callbacks=keep_saes`: every so many steps an SAE folder, a third the size of a checkpoint and never overwritten.
+    """Saves the SAE as `<folder>/<step>` every `every` steps (`callbacks=keep_saes`). Keeps all of them.
 
-    It holds what training holds then: a threshold that `calibrate` will replace is still the running one.
+    An SAE folder has a third of the size of a checkpoint. It holds the SAE as it is during training: its threshold is
+    the running estimate, which `calibrate` replaces after training.
 
     Args:
-        folder: in which <step>/ is made.
+        folder: the parent folder.
         every: steps.
 
     Raises:
-        UserError: `every` is no whole number of at least 1.
+        UserError: `every` is not an integer of at least 1.
     """
 
     def __init__(self, folder: str, every: int):

@@ -1,4 +1,4 @@
-"""The training step, as a LightningModule that knows no architecture."""
+"""The training step as a LightningModule, independent of the architecture."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,19 +19,22 @@ NO_AUTOCAST = nullcontext()
 
 
 class SAEModule(L.LightningModule):
-    """resample -> forward -> backward -> project gradients -> clip -> optimizer step -> project parameters (SPEC §3.2)
+    """Trains one SAE. A training step is (SPEC §3.2)
 
-    Of several processes each calls it on its share of the batch; gradients are averaged before anything looks at them.
+        resample -> forward -> backward -> project gradients -> clip -> optimizer step -> project parameters
+
+    With several processes, each takes this step on its share of the batch. Gradients are averaged right after the
+    backward pass.
 
     Args:
-        sae: what is trained.
-        optimizer: parameters -> torch optimizer.
-        schedule: step -> factor of the learning rate.
+        sae: the SAE to train.
+        optimizer: function from parameters to a torch optimizer.
+        schedule: function from step to factor of the learning rate.
         max_grad_norm: clip the gradient to this norm; None does not clip.
     """
 
     tokens: Tensor
-    """How many rows were trained on."""
+    """Number of rows trained on so far."""
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class SAEModule(L.LightningModule):
         self.tokens += len(x) * world_size()
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             row = training_row(self.sae, out, terms, loss)
-            self.refuse_unless_finite(row["loss"])
+            self.raise_if_diverged(row["loss"])
             lr = self.trainer.optimizers[0].param_groups[0]["lr"]
             self.log_dict(row | {"tokens": self.tokens.float(), "lr": lr})
         return loss
@@ -68,10 +71,13 @@ class SAEModule(L.LightningModule):
         average_gradients(self.sae.parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.refuse_unless_finite(torch.stack([p.detach().abs().max() for p in self.sae.parameters()]).max())
+        self.raise_if_diverged(torch.stack([p.detach().abs().max() for p in self.sae.parameters()]).max())
 
-    def refuse_unless_finite(self, value: Tensor) -> None:
-        """Looked at when something is logged or saved, and not more often: a GPU would have to be waited for."""
+    def raise_if_diverged(self, value: Tensor) -> None:
+        """Raise a UserError if `value` is not finite.
+
+        Called only when something is logged or saved, because reading the value makes the host wait for the GPU.
+        """
         if not value.isfinite():
             raise UserError(
                 f"training has diverged by step {self.trainer.global_step} (a loss or a weight is {value.item()}): "
@@ -105,7 +111,7 @@ def plain_step(
     forward: Callable[[Any, Tensor], SAEOutput] = nn.Module.__call__,
     autocast: AbstractContextManager = NO_AUTOCAST,
 ) -> None:
-    """A training step as SAEModule takes it, without Lightning."""
+    """Take the training step of SAEModule without Lightning."""
     for parameter, rows in sae.resample(x):
         reset_optimizer_rows(optimizer, parameter, rows)
     optimizer.zero_grad()
@@ -118,7 +124,7 @@ def plain_step(
 
 
 def reset_optimizer_rows(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: Int[Tensor, " n"]) -> None:
-    """Zero what the optimizer has gathered about some rows of a parameter; its count of steps stays."""
+    """Reset the optimizer's moments for some rows of a parameter. Its step count stays."""
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             value[rows] = 0
@@ -126,7 +132,7 @@ def reset_optimizer_rows(optimizer: torch.optim.Optimizer, parameter: nn.Paramet
 
 @torch.no_grad()
 def training_row(sae: BaseSAE, out: SAEOutput, terms: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
-    """What the training log says of one SAE at one step."""
+    """Return the values to log for one SAE at one step."""
     row = {"loss": mean_over_ranks(loss)} | {f"loss/{name}": mean_over_ranks(term) for name, term in terms.items()}
     row |= {"fvu": batch_fvu(out.target, out.x_hat), "l0": mean_over_ranks(l0_per_row(out.code).float().mean())}
     if out.target.shape[1] > 1:

@@ -1,4 +1,4 @@
-"""Checks of the top-level options of a run."""
+"""Validation of the top-level options of a run."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,11 @@ from sae_lab.runtime.errors import UserError
 
 
 def check_options(cfg: DictConfig) -> None:
-    """Refuse a dial that is no number, no whole one where only that makes sense, or too small to learn anything."""
+    """Validate top-level options: type, integer where required, minimum.
+
+    Raises:
+        UserError: an option is invalid.
+    """
     whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seq_len": 2, "seed": 0, "calibration_batches": 1}
     whole |= {f"trainer.{name}": 1 for name in ("devices", "checkpoint_every", "validate_every", "log_every")}
     dials = whole | {"k": 0, "expansion": 0, "goal_l0": 0}
@@ -28,7 +32,7 @@ def check_options(cfg: DictConfig) -> None:
 
 
 def check_optimizer(cfg: DictConfig) -> None:
-    """Refuse settings that no optimizer takes, and a rate at which none would move."""
+    """Validate the optimizer's options: lr > 0, eps and weight_decay >= 0, two betas in [0, 1)."""
     checked_number("optimizer.lr", OmegaConf.select(cfg, "optimizer.lr", default=1), above=0)
     for name in ("eps", "weight_decay"):
         checked_number(f"optimizer.{name}", OmegaConf.select(cfg, f"optimizer.{name}", default=0), 0)

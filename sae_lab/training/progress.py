@@ -1,6 +1,6 @@
-"""What training shows: a progress bar on a terminal, else a line now and then; and the speed, for the log.
+"""Progress of training: a bar on a terminal, else a line every few seconds; and the speed for the log.
 
-Apart from screen.py, so that `report` and `export`, which train nothing, start without Lightning's three seconds.
+Not in runtime/screen.py, so that `report` and `export` need not import Lightning, which takes three seconds.
 """
 
 import time
@@ -15,7 +15,7 @@ from sae_lab.runtime.screen import console, format_duration
 
 
 class Throughput(L.Callback):
-    """Logs tokens_per_second."""
+    """Logs `tokens_per_second`."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start, self._tokens, self.rate = time.perf_counter(), 0, 0.0
@@ -30,9 +30,9 @@ class Throughput(L.Callback):
 
 
 class TrainingProgress(Throughput):
-    """Steps, loss, l0, dead share, tokens/s and ETA: a live bar on a terminal, a line every `seconds` elsewhere.
+    """Shows steps, loss, l0, dead share, tokens/s and the time left: a bar on a terminal, else a line every `seconds`.
 
-    So does the filling of a block, for as long as a large one takes.
+    Also shows how far a block is filled, which takes a while for a large block.
     """
 
     def __init__(self, seconds: float = 15.0):
@@ -42,7 +42,7 @@ class TrainingProgress(Throughput):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._said, self._step, self._steps = time.perf_counter(), trainer.global_step, trainer.max_steps
+        self._last_print, self._step, self._steps = time.perf_counter(), trainer.global_step, trainer.max_steps
         self._stream = trainer.datamodule.stream  # type: ignore[attr-defined]
         assert self._stream is not None
         self._stream.filling.watch = self._on_filling
@@ -69,8 +69,8 @@ class TrainingProgress(Throughput):
     def _show(self, state: str) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._step, state=state)
-        elif time.perf_counter() - self._said > self.seconds:
-            self._said = time.perf_counter()
+        elif time.perf_counter() - self._last_print > self.seconds:
+            self._last_print = time.perf_counter()
             print(f"step {self._step}/{self._steps}  {state}", flush=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -88,17 +88,23 @@ class TrainingProgress(Throughput):
 
 
 def seconds_left(rows: int, trained: int, elapsed: float, n_ready: int, filling: Filling) -> float:
-    """For `rows` more, where `trained` took `elapsed` seconds, the filling of blocks among them.
+    """Estimate the seconds left for `rows` more rows.
 
-    A block is filled before the steps that train on it: the two are reckoned apart, or the first step of a block would
-    stand for all that are to come. The n_ready rows that are left of it need no filling.
+    Filling and training are estimated separately: a block is filled before the steps that train on it, so the first
+    step of a block would otherwise look as slow as the whole filling.
+
+    Args:
+        trained: rows trained on so far.
+        elapsed: seconds that these took, including the filling of blocks.
+        n_ready: rows that are left of the current block and need no filling.
+        filling: seconds and rows of filling so far.
     """
     steps = max(0.0, elapsed - filling.seconds) / trained * rows
     return steps + filling.seconds / max(1, filling.rows) * max(0, rows - n_ready)
 
 
 def progress_text(trainer: L.Trainer, rate: float) -> str:
-    """The last logged figures, in a line."""
+    """Return the last logged values as one line."""
     logged = trainer.logged_metrics
     shown = {"loss": "{:.4f}", "l0": "{:.1f}", "dead_share": "{:.1%}"}
     parts = [

@@ -1,4 +1,4 @@
-"""One run, from its config to its metrics: build, fit, calibrate, save, evaluate."""
+"""A run from its config to its metrics: build, fit, calibrate, save, evaluate."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Member:
-    """One SAE on its way: what was asked for, its run folder, and what trains it."""
+    """One run in training: its config, folder, SAE, module and Trainer."""
 
     cfg: DictConfig
     run: Run
@@ -51,14 +51,14 @@ class Member:
 
 
 def train_run(cfg: DictConfig) -> dict[str, Any]:
-    """One run, from wherever its folder stands to its metrics."""
+    """Train and evaluate one run, resuming from its folder if possible. Returns the metrics."""
     run = open_run(cfg)
     if run.complete:
         return show_complete(run)
     data = build_data(cfg)
     callbacks = [StopOnSignal(run.last_checkpoint), TrainingProgress()]
     member = build_member(cfg, run, build_sae(cfg, data), data, callbacks)
-    with run.begin(hydra_files(cfg)):  # all that can be wrong with the config has shown by now
+    with run.begin(hydra_files(cfg)):  # after everything is built, so that an invalid config leaves no folder
         with launch_ranks(run.folder, cfg.trainer.devices, f"{__name__}:{train_as_follower.__name__}"):
             fit(member, data)
         [metrics] = finish([member], data)
@@ -66,7 +66,7 @@ def train_run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def train_as_follower(folder: Path) -> None:
-    """Train the run in `folder` as another rank than 0, which has begun it and writes all files."""
+    """Train the run in `folder` as a rank above 0. Rank 0 has created the folder and writes all files."""
     cfg = read_config(folder)
     data = build_data(cfg)
     run = examine_folder(folder, OmegaConf.to_container(cfg), "auto")
@@ -74,47 +74,50 @@ def train_as_follower(folder: Path) -> None:
 
 
 def open_run(cfg: DictConfig) -> Run:
-    """The folder of this run, and how far it has come."""
+    """Validate the options and return the state of the run's folder."""
     check_options(cfg)
     return examine_folder(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
 
 
 def build_data(cfg: DictConfig) -> ActivationData:
+    """Build the data and its language model."""
     keep_freed_memory()
     return instantiate(cfg.data, lm=instantiate(cfg.lm))
 
 
 def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, callbacks: list[Callback]) -> Member:
+    """Build the module and the Trainer of a run. `callbacks` run after those of the config."""
     if cfg.init_from is not None and not run.step:
         initialize_from(sae, cfg.init_from)
     schedule = partial(instantiate(cfg.schedule), n_steps=data.n_steps)
-    schedule(0)  # refuses what it cannot take before the run begins
+    schedule(0)  # raises on invalid arguments before the run begins
     module = SAEModule(sae, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
-    observers = [instantiate(node) for node in (cfg.callbacks or {}).values()]  # first: a signal ends the step's round
+    # The config's callbacks come first: on a signal, those after StopOnSignal would miss the last step.
+    observers = [instantiate(node) for node in (cfg.callbacks or {}).values()]
     trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps, callbacks=[*observers, *callbacks])
     return Member(cfg, run, sae, module, trainer)
 
 
 @torch.no_grad()
 def initialize_from(sae: BaseSAE, source: str) -> None:
-    """Give `sae` the weights of another, of ours or of another library.
+    """Copy the weights of another SAE, of this or another library, into `sae`.
 
     Raises:
-        UserError: they have no place in it, or would not stay as they are: another library's rows of W_dec may have
-            norms that the first step would take away from them.
+        UserError: the weights do not fit, or rows of W_dec do not have unit norm: the first training step would
+            rescale them.
     """
     sae.start_from(load_sae(source))
-    given = [parameter.clone() for parameter in sae.parameters()]
+    loaded = [parameter.clone() for parameter in sae.parameters()]
     sae.after_step()
-    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(given, sae.parameters(), strict=True)):
+    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(loaded, sae.parameters(), strict=True)):
         raise UserError(
-            f"{source} has rows of W_dec that are not of unit norm, as training keeps them: give "
-            "sae.frozen_decoder=true, or save what load_sae(..., fold_decoder_norm=True) makes of it and start there."
+            f"{source} has rows of W_dec that are not of unit norm, but training keeps them at unit norm: give "
+            "sae.frozen_decoder=true, or save the result of load_sae(..., fold_decoder_norm=True) and start from that."
         )
 
 
 def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:
-    """The SAE that `sae=...` names, with n_latents latents, or expansion times the width of an activation."""
+    """Build the SAE of the config, with n_latents latents or, if that is None, expansion * d_in."""
     n_latents = int(cfg.n_latents or cfg.expansion * data.d_in)
     if n_latents < 1:
         raise UserError(f"expansion={cfg.expansion} of width {data.d_in} leaves no latent: raise expansion.")
@@ -125,12 +128,12 @@ def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:
 
 
 def has_frozen_dictionary(sae: BaseSAE) -> bool:
-    """Whether training leaves its dictionary, or that of the SAE inside it, as it is."""
+    """Return whether W_dec of the SAE, or of the SAE inside it, is frozen."""
     return any(name.endswith("W_dec") and not W.requires_grad for name, W in sae.named_parameters())
 
 
 def fit(member: Member, data: ActivationData) -> None:
-    """Train to the end of the stream, from the folder's checkpoint where there is one; leave one of the last step."""
+    """Train to the end of the stream, from the folder's checkpoint if there is one; save a checkpoint at the end."""
     run, trainer = member.run, member.trainer
     log.info("training %d steps of %d tokens in %s", data.n_steps, data.batch_size, run.folder)
     if run.step:
@@ -147,8 +150,8 @@ def fit(member: Member, data: ActivationData) -> None:
 
 
 def finish(members: Sequence[Member], data: ActivationData) -> list[dict[str, Any]]:
-    """Calibrate, save, evaluate: members of one stream together. Returns the metrics of each."""
-    saes = [member.sae.to(data.lm.device) for member in members]  # Lightning moved them to the CPU when it was done
+    """Calibrate, save and evaluate members that share a stream. Returns the metrics of each."""
+    saes = [member.sae.to(data.lm.device) for member in members]  # Lightning moved them to the CPU after training
     calibrate(saes, data, members[0].cfg.calibration_batches)
     probe_rows = data.probe_rows()
     for member, sae in zip(members, saes, strict=True):
@@ -165,7 +168,7 @@ def finish(members: Sequence[Member], data: ActivationData) -> list[dict[str, An
 
 
 def hydra_files(cfg: DictConfig) -> dict[str, str]:
-    """`.hydra/` as Hydra writes it, but resolved."""
+    """Return the files of `.hydra/` as Hydra writes them, but with interpolations resolved."""
     files = {"config.yaml": OmegaConf.to_yaml(cfg, resolve=True)}
     if HydraConfig.initialized():
         hydra = HydraConfig.get()
@@ -175,7 +178,7 @@ def hydra_files(cfg: DictConfig) -> dict[str, str]:
 
 
 def show_complete(run: Run) -> dict[str, Any]:
-    """Say that there is nothing left to do, and show what there is."""
+    """Print the metrics of a complete run, and how to train it again."""
     metrics = json.loads((run.folder / "metrics.json").read_text())
     print_metrics(metrics, run.folder)
     log.info("%s is complete: type resume=never to train it again.", run.folder)

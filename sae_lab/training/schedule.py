@@ -1,4 +1,4 @@
-"""Learning-rate schedules: step -> factor."""
+"""Learning-rate schedules: functions from step to factor."""
 
 from typing import Any
 
@@ -6,10 +6,16 @@ from sae_lab.runtime.errors import UserError
 
 
 def warmup_decay(step: int, n_steps: int, warmup: float, decay: float) -> float:
-    """min((step + 1) / (warmup · n_steps), 1, (n_steps - step) / (decay · n_steps)): a trapezoid; 0 is no ramp.
+    """Return the factor of the learning rate: linear warm-up, constant, linear decay to zero.
+
+        min((step + 1) / (warmup · n_steps), 1, (n_steps - step) / (decay · n_steps))
+
+    Args:
+        warmup: share of the steps, from 0 (no warm-up) to 1.
+        decay: share of the steps, from 0 (no decay) to 1.
 
     Raises:
-        UserError: warmup or decay is no share of the steps, or the two overlap.
+        UserError: warmup or decay is not a share of the steps, or the two overlap.
     """
     check_shares(n_steps, warmup=warmup, decay=decay)
     up = (step + 1) / (warmup * n_steps) if warmup else 1.0
@@ -18,7 +24,10 @@ def warmup_decay(step: int, n_steps: int, warmup: float, decay: float) -> float:
 
 
 def check_shares(n_steps: int, **shares: Any) -> None:
-    """Refuse what is no share: other libraries take warm-up in steps, and at 1000 the rate would stay near zero."""
+    """Raise a UserError unless the shares are in [0, 1] and sum to at most 1.
+
+    Other libraries take warm-up in steps; here warmup=1000 would keep the rate near zero.
+    """
     for name, share in shares.items():
         number = isinstance(share, int | float) and not isinstance(share, bool)
         if not number or not 0 <= share <= 1:

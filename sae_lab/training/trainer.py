@@ -17,7 +17,7 @@ from sae_lab.runtime.files import atomic_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own goes through a temporary file in /tmp, whose move to another disk is a copy, not a rename."""
+    """Saves checkpoints atomically. Lightning moves a file from /tmp, which is not atomic across file systems."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         with atomic_file(Path(path)) as f:
@@ -35,13 +35,18 @@ def build_trainer(
     validate_every: int,
     log_every: int,
 ) -> L.Trainer:
-    """A Lightning Trainer for one pass over a stream of n_steps batches.
+    """Build a Lightning Trainer for one pass over a stream of n_steps batches.
 
-    Its length comes from max_steps and the stream; Lightning 2.6 loses its place on resume where anything asks it to
-    estimate the number of steps.
+    Uses max_steps only: Lightning 2.6 loses the position in the data on resume if anything reads its estimate of the
+    number of steps.
+
+    Args:
+        run_dir: checkpoints go into its folder `checkpoints`.
+        devices: number of processes; see conf/trainer/ddp.yaml.
+        checkpoint_every, validate_every, log_every: intervals in steps.
 
     Raises:
-        UserError: more devices than there are, an unknown precision, an interval that is not positive.
+        UserError: there are fewer devices, the precision is unknown, or an interval is not positive.
     """
     accelerator = resolve_device(accelerator)
     if accelerator not in ("cpu", "cuda", "gpu", "mps"):
