@@ -7,8 +7,7 @@ from omegaconf import DictConfig
 from sae_lab.cli.entry import entry_point, folder_from
 from sae_lab.sweeps.figures import draw_sweep
 from sae_lab.sweeps.headline import headline, markdown, show_headline
-from sae_lab.sweeps.standing import all_jobs, standings
-from sae_lab.sweeps.standing import show_standings as show_standings
+from sae_lab.sweeps.status import all_jobs, job_statuses, show_statuses
 from sae_lab.sweeps.table import collect_table, complete_jobs, started_jobs
 
 log = logging.getLogger(__name__)
@@ -17,9 +16,9 @@ log = logging.getLogger(__name__)
 @entry_point("report")
 def main(cfg: DictConfig) -> None:
     folder = folder_from(cfg, "sweep_dir")
-    jobs = standings(folder, all_jobs(folder))
+    jobs = job_statuses(folder, all_jobs(folder))
     if {job.status for job in jobs} != {"complete"}:
-        show_standings(jobs)
+        show_statuses(jobs)
     if not started_jobs(folder):
         return
     table = collect_table(folder)

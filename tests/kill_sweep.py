@@ -18,7 +18,7 @@ import torch
 from shell import Forked, run
 
 from sae_lab.runs.folder import Run
-from sae_lab.sweeps.standing import planned_jobs, standing
+from sae_lab.sweeps.status import planned_jobs, read_status
 
 DIALS = """# @package _global_
 n_tokens: {n_tokens}
@@ -90,7 +90,7 @@ def main(root: Path, kills: int = 10, launcher: str = "shared_stream", seed: int
     finished = {path: path.stat().st_mtime_ns for path in killed.glob("*/metrics.json")}
     for i in range(kills):
         kill_at_random(Forked(*overrides(root, killed, launcher, kills)), killed, chance)
-        jobs = [standing(folder) for folder in planned_jobs(killed)]
+        jobs = [read_status(folder) for folder in planned_jobs(killed)]
         print(i, dict(Counter(status for status, _ in jobs)), [detail for _, detail in jobs], flush=True)
         done = {path: path.stat().st_mtime_ns for path in killed.glob("*/metrics.json")}
         assert finished.items() <= done.items(), "a finished job was run again"

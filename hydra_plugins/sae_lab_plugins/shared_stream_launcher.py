@@ -27,7 +27,7 @@ class SharedStreamLauncher(Launcher):
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from sae_lab.sweeps.gpus import train_spread  # Hydra imports its plug-ins at every start, `--help` included
+        from sae_lab.sweeps.gpus import train_on_gpus  # Hydra imports its plug-ins at every start, `--help` included
 
         setup_globals()
         log.info("Launching %d jobs on shared streams", len(job_overrides))
@@ -36,7 +36,7 @@ class SharedStreamLauncher(Launcher):
         last = returns[-1].hydra_cfg
         assert last is not None
         job_logging = OmegaConf.to_container(last.hydra.job_logging, resolve=True)
-        train_spread([job for job in jobs if job is not None], self.max_members, self.parallel, job_logging)
+        train_on_gpus([job for job in jobs if job is not None], self.max_members, self.parallel, job_logging)
         for r, job in zip(returns, jobs, strict=True):
             r.return_value = None if job is None else job.score()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)

@@ -9,7 +9,7 @@ from sae_lab.cli.explain import explain
 from sae_lab.runs.folder import FAILED
 from sae_lab.runtime.errors import Busy
 from sae_lab.runtime.files import write_atomically
-from sae_lab.sweeps.standing import log
+from sae_lab.sweeps.status import log
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from sae_lab import plots
-from sae_lab.sweeps.standing import drop_shared_overrides
+from sae_lab.sweeps.status import drop_shared_overrides
 from sae_lab.sweeps.table import RESOLVED, cell_text, named_after_settings, setting_columns
 
 COMPARED = ("nmse", "ce_degradation")

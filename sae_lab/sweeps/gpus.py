@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 INSTALL = "pip install 'sae-lab[ray]'"
 
 
-def train_spread(jobs: list[Job], max_members: int | None, parallel: int | str, job_logging: Any) -> None:
+def train_on_gpus(jobs: list[Job], max_members: int | None, parallel: int | str, job_logging: Any) -> None:
     """Every job to its metrics or its `failed.txt`, `parallel` groups at a time.
 
     Args:
@@ -35,18 +35,18 @@ def train_spread(jobs: list[Job], max_members: int | None, parallel: int | str, 
     Raises:
         UserError: `parallel` is no number of groups, or Ray, which it needs, is not installed.
     """
-    slots = n_slots(parallel)
+    slots = count_slots(parallel)
     if slots == 1:
         train_jobs(jobs, max_members)
         return
     with log_files([job.folder for job in jobs]):
-        parts = deal_groups(group_by_stream(jobs), slots)
+        parts = split_groups(group_by_stream(jobs), slots)
         if parts:
             log.info("%d groups, %d at a time", len(parts), slots)
             run_on_ray(parts, slots, max_members, job_logging)
 
 
-def n_slots(parallel: int | str) -> int:
+def count_slots(parallel: int | str) -> int:
     """How many groups may train at once."""
     if parallel == "auto":
         n = torch.cuda.device_count()
@@ -69,7 +69,7 @@ def ray_is_installed() -> bool:
     return True
 
 
-def deal_groups(groups: Sequence[list[Job]], slots: int) -> list[list[Job]]:
+def split_groups(groups: Sequence[list[Job]], slots: int) -> list[list[Job]]:
     """The groups, in equal parts where there are fewer of them than slots: each part pays a pass of its own."""
     n = max(1, slots // max(1, len(groups)))
     return [part for group in groups for i in range(n) if (part := group[i::n])]
@@ -131,7 +131,7 @@ def collect_result(run: Any, part: list[Job]) -> None:
     except ray.exceptions.TaskCancelledError:
         log.info("%d SAEs were stopped", len(part))
     except ray.exceptions.RayError as e:
-        record_lost(part, e)
+        record_lost_jobs(part, e)
 
 
 def train_part(jobs: list[Job], max_members: int | None, job_logging: Any) -> None:
@@ -143,7 +143,7 @@ def train_part(jobs: list[Job], max_members: int | None, job_logging: Any) -> No
         log.warning("%s", e)
 
 
-def record_lost(part: list[Job], error: Exception) -> None:
+def record_lost_jobs(part: list[Job], error: Exception) -> None:
     """Record `error`, in a line, for those jobs that are neither complete nor known to have failed."""
     lost = RuntimeError(f"the process of its group was lost: {first_line(getattr(error, 'cause', None) or error)}")
     lost.__cause__ = error

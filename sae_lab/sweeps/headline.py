@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from sae_lab import plots
-from sae_lab.sweeps.standing import Standing, count_statuses
+from sae_lab.sweeps.status import JobStatus, count_statuses
 from sae_lab.sweeps.table import cell_text, named_after_settings, setting_columns
 
 # The columns of the table for people, and how each is written; report.csv has every column with every digit.
@@ -58,7 +58,7 @@ def _rounded(value: float, form: str) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-4 else f"{value:{form}}"
 
 
-def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[Standing], folder: Path, figures: list[Path]) -> str:
+def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[JobStatus], folder: Path, figures: list[Path]) -> str:
     """report.md: the table, the figures by relative path, what was the same for every job, and who is missing."""
     rows = [list(cells.columns), ["---"] * len(cells.columns), *cells.to_numpy().tolist()]
     same = [

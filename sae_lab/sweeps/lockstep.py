@@ -55,7 +55,7 @@ class SharedStream:
         return batch
 
 
-def train_in_step(members: list[Member], data: ActivationData, signals: Signals) -> None:
+def train_in_lockstep(members: list[Member], data: ActivationData, signals: Signals) -> None:
     """`fit` every member, all on the same batches; one that fails leaves, and the others go on.
 
     Args:

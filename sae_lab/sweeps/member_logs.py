@@ -11,7 +11,7 @@ MEMBER: ContextVar[Path | None] = ContextVar("MEMBER", default=None)
 
 
 @contextmanager
-def of_member(folder: Path) -> Iterator[None]:
+def logging_for(folder: Path) -> Iterator[None]:
     token = MEMBER.set(folder)
     try:
         yield

@@ -23,8 +23,8 @@ from sae_lab.runs.folder import FAILED
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.signals import Signals
 from sae_lab.sweeps.failures import failure_recorded, record_failure
-from sae_lab.sweeps.lockstep import train_in_step
-from sae_lab.sweeps.member_logs import log_files, of_member
+from sae_lab.sweeps.lockstep import train_in_lockstep
+from sae_lab.sweeps.member_logs import log_files, logging_for
 from sae_lab.sweeps.search import search_score
 from sae_lab.training.callbacks import SaveWhenDue
 from sae_lab.training.progress import Throughput, TrainingProgress
@@ -85,7 +85,7 @@ def group_by_stream(jobs: list[Job]) -> list[list[Job]]:
     """
     groups: dict[str, list[tuple[int, Job]]] = {}
     for job in jobs:
-        with of_member(job.folder), failure_recorded(job.folder):
+        with logging_for(job.folder), failure_recorded(job.folder):
             run = open_run(job.cfg)
             if job.cfg.trainer.devices > 1:
                 raise UserError("hydra/launcher=shared_stream trains in one process: leave it out, or trainer=ddp.")
@@ -109,7 +109,7 @@ def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
     with ExitStack() as folders:
         while waiting and has_room(members, free, max_members):
             job = waiting.pop(0)
-            with of_member(job.folder), failure_recorded(job.folder):
+            with logging_for(job.folder), failure_recorded(job.folder):
                 member = open_member(job, data, signals, first=not members)
                 if member.run.complete:
                     log.info("%s was completed by another process", job.folder)
@@ -118,9 +118,9 @@ def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
                 members.append(member)
         log.info("%d SAEs share one pass over %s", len(members), data.lm.name)
         try:
-            train_in_step(members, data, signals)
+            train_in_lockstep(members, data, signals)
         except Exception as e:  # of the stream: what is wrong with one member is its own failure
-            for member in unfailed(members):
+            for member in drop_failed(members):
                 record_failure(member.run.folder, e)
         finish_together(members, data)
     return waiting
@@ -152,7 +152,7 @@ def has_room(members: list[Member], free: int, max_members: int | None) -> bool:
 
 def finish_together(members: list[Member], data: ActivationData) -> None:
     """Calibrate, save and evaluate those that did not fail, in one pass; a failure here is that of all."""
-    alive = unfailed(members)
+    alive = drop_failed(members)
     if not alive:
         return
     try:
@@ -162,5 +162,5 @@ def finish_together(members: list[Member], data: ActivationData) -> None:
             record_failure(member.run.folder, e)
 
 
-def unfailed(members: list[Member]) -> list[Member]:
+def drop_failed(members: list[Member]) -> list[Member]:
     return [member for member in members if not (member.run.folder / FAILED).exists()]

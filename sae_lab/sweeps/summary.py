@@ -15,7 +15,7 @@ from sae_lab.cli.entry import remember_folder
 from sae_lab.runtime.files import write_atomically
 from sae_lab.runtime.screen import console
 from sae_lab.sweeps.search import describe_best
-from sae_lab.sweeps.standing import PLAN, job_folders, planned_jobs, show_standings, standings
+from sae_lab.sweeps.status import PLAN, job_folders, job_statuses, planned_jobs, show_statuses
 
 
 class SweepSummary(Callback):
@@ -29,8 +29,8 @@ class SweepSummary(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         root = Path(config.hydra.sweep.dir)
         folders = planned_jobs(root) or job_folders(root)
-        jobs = standings(root, folders)
-        show_standings(jobs)
+        jobs = job_statuses(root, folders)
+        show_statuses(jobs)
         if not is_grid(config) and (sentence := describe_best(folders, config.get("goal_l0"))):
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)
         if any(job.status == "failed" for job in jobs):

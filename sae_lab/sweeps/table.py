@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sae_lab.runs.config import config_file, read_config
 from sae_lab.runtime.errors import UserError
-from sae_lab.sweeps.standing import job_folders, job_name, standing
+from sae_lab.sweeps.status import job_folders, job_name, read_status
 
 RESOLVED = ("sae", "k", "expansion", "n_latents", "seed")
 
@@ -71,7 +71,7 @@ def collect_table(sweep_dir: Path | str) -> pd.DataFrame:
     rows = []
     for job in jobs:
         settings = {key: job.setting(key) for key in keys} | job.resolved()
-        status = {"status": standing(job.folder)[0]}
+        status = {"status": read_status(job.folder)[0]}
         rows.append({"job": job_name(root, job.folder)} | settings | status | job.metrics)
     columns = dict.fromkeys(column for row in rows for column in row)
     return pd.DataFrame({column: _series([row.get(column) for row in rows]) for column in columns})

@@ -40,7 +40,7 @@ from sae_lab.parallel.collectives import (
 from sae_lab.parallel.launch import HOST, Child
 from sae_lab.runtime.errors import Interrupted, UserError
 from sae_lab.sweeps.shared_stream import read_job, train_jobs
-from sae_lab.sweeps.standing import standing
+from sae_lab.sweeps.status import read_status
 from sae_lab.training.run import (
     build_data,
     build_member,
@@ -423,6 +423,6 @@ def test_what_cannot_be_shared_out_is_refused(tmp_path, overrides, words):
 
 def test_a_shared_stream_is_one_process(tmp_path):
     train_jobs([read_job(config(tmp_path / "run", *TWO))])
-    status, reason = standing(tmp_path / "run")
+    status, reason = read_status(tmp_path / "run")
     assert status == "failed"
     assert reason == "hydra/launcher=shared_stream trains in one process: leave it out, or trainer=ddp."

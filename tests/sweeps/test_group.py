@@ -14,7 +14,7 @@ from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import Interrupted, UserError
 from sae_lab.sweeps.shared_stream import group_by_stream, has_room, read_job, train_group, train_jobs
-from sae_lab.sweeps.standing import standing
+from sae_lab.sweeps.status import read_status
 from sae_lab.training.run import train_run
 
 # Architectures, widths, rates, schedules, clipping, precision and intervals differ; text and language model do not.
@@ -88,7 +88,7 @@ def test_members_at_different_steps_share_a_pass(alone, tmp_path, monkeypatch):
     monkeypatch.undo()
     steps = [torch.load(tmp_path / n / "checkpoints/last.ckpt")["global_step"] for n in ("batch_topk", "vanilla")]
     assert steps == [6, 6]
-    assert standing(tmp_path / "vanilla") == ("interrupted", "step 6/12")
+    assert read_status(tmp_path / "vanilla") == ("interrupted", "step 6/12")
     jobs = [read_job(config(tmp_path / name, *overrides)) for name, overrides in MEMBERS.items()]
     assert [[job.folder.name for job in group] for group in group_by_stream(jobs)] == [
         ["gated", "batch_topk", "vanilla"]
@@ -113,7 +113,7 @@ def test_what_a_group_leaves_is_continued_alone(alone, tmp_path, monkeypatch):
 
 def test_a_member_that_diverges_leaves_and_the_others_go_on(alone, tmp_path):
     together(tmp_path, "topk", "bad", "vanilla")
-    status, reason = standing(tmp_path / "bad")
+    status, reason = read_status(tmp_path / "bad")
     assert status == "failed"
     assert "loss" in reason
     assert "lower optimizer.lr" in reason
@@ -133,14 +133,14 @@ def test_a_stream_that_breaks_fails_its_own_group_only(alone, tmp_path, monkeypa
     seeds = {"broken": "seed=1", "broken too": "seed=1", "topk": "seed=0"}
     train_jobs([read_job(config(tmp_path / name, *MEMBERS["topk"], seed)) for name, seed in seeds.items()])
     for name in ("broken", "broken too"):
-        assert standing(tmp_path / name) == ("failed", "shard-00002.safetensors is damaged")
+        assert read_status(tmp_path / name) == ("failed", "shard-00002.safetensors is damaged")
     assert_same_run(alone / "topk", tmp_path / "topk")
 
 
 def test_a_config_that_is_wrong_fails_by_itself(alone, tmp_path):
     jobs = [read_job(config(tmp_path / "topk", *MEMBERS["topk"])), read_job(config(tmp_path / "k", "k=9999"))]
     train_jobs(jobs)
-    assert standing(tmp_path / "k")[1].startswith("k=9999 must lie between 1 and the dictionary's 256 latents")
+    assert read_status(tmp_path / "k")[1].startswith("k=9999 must lie between 1 and the dictionary's 256 latents")
     assert_same_run(alone / "topk", tmp_path / "topk")
 
 

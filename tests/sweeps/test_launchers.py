@@ -16,8 +16,8 @@ from shell import run
 from test_sweep import arguments, sweep
 
 from sae_lab.runtime.errors import UserError
-from sae_lab.sweeps.gpus import deal_groups, n_slots, run_on_ray
-from sae_lab.sweeps.standing import job_folders, planned_jobs, standing
+from sae_lab.sweeps.gpus import count_slots, run_on_ray, split_groups
+from sae_lab.sweeps.status import job_folders, planned_jobs, read_status
 
 PRESETS = {
     "hydra/launcher=gpus": ("hydra_ray_launcher", "ray"),
@@ -50,28 +50,28 @@ def test_a_preset_that_is_not_installed_names_its_extra(preset):
 
 def test_groups_are_dealt_to_slots():
     """A group is cut only where slots would be idle."""
-    assert deal_groups([[1, 2, 3, 4, 5]], 2) == [[1, 3, 5], [2, 4]]
-    assert deal_groups([[1, 2], [3]], 4) == [[1], [2], [3]]
-    assert deal_groups([[1, 2], [3], [4]], 2) == [[1, 2], [3], [4]]
-    assert deal_groups([], 2) == []
+    assert split_groups([[1, 2, 3, 4, 5]], 2) == [[1, 3, 5], [2, 4]]
+    assert split_groups([[1, 2], [3]], 4) == [[1], [2], [3]]
+    assert split_groups([[1, 2], [3], [4]], 2) == [[1, 2], [3], [4]]
+    assert split_groups([], 2) == []
 
 
 def test_parallel_is_a_number_of_groups(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert n_slots("auto") == 1
+    assert count_slots("auto") == 1
     for wrong in (0, "two", 1.5, True):
         with pytest.raises(UserError, match=f"hydra.launcher.parallel={wrong} must be auto or a whole number"):
-            n_slots(wrong)
+            count_slots(wrong)
     monkeypatch.setattr("sae_lab.sweeps.gpus.ray_is_installed", lambda: False)
     with pytest.raises(UserError, match=r"parallel=2 needs Ray, .*: pip install 'sae-lab\[ray\]'\."):
-        n_slots(2)
+        count_slots(2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert n_slots("auto") == 1
+    assert count_slots("auto") == 1
     assert caplog.messages == [
         "One of 4 GPUs trains, as Ray is not installed: pip install 'sae-lab[ray]' for all of them."
     ]
     monkeypatch.setattr("sae_lab.sweeps.gpus.ray_is_installed", lambda: True)
-    assert n_slots("auto") == 4
+    assert count_slots("auto") == 4
 
 
 def at_once(folders: list[Path], logs: list[str]) -> int:
@@ -86,8 +86,8 @@ def assert_sweep_of_four(root: Path, done: subprocess.CompletedProcess[str], slo
     """Every job in its folder, never more than `slots` at a time; the one that diverged is told, and no other."""
     assert done.returncode == 1, done.stderr
     folders = planned_jobs(root / "sweep")
-    assert [standing(folder)[0] for folder in folders] == ["complete", "failed"] * 2, done.stderr
-    assert all("training has diverged" in standing(folder)[1] for folder in folders[1::2])
+    assert [read_status(folder)[0] for folder in folders] == ["complete", "failed"] * 2, done.stderr
+    assert all("training has diverged" in read_status(folder)[1] for folder in folders[1::2])
     assert "4 jobs: 2 complete, 2 failed." in done.stdout
     assert all((folder / "sae" / "sae.safetensors").is_file() for folder in folders[::2])
     logs = [(folder / "train.log").read_text() for folder in folders]
@@ -151,7 +151,7 @@ def test_a_signal_reaches_every_group_which_saves(tmp_path):
     process.terminate()
     _, said = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert [standing(folder)[0] for folder in planned_jobs(tmp_path / "sweep")] == ["interrupted"] * 2, said
+    assert [read_status(folder)[0] for folder in planned_jobs(tmp_path / "sweep")] == ["interrupted"] * 2, said
     assert all((folder / "checkpoints" / "last.ckpt").is_file() for folder in planned_jobs(tmp_path / "sweep")), said
 
 
@@ -168,7 +168,7 @@ def test_a_search_minimises_its_score_and_continues(tmp_path):
     over = ["optimizer.lr=1e-3,1e30", "k=interval(4,32)", "hydra.sweeper.n_trials=4"]
     done = sweep(tmp_path, "hydra/sweeper=search", *over, shell=True)
     folders = job_folders(tmp_path / "sweep")
-    status = [standing(folder)[0] for folder in folders]
+    status = [read_status(folder)[0] for folder in folders]
     assert len(status) == 4, done.stderr
     assert set(status) == {"complete", "failed"}, done.stdout
     assert done.returncode == 1
@@ -184,4 +184,4 @@ def test_a_search_whose_jobs_all_fail_ends_in_one_sentence(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("train: no job of this search was completed: their failed.txt say")
-    assert {standing(folder)[0] for folder in job_folders(tmp_path / "sweep")} == {"failed"}
+    assert {read_status(folder)[0] for folder in job_folders(tmp_path / "sweep")} == {"failed"}

@@ -12,7 +12,7 @@ from sae_lab import plots
 from sae_lab.runtime.errors import UserError
 from sae_lab.sweeps.figures import add_batch_wise_rows, draw_sweep, line_names
 from sae_lab.sweeps.headline import _rounded, headline, markdown, show_headline
-from sae_lab.sweeps.standing import all_jobs, standings
+from sae_lab.sweeps.status import all_jobs, job_statuses
 from sae_lab.sweeps.table import collect_table, complete_jobs, parse_overrides, setting_columns
 
 D_IN = 64
@@ -341,7 +341,7 @@ def test_rounded(value, text):
 
 
 def markdown_of(folder: Path, *figures: Path) -> str:
-    jobs = standings(folder, all_jobs(folder))
+    jobs = job_statuses(folder, all_jobs(folder))
     table = collect_table(folder)
     return markdown(cells_of(table), table, jobs, folder, list(figures))
 

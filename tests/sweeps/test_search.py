@@ -7,7 +7,7 @@ import pytest
 from test_sweep import sweep
 
 from sae_lab.sweeps.search import describe_best, next_guess, search_score
-from sae_lab.sweeps.standing import job_folders, standing
+from sae_lab.sweeps.status import job_folders, read_status
 
 
 def n_trials(l0_of, low: float = 1e-4, high: float = 1.0, goal: float = 16) -> int:
@@ -67,7 +67,7 @@ def test_a_search_reaches_its_goal_and_continues(tmp_path):
     done = sweep(tmp_path, *over)
     assert done.returncode == 0, done.stderr
     folders = job_folders(tmp_path / "sweep")
-    assert {standing(folder)[0] for folder in folders} == {"complete"}
+    assert {read_status(folder)[0] for folder in folders} == {"complete"}
     l0 = [json.loads((folder / "metrics.json").read_text())["l0"] for folder in folders]
     nearest = min(l0, key=lambda l0: abs(l0 - 40))
     assert math.isclose(nearest, 40, rel_tol=0.05), l0

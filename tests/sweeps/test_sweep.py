@@ -17,13 +17,13 @@ from sae_lab.cli.help import CONF
 from sae_lab.runs.folder import Run
 from sae_lab.runtime.errors import Busy, UserError
 from sae_lab.sweeps.failures import failure_recorded
-from sae_lab.sweeps.standing import (
+from sae_lab.sweeps.status import (
     count_statuses,
     drop_shared_overrides,
     job_folders,
+    job_statuses,
     planned_jobs,
-    standing,
-    standings,
+    read_status,
 )
 from sae_lab.sweeps.summary import plan_job_names
 
@@ -74,7 +74,7 @@ def test_standings(tmp_path):
     with running.begin({"config.yaml": "{n_tokens: 1000, batch_size: 10}"}):
         (tmp_path / "running" / "metrics.csv").write_text("step,tokens_per_second\n9,20\n19,50\n")
         names = ["complete", "failed", "interrupted", "running", "waiting"]
-        assert standings(tmp_path, [tmp_path / name for name in names]) == [
+        assert job_statuses(tmp_path, [tmp_path / name for name in names]) == [
             ("complete", "complete", ""),
             ("failed", "failed", "out of memory"),
             ("interrupted", "interrupted", "step 24/101"),
@@ -89,7 +89,7 @@ def test_a_failure_is_kept_with_its_reason_and_cleared_by_the_next_attempt(tmp_p
     assert (tmp_path / "failed.txt").read_text() == "k=0 is too small: raise k.\n"
     with failure_recorded(tmp_path):
         raise RuntimeError("CUDA out of\nmemory")
-    assert standing(tmp_path) == ("failed", "RuntimeError: CUDA out of memory")
+    assert read_status(tmp_path) == ("failed", "RuntimeError: CUDA out of memory")
     assert "Traceback" in (tmp_path / "failed.txt").read_text()
     with failure_recorded(tmp_path):
         assert not (tmp_path / "failed.txt").exists()
@@ -150,9 +150,9 @@ def test_one_bad_job_costs_the_others_nothing(tmp_path, launcher):
     assert [f.name.split(",")[1:3] for f in folders] == [
         [f"k={k}", f"optimizer.lr={lr}"] for k in (4, 8) for lr in ("0.001", "1e+30")
     ]
-    assert [standing(f)[0] for f in folders] == ["complete", "failed"] * 2
+    assert [read_status(f)[0] for f in folders] == ["complete", "failed"] * 2
     assert "4 jobs: 2 complete, 2 failed." in done.stdout
-    assert "training has diverged" in standing(folders[1])[1]
+    assert "training has diverged" in read_status(folders[1])[1]
     assert "training has diverged" in (folders[1] / "train.log").read_text()
     before = {p: p.stat().st_mtime_ns for f in folders[::2] for p in f.rglob("*") if p.suffix not in (".log", ".lock")}
     jobs[2] = "optimizer.lr=1e-3"
@@ -183,5 +183,7 @@ def test_a_sweep_that_is_killed_ends_equal_to_the_bit(tmp_path, launcher):
 
 def test_counted(tmp_path):
     leave_run(tmp_path / "a")
-    assert count_statuses(standings(tmp_path, [tmp_path / "a", tmp_path / "b"])) == "2 jobs: 1 interrupted, 1 waiting."
-    assert count_statuses(standings(tmp_path, [tmp_path / "a"])) == "1 job: 1 interrupted."
+    assert (
+        count_statuses(job_statuses(tmp_path, [tmp_path / "a", tmp_path / "b"])) == "2 jobs: 1 interrupted, 1 waiting."
+    )
+    assert count_statuses(job_statuses(tmp_path, [tmp_path / "a"])) == "1 job: 1 interrupted."

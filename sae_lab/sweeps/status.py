@@ -67,7 +67,7 @@ def _counting(folder: Path) -> list[tuple[bool, float, str]]:
     return [(not part[0].isdigit(), float(part) if part[0].isdigit() else 0.0, part) for part in parts]
 
 
-class Standing(NamedTuple):
+class JobStatus(NamedTuple):
     """complete | failed | running | interrupted | waiting, and what else is to say."""
 
     job: str
@@ -75,8 +75,8 @@ class Standing(NamedTuple):
     detail: str
 
 
-def standings(root: Path, folders: list[Path]) -> list[Standing]:
-    return [Standing(job_name(root, folder), *standing(folder)) for folder in folders]
+def job_statuses(root: Path, folders: list[Path]) -> list[JobStatus]:
+    return [JobStatus(job_name(root, folder), *read_status(folder)) for folder in folders]
 
 
 def job_name(root: Path, folder: Path) -> str:
@@ -84,7 +84,7 @@ def job_name(root: Path, folder: Path) -> str:
     return root.resolve().name if folder == root else folder.relative_to(root).as_posix()
 
 
-def standing(folder: Path) -> tuple[str, str]:
+def read_status(folder: Path) -> tuple[str, str]:
     """How the run in this folder stands, and what else is to say: a reason, or a place and the time that is left."""
     if (folder / FAILED).is_file():
         return "failed", (folder / FAILED).read_text().splitlines()[0]
@@ -119,10 +119,10 @@ def last_logged(log_file: Path) -> tuple[int, float | None]:
     return max((int(row["step"]) + 1 for row in rows), default=0), rates[-1] if rates else None
 
 
-def show_standings(jobs: list[Standing]) -> None:
+def show_statuses(jobs: list[JobStatus]) -> None:
     """A table of the jobs, and how many there are of each status."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in Standing._fields:
+    for column in JobStatus._fields:
         table.add_column(column, overflow="fold")
     for name, job in zip(drop_shared_overrides([job.job for job in jobs]), jobs, strict=True):
         table.add_row(escape(name), job.status, escape(job.detail))
@@ -137,7 +137,7 @@ def drop_shared_overrides(names: list[str]) -> list[str]:
     return [",".join(part for part in own if part not in shared) or "-" for own in parts]
 
 
-def count_statuses(jobs: list[Standing]) -> str:
+def count_statuses(jobs: list[JobStatus]) -> str:
     """How many jobs there are, and of each status."""
     counts = Counter(job.status for job in jobs)
     return f"{len(jobs)} job{'s' * (len(jobs) != 1)}: {', '.join(f'{n} {status}' for status, n in counts.items())}."
