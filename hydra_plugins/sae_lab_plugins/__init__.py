@@ -1,1 +1,1 @@
-"""SAE Lab's Hydra launchers. Hydra finds plug-ins in the namespace `hydra_plugins` and nowhere else."""
+"""SAE Lab's Hydra plug-ins. Hydra looks for plug-ins only in the namespace `hydra_plugins`."""

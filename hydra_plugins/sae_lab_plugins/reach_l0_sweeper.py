@@ -1,4 +1,4 @@
-"""`hydra/sweeper=reach_l0`: job after job, until one number of the config leads to the L0 that is wanted."""
+"""`hydra/sweeper=reach_l0`: search for the value of one option that gives a wanted L0."""
 
 import json
 import logging
@@ -15,11 +15,13 @@ log = logging.getLogger(__name__)
 
 
 class ReachL0Sweeper(Sweeper):
-    """Chooses each job's number by the L0 of those before it; so the same command into the same folder continues.
+    """Runs jobs one after the other and chooses each value from the results before it.
+
+    The choices depend on the results only, so the same command into the same folder continues the search.
 
     Args:
-        n_trials: jobs at most.
-        tolerance: |l0 / goal_l0 - 1| at which it ends.
+        n_trials: maximum number of jobs.
+        tolerance: the search ends when |l0 / goal_l0 - 1| is at most this.
     """
 
     def __init__(self, n_trials: int, tolerance: float):
@@ -32,8 +34,12 @@ class ReachL0Sweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Raises a UserError where there is no goal_l0, or not exactly one number with a range."""
-        from sae_lab.runtime.errors import UserError  # Hydra imports its plug-ins at every start, `--help` included
+        """Run the search.
+
+        Raises:
+            UserError: goal_l0 is missing, or not exactly one option has a range.
+        """
+        from sae_lab.runtime.errors import UserError  # here, because Hydra imports plug-ins even for `--help`
         from sae_lab.sweeps.search import next_guess
 
         assert self.config is not None
@@ -46,7 +52,7 @@ class ReachL0Sweeper(Sweeper):
             [job] = self.launcher.launch([[*fixed, f"{key}={number}"]], initial_job_idx=len(tried))
             metrics = Path(job.hydra_cfg.hydra.runtime.output_dir) / "metrics.json"  # type: ignore[union-attr]
             if not metrics.is_file():
-                return  # it failed: the summary says why
+                return  # the job failed; the summary shows the reason
             tried[number] = json.loads(metrics.read_text())["l0"]
             log.info("%s=%s: l0 %.1f", key, number, tried[number])
             if abs(tried[number] / goal - 1) <= self.tolerance:
@@ -55,10 +61,10 @@ class ReachL0Sweeper(Sweeper):
 
 
 def parse_interval(arguments: list[str]) -> tuple[str, float, float, list[str]]:
-    """The key whose value is `interval(low,high)`, low, high, and the other overrides.
+    """Return the key whose value is `interval(low,high)`, low, high, and the other overrides.
 
     Raises:
-        UserError: there are none or several of them, another sweep beside it, or low is not positive or above high.
+        UserError: not exactly one key is swept, its value is not an interval, or not 0 < low < high.
     """
     from sae_lab.runtime.errors import UserError
 

@@ -1,4 +1,4 @@
-"""`hydra/launcher=shared_stream`: the jobs of a sweep that want the same activations share one pass over the LM."""
+"""`hydra/launcher=shared_stream`: jobs of a sweep that read the same activations share one pass over the LM."""
 
 import logging
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ log = logging.getLogger(__name__)
 
 
 class SharedStreamLauncher(Launcher):
-    """Composes every job as Hydra's own launcher does, and hands them together to sae_lab.sweeps.gpus.
+    """Composes every job like Hydra's basic launcher, then trains all jobs together with sae_lab.sweeps.gpus.
 
     Args:
-        max_members: SAEs that train side by side; None takes as many as the memory holds.
-        parallel: groups that train at a time, each on a GPU of its own; `auto` is one per GPU.
+        max_members: SAEs that share one pass; None: as many as the memory holds.
+        parallel: groups that train at a time, each on its own GPU; `auto`: one per GPU.
     """
 
     def __init__(self, max_members: int | None, parallel: int | str):
@@ -27,7 +27,7 @@ class SharedStreamLauncher(Launcher):
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from sae_lab.sweeps.gpus import train_on_gpus  # Hydra imports its plug-ins at every start, `--help` included
+        from sae_lab.sweeps.gpus import train_on_gpus  # here, because Hydra imports plug-ins even for `--help`
 
         setup_globals()
         log.info("Launching %d jobs on shared streams", len(job_overrides))
@@ -43,7 +43,7 @@ class SharedStreamLauncher(Launcher):
         return returns
 
     def compose(self, overrides: list[str], number: int) -> JobReturn:
-        """Run Hydra's part of a job; it returns what there is to train, or None where its config has failed already."""
+        """Run Hydra's part of a job. The return value is the job to train, or None if its config is invalid."""
         from sae_lab.sweeps.failures import failure_recorded
         from sae_lab.sweeps.shared_stream import read_job
 

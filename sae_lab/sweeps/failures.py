@@ -1,4 +1,4 @@
-"""What went wrong with a job: failed.txt in its folder."""
+"""Failed jobs: `failed.txt` in the job's folder holds the reason."""
 
 import traceback
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ from sae_lab.sweeps.status import log
 
 @contextmanager
 def failure_recorded(folder: Path) -> Iterator[None]:
-    """Keep an exception from the caller, and write its reason to `failed.txt`, which an earlier attempt may have left.
+    """Record an exception inside the block in `failed.txt` instead of raising it. Removes the file of earlier attempts.
 
-    A folder in which another process trains is that process's affair.
+    If another process is training in the folder, a warning is logged and no file is written.
     """
     (folder / FAILED).unlink(missing_ok=True)
     try:
@@ -28,7 +28,7 @@ def failure_recorded(folder: Path) -> Iterator[None]:
 
 
 def record_failure(folder: Path, error: Exception) -> None:
-    """Write `failed.txt`: the reason in a line, and for what was no user's mistake the traceback."""
+    """Write `failed.txt`: the reason in one line and, unless it is a user's mistake, the traceback."""
     sentence = explain(error, "train", [])
     reason = sentence or " ".join(f"{type(error).__name__}: {error}".split())
     details = "" if sentence else "\n" + "".join(traceback.format_exception(error))

@@ -1,4 +1,4 @@
-"""A sweep's table -> the figures that its jobs have the data for."""
+"""Draw the figures of a sweep from its table."""
 
 import re
 from pathlib import Path
@@ -13,10 +13,10 @@ COMPARED = ("nmse", "ce_degradation")
 
 
 def line_names(table: pd.DataFrame) -> pd.Series:
-    """Which line of a figure each job is a point of: its architecture, and whatever else its twins differ in.
+    """Return the name of each job's line in a figure: the architecture, and other settings that must not be averaged.
 
-    Twins are jobs of equal sae, k and n_latents. Only their seeds are averaged over: if a learning rate varies among
-    them, it is part of the line's name (`TopK, lr=0.001`).
+    Jobs with equal sae, k and n_latents are averaged over their seeds only. If, say, the learning rate varies among
+    them, it becomes part of the line's name (`TopK, lr=0.001`).
     """
     twins = table.groupby(["sae", "k", "n_latents"], dropna=False)
     others = [c for c in setting_columns(table) if c not in RESOLVED and twins[c].nunique(dropna=False).max() > 1]
@@ -30,7 +30,7 @@ def line_names(table: pd.DataFrame) -> pd.Series:
 
 
 def draw_sweep(done: pd.DataFrame, folder: Path) -> list[Path]:
-    """Every figure that the complete jobs have the data for, as PNGs in folder/figures."""
+    """Draw every figure for which the complete jobs have data, as PNG files in folder/figures."""
     figures = folder / "figures"
     if len(done) == 1 and (folder / ".hydra").is_dir():
         return draw_run(folder)
@@ -43,9 +43,9 @@ def draw_sweep(done: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def add_batch_wise_rows(done: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
-    """The jobs under the rule that their SAE is deployed with; then, where the batch-wise rule scores otherwise, that.
+    """Add a row for each job that scores differently under the batch-wise rule, with the metrics of that rule.
 
-    The write-up's third line: is one threshold as good as a choice over the batch?
+    This is the BatchTopK write-up's third line: is one threshold as good as a selection over the batch?
     """
     columns = {f"train_mode/{metric}": metric for metric in metrics if f"train_mode/{metric}" in done}
     if not columns:
@@ -57,7 +57,7 @@ def add_batch_wise_rows(done: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
 
 def draw_comparisons(done: pd.DataFrame, figures: Path, y: list[str]) -> list[Path]:
-    """The write-up's two figures wherever the sweep has them: over dictionary sizes at one k, over k at one size."""
+    """Draw the write-up's two figures if the sweep has the data: against dictionary size at each k, and vice versa."""
     paths, both = [], add_batch_wise_rows(done, y)
     for fixed, x, name in (("k", "n_latents", "vs_n_latents_k"), ("n_latents", "k", "vs_k_n")):
         for value, jobs in ((float(str(v)), group) for v, group in both.groupby(fixed)):
@@ -80,7 +80,7 @@ def _labels(done: pd.DataFrame) -> pd.Series:
 
 
 def draw_frontier(done: pd.DataFrame, figures: Path) -> list[Path]:
-    """What three jobs or more buy with their L0; the reconstruction alone where no language model was at hand."""
+    """Plot loss_recovered against L0 for three or more jobs; nmse if there are no downstream metrics."""
     for metric in ("loss_recovered", "nmse"):
         if (
             plots.has_values(done, metric)
@@ -92,7 +92,7 @@ def draw_frontier(done: pd.DataFrame, figures: Path) -> list[Path]:
 
 
 def draw_l0(done: pd.DataFrame, folder: Path) -> list[Path]:
-    """How many latents are active on a token: for each line its largest dictionary, at every k."""
+    """Plot histograms of L0 for the largest dictionary of each line, at every k."""
     files = [folder / job / "figures" / "l0_per_token.csv" for job in done["job"]]
     kept = done.assign(file=files)[[file.is_file() for file in files]]
     if kept.empty:
@@ -104,7 +104,7 @@ def draw_l0(done: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def draw_run(folder: Path) -> list[Path]:
-    """One run's own figures, from its tables; those that it drew itself are kept."""
+    """Draw the figures of a single run from its tables. Existing figures are kept."""
     figures = folder / "figures"
     sources = {
         "training": (folder / "metrics.csv", plots.training_curves),

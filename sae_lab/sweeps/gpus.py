@@ -1,4 +1,4 @@
-"""The groups of a sweep side by side, one per GPU, through Ray: on this machine, or where RAY_ADDRESS points."""
+"""Train the groups of a sweep in parallel, one per GPU, with Ray: on this machine, or on the cluster at RAY_ADDRESS."""
 
 import logging
 import os
@@ -23,17 +23,17 @@ INSTALL = "pip install 'sae-lab[ray]'"
 
 
 def train_on_gpus(jobs: list[Job], max_members: int | None, parallel: int | str, job_logging: Any) -> None:
-    """Every job to its metrics or its `failed.txt`, `parallel` groups at a time.
+    """Train all jobs, `parallel` groups at a time. Each job ends with metrics or with `failed.txt`.
 
     Args:
-        jobs: as `train_jobs` takes them.
-        max_members: SAEs in a group; None takes as many as the memory of its GPU holds.
-        parallel: groups at a time; `auto` is one per GPU of this machine. Each has a GPU of its own where there are
-            any, else a processor.
-        job_logging: Hydra's description of a job's log, for the processes that Ray starts.
+        jobs: the jobs, as for `train_jobs`.
+        max_members: SAEs in a group; None: as many as the memory of the GPU holds.
+        parallel: groups at a time; `auto`: one per GPU of this machine. Each group gets a GPU of its own, or a CPU core
+            if there are no GPUs.
+        job_logging: Hydra's logging config for jobs, used in the processes that Ray starts.
 
     Raises:
-        UserError: `parallel` is no number of groups, or Ray, which it needs, is not installed.
+        UserError: `parallel` is invalid, or needs Ray, which is not installed.
     """
     slots = count_slots(parallel)
     if slots == 1:
@@ -47,11 +47,11 @@ def train_on_gpus(jobs: list[Job], max_members: int | None, parallel: int | str,
 
 
 def count_slots(parallel: int | str) -> int:
-    """How many groups may train at once."""
+    """Return how many groups may train at once."""
     if parallel == "auto":
         n = torch.cuda.device_count()
         if n > 1 and not ray_is_installed():
-            log.warning("One of %d GPUs trains, as Ray is not installed: %s for all of them.", n, INSTALL)
+            log.warning("Using one of %d GPUs, because Ray is not installed: %s to use all of them.", n, INSTALL)
             return 1
         return max(n, 1)
     if isinstance(parallel, bool) or not isinstance(parallel, int) or parallel < 1:
@@ -70,25 +70,25 @@ def ray_is_installed() -> bool:
 
 
 def split_groups(groups: Sequence[list[Job]], slots: int) -> list[list[Job]]:
-    """The groups, in equal parts where there are fewer of them than slots: each part pays a pass of its own."""
+    """Split the groups into equal parts if there are more slots than groups. Each part needs a pass of its own."""
     n = max(1, slots // max(1, len(groups)))
     return [part for group in groups for i in range(n) if (part := group[i::n])]
 
 
 def run_on_ray(parts: list[list[Job]], slots: int, max_members: int | None, job_logging: Any) -> None:
-    """Each part in a process that Ray starts; what ends such a process is recorded as the failure of its jobs."""
+    """Train each part in a process started by Ray. If a process is lost, its unfinished jobs are recorded as failed."""
     import ray
 
-    at_sigterm = signal.getsignal(signal.SIGTERM)
-    own = {"num_cpus": None if torch.cuda.is_available() else slots, "include_dashboard": False}
+    sigterm_handler = signal.getsignal(signal.SIGTERM)
+    local = {"num_cpus": None if torch.cuda.is_available() else slots, "include_dashboard": False}
     try:
-        ray.init(**({} if os.environ.get("RAY_ADDRESS") else own))
-    except Exception as e:  # of Ray, of gRPC, of the operating system
-        raise UserError(f"Ray does not start ({first_line(e)}): mend that, or give hydra.launcher.parallel=1.") from e
-    signal.signal(signal.SIGTERM, at_sigterm)  # ray.init has put its own there
-    lease = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
-    # A process ends with its part, and gives the memory of its GPU back. A part that was lost is not tried again.
-    task = ray.remote(max_calls=1, max_retries=0, **lease)(train_part)
+        ray.init(**({} if os.environ.get("RAY_ADDRESS") else local))
+    except Exception as e:  # from Ray, gRPC or the operating system
+        raise UserError(f"Ray does not start ({first_line(e)}): fix that, or give hydra.launcher.parallel=1.") from e
+    signal.signal(signal.SIGTERM, sigterm_handler)  # ray.init replaced it
+    resources = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
+    # max_calls=1: the process exits after its part and frees the memory of its GPU
+    task = ray.remote(max_calls=1, max_retries=0, **resources)(train_part)
     runs = {task.remote(part, max_members, job_logging): part for part in parts}
     try:
         wait_for(runs)
@@ -97,24 +97,24 @@ def run_on_ray(parts: list[list[Job]], slots: int, max_members: int | None, job_
 
 
 def wait_for(runs: dict[Any, list[Job]]) -> None:
-    """Until every process has ended; after SIGINT or SIGTERM each saves and ends. Ray hides what a handler raises.
+    """Wait until every process has ended. After SIGINT or SIGTERM each saves checkpoints and ends.
 
     Raises:
         Interrupted: a signal arrived.
     """
     import ray
 
-    signals, waiting, told = Signals(), list(runs), False
-    signals.listen()
+    signals, waiting, cancelled = Signals(), list(runs), False
+    signals.listen()  # a flag is polled below, because Ray hides exceptions that a signal handler raises
     try:
         while waiting:
             done, waiting = ray.wait(waiting, timeout=0.5)
             for run in done:
                 collect_result(run, runs[run])
-            if signals.received is not None and not told:
-                told = True
+            if signals.received is not None and not cancelled:
+                cancelled = True
                 for run in waiting:
-                    ray.cancel(run)  # SIGINT to its process
+                    ray.cancel(run)  # sends SIGINT to the process
     finally:
         signals.restore()
     if signals.received is not None:
@@ -123,7 +123,7 @@ def wait_for(runs: dict[Any, list[Job]]) -> None:
 
 
 def collect_result(run: Any, part: list[Job]) -> None:
-    """Record what has ended a process before its work was done, unless it was ours to cancel."""
+    """Record the failure of a process that ended early, unless this process cancelled it."""
     import ray
 
     try:
@@ -135,16 +135,16 @@ def collect_result(run: Any, part: list[Job]) -> None:
 
 
 def train_part(jobs: list[Job], max_members: int | None, job_logging: Any) -> None:
-    """What one process does."""
+    """Train the jobs of one part, in a process started by Ray."""
     configure_log(OmegaConf.create(job_logging))
     try:
         train_jobs(jobs, max_members)
-    except Interrupted as e:  # by ray.cancel
+    except Interrupted as e:  # from ray.cancel
         log.warning("%s", e)
 
 
 def record_lost_jobs(part: list[Job], error: Exception) -> None:
-    """Record `error`, in a line, for those jobs that are neither complete nor known to have failed."""
+    """Record `error` for the jobs that are neither complete nor recorded as failed."""
     lost = RuntimeError(f"the process of its group was lost: {first_line(getattr(error, 'cause', None) or error)}")
     lost.__cause__ = error
     for job in part:

@@ -1,4 +1,4 @@
-"""A sweep's table -> the table that people read, on the screen and in report.md."""
+"""The short table of a sweep, for the screen and report.md."""
 
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from sae_lab import plots
 from sae_lab.sweeps.status import JobStatus, count_statuses
 from sae_lab.sweeps.table import cell_text, named_after_settings, setting_columns
 
-# The columns of the table for people, and how each is written; report.csv has every column with every digit.
+# Metrics in the short table and their formats. report.csv has all columns with all digits.
 HEADLINES = {
     "fvu": ".4f",
     "nmse": ".4f",
@@ -26,9 +26,10 @@ HEADLINES = {
 
 
 def headline(table: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
-    """The complete jobs, sorted by sae, k, n_latents, seed: what varies among them and the main metrics, as text.
+    """Return the short table as text: the settings that vary among the complete jobs, and the main metrics.
 
-    Jobs that differ in nothing but their seed are one row: how many they are, and mean ± standard deviation.
+    Sorted by sae, k, n_latents and seed. Jobs that differ in their seed only become one row with their number and
+    mean ± standard deviation.
     """
     done = done.sort_values(["sae", "k", "n_latents", "seed"], kind="stable")
     varies = [c for c in setting_columns(table) if c != "expansion" and table[c].nunique(dropna=False) > 1]
@@ -44,7 +45,7 @@ def headline(table: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
     cells = (
         done[chosen].map(cell_text).assign(**{m: done[m].map(partial(_rounded, form=HEADLINES[m])) for m in metrics})
     )
-    # Last, because it is long; left out where it would only repeat the settings.
+    # The job's name is long, so it comes last. It is left out if it only repeats the settings.
     return cells if named_after_settings(done) else cells.assign(job=done["job"])
 
 
@@ -59,16 +60,16 @@ def _rounded(value: float, form: str) -> str:
 
 
 def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[JobStatus], folder: Path, figures: list[Path]) -> str:
-    """report.md: the table, the figures by relative path, what was the same for every job, and who is missing."""
+    """Return report.md: the jobs that are missing, the settings that all jobs share, the table and the figures."""
     rows = [list(cells.columns), ["---"] * len(cells.columns), *cells.to_numpy().tolist()]
     same = [
         c for c in setting_columns(table) if c not in cells and c != "expansion" and table[c].nunique(dropna=False) == 1
     ]
-    dials = ", ".join(f"`{c}={cell_text(table[c].iloc[0])}`" for c in same)
+    shared = ", ".join(f"`{c}={cell_text(table[c].iloc[0])}`" for c in same)
     parts = [f"# {folder.resolve().name}", count_statuses(jobs)]
     missing = [f"- {job.job}: {job.status} {job.detail}".rstrip() for job in jobs if job.status != "complete"]
     parts += ["\n".join(missing)] if missing else []
-    parts += [f"{'The same for every job' if len(table) > 1 else 'Its settings'}: {dials}."] if dials else []
+    parts += [f"{'The same for every job' if len(table) > 1 else 'Settings'}: {shared}."] if shared else []
     parts += ["\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)]
     parts += ["Every setting and metric, with every digit: [report.csv](report.csv)."]
     parts += [f"![{path.stem}]({path.relative_to(folder).as_posix()})" for path in figures]
@@ -76,7 +77,7 @@ def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[JobStatus], fo
 
 
 def show_headline(cells: pd.DataFrame, written: list[Path]) -> None:
-    """The table on the screen, as wide as it is: a number is never cut to fit, nor wrapped."""
+    """Print the table at its full width, so that numbers are never cut or wrapped, and the paths of written files."""
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in cells:
         grid.add_column(str(column).replace("_", " "), justify="right" if column in HEADLINES else "left")

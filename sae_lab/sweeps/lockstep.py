@@ -1,4 +1,4 @@
-"""One stream, many trainers: each in a greenlet that pauses where it asks for a batch."""
+"""Train several runs on one stream: each Trainer runs in a greenlet that pauses when it asks for a batch."""
 
 import signal
 from functools import partial
@@ -18,7 +18,7 @@ from sae_lab.training.run import Member, fit
 
 
 class SharedStream:
-    """A stream as its members see it: who asks for a batch waits until all have asked."""
+    """A stream shared by several runs: a run that asks for a batch waits until all have asked."""
 
     def __init__(self, stream: ShuffledBlocks):
         self.stream, self.batch_size = stream, stream.batch_size
@@ -36,13 +36,13 @@ class SharedStream:
         return self.stream.filling
 
     def close(self) -> None:
-        """Nothing: the stream outlives the member whose Trainer ends first."""
+        """Do nothing: the stream must outlive the first Trainer that ends."""
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state != self.stream.state_dict():  # a member that joins finds the stream there, with its block filled
+        if state != self.stream.state_dict():  # skipped if the stream is in that state already, with its block filled
             self.stream.load_state_dict(state)
 
     def __iter__(self) -> "SharedStream":
@@ -56,13 +56,13 @@ class SharedStream:
 
 
 def train_in_lockstep(members: list[Member], data: ActivationData, signals: Signals) -> None:
-    """`fit` every member, all on the same batches; one that fails leaves, and the others go on.
+    """Call `fit` for all members on the same batches. A member that fails drops out, and the others go on.
 
     Args:
-        members: in the order of their steps.
+        members: sorted by the step from which they resume. A member joins when the stream reaches its step.
 
     Raises:
-        Interrupted: a signal arrived; every member that has joined has saved a checkpoint of the same step.
+        Interrupted: a signal arrived, and all members that had joined saved a checkpoint at the same step.
     """
     stream = data.stream
     data.stream = SharedStream(stream)  # type: ignore[assignment]
@@ -72,11 +72,11 @@ def train_in_lockstep(members: list[Member], data: ActivationData, signals: Sign
             alive = [run for run in alive if not run.dead]
             if waiting and (not alive or waiting[0].run.step <= stream.n_given):
                 alive.append(greenlet(partial(fit_member, waiting.pop(0), data)))
-                alive[-1].switch()  # as far as its first batch
+                alive[-1].switch()  # runs until it asks for its first batch
                 continue
             if not alive:
                 break
-            signals.listen()  # again: a Trainer that fails puts back the handlers that it found
+            signals.listen()  # in every step: a Trainer that fails restores the handlers that it found
             batch = next(stream, None)
             signals.due = signals.received
             for run in alive:
@@ -91,6 +91,7 @@ def train_in_lockstep(members: list[Member], data: ActivationData, signals: Sign
 
 
 def fit_member(member: Member, data: ActivationData) -> None:
-    MEMBER.set(member.run.folder)  # a greenlet has a context of its own
+    """Call `fit` for one member inside its greenlet, and record its failure."""
+    MEMBER.set(member.run.folder)  # a greenlet has its own context variables
     with failure_recorded(member.run.folder):
         fit(member, data)

@@ -1,4 +1,4 @@
-"""Searches: what they minimise, the next guess for a number that leads to a wanted L0, and the command of the best."""
+"""Searches: the score that they minimize, the next guess of a search for an L0, and the command of the best run."""
 
 import json
 import math
@@ -11,20 +11,20 @@ import yaml
 
 
 def search_score(metrics: dict[str, Any], goal_l0: float | None) -> float:
-    """What a search minimises: fvu, or the distance of l0 to its goal."""
+    """Return the score that a search minimizes: fvu, or the distance of l0 to its goal."""
     return metrics["fvu"] if goal_l0 is None else abs(metrics["l0"] - goal_l0)
 
 
 def next_guess(tried: dict[float, float], goal: float, low: float, high: float) -> float | None:
-    """The number between low and high that is likely to lead to the goal; None where no new one is.
+    """Return the next number between low and high to try; None if it has been tried already.
 
-    The secant through the two results nearest to the goal, log l0 against the log of the number, where it stays
-    between the numbers that lead to too much and too little, else their middle. The first is the middle of the range;
-    the second takes l0 to be inversely proportional.
+    A secant step on log l0 as a function of the log of the number, through the two results nearest to the goal. If it
+    leaves the bracket (neighbouring numbers with l0 above and below the goal), the middle of the bracket is used. The
+    first guess is the middle of the range; the second assumes that l0 is inversely proportional to the number.
 
     Args:
-        tried: the l0 that each number has led to.
-        goal: the l0 that is wanted.
+        tried: number → l0 of the finished jobs.
+        goal: the wanted l0.
     """
     points = sorted((math.log(c), math.log(max(l0, 1e-9) / goal)) for c, l0 in tried.items())
     left, right = math.log(low), math.log(high)
@@ -40,20 +40,20 @@ def next_guess(tried: dict[float, float], goal: float, low: float, high: float) 
 
 
 def secant(nearest: list[tuple[float, float]]) -> float:
-    """Where the line through the first two points meets zero; one point alone lies on a line of slope -1."""
+    """Return where the line through the first two points is zero. For a single point the slope is taken as -1."""
     (x1, y1), *others = nearest
     slope = next(((y2 - y1) / (x2 - x1) for x2, y2 in others if y2 != y1), -1.0)
     return x1 - y1 / slope
 
 
 def describe_best(folders: list[Path], goal_l0: float | None) -> str | None:
-    """A sentence that tells which of these runs has the least score, and the command that trains it; None of none."""
+    """Return a sentence about the run with the lowest score and the command that trains it; None if none is done."""
     done = {f: json.loads(text.read_text()) for f in folders if (text := f / "metrics.json").is_file()}
     if not done:
         return None
     folder = min(done, key=lambda f: search_score(done[f], goal_l0))
     overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
     command = shlex.join(o for o in overrides if not o.startswith("goal_l0="))
-    aim = "least fvu" if goal_l0 is None else f"nearest to goal_l0={goal_l0}"
+    best = "lowest fvu" if goal_l0 is None else f"closest to goal_l0={goal_l0}"
     l0, fvu = done[folder]["l0"], done[folder]["fvu"]
-    return f"The {aim}, with l0 {l0:.1f} and fvu {fvu:.4f}:\npython -m sae_lab.train {command}"
+    return f"Best run ({best}), with l0 {l0:.1f} and fvu {fvu:.4f}:\npython -m sae_lab.train {command}"

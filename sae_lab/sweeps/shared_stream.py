@@ -1,10 +1,10 @@
-"""Many SAEs, one stream: runs that want the same batches train side by side, each as if it were alone.
+"""Train many SAEs on one stream: runs that read the same batches share one pass over the language model.
 
-Every member is an ordinary run: a LightningModule, a Trainer, loggers and checkpoints of its own. Its Trainer lives in
-a greenlet, which is paused whenever it asks for a batch. Once all have asked, the stream is drawn from once, and the
-members take their step one after the other, in one thread. So a member computes what the same run computes alone, and
-leaves the same files, from which it can be continued alone or in another group. One that has come further before joins
-when the stream is where it stopped.
+Each member of a group is an ordinary run with its own LightningModule, Trainer, loggers and checkpoints. Its Trainer
+runs in a greenlet that pauses when it asks for a batch. When all members have asked, one batch is drawn from the stream
+and the members take their steps one after the other, in one thread. A member therefore computes the same bits and
+writes the same files as the run alone, and can be resumed alone or in another group. A member that resumes from a later
+step joins when the stream reaches that step.
 """
 
 import json
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """A run as it was asked for: its config without interpolations, and the files of its `.hydra/`."""
+    """A requested run: its config with interpolations resolved, and the files for its `.hydra/`."""
 
     cfg: DictConfig
     hydra: dict[str, str]
@@ -53,24 +53,24 @@ class Job(NamedTuple):
         return Path(self.cfg.run_dir)
 
     def score(self) -> float | None:
-        """What a search makes of it once it is done; None where it has failed."""
+        """Return the score that a search minimizes; None if the run failed."""
         metrics = self.folder / "metrics.json"
         return search_score(json.loads(metrics.read_text()), self.cfg.goal_l0) if metrics.is_file() else None
 
 
 def read_job(cfg: DictConfig) -> Job:
-    """The job of a config, while Hydra knows which job it is."""
+    """Return the job of a config. Must be called while Hydra's config of this job is set."""
     resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(resolved, DictConfig)
     return Job(resolved, hydra_files(cfg))
 
 
 def train_jobs(jobs: list[Job], max_members: int | None = None) -> None:
-    """Every job to its metrics or its `failed.txt`, in groups that share a stream.
+    """Train all jobs, in groups that share a stream. Each job ends with metrics or with `failed.txt`.
 
     Args:
-        jobs: runs, of whatever configs and in whatever state.
-        max_members: SAEs in a group; None takes as many as the memory holds.
+        jobs: runs with any config, in any state.
+        max_members: SAEs in a group; None: as many as the memory holds.
     """
     with log_files([job.folder for job in jobs]):
         for group in group_by_stream(jobs):
@@ -79,9 +79,9 @@ def train_jobs(jobs: list[Job], max_members: int | None = None) -> None:
 
 
 def group_by_stream(jobs: list[Job]) -> list[list[Job]]:
-    """The jobs that are not complete: those together that want the same batches, and first those that want most.
+    """Group the incomplete jobs by the batches that they read, and sort each group by the step to resume from.
 
-    What a batch holds is decided by `lm` and `data` alone.
+    Batches depend on `lm` and `data` only; `calibration_batches` must be equal too, because members calibrate together.
     """
     groups: dict[str, list[tuple[int, Job]]] = {}
     for job in jobs:
@@ -98,7 +98,7 @@ def group_by_stream(jobs: list[Job]) -> list[list[Job]]:
 
 
 def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
-    """Train and evaluate as many of these jobs, from the first on, as there is room for; the others are returned."""
+    """Train and evaluate as many of the jobs as fit, from the first on. Returns the others."""
     try:
         data = build_data(jobs[0].cfg)
     except Exception as e:
@@ -119,7 +119,7 @@ def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
         log.info("%d SAEs share one pass over %s", len(members), data.lm.name)
         try:
             train_in_lockstep(members, data, signals)
-        except Exception as e:  # of the stream: what is wrong with one member is its own failure
+        except Exception as e:  # an error of the stream; errors of a member are recorded in `fit_member`
             for member in drop_failed(members):
                 record_failure(member.run.folder, e)
         finish_together(members, data)
@@ -127,22 +127,22 @@ def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
 
 
 def open_member(job: Job, data: ActivationData, signals: Signals, first: bool) -> Member:
-    """A run that draws from a shared stream; the first of them shows its progress."""
+    """Build a run that reads from a shared stream. The first one shows the progress."""
     run = open_run(job.cfg)
     callbacks = [SaveWhenDue(run.last_checkpoint, signals), TrainingProgress() if first else Throughput()]
     return build_member(job.cfg, run, build_sae(job.cfg, data), data, callbacks)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes, on the device that trains."""
+    """Return the free memory of the training device in bytes."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def has_room(members: list[Member], free: int, max_members: int | None) -> bool:
-    """Whether one more SAE, of the size of the largest, may train beside these.
+    """Return whether one more SAE, of the size of the largest, fits.
 
-    Counted are 16 bytes a parameter (itself, its gradient, Adam's two means), which may take half of the free memory:
-    the other half is for activations and for what a step needs.
+    Counts 16 bytes per parameter (parameter, gradient, Adam's two moments) against half of the free memory. The other
+    half is left for activations and temporary tensors.
     """
     if max_members is not None:
         return len(members) < max_members
@@ -151,7 +151,7 @@ def has_room(members: list[Member], free: int, max_members: int | None) -> bool:
 
 
 def finish_together(members: list[Member], data: ActivationData) -> None:
-    """Calibrate, save and evaluate those that did not fail, in one pass; a failure here is that of all."""
+    """Calibrate, save and evaluate the members that did not fail, in one pass. An error here fails all of them."""
     alive = drop_failed(members)
     if not alive:
         return
@@ -163,4 +163,5 @@ def finish_together(members: list[Member], data: ActivationData) -> None:
 
 
 def drop_failed(members: list[Member]) -> list[Member]:
+    """Return the members without a `failed.txt`."""
     return [member for member in members if not (member.run.folder / FAILED).exists()]

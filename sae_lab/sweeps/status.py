@@ -1,4 +1,4 @@
-"""A sweep's folder: which jobs it has, how each of them stands, and why those that failed did."""
+"""Jobs of a sweep: their folders and their status."""
 
 import csv
 import logging
@@ -26,16 +26,16 @@ PLAN = "jobs.txt"
 
 
 def planned_jobs(sweep_dir: Path) -> list[Path]:
-    """The folders of the jobs that the sweep's last command has, in its order."""
+    """Return the job folders of the sweep's last command, in its order."""
     file = sweep_dir / PLAN
     return [sweep_dir / name for name in file.read_text().splitlines()] if file.is_file() else []
 
 
 def all_jobs(root: Path) -> list[Path]:
-    """The folders of the jobs that are planned, and of those that earlier commands left.
+    """Return the folders of the planned jobs, then those of earlier commands.
 
     Raises:
-        UserError: there are none.
+        UserError: there is no job.
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give sweep_dir=... the folder of a sweep or of one run.")
@@ -49,26 +49,26 @@ def all_jobs(root: Path) -> list[Path]:
 
 
 def job_folders(root: Path) -> list[Path]:
-    """Every run folder at or below `root`, in the order in which people count (2 before 10, 0.25 before 0.5)."""
-    return sorted(_runs(root), key=_counting)
+    """Return every run folder at or below `root`, in natural order (2 before 10, 0.25 before 0.5)."""
+    return sorted(_runs(root), key=_natural_order)
 
 
 def _runs(folder: Path) -> Iterator[Path]:
     if config_file(folder).is_file() or (folder / FAILED).is_file():
-        yield folder  # what lies below a run is its own
+        yield folder  # folders inside a run folder are not runs
         return
     for child in folder.iterdir():
         if child.is_dir() and not child.name.startswith("."):
             yield from _runs(child)
 
 
-def _counting(folder: Path) -> list[tuple[bool, float, str]]:
+def _natural_order(folder: Path) -> list[tuple[bool, float, str]]:
     parts = re.findall(r"\d+(?:\.\d+)?|\D+", folder.as_posix())
     return [(not part[0].isdigit(), float(part) if part[0].isdigit() else 0.0, part) for part in parts]
 
 
 class JobStatus(NamedTuple):
-    """complete | failed | running | interrupted | waiting, and what else is to say."""
+    """Status of a job: complete, failed, running, interrupted or waiting; `detail` is the reason or the progress."""
 
     job: str
     status: str
@@ -76,16 +76,17 @@ class JobStatus(NamedTuple):
 
 
 def job_statuses(root: Path, folders: list[Path]) -> list[JobStatus]:
+    """Return the status of each job of the sweep in `root`."""
     return [JobStatus(job_name(root, folder), *read_status(folder)) for folder in folders]
 
 
 def job_name(root: Path, folder: Path) -> str:
-    """What a job is called; a run that is looked at by itself has the name of its folder."""
+    """Return a job's name: its path below `root`, or the name of the folder if `root` is the run itself."""
     return root.resolve().name if folder == root else folder.relative_to(root).as_posix()
 
 
 def read_status(folder: Path) -> tuple[str, str]:
-    """How the run in this folder stands, and what else is to say: a reason, or a place and the time that is left."""
+    """Return the status of the run in this folder, with a detail: the reason, or the step and the time left."""
     if (folder / FAILED).is_file():
         return "failed", (folder / FAILED).read_text().splitlines()[0]
     if (folder / "metrics.json").is_file():
@@ -102,15 +103,15 @@ def read_status(folder: Path) -> tuple[str, str]:
 
 
 def saved_step(folder: Path) -> int:
-    """The step of a run's checkpoint, which it continues from; 0 where there is none, or one that cannot be read."""
+    """Return the step of a run's checkpoint; 0 if there is none or it cannot be read."""
     try:
         return checkpoint_content(Run(folder, 0, False).last_checkpoint)["global_step"]
-    except Exception:  # torch.load raises whatever the broken part does; a run that is started says what is wrong
+    except Exception:  # torch.load raises many types; the run itself reports a damaged file when it is resumed
         return 0
 
 
 def last_logged(log_file: Path) -> tuple[int, float | None]:
-    """How many steps a metrics.csv knows of, and at how many tokens per second they went."""
+    """Return the number of steps in a metrics.csv and the last tokens per second."""
     if not log_file.is_file():
         return 0, None
     with log_file.open(newline="") as f:
@@ -120,7 +121,7 @@ def last_logged(log_file: Path) -> tuple[int, float | None]:
 
 
 def show_statuses(jobs: list[JobStatus]) -> None:
-    """A table of the jobs, and how many there are of each status."""
+    """Print a table of the jobs and the number of jobs of each status."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in JobStatus._fields:
         table.add_column(column, overflow="fold")
@@ -131,13 +132,13 @@ def show_statuses(jobs: list[JobStatus]) -> None:
 
 
 def drop_shared_overrides(names: list[str]) -> list[str]:
-    """Folder names that spell overrides, `k=8,sae=topk`, without those that all of them share."""
-    parts = [split_overrides(name) for name in names]
-    shared = set(parts[0]).intersection(*parts[1:]) if len(parts) > 1 else set()
-    return [",".join(part for part in own if part not in shared) or "-" for own in parts]
+    """Shorten folder names made of overrides (`k=8,sae=topk`) by the overrides that all of them share."""
+    split = [split_overrides(name) for name in names]
+    shared = set(split[0]).intersection(*split[1:]) if len(split) > 1 else set()
+    return [",".join(override for override in overrides if override not in shared) or "-" for overrides in split]
 
 
 def count_statuses(jobs: list[JobStatus]) -> str:
-    """How many jobs there are, and of each status."""
+    """Return the number of jobs in total and of each status, as a sentence."""
     counts = Counter(job.status for job in jobs)
     return f"{len(jobs)} job{'s' * (len(jobs) != 1)}: {', '.join(f'{n} {status}' for status, n in counts.items())}."

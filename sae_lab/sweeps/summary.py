@@ -1,4 +1,4 @@
-"""A sweep's beginning and end: jobs.txt, the closing table, the exit code."""
+"""Start and end of a sweep: `jobs.txt`, the final table and the exit code."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ from sae_lab.sweeps.status import PLAN, job_folders, job_statuses, planned_jobs,
 
 
 class SweepSummary(Callback):
-    """Notes in `jobs.txt` which jobs a sweep will have; at its end shows a table, and exits with 1 if any failed."""
+    """Writes the planned jobs to `jobs.txt`; at the end prints a table, and exits with 1 if any job failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         remember_folder(f"hydra.sweep.dir={config.hydra.sweep.dir}")
@@ -38,9 +38,9 @@ class SweepSummary(Callback):
 
 
 def plan_job_names(config: DictConfig) -> list[str]:
-    """The folder names of the jobs that Hydra's own sweeper will start; none where another sweeper decides as it goes.
+    """Return the folder names of the jobs that Hydra's grid sweeper will start; empty for a search.
 
-    Composing the config of every job would tell as well, but takes a third of a second each.
+    Does not compose the config of each job, which would take a third of a second per job.
     """
     if not is_grid(config):
         return []
@@ -62,5 +62,5 @@ def plan_job_names(config: DictConfig) -> list[str]:
 
 
 def is_grid(config: DictConfig) -> bool:
-    """Whether all jobs are known from the start; else this is a search."""
+    """Return whether this is a grid, whose jobs are all known from the start, and not a search."""
     return config.hydra.sweeper._target_.endswith(".BasicSweeper")

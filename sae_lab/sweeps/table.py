@@ -1,4 +1,4 @@
-"""A sweep's folders → one table, a row a job."""
+"""Collect the jobs of a sweep into one table with one row per job."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ RESOLVED = ("sae", "k", "expansion", "n_latents", "seed")
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What one run folder tells: the overrides that made it, their config, and its metrics (empty until it is done)."""
+    """Content of a run folder: overrides, choices of config groups, config and metrics (empty until it is complete)."""
 
     folder: Path
     overrides: dict[str, Any]
@@ -28,42 +28,42 @@ class JobRecord:
     metrics: dict[str, float]
 
     def setting(self, key: str) -> Any:
-        """The value of a key or of a config group, overridden or not; None where this job has none."""
-        # The config first: there `lr=${k}` has become a number. A group is a mapping there; only its choice has a name.
+        """Return the value of a key or the choice of a config group, overridden or not; None if this job has none."""
+        # The config first, because interpolations are resolved there. A config group is a mapping there, without the
+        # name of its choice.
         value = OmegaConf.select(self.config, key, throw_on_resolution_failure=False)
         if value is None or OmegaConf.is_dict(value):
             value = self.overrides.get(key, self.choices.get(key))
         return _plain(value)
 
     def resolved(self) -> dict[str, Any]:
-        """The dials that every sweep turns, from the place that knows best."""
-        dials = {key: self.setting(key) for key in RESOLVED}
-        if dials["sae"] is None:
+        """Return sae, k, expansion, n_latents and seed. Sizes come from metrics.json if the run is complete."""
+        options = {key: self.setting(key) for key in RESOLVED}
+        if options["sae"] is None:
             target = OmegaConf.select(self.config, "sae._target_")
-            dials["sae"] = target and target.rpartition(".")[2]
+            options["sae"] = target and target.rpartition(".")[2]
         if not _takes_k(self.config.get("sae")):
-            dials["k"] = None
-        dials["n_latents"] = self.metrics.get("n_latents", dials["n_latents"])
+            options["k"] = None
+        options["n_latents"] = self.metrics.get("n_latents", options["n_latents"])
         if {"n_latents", "d_in"} <= self.metrics.keys() and "expansion" not in self.overrides:
-            # n_latents may have been given in place of an expansion, whose default then says nothing.
-            dials["expansion"] = _number(self.metrics["n_latents"] / self.metrics["d_in"])
-        return dials
+            # If n_latents was given instead, the default of expansion is not the real one.
+            options["expansion"] = _number(self.metrics["n_latents"] / self.metrics["d_in"])
+        return options
 
 
 def _takes_k(sae: Any) -> bool:
-    """Whether an SAE's config has a k, its own or an inner SAE's: to the others the dial k means nothing."""
+    """Return whether the config of an SAE, or of its inner SAE, has a k. Other SAEs ignore the option k."""
     if not isinstance(sae, DictConfig) or set(sae) == {"_target_"}:
-        return True  # not known
+        return True  # unknown
     return "k" in sae or any(isinstance(node, DictConfig) and "k" in node for node in sae.values())
 
 
 def collect_table(sweep_dir: Path | str) -> pd.DataFrame:
-    """One row a job: `job`, its settings, `status`, then its metrics.
+    """Return a table with one row per started job: `job`, its settings, `status`, then its metrics.
 
-    The settings (every column between `job` and `status`) are the keys that any job overrode, filled in from its config
-    where a job did not, and the resolved sae, k (blank for an SAE that takes none), expansion, n_latents and seed.
-    `status` is that of sweep.py; a job that has not begun has no row. What an SAE scores under its batch-wise rule is
-    in `train_mode/<metric>`.
+    The settings are all columns between `job` and `status`: sae, k (blank for an SAE without k), expansion, n_latents,
+    seed, and every key that at least one job overrode (jobs without that override get the value of their config).
+    Metrics under the batch-wise rule are named `train_mode/<metric>`.
     """
     root = Path(sweep_dir)
     jobs = [read_record(folder) for folder in started_jobs(root)]
@@ -78,17 +78,18 @@ def collect_table(sweep_dir: Path | str) -> pd.DataFrame:
 
 
 def _series(values: list[Any]) -> pd.Series:
-    """Whole numbers stay whole beside a blank: 512, not 512.0."""
+    """Return a Series in which integers stay integers beside missing values: 512, not 512.0."""
     whole = {type(v) for v in values} == {int, type(None)}
     return pd.Series(values, dtype="Int64" if whole else None)
 
 
 def started_jobs(root: Path) -> list[Path]:
-    """The jobs that have a config to show."""
+    """Return the folders of the jobs that have started."""
     return [folder for folder in job_folders(root) if config_file(folder).is_file()]
 
 
 def read_record(folder: Path) -> JobRecord:
+    """Read a run folder."""
     hydra = folder / ".hydra"
     runtime = _load(hydra / "hydra.yaml")
     choices = OmegaConf.select(runtime, "hydra.runtime.choices", throw_on_resolution_failure=False) or {}
@@ -102,10 +103,10 @@ def read_record(folder: Path) -> JobRecord:
 
 
 def read_overrides(path: Path) -> dict[str, Any]:
-    """The overrides of a run; none for one that Python code started, without a command line."""
+    """Return the overrides of a run; empty if it was started from Python."""
     if not path.is_file():
         return {}
-    overrides = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # `lr=${k}` is a text here
+    overrides = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # `lr=${k}` stays a string
     assert isinstance(overrides, list), path
     return parse_overrides([str(o) for o in overrides])
 
@@ -117,13 +118,13 @@ def _load(path: Path) -> DictConfig:
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """`k=8`, `+sae.tied=true`, `sae@sae.inner=topk` → {key: value}, by Hydra's own grammar; `~key` → {"~key": True}."""
+    """Parse overrides like `k=8`, `+sae.tied=true`, `sae@sae.inner=topk` to {key: value}; `~key` → {"~key": True}."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     return {o.get_key_element().lstrip("+"): True if o.is_delete() else o.value() for o in parsed}
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """The numbers of a metrics.json, nested ones as outer/inner; none when the file is not there."""
+    """Return the numbers in a metrics.json, nested ones as outer/inner; empty if there is no file."""
     if not path.is_file():
         return {}
     try:
@@ -141,7 +142,7 @@ def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, floa
 
 
 def _plain(value: Any) -> Any:
-    """A scalar as it is, a list or a mapping as one line of text: what a cell of a table can hold."""
+    """Return a value for a table cell: scalars as they are, lists and mappings as one line of text."""
     if isinstance(value, list | tuple | ListConfig):
         return f"[{','.join(str(_plain(v)) for v in value)}]"
     return str(value) if isinstance(value, dict) else value
@@ -152,25 +153,26 @@ def _number(x: float) -> float:
 
 
 def setting_columns(table: pd.DataFrame) -> list[str]:
-    """The columns that say how a job was set up, as against what came out of it."""
+    """Return the columns that are settings, not metrics."""
     return list(table.columns[1 : table.columns.get_loc("status")])
 
 
 def complete_jobs(table: pd.DataFrame) -> pd.DataFrame:
-    """The complete jobs; of those that agree in every setting, seed included, the first.
+    """Return the complete jobs, without repeats. Of jobs with equal settings, including the seed, the first is kept.
 
-    They are one run repeated, not two samples: so are the jobs of a sweep over a dial that their SAE does not have.
+    Such jobs are the same run, not two samples: for example in a sweep over an option that their SAE does not have.
     """
     done = table[table["status"] == "complete"]
     return done[~done.duplicated(setting_columns(table))]
 
 
 def cell_text(value: Any) -> str:
+    """Format a cell; missing values become a dash."""
     if pd.isna(value):
         return "–"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def named_after_settings(table: pd.DataFrame) -> bool:
-    """Whether every job's folder spells out its overrides, as in `k=8,sae=topk`."""
+    """Return whether all job names are made of overrides, such as `k=8,sae=topk`."""
     return bool(table["job"].str.fullmatch(r"[^/]*=[^/]*").all())

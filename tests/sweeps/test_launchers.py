@@ -68,7 +68,7 @@ def test_parallel_is_a_number_of_groups(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert count_slots("auto") == 1
     assert caplog.messages == [
-        "One of 4 GPUs trains, as Ray is not installed: pip install 'sae-lab[ray]' for all of them."
+        "Using one of 4 GPUs, because Ray is not installed: pip install 'sae-lab[ray]' to use all of them."
     ]
     monkeypatch.setattr("sae_lab.sweeps.gpus.ray_is_installed", lambda: True)
     assert count_slots("auto") == 4

@@ -234,7 +234,7 @@ def test_draw_has_a_figure_for_every_slice_of_the_sweep(sweep):
 
 def test_the_comparisons_draw_both_rules(sweep, monkeypatch):
     lines = []
-    monkeypatch.setattr(plots, "against", lambda table, path, *_: lines.append(set(table["line"])) or path)
+    monkeypatch.setattr(plots, "metrics_against", lambda table, path, *_: lines.append(set(table["line"])) or path)
     draw_sweep(complete_of(sweep), sweep)
     assert all({"TopK", "TopK, batch-wise", "BatchTopK", "BatchTopK, batch-wise"} <= names for names in lines)
 

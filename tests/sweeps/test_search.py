@@ -54,8 +54,8 @@ def test_the_best_run_is_told_as_a_command(tmp_path):
     command = "python -m sae_lab.train sae=vanilla 'lm.sites=["
     (tmp_path / "failed").mkdir()
     folders = [tmp_path / name for name in ("a", "b", "failed")]
-    assert describe_best(folders, 16) == f"The nearest to goal_l0=16, with l0 17.0 and fvu 0.2000:\n{command}b]'"
-    assert describe_best(folders, None) == f"The least fvu, with l0 10.0 and fvu 0.1000:\n{command}a]'"
+    assert describe_best(folders, 16) == f"Best run (closest to goal_l0=16), with l0 17.0 and fvu 0.2000:\n{command}b]'"
+    assert describe_best(folders, None) == f"Best run (lowest fvu), with l0 10.0 and fvu 0.1000:\n{command}a]'"
     assert describe_best(folders[2:], None) is None
     assert search_score({"l0": 10.0, "fvu": 0.5}, 16) == 6
 
@@ -71,7 +71,7 @@ def test_a_search_reaches_its_goal_and_continues(tmp_path):
     l0 = [json.loads((folder / "metrics.json").read_text())["l0"] for folder in folders]
     nearest = min(l0, key=lambda l0: abs(l0 - 40))
     assert math.isclose(nearest, 40, rel_tol=0.05), l0
-    sentence = f"The nearest to goal_l0=40, with l0 {nearest:.1f}"
+    sentence = f"Best run (closest to goal_l0=40), with l0 {nearest:.1f}"
     assert sentence in done.stdout
     assert " k=" in done.stdout.partition(sentence)[2]
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "sweep").glob("*/*/*")}

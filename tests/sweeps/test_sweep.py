@@ -65,7 +65,7 @@ def leave_checkpoint(run: Run, step: int) -> None:
     torch.save({"global_step": step}, run.last_checkpoint)
 
 
-def test_standings(tmp_path):
+def test_status(tmp_path):
     for name in ("complete", "failed", "interrupted"):
         leave_checkpoint(leave_run(tmp_path / name, n_logged=20), step=24)  # which is where the run would go on
     (tmp_path / "complete" / "metrics.json").write_text("{}")
