@@ -1,9 +1,9 @@
-"""Rows of planted features, and whether an SAE finds them.
+"""Synthetic rows with planted features, and whether an SAE finds the features.
 
-Rows are sparse sums of planted directions, in trees: a child is active only where its root is, which is what tempts an
-SAE to merge the two (absorption, Chanin et al. 2024, arXiv 2409.14507; Matryoshka SAEs are to resist: Bussmann et al.
-2025, arXiv 2503.17547). With `n_sites` above one a row's features stand at one site and noise at the others, which a
-router has to find out.
+Rows are sparse sums of planted directions. The features form trees: a child is active only if its root is, which tempts
+an SAE to merge the two (absorption, Chanin et al. 2024, arXiv 2409.14507; Matryoshka SAEs are designed to resist it,
+Bussmann et al. 2025, arXiv 2503.17547). With n_sites > 1 the features of a row are at one site and the other sites hold
+noise, so a router has to find the site.
 """
 
 from dataclasses import dataclass
@@ -24,25 +24,30 @@ from sae_lab.saes.base import BaseSAE
 from sae_lab.training.module import plain_step
 
 FOUND = 0.9
-"""A feature is found where a latent's direction has this cosine with it."""
+"""A feature counts as found if a latent's direction has a cosine above this with it."""
 
 
 class Rows(NamedTuple):
+    """Synthetic activations, and the site of each row's features."""
+
     x: Float[Tensor, "b s d"]
     site: Int[Tensor, " b"]
-    """Where the features of each row stand."""
 
 
 @dataclass(frozen=True)
 class PlantedFeatures:
-    """n_trees roots, each with n_children children; feature i is a root where i < n_trees.
+    """A dictionary of n_trees roots with n_children children each. The first n_trees features are the roots.
 
-    Each tree of a row's site is active with the same probability, its root with strength 1 to 2. With probability
-    n_children / (n_children + 1) one of the children, all alike, is active as well. `active` features are so on
-    average. Tree t belongs to site t mod n_sites.
+    All trees of a row's site are active with the same probability, such that `active` features are active on average.
+    In an active tree the root is active and, with probability n_children / (n_children + 1), one child drawn uniformly.
+    Strengths are uniform in [1, 2]. Tree t belongs to site t mod n_sites.
+
+    Args:
+        active: active features per row, on average.
+        noise: standard deviation of the noise added to each dimension.
 
     Raises:
-        UserError: so many cannot be, not even where all trees of a site always are.
+        UserError: `active` exceeds what a site has if all of its trees are active.
     """
 
     d_in: int
@@ -62,28 +67,29 @@ class PlantedFeatures:
 
     @cached_property
     def directions(self) -> Float[Tensor, "features d"]:
-        """Random unit vectors, each with mean zero over d: normalising a row leaves them as they are."""
+        """Random unit vectors with mean zero over d, so that centering a row does not change them."""
         generator = torch.Generator().manual_seed(self.seed)
         directions = torch.randn(self.n_trees * (1 + self.n_children), self.d_in, generator=generator)
         return F.normalize(directions - directions.mean(dim=-1, keepdim=True), dim=-1)
 
     @property
     def per_tree(self) -> float:
-        """Features that are active of an active tree, on average."""
+        """Active features of an active tree, on average."""
         return 1 + self.n_children / (self.n_children + 1)
 
     @property
     def home(self) -> Int[Tensor, " features"]:
-        """The site of each feature."""
+        """Site of each feature."""
         trees = torch.arange(self.n_trees)
         return torch.cat([trees, trees.repeat_interleave(self.n_children)]) % self.n_sites
 
     def rows(self, n: int, generator: torch.Generator) -> Rows:
+        """Draw n rows."""
         random = partial(torch.rand, generator=generator)
         site = torch.randint(self.n_sites, (n,), generator=generator)
         here = self.home[: self.n_trees] == site.unsqueeze(-1)
         root = here & (random(n, self.n_trees) < self.active * self.n_sites / self.per_tree / self.n_trees)
-        child = (random(n, self.n_trees) * (self.n_children + 1)).long()  # n_children: none
+        child = (random(n, self.n_trees) * (self.n_children + 1)).long()  # n_children means no child
         children = F.one_hot(child, self.n_children + 1)[..., :-1].bool() & root.unsqueeze(-1)
         active = torch.cat([root, children.flatten(1)], dim=1)
         signal = (active * (1 + random(active.shape))) @ self.directions
@@ -101,7 +107,7 @@ def train_on_planted(
     batch_size: int,
     seed: int,
 ) -> None:
-    """Plain training on fresh rows, then the calibration."""
+    """Train on newly drawn rows without Lightning, then calibrate."""
     generator = torch.Generator().manual_seed(seed)
     sae.train()
     for _ in track(range(n_steps), "training on planted features"):
@@ -113,12 +119,18 @@ def train_on_planted(
 
 @torch.no_grad()
 def recovery(sae: BaseSAE, planted: PlantedFeatures, n_rows: int = 8192) -> dict[str, float]:
-    """What of the planted dictionary the SAE has, and how it codes fresh rows under its deployed rule.
+    """Measure how much of the planted dictionary the SAE has, and how it codes new rows under its deployed rule.
 
-    For each feature the largest cosine between it and a latent's decoder direction at its site: `mmcs` is the mean over
-    features, `found` the share above 0.9; both for roots and children by themselves too. `place` of roots and of
-    children: where in the dictionary the found ones' latents stand, 0 first, 1 last, on average: nested dictionaries
-    put what is general first. `routed`: on which share of the rows the site that the SAE covers is the features'.
+    Each feature is matched with the latent whose decoder direction at the feature's site has the largest cosine.
+
+        mmcs     mean of these cosines over the features (mean max cosine similarity)
+        found    share of the features with a cosine above 0.9
+        l0, fvu  on new rows; fvu is that of the features' site
+        routed   routed SAEs: share of the rows for which the router chose the features' site
+
+    `mmcs_roots`, `found_roots`, `mmcs_children` and `found_children` are those of roots and children alone.
+    `place_roots` and `place_children` are the mean positions in the dictionary of the latents of found features, from 0
+    (first) to 1 (last): nested dictionaries put general features first.
     """
     sae.eval()
     decoder = F.normalize(sae.directions(), dim=-1)

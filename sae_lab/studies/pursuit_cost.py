@@ -1,4 +1,4 @@
-"""What a search for codes costs, in encoder products a step."""
+"""Cost of a pursuit, in encoder products per step."""
 
 import statistics
 from typing import Any
@@ -17,7 +17,7 @@ from sae_lab.studies.step_cost import Step, superposed_rows, write_figures
 
 
 def benchmark_pursuit(cfg: DictConfig) -> dict[str, Any]:
-    """A pursuit of one batch, with the Gram matrix and without: the figures, on the screen and in benchmark.json."""
+    """Time a pursuit of one batch with and without the Gram matrix. Prints the figures and writes benchmark.json."""
     keep_freed_memory()
     device = torch.device(resolve_device(cfg.device))
     if cfg.pursuit not in METHODS:

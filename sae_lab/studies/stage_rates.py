@@ -1,14 +1,16 @@
-"""Which stage limits a run, in tokens/s.
+"""Speed of each stage of a run in tokens/s, to see which one limits it.
 
-    forward       the language model alone, stopped at the last site, over tokens in memory
-    harvest       text -> tokens -> language model -> kept activations, as a run streams them
+    forward       the language model, stopped at the last site, on tokens in memory
+    harvest       text -> tokens -> language model -> kept activations, as in a streaming run
     cache write   activations in memory -> shards on disk, each flushed
-    cache read    shards -> shuffled blocks -> batches; the files are warm, as they are for all jobs of a sweep but one
-    step          training step of the SAE on a batch in memory
-    streaming     harvest, shuffle and step: a run by itself
+    cache read    shards -> shuffled blocks -> batches; the files are in the page cache, as for all but the first job of
+                  a sweep
+    step          a training step of the SAE on a batch in memory
+    streaming     harvest, shuffle and step: a streaming run
     cached        cache read and step: a run from the cache
 
-The stages take turns, a slice each, so that a machine that others use slows them alike: trust the ratios.
+The stages alternate, one slice each, so that other load on the machine slows all of them equally. The ratios are more
+reliable than the absolute numbers.
 """
 
 import statistics
@@ -34,16 +36,16 @@ from sae_lab.runtime.screen import console, track
 from sae_lab.studies.step_cost import training_step
 from sae_lab.training.run import build_sae
 
-Stage = Callable[[], int]  # does a slice of work and says how many tokens it was
+Stage = Callable[[], int]  # processes one slice and returns its number of tokens
 
 
 def measure_throughput(cfg: DictConfig) -> dict[str, Any]:
-    """Tokens/s of each stage, on the screen and in throughput.json."""
+    """Measure the tokens/s of each stage. Prints the figures and writes throughput.json."""
     keep_freed_memory()
     data: ActivationData = instantiate(cfg.data, lm=instantiate(cfg.lm))
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=run_dir) as folder:  # on the disk that the cache would be on
+    with tempfile.TemporaryDirectory(dir=run_dir) as folder:  # on the disk of the run folder, not in /tmp
         rates = measure_rates(build_stages(cfg, data, folder), cfg.slices, data.lm.device)
     cuda = data.lm.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
@@ -54,7 +56,7 @@ def measure_throughput(cfg: DictConfig) -> dict[str, Any]:
 
 
 def build_stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str, Stage]:
-    """The stages by name; a slice is `slice_tokens` tokens, or a little more: whole blocks."""
+    """Return the stages by name. A slice is `slice_tokens` tokens, rounded up to whole blocks."""
     block_rows = data.stream.block_rows
     n_batches = -(-cfg.slice_tokens // block_rows) * block_rows // data.batch_size
     n_passes = -(-cfg.slice_tokens // (data.lm_batch_rows * data.seq_len))
@@ -75,7 +77,7 @@ def build_stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str
             batch.copy_(x)
             if train:
                 step()
-        stream.close()  # ends its thread, if it has one
+        stream.close()  # ends its prefetch thread, if it has one
         return n_batches * data.batch_size
 
     return {
@@ -90,7 +92,7 @@ def build_stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str
 
 
 def measure_rates(named: dict[str, Stage], slices: int, device: torch.device) -> dict[str, float]:
-    """Median tokens/s of each stage over its slices, after one that is not counted."""
+    """Return the median tokens/s of each stage over its slices, after one untimed slice."""
     rates: dict[str, list[float]] = {name: [] for name in named}
     for _ in track(range(1 + slices), "measuring"):
         for name, stage in named.items():
@@ -101,7 +103,7 @@ def measure_rates(named: dict[str, Stage], slices: int, device: torch.device) ->
 
 
 def rates_table(figures: dict[str, Any]) -> Table:
-    """A line a stage."""
+    """Return the figures as a table, one line per stage."""
     result = Table(title=f"stages on {figures['device']}", title_justify="left")
     for column in ("stage", "tokens/s", "x forward"):
         result.add_column(column, justify="left" if column == "stage" else "right")

@@ -1,12 +1,14 @@
-"""What a training step costs: the floor, a dense reference, ours, and ours in the Lightning loop.
+"""Cost of a training step: a lower bound, a dense reference, our step, and our step in the Lightning loop.
 
-    floor         one encoder product and one fused Adam step over the same parameters, in the same precision; the
-                  product is the fastest at hand (matmul.py), `torch_floor` has torch's own `x @ W`
-    dense         the step by plain autograd of the dense formula: h whole, torch.topk, five dense products
-    step          ours: forward, losses, backward, projection, optimizer, renormalisation
-    lightning     ours as `train` runs it: SAEModule in its Trainer, from batches in memory
+    floor           one encoder product and one fused Adam step on the same parameters, in the same precision. Uses the
+                    fastest product (ops/matmul.py)
+    torch_floor     the same with torch's own `x @ W`
+    dense           a step by plain autograd of the dense formula: the whole h, torch.topk, five dense products
+    step            our step: forward, losses, backward, projection, optimizer, renormalization
+    lightning_step  our step as `train` runs it: SAEModule in its Trainer, on batches in memory
 
-All are measured in one process and in turns, so that a machine that others use slows them alike: trust the ratios.
+All are measured in one process and alternate, so that other load on the machine slows all of them equally. The ratios
+are more reliable than the absolute numbers.
 """
 
 import resource
@@ -53,9 +55,9 @@ Step = Callable[[], Any]
 
 
 def benchmark_step(cfg: DictConfig) -> dict[str, Any]:
-    """One size and one SAE: its figures, on the screen and in benchmark.json."""
+    """Time the steps for one size and one SAE. Prints the figures and writes benchmark.json."""
     keep_freed_memory()
-    warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # it has none on purpose
+    warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # on purpose
     device = resolve_device(cfg.device)
     x = superposed_rows(cfg.batch_size, cfg.n_sources, cfg.d_in).to(device)
     make = partial(build_sae, cfg, device)
@@ -63,10 +65,10 @@ def benchmark_step(cfg: DictConfig) -> dict[str, Any]:
     ours = training_step(sae, cfg, x)
     for _ in range(WARM):
         ours()
-    peak = peak_memory_mb(device)  # before anything else needs memory: on a CPU it is the process's
+    peak = peak_memory_mb(device)  # before the other steps: on a CPU it is the peak of the whole process
     read = x[:, : sae.n_inputs or cfg.n_sources]
     steps = {"floor": floor_step(cfg, read, linear), "torch_floor": floor_step(cfg, read, F.linear), "step": ours}
-    if cfg.dense and isinstance(sae, LinearSAE) and sae.n_parts == 1:  # the others have no one dense formula
+    if cfg.dense and isinstance(sae, LinearSAE) and sae.n_parts == 1:  # others have no single dense formula
         steps["dense"] = training_step(make(), cfg, x, dense_forward)
     times = time_interleaved(steps, make(), cfg, x)
     figures: dict[str, Any] = {f"{name}_ms": times.get(name) for name in NAMES}
@@ -79,14 +81,14 @@ def benchmark_step(cfg: DictConfig) -> dict[str, Any]:
 
 
 def write_figures(figures: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
-    """The figures with what they are of, as they now stand in benchmark.json."""
+    """Write the figures with their config to benchmark.json, and return both."""
     figures |= {"config": OmegaConf.to_container(cfg, resolve=True)}
     write_json(Path(cfg.run_dir) / "benchmark.json", figures)
     return figures
 
 
 def superposed_rows(n_rows: int, n_sources: int, d_in: int) -> Float[Tensor, "b s d"]:
-    """Rows like a language model's: sparse sums of more directions than dimensions, and a little noise."""
+    """Draw rows that resemble a language model's: sparse sums of more directions than dimensions, with some noise."""
     generator = torch.Generator().manual_seed(0)
     width, n_directions = n_sources * d_in, max(2048, 2 * n_sources * d_in)
     directions = F.normalize(torch.randn(n_directions, width, generator=generator), dim=-1)
@@ -97,7 +99,7 @@ def superposed_rows(n_rows: int, n_sources: int, d_in: int) -> Float[Tensor, "b 
 
 
 def build_sae(cfg: DictConfig, device: str) -> BaseSAE:
-    """The SAE, with the share of dead latents that is asked for, and no others for as long as this runs."""
+    """Build the SAE with `dead_share` of its latents dead, and no others during the measurement."""
     sae: BaseSAE = instantiate(cfg.sae, d_in=cfg.d_in, n_latents=cfg.n_latents, n_sources=cfg.n_sources)
     for part in sae.modules():
         if isinstance(part, LinearSAE):
@@ -105,25 +107,25 @@ def build_sae(cfg: DictConfig, device: str) -> BaseSAE:
             part.dead_after = 10**9
             part.batches_since_fired[dead] = part.dead_after
             with torch.no_grad():
-                part.W_enc[dead] *= 1e-3  # too weak to be among the k largest
+                part.W_enc[dead] *= 1e-3  # too small to be among the k largest
     return sae.to(device)
 
 
 def training_step(
     sae: BaseSAE, cfg: DictConfig, x: Tensor, forward: Callable[[Any, Tensor], SAEOutput] = nn.Module.__call__
 ) -> Step:
-    """A whole training step, as the module does it."""
+    """Return a function that takes a whole training step, as SAEModule does."""
     optimizer = build_optimizer(cfg)([{"params": list(sae.parameters())}])
     return partial(plain_step, sae, optimizer, x, forward, autocast(cfg, x))
 
 
 def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
-    """The optimizer of conf, at a rate that leaves the weights, and with them the work, as they are."""
+    """Return the config's optimizer with a learning rate so small that the weights, and so the work, do not change."""
     return partial(instantiate(cfg.optimizer), lr=1e-7)
 
 
 def dense_forward(sae: LinearSAE, x: Tensor) -> SAEOutput:
-    """The forward pass with h and the code as whole matrices, in plain torch."""
+    """Run the forward pass in plain torch, with h and the code as dense matrices."""
     sae.observe_rows(x)
     read, target = sae.normalize_rows(x)
     inputs, origin, W = sae.encoder(read)
@@ -134,7 +136,7 @@ def dense_forward(sae: LinearSAE, x: Tensor) -> SAEOutput:
 
 
 def dense_code(sae: LinearSAE, h: Float[Tensor, "b f"]) -> Code:
-    """relu(h) with all but the k largest entries zero, of each row or, for a batch-wise rule, on average."""
+    """Keep the k largest entries of relu(h) on each row, or on average over the batch for a batch-wise rule."""
     k = sae.config.get("k")
     if k is None:
         return sae.activate(h)
@@ -144,7 +146,7 @@ def dense_code(sae: LinearSAE, h: Float[Tensor, "b f"]) -> Code:
 
 
 def floor_step(cfg: DictConfig, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Step:
-    """One product x Wᵀ in the precision asked for, and one fused Adam step over as many parameters as an SAE has."""
+    """Return a step of one product x Wᵀ in the given precision and one fused Adam step on the SAE's parameter count."""
     dtype = torch.bfloat16 if cfg.precision == "bf16-mixed" else torch.float32
     rows, W = x.flatten(1).to(dtype), torch.randn(cfg.n_latents, x[0].numel(), device=x.device).to(dtype)
     parameters = nn.Parameter(torch.randn(2 * W.numel(), device=x.device))
@@ -159,15 +161,16 @@ def floor_step(cfg: DictConfig, x: Tensor, product: Callable[[Tensor, Tensor], T
 
 
 def autocast(cfg: DictConfig, x: Tensor) -> AbstractContextManager:
+    """Return the autocast context of the config's precision."""
     mixed = checked_precision("precision", cfg.precision) == "bf16-mixed"
     return torch.autocast(x.device.type, torch.bfloat16, enabled=mixed)
 
 
 class Stream:
-    """Batches for Lightning; between two of them, every other step is timed.
+    """Yields batches for Lightning, and times the other steps between two batches.
 
-    Lightning asks for one batch a step, so the time from handing a batch over to being asked again is that of a step
-    with all that the loop does around it.
+    Lightning asks for one batch per step, so the time from yielding a batch to the next request is that of one step
+    with the overhead of the loop.
     """
 
     def __init__(self, x: Tensor, others: dict[str, Step], repeats: int):
@@ -175,7 +178,7 @@ class Stream:
         self.seconds: dict[str, list[float]] = {name: [] for name in (*others, "lightning_step")}
 
     def __iter__(self) -> Iterator[Tensor]:
-        for _ in range(WARM + self.repeats + 1):  # Lightning takes the first two batches at once
+        for _ in range(WARM + self.repeats + 1):  # Lightning fetches two batches before the first step
             for name, step in self.others.items():
                 start = synchronized_time(self.x.device)
                 step()
@@ -186,7 +189,7 @@ class Stream:
 
 
 def time_interleaved(steps: dict[str, Step], sae: BaseSAE, cfg: DictConfig, x: Tensor) -> dict[str, float]:
-    """Median milliseconds of each step, and of a training step of `sae` in the Lightning loop."""
+    """Return the median milliseconds of each step, and of a training step of `sae` in the Lightning loop."""
     stream = Stream(x, steps, cfg.repeats)
     module = SAEModule(sae, build_optimizer(cfg), partial(instantiate(cfg.schedule), n_steps=10**6))
     n_steps = WARM + cfg.repeats + 1
@@ -198,14 +201,14 @@ def time_interleaved(steps: dict[str, Step], sae: BaseSAE, cfg: DictConfig, x: T
 
 
 def peak_memory_mb(device: str) -> float:
-    """The most memory that was held so far: on the GPU by tensors, on a CPU by the process."""
+    """Return the peak memory so far: of tensors on a GPU, of the process on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def figures_table(figures: dict[str, Any]) -> Table:
-    """The figures, one line a step."""
+    """Return the figures as a table, one line per step."""
     cfg = figures["config"]
     size = ", ".join(f"{key} {cfg[key]}" for key in ("d_in", "n_latents", "k", "batch_size", "precision"))
     title = f"{cfg['sae']['_target_'].rpartition('.')[2]}, {size}, {figures['device']}"
