@@ -21,7 +21,7 @@ from sae_lab.runtime.errors import Interrupted, UserError
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 OmegaConf.register_new_resolver("choices", list_choices, replace=True)
-OmegaConf.register_new_resolver("dials", config_text, replace=True)
+OmegaConf.register_new_resolver("config_text", config_text, replace=True)
 
 # How a command that was stopped goes on; the others start anew.
 CONTINUES = {"train": ": the same command{} continues", "harvest": ": the same command continues"}
