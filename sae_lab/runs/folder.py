@@ -120,7 +120,7 @@ def examine_folder(folder: Path, config: Any, resume: str) -> Run:
     step = 0 if complete else check_readable(checkpoint, "delete it to start again, or type resume=never.")
     if not config_file(folder).is_file():
         raise UserError(f"{folder} has lost its .hydra/config.yaml: put it back, or type resume=never to start again.")
-    refuse_other_config(folder, OmegaConf.to_container(read_config(folder)), config)
+    raise_if_config_differs(folder, OmegaConf.to_container(read_config(folder)), config)
     return Run(folder, step, complete)
 
 
@@ -134,7 +134,7 @@ def clear_folder(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def refuse_other_config(folder: Path, there: Any, here: Any) -> None:
+def raise_if_config_differs(folder: Path, there: Any, here: Any) -> None:
     """Raise a UserError that names the keys that differ, unless all of them may differ (FREE)."""
     theirs, ours = flatten(there), flatten(here)
     by_depth = sorted(theirs | ours, key=lambda k: (k.count("."), k))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sae_lab import load_sae
 from sae_lab.evaluation.evaluator import evaluate
 from sae_lab.runs.config import MOVED, read_config
-from sae_lab.runs.folder import refuse_other_config
+from sae_lab.runs.folder import raise_if_config_differs
 from sae_lab.runs.loading import load_run
 from sae_lab.runtime.errors import UserError
 from sae_lab.training.run import train_run
@@ -85,7 +85,7 @@ def test_every_target_that_moved_can_be_imported_under_its_new_name():
 
 def test_another_target_is_still_refused(folder):
     config = read_config(folder / "finished")
-    refuse_other_config(folder, config, config)
+    raise_if_config_differs(folder, config, config)
     theirs = {"schedule": {"_target_": MOVED["sae_lab.schedule.warmup_decay"]}}
     with pytest.raises(UserError, match=r"schedule\._target_ is sae_lab\.training\.schedule\S+ there and mine"):
-        refuse_other_config(folder, theirs, {"schedule": {"_target_": "mine"}})
+        raise_if_config_differs(folder, theirs, {"schedule": {"_target_": "mine"}})
