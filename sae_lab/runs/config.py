@@ -1,4 +1,4 @@
-"""The config of a run folder, `.hydra/config.yaml`, with today's names for what has moved since it was written."""
+"""The config of a run folder, `.hydra/config.yaml`. A `_target_` that has moved is replaced by its new name."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ MOVED = {
     "sae_lab.schedule.warmup_decay": "sae_lab.training.schedule.warmup_decay",
     "sae_lab.train.build_trainer": "sae_lab.training.trainer.build_trainer",
 }
-"""Old -> new `_target_`. A config may have any of the old ones; an entry stays as long as such runs are to open."""
+"""Old → new `_target_`. Keep an entry as long as runs with the old name must open."""
 
 
 def config_file(folder: Path) -> Path:
+    """Return the path of the config of a run folder."""
     return folder / ".hydra" / "config.yaml"
 
 
