@@ -159,7 +159,8 @@ def layers_and_hooks(sites: Sequence[str], n_inputs: int, every_layer: bool) -> 
 
 def cross_layer_files(sae: Any) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of each file, by file name: encoder and b_dec of layer i, and decoder of its latents."""
-    n, f, d = sae.n_parts, sae.n_latents // sae.n_parts, sae.d_in
+    n, d = sae.layers.n_layers, sae.d_in
+    f = sae.n_latents // n
     with inference_tensors(sae) as t:
         layers = {
             "W_enc": t.take("W_enc", n * f, 1, d).view(n, f, d),

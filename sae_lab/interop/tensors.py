@@ -164,7 +164,7 @@ def check_transcoder(sae: Any, classes: Collection[str], library: str) -> None:
         known = ", ".join(dict.fromkeys(name for names in TRANSCODERS.values() for name in names))
         fix = f"use {' or '.join(formats)}" if formats else f"no format can; there are formats for {known}"
         raise UserError(f"{library} cannot represent a transcoder of class {name}: {fix}.")
-    if sae.n_sources != 2 * sae.n_parts:
+    if sae.n_sources != 2 * sae.layers.n_layers:
         raise UserError(
             f"{library} cannot represent a transcoder from {sae.n_inputs} to {sae.n_sources - sae.n_inputs} sites: "
             "it must read one site and predict one site."
@@ -197,10 +197,10 @@ def fold_normalizer(sae: Any) -> BaseSAE:
     Raises:
         UserError: the normalizer has no scale yet.
     """
-    read = sae.normalizer.divisor().cpu()
-    written = sae.target_normalizer.divisor().cpu() if sae.n_inputs else read
+    read = sae.sources.normalizer.divisor().cpu()
+    written = sae.sources.target_normalizer.divisor().cpu() if sae.n_inputs else read
     raw = BaseSAE.from_config(type(sae).__name__, sae.config | {"normalize": "none", "tied": False})
-    raw.load_state_dict({key: t for key, t in sae.state_dict().items() if "normalizer." not in key})
+    raw.load_state_dict({key: t for key, t in sae.state_dict().items() if not key.startswith("sources.")})
     fold_scale(raw, read, written)
     return raw.eval()
 
@@ -231,8 +231,9 @@ def fold_scale(sae: Any, read: float | Float[Tensor, "r 1"], written: float | Fl
         read: r of the module docstring; one per source that is read, or one for all.
         written: w of the module docstring; one per source that is written, or one for all.
     """
-    by_part = torch.as_tensor(read).view(sae.n_parts, 1, -1, 1)  # a latent reads only the sources of its part
-    sae.W_enc.copy_((sae.W_enc.unflatten(0, (sae.n_parts, -1)) / by_part).flatten(0, 1))
+    n_layers = sae.layers.n_layers
+    by_layer = torch.as_tensor(read).view(n_layers, 1, -1, 1)  # a latent reads only the sources of its layer
+    sae.W_enc.copy_((sae.W_enc.unflatten(0, (n_layers, -1)) / by_layer).flatten(0, 1))
     sae.W_dec *= written
     sae.b_dec *= written
     if sae.skip:

@@ -58,6 +58,10 @@ class BaseSAE(Registered, ABC):
     n_inputs: int = 0
     """How many of the sources, the first ones, are input alone: x_hat is of the others. 0: every source is both."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(rename_old_tensors)
+
     def convert_to(self, cls: type[AnySAE], **changes: Any) -> AnySAE:
         """An SAE of another class with these parameters, and these settings as far as it knows them.
 
@@ -164,6 +168,18 @@ class BaseSAE(Registered, ABC):
             want = f"(b, {s}, {self.d_in})" + (f" or (b, {self.d_in})" if s == 1 else "")
             raise UserError(f"this SAE takes activations of shape {want}, not {tuple(x.shape)}.")
         return y.to(next(self.parameters()).dtype)
+
+
+RENAMED = {"normalizer.": "sources.normalizer.", "target_normalizer.": "sources.target_normalizer."}
+"""The beginnings of an SAE's tensor names in earlier versions, and what they are now."""
+
+
+def rename_old_tensors(sae: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state dict is loaded, rename in place the tensors that an earlier version has saved."""
+    for name in list(state_dict):
+        for old, new in RENAMED.items():
+            if name.startswith(prefix + old):
+                state_dict[prefix + new + name.removeprefix(prefix + old)] = state_dict.pop(name)
 
 
 def check_sizes(sae: BaseSAE, other: BaseSAE) -> None:

@@ -3,14 +3,12 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from sae_lab.ops.sparse import Pattern, SparseCode, attach_encoder_gradient
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.batch_topk import BatchTopKSAE
 from sae_lab.saes.jumprelu import JumpReLUSAE
-from sae_lab.saes.linear import Encoder, LinearSAE
+from sae_lab.saes.linear import LinearSAE
+from sae_lab.saes.parts.layers import CrossLayers
 from sae_lab.saes.parts.unit_norm import divide_by_norm
 from sae_lab.saes.topk import TopKSAE
 
@@ -34,8 +32,7 @@ class CrossLayer(LinearSAE):
         UserError: sources that are not pairs, latents that cannot be shared out, or a setting for plain encoders.
     """
 
-    unwritten: Tensor
-    """(f, L, 1): the layers before a latent's own."""
+    layers: CrossLayers
 
     def __init__(self, n_sources: int, n_latents: int, n_inputs: int | None = None, **linear: Any):
         n_layers = n_sources // 2
@@ -53,35 +50,17 @@ class CrossLayer(LinearSAE):
                 raise UserError(
                     f"sae.{name} does not go with a cross-layer transcoder, whose latents read one layer each."
                 )
-        self.n_parts = n_layers
         super().__init__(n_sources=n_sources, n_latents=n_latents, n_inputs=n_layers, **linear)
-        unwritten = torch.arange(n_layers) < self.layer_of(torch.arange(n_latents)).unsqueeze(1)
-        self.register_buffer("unwritten", unwritten.unsqueeze(-1), persistent=False)
         with torch.no_grad():
-            self.W_dec.masked_fill_(self.unwritten, 0)
+            self.W_dec.masked_fill_(self.layers.unwritten, 0)
             divide_by_norm(self.W_dec, self.decoder_norm)
 
-    def layer_of(self, latents: Int[Tensor, " c"]) -> Int[Tensor, " c"]:
-        return latents // (self.n_latents // self.n_parts)
-
-    def attach_gradients(self, code: SparseCode, encoder: Encoder) -> SparseCode:
-        """As many rows as a row has layers, each with its own input; their entries stand in the same order."""
-        pattern, x = code.pattern, encoder.inputs
-        place = pattern.rows * self.n_parts + self.layer_of(pattern.latents)
-        row_offsets = torch.searchsorted(place, torch.arange(len(x) * self.n_parts + 1, device=place.device))
-        by_layer = SparseCode(Pattern(row_offsets, pattern.latents, self.n_latents), code.values)
-        traced = attach_encoder_gradient(
-            by_layer, x.flatten(0, 1).unsqueeze(1), encoder.origin[:1], encoder.W, self.b_enc
-        )
-        return SparseCode(pattern, traced.values)
-
-    def encoder_rows(self, W: Float[Tensor, "f 1 n"], latents: Int[Tensor, " c"]) -> Float[Tensor, "c r*n"]:
-        rows = W.new_zeros(len(latents), self.n_parts, W.shape[-1])
-        return rows.index_put((torch.arange(len(latents)), self.layer_of(latents)), W[latents, 0]).flatten(1)
+    def build_layers(self) -> CrossLayers:
+        return CrossLayers(self.n_inputs, self.n_latents)
 
     def before_step(self) -> None:
         if self.W_dec.grad is not None:
-            self.W_dec.grad.masked_fill_(self.unwritten, 0)
+            self.W_dec.grad.masked_fill_(self.layers.unwritten, 0)
         super().before_step()
 
 

@@ -2,7 +2,6 @@
 
 import math
 from abc import abstractmethod
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,21 +13,35 @@ from sae_lab.ops.sparse import Code, SparseCode, fired_latents
 from sae_lab.parallel.collectives import on_any_rank
 from sae_lab.runtime.checks import checked_flag, checked_number, checked_word
 from sae_lab.runtime.errors import UserError
-from sae_lab.saes.base import Edit, SAEOutput
-from sae_lab.saes.parts.sources import Transcodable
+from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
+from sae_lab.saes.parts.normalize import Context
+from sae_lab.saes.parts.sources import Sources
 from sae_lab.saes.parts.unit_norm import divide_by_norm, project_gradient
 
 
-class DictionarySAE(Transcodable):
+class DictionarySAE(BaseSAE):
     """x_hat = z W_dec + b_dec [+ x W_skip],   loss = mean (x - x_hat)²
 
     x is the normalised input; a subclass says what z is. Sums over inputs run over sources and dimensions together, so
-    with s > 1 this is a crosscoder; with n_inputs it is a transcoder (see transcoder.py). Each row of W_dec has unit
-    norm over (s, d); the part of its gradient that would change the norm is removed. How a row's norm is shared out
-    among the sources is free: it tells whose feature the latent is. A latent that has not fired in `dead_after`
-    training batches is dead.
+    with s > 1 this is a crosscoder. Each row of W_dec has unit norm over (s, d); the part of its gradient that would
+    change the norm is removed. How a row's norm is shared out among the sources is free: it tells whose feature the
+    latent is. A latent that has not fired in `dead_after` training batches is dead.
+
+    A transcoder reads the first sources of a row, x, and predicts the others, y:
+
+        z = activate(x W_encᵀ [+ b_enc]),   y_hat = z W_dec + b_dec [+ x W_skip],   loss = mean (y - y_hat)² + aux
+
+    Where x is what an MLP reads and y what it writes, latents stand for what the MLP computes, and the weights alone
+    tell what makes them active. Any SAE with a linear encoder is one by sae.n_inputs=1 of two sites. Dunefsky,
+    Chlenski, Nanda 2024, arXiv 2406.11944; the skip connection, which takes over what is linear in x: Paulo, Shabalin,
+    Belrose 2025, arXiv 2501.18823.
 
     Args:
+        d_in: d, the width of an activation.
+        n_latents: f, the size of the dictionary.
+        n_sources: s.
+        n_inputs: how many of them, the first ones, are input alone: x_hat is of the others. 0: every source is both.
+        normalize: `per_token`, `none`, `constant_norm` or `mean_norm` (see parts/normalize.py).
         skip: whether a transcoder's x_hat has x W_skip, which starts at zero.
         seed: of the initial weights, drawn by a generator of this SAE's own.
         dead_after: batches without firing after which a latent is dead.
@@ -38,7 +51,8 @@ class DictionarySAE(Transcodable):
             of one source alone counts for up to sqrt(s) times more against a shared one. Equal where s is 1.
 
     Raises:
-        UserError: an unknown word, a number that cannot be, a skip connection without inputs that x_hat is not of.
+        UserError: an unknown word, a number that cannot be, no source left to predict, units that depend on the row
+            that is predicted, a skip connection without inputs that x_hat is not of.
     """
 
     batches_since_fired: Tensor
@@ -47,21 +61,29 @@ class DictionarySAE(Transcodable):
 
     def __init__(
         self,
+        d_in: int,
+        n_latents: int,
+        n_sources: int = 1,
+        n_inputs: int = 0,
+        normalize: str = "per_token",
         skip: bool = False,
         seed: int = 0,
         dead_after: int = 5,
         decoder_norm: str = "joint",
-        **sources: Any,
     ):
-        super().__init__(**sources)
+        super().__init__()
+        self.d_in, self.n_latents, self.n_sources, self.normalize = d_in, n_latents, n_sources, normalize
+        self.n_inputs = checked_number("sae.n_inputs", n_inputs, 0, whole=True)
+        self.sources = Sources(n_sources, self.n_inputs, normalize)
         self.seed = checked_number("sae.seed", seed, 0, whole=True)
         self.dead_after = checked_number("sae.dead_after", dead_after, 1, whole=True)
         self.decoder_norm = checked_word("decoder_norm", decoder_norm, "joint", "sum")
         self.skip = checked_skip(skip, self.n_inputs)
-        self.W_dec = nn.Parameter(self.draw_weights(self.n_written, torch.Generator().manual_seed(seed)))
+        n_read, n_written = self.sources.n_read, self.sources.n_written
+        self.W_dec = nn.Parameter(self.draw_weights(n_written, torch.Generator().manual_seed(seed)))
         divide_by_norm(self.W_dec, decoder_norm)
-        self.b_dec = nn.Parameter(torch.zeros(self.n_written, self.d_in))
-        self.W_skip = nn.Parameter(torch.zeros(self.n_written * self.d_in, self.n_read * self.d_in)) if skip else None
+        self.b_dec = nn.Parameter(torch.zeros(n_written, d_in))
+        self.W_skip = nn.Parameter(torch.zeros(n_written * d_in, n_read * d_in)) if skip else None
         self.register_buffer("batches_since_fired", torch.zeros(self.n_latents, dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
@@ -74,6 +96,10 @@ class DictionarySAE(Transcodable):
     def encode_normalized(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         """Normalised rows -> code, and the pre-activations that it came from where they exist as a whole."""
 
+    def read(self, x: Tensor) -> tuple[Float[Tensor, "b r d"], Context]:
+        """Raw activations, of all sources or of the inputs alone -> what is read, and what gives x_hat its units."""
+        return self.sources.read(self.as_rows(x, self.sources.n_given(x)))
+
     def code(self, x: Float[Tensor, "b r d"]) -> Code:
         """Normalised rows -> code, in the form that training and evaluation work with."""
         return self.encode_normalized(x)[0]
@@ -81,8 +107,8 @@ class DictionarySAE(Transcodable):
     def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
         rows = self.as_rows(x)
         if self.training:
-            self.observe_rows(rows)
-        read, target = self.normalize_rows(rows)
+            self.sources.observe(rows)
+        read, target = self.sources(rows)
         code, h = self.encode_normalized(read)
         if self.training:
             self.observe(code)
@@ -142,13 +168,16 @@ class DictionarySAE(Transcodable):
         code = self.code(read)
         if edit is not None:
             code = edit(code.to_dense() if isinstance(code, SparseCode) else code)
-        return self.normalizer.undo(self.decode_normalized(code, read), context), code
+        return self.sources.undo(self.decode_normalized(code, read), context), code
 
     def autoencode(self, x: Tensor, edit: Edit | None = None) -> tuple[Tensor, Code]:
         rows = self.as_rows(x)
         x_hat, code = self._predicted(rows, edit)
         whole = torch.cat([rows[:, : self.n_inputs], x_hat], dim=1) if self.n_inputs else x_hat
         return whole.view_as(x).to(x.dtype), code
+
+    def predicted_mask(self, x: Float[Tensor, "b s d"]) -> Bool[Tensor, "b s"] | None:
+        return self.sources.predicted_mask(x)
 
     def directions(self) -> Float[Tensor, "f w d"]:
         return self.W_dec.detach()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lab.ops.auxk import auxk_loss
@@ -15,6 +15,7 @@ from sae_lab.runtime.checks import checked_flag, checked_number, checked_word
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.dictionary import DictionarySAE
+from sae_lab.saes.parts.layers import OneLayer
 from sae_lab.saes.parts.mlp import MLP, checked_widths
 
 
@@ -36,7 +37,7 @@ class LinearSAE(DictionarySAE):
 
     Args:
         encoder_bias: whether h has b_enc.
-        hidden: the widths of the hidden layers of an MLP that adds to h (see saes/mlp.py); empty for none.
+        hidden: the widths of the hidden layers of an MLP that adds to h (see parts/mlp.py); empty for none.
         tied: whether W_enc and W_dec are one parameter: both have unit rows, and their gradients add up. A saved SAE
             holds the two of them, equal, so that a reader need not know.
         frozen_decoder: whether W_dec and b_dec stand still, with whatever norms they have: training learns an encoder
@@ -51,9 +52,6 @@ class LinearSAE(DictionarySAE):
         UserError: an unknown word, a number that cannot be, a hidden layer without units, or a decoder both tied and
             frozen.
     """
-
-    n_parts: int = 1
-    """Into how many equal parts sources and latents are cut, where latents read the sources of their part alone."""
 
     def __init__(
         self,
@@ -82,15 +80,20 @@ class LinearSAE(DictionarySAE):
         self.auxk_selection = checked_word("auxk_selection", auxk_selection, "row", "batch")
         for parameter in (self.W_dec, self.b_dec):
             parameter.requires_grad_(not frozen_decoder)
+        self.layers = self.build_layers()
         generator = torch.Generator().manual_seed(self.seed)
-        W_enc = self.draw_weights(self.n_written, generator)  # what W_dec was drawn as, so that the two agree
+        W_enc = self.draw_weights(self.sources.n_written, generator)  # what W_dec was drawn as, so that the two agree
         if self.n_inputs:
-            W_enc = self.draw_weights(self.n_read // self.n_parts, generator)
+            W_enc = self.draw_weights(self.sources.n_read // self.layers.n_layers, generator)
         self.W_enc = self.W_dec if tied else nn.Parameter(W_enc)
         self.b_enc = nn.Parameter(torch.zeros(self.n_latents)) if encoder_bias else None
-        self.mlp = MLP(self.n_read * self.d_in, self.hidden, self.n_latents) if self.hidden else None
+        self.mlp = MLP(self.sources.n_read * self.d_in, self.hidden, self.n_latents) if self.hidden else None
         if self.mlp is not None:
             self.mlp.initialize(generator)
+
+    def build_layers(self) -> OneLayer:
+        """Which of the sources each latent reads and writes."""
+        return OneLayer()
 
     def start_from(self, other: BaseSAE) -> None:
         if self.tied and not other.config.get("tied"):
@@ -115,12 +118,12 @@ class LinearSAE(DictionarySAE):
 
     def encoder_center(self) -> Float[Tensor, "r d"]:
         """The x whose h is b_enc."""
-        return self.b_dec.new_zeros(self.n_read, self.d_in) if self.n_inputs else self.b_dec
+        return self.b_dec.new_zeros(self.sources.n_read, self.d_in) if self.n_inputs else self.b_dec
 
     def pre_activations(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "b f"]:
         """h, from normalised rows."""
         inputs, origin, W = self.encoder(x)
-        return linear_by_part((inputs - origin).flatten(1), W.flatten(1), self.b_enc, self.n_parts)
+        return linear_by_part((inputs - origin).flatten(1), W.flatten(1), self.b_enc, self.layers.n_layers)
 
     def encode_normalized(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         h = self.pre_activations(x)
@@ -139,14 +142,10 @@ class LinearSAE(DictionarySAE):
             return out.x_hat.new_zeros(())
         inputs, origin, W = self.encoder(out.x)
         x, residual = (inputs - origin).detach().flatten(1), (out.target - out.x_hat).detach().flatten(1)
-        W_enc, W_dec = self.encoder_rows(W, dead), self.W_dec.flatten(1).index_select(0, dead)
+        W_enc, W_dec = self.layers.encoder_rows(W, dead), self.W_dec.flatten(1).index_select(0, dead)
         b_enc = None if self.b_enc is None else self.b_enc[dead]
-        k_aux = self.n_written * self.d_in // 2 if self.k_aux is None else self.k_aux
+        k_aux = self.sources.n_written * self.d_in // 2 if self.k_aux is None else self.k_aux
         return auxk_loss(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch=self.auxk_selection == "batch")
-
-    def encoder_rows(self, W: Float[Tensor, "f _ n"], latents: Int[Tensor, " c"]) -> Float[Tensor, "c r*n"]:
-        """The rows of some latents, as long as all that an encoder reads."""
-        return W.flatten(1).index_select(0, latents)
 
     def after_step(self) -> None:
         if not self.frozen_decoder:

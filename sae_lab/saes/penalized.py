@@ -51,7 +51,7 @@ class PenalizedLinearSAE(LinearSAE):
         dead, alive = self.dead().nonzero().squeeze(-1)[: len(x)], ~self.dead()
         if len(dead) == 0 or not alive.any():
             return []
-        read, target = self.normalize_rows(self.as_rows(x))
+        read, target = self.sources(self.as_rows(x))
         error = target - self.decode_normalized(self.code(read), read)
         drawn = draw_badly_reconstructed(error.square().sum(dim=(1, 2)), len(dead), nth_generator(self.seed, step))
         length = SCALE * self.W_enc[alive].flatten(1).norm(dim=1).mean()

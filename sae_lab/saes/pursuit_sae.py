@@ -61,7 +61,7 @@ class PursuitSAE(DictionarySAE):
         source = require_dictionary(other)
         check_sizes(self, source)
         check_units(self, source)
-        self.normalizer.load_state_dict(source.normalizer.state_dict())
+        self.sources.load_state_dict(source.sources.state_dict())
         self.W_dec.copy_(source.W_dec)
         self.b_dec.copy_(source.b_dec)
         divide_by_norm(self.W_dec, self.decoder_norm)

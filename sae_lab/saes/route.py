@@ -14,7 +14,8 @@ from sae_lab.runtime.checks import checked_number, checked_word
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.seeds import nth_generator
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
-from sae_lab.saes.parts.normalize import Context, build_normalizer
+from sae_lab.saes.parts.normalize import Context
+from sae_lab.saes.parts.sources import Sources
 
 
 class RouteSAE(BaseSAE):
@@ -43,7 +44,7 @@ class RouteSAE(BaseSAE):
         routing: `hard` or `soft`.
         seed: of the router's initial weights; the inner SAE has its own.
         normalize: `per_token`, `none`, `constant_norm` or `mean_norm`, each site by itself, before the router (see
-            saes/normalize.py).
+            parts/normalize.py).
 
     Raises:
         UserError: an unknown word, or an inner SAE that normalises: it would undo the router's weight.
@@ -71,7 +72,7 @@ class RouteSAE(BaseSAE):
         self.aggre = checked_word("aggre", aggre, *self.AGGREGATES)
         self.routing = checked_word("routing", routing, "hard", "soft")
         self.normalize = normalize
-        self.normalizer = build_normalizer(normalize, n_sources)
+        self.sources = Sources(n_sources, normalize=normalize)
         if isinstance(inner, Mapping):
             self.inner = BaseSAE.from_config(inner["class"], inner["config"])
         else:
@@ -100,8 +101,8 @@ class RouteSAE(BaseSAE):
         """`target` and `x_hat` are (b, 1, d): the row, and what the inner SAE makes of it."""
         raw = self.as_rows(x)
         if self.training:
-            self.normalizer.observe(raw)
-        rows, _ = self.normalizer(raw)
+            self.sources.observe(raw)
+        rows, _ = self.sources.read(raw)
         r = self.probabilities(rows)
         return self.inner(weighted_sum(rows, r if self.training and self.routing == "soft" else self.site_weights(r)))
 
@@ -111,7 +112,7 @@ class RouteSAE(BaseSAE):
 
     def route(self, x: Tensor) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b s"], Context]:
         """Raw activations -> the row that is deployed, the weights of the sites in it, and what undoes normalising."""
-        rows, context = self.normalizer(self.as_rows(x))
+        rows, context = self.sources.read(self.as_rows(x))
         weights = self.site_weights(self.probabilities(rows))
         return weighted_sum(rows, weights), weights, context
 
@@ -124,7 +125,7 @@ class RouteSAE(BaseSAE):
     def autoencode(self, x: Tensor, edit: Edit | None = None) -> tuple[Tensor, Code]:
         row, weights, context = self.route(x)
         row_hat, code = self.inner.autoencode(row, edit)
-        x_hat = self.normalizer.undo(row_hat / weights.sum(dim=-1).view(-1, 1, 1), context)
+        x_hat = self.sources.undo(row_hat / weights.sum(dim=-1).view(-1, 1, 1), context)
         return torch.where(weights.unsqueeze(-1) > 0, x_hat.to(x.dtype), self.as_rows(x).to(x.dtype)).view_as(x), code
 
     def directions(self) -> Float[Tensor, "f s d"]:
@@ -135,7 +136,7 @@ class RouteSAE(BaseSAE):
 
     @torch.no_grad()
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
-        self.normalizer.observe(self.as_rows(x))  # routing the first batch takes its scale
+        self.sources.observe(self.as_rows(x))  # routing the first batch takes its scale
         return self.inner.resample(self.route(x)[0])
 
     def before_step(self) -> None:

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.ops.selection import Pieces, Preactivations
-from sae_lab.ops.sparse import Code, SparseCode, attach_encoder_gradient
+from sae_lab.ops.sparse import Code, SparseCode
 from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.errors import UserError
-from sae_lab.saes.linear import Encoder, LinearSAE
+from sae_lab.saes.linear import LinearSAE
 
 
 class SparseLinearSAE(LinearSAE):
@@ -40,7 +40,7 @@ class SparseLinearSAE(LinearSAE):
         super().__init__(auxk_coefficient=auxk_coefficient, **linear)
         self.k, self.k_start = checked_k(k, self.n_latents), k_start
         self.k_warmup = checked_number("sae.k_warmup", k_warmup, 0, whole=True)
-        self._k_start = min(self.n_written * self.d_in, self.n_latents) if k_start is None else k_start
+        self._k_start = min(self.sources.n_written * self.d_in, self.n_latents) if k_start is None else k_start
         checked_k(self._k_start, self.n_latents, "k_start")
 
     @property
@@ -58,12 +58,8 @@ class SparseLinearSAE(LinearSAE):
         encoder = self.encoder(x)
         with torch.no_grad():
             centred = (encoder.inputs - encoder.origin).flatten(1)
-            code = self.select(Preactivations(centred, encoder.W.flatten(1), self.b_enc, self.n_parts))
-        return self.attach_gradients(code, encoder), None
-
-    def attach_gradients(self, code: SparseCode, encoder: Encoder) -> SparseCode:
-        """The code with gradients for the encoder that it came from."""
-        return attach_encoder_gradient(code, *encoder, self.b_enc)
+            code = self.select(Preactivations(centred, encoder.W.flatten(1), self.b_enc, self.layers.n_layers))
+        return self.layers.attach_gradients(code, *encoder, self.b_enc), None
 
     def activate(self, h: Float[Tensor, "b f"]) -> SparseCode:
         with torch.no_grad():

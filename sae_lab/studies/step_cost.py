@@ -68,7 +68,7 @@ def benchmark_step(cfg: DictConfig) -> dict[str, Any]:
     peak = peak_memory_mb(device)  # before the other steps: on a CPU it is the peak of the whole process
     read = x[:, : sae.n_inputs or cfg.n_sources]
     steps = {"floor": floor_step(cfg, read, linear), "torch_floor": floor_step(cfg, read, F.linear), "step": ours}
-    if cfg.dense and isinstance(sae, LinearSAE) and sae.n_parts == 1:  # others have no single dense formula
+    if cfg.dense and isinstance(sae, LinearSAE) and sae.layers.n_layers == 1:  # others have no single dense formula
         steps["dense"] = training_step(make(), cfg, x, dense_forward)
     times = time_interleaved(steps, make(), cfg, x)
     figures: dict[str, Any] = {f"{name}_ms": times.get(name) for name in NAMES}
@@ -126,8 +126,8 @@ def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
 
 def dense_forward(sae: LinearSAE, x: Tensor) -> SAEOutput:
     """Run the forward pass in plain torch, with h and the code as dense matrices."""
-    sae.observe_rows(x)
-    read, target = sae.normalize_rows(x)
+    sae.sources.observe(x)
+    read, target = sae.sources(x)
     inputs, origin, W = sae.encoder(read)
     h = F.linear((inputs - origin).flatten(1), W.flatten(1), sae.b_enc)
     code = dense_code(sae, h)

@@ -13,7 +13,7 @@ X = planted(64)[0] + 0.1
 
 
 def pre_activations(sae) -> torch.Tensor:
-    return sae.pre_activations(sae.normalizer(X)[0]).relu().detach()
+    return sae.pre_activations(sae.sources.normalizer(X)[0]).relu().detach()
 
 
 def test_a_batch_topk_sae_under_the_row_rule_keeps_the_k_largest_of_each_row():

@@ -79,7 +79,7 @@ def test_a_cross_layer_transcoder_computes_the_same_there_and_back(name, normali
 def test_each_layer_has_its_tensors_and_its_scales(tmp_path):
     """A latent's W_enc is divided by the scale of the layer it reads, its W_dec multiplied by those it writes."""
     sae = cross_layer("batch_topk")
-    read, written = sae.normalizer.scale.flatten(), sae.target_normalizer.scale.flatten()
+    read, written = sae.sources.normalizer.scale.flatten(), sae.sources.target_normalizer.scale.flatten()
     assert read[0] > 8 * read[1] > 0
     assert written[1] > 8 * written[0] > 0
     circuit_tracer.write(sae, tmp_path, said(0, 1, 2))

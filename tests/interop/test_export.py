@@ -125,7 +125,7 @@ def test_a_scale_goes_out_in_the_weights_and_stays_in_the_sae(tied, tmp_path):
     sae(100 * planted(64)[0])
     with torch.no_grad():
         sae.b_dec += torch.linspace(-1, 1, 16)
-    before, scale = {name: t.clone() for name, t in sae.state_dict().items()}, sae.normalizer.scale.item()
+    before, scale = {name: t.clone() for name, t in sae.state_dict().items()}, sae.sources.normalizer.scale.item()
     assert scale > 10
     sparsify.write(sae.eval(), tmp_path, PROVENANCE)
     theirs = load_file(tmp_path / "sae.safetensors")
@@ -171,7 +171,7 @@ def test_transcoders_compute_the_same_elsewhere(format, name, said, normalize, s
 def test_the_two_scales_of_a_transcoder_go_out_in_its_weights(tmp_path):
     """s_x divides what it reads, s_y multiplies what it predicts, and W_skip leads from the one to the other."""
     sae = transcoder("topk", "sae.normalize=mean_norm", "sae.skip=true")
-    s_x, s_y = sae.normalizer.scale.item(), sae.target_normalizer.scale.item()
+    s_x, s_y = sae.sources.normalizer.scale.item(), sae.sources.target_normalizer.scale.item()
     assert s_x > 50 * s_y > 0
     sparsify.write(sae, tmp_path, PROVENANCE)
     theirs = load_file(tmp_path / "sae.safetensors")

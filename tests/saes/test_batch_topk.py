@@ -26,7 +26,7 @@ def test_training_keeps_exactly_floor_k_b_entries_whatever_the_axes(shape):
 def test_a_k_as_large_as_the_dictionary_keeps_all_that_is_positive():
     """P-08."""
     sae = BatchTopKSAE(k=64, d_in=16, n_latents=64)
-    torch.testing.assert_close(sae(X).code.to_dense(), sae.pre_activations(sae.normalizer(X)[0]).relu())
+    torch.testing.assert_close(sae(X).code.to_dense(), sae.pre_activations(sae.sources.normalizer(X)[0]).relu())
 
 
 def test_the_first_batch_gives_its_own_quantile_and_the_next_what_exceeds_that():
@@ -35,7 +35,7 @@ def test_the_first_batch_gives_its_own_quantile_and_the_next_what_exceeds_that()
     assert l0_per_row(first).sum() == 4 * 64
     assert sae.threshold.item() == pytest.approx(smallest_positive(first).item())
     threshold = sae.threshold.item()
-    h = sae.pre_activations(sae.normalizer(other)[0])
+    h = sae.pre_activations(sae.sources.normalizer(other)[0])
     torch.testing.assert_close(sae(other).code.to_dense(), h * (h > threshold))
 
 
@@ -56,7 +56,7 @@ def test_the_threshold_becomes_the_quantile_of_the_pre_activations():
     sae = running(quantile_rate=0.05)
     for i in range(200):
         sae(planted(256, seed=i)[0])
-    h = sae.pre_activations(sae.normalizer(planted(50_000, seed=999)[0])[0])
+    h = sae.pre_activations(sae.sources.normalizer(planted(50_000, seed=999)[0])[0])
     quantile = h.relu().flatten().kthvalue(h.numel() - 4 * 50_000 + 1).values
     assert sae.threshold.item() == pytest.approx(quantile.item(), rel=0.01)
 

@@ -52,7 +52,7 @@ def test_values_and_gradients_are_those_of_the_formula(name):
     sae, x = cross_layer(name).double(), rows().double()
     out = sae(x)
     (out.target - out.x_hat).square().mean().backward()
-    sae.W_dec.grad.masked_fill_(sae.unwritten, 0)
+    sae.W_dec.grad.masked_fill_(sae.layers.unwritten, 0)
     code = out.code if isinstance(out.code, torch.Tensor) else out.code.to_dense()
     assert name == "jumprelu" or (code.view(64, 3, PART).any(dim=2).sum(dim=1) < 3).any()
     parameters = [p.detach().clone().requires_grad_() for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)]
@@ -147,7 +147,7 @@ def test_eval_codes_and_folders(name, tmp_path):
     assert type(loaded) is type(sae)
     assert torch.equal(loaded.encode(x)[:5] != 0, sae.encode(x[:5, :3]) != 0)
     assert l0_per_row(loaded.encode(x)).sum() > 0
-    assert torch.equal(loaded.unwritten, sae.unwritten)
+    assert torch.equal(loaded.layers.unwritten, sae.layers.unwritten)
 
 
 @pytest.mark.parametrize(

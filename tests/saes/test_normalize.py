@@ -29,14 +29,14 @@ def test_the_scale_is_the_first_batchs_mean_norm(n_sources):
     sae, x = mean_normed(n_sources=n_sources), shifted(200, n_sources)
     out = sae(x)
     scale = np.sqrt((x.numpy().astype(np.float64) ** 2).sum(-1)).mean(0) / np.sqrt(16)
-    np.testing.assert_allclose(sae.normalizer.scale.squeeze(-1).numpy(), scale, rtol=1e-6)
+    np.testing.assert_allclose(sae.sources.normalizer.scale.squeeze(-1).numpy(), scale, rtol=1e-6)
     np.testing.assert_allclose(out.target.numpy(), x.numpy() / scale[:, None], rtol=1e-5)
     np.testing.assert_allclose(out.target.norm(dim=-1).mean(0), np.full(n_sources, 4), rtol=1e-6)
-    known = sae.normalizer.scale.clone()
+    known = sae.sources.normalizer.scale.clone()
     sae(7 * x)
-    assert torch.equal(sae.normalizer.scale, known)
-    y, context = sae.normalizer(3 * x)
-    torch.testing.assert_close(sae.normalizer.undo(y, context), 3 * x)
+    assert torch.equal(sae.sources.normalizer.scale, known)
+    y, context = sae.sources.normalizer(3 * x)
+    torch.testing.assert_close(sae.sources.normalizer.undo(y, context), 3 * x)
 
 
 @pytest.mark.parametrize("name", SAE_NAMES)
@@ -79,29 +79,42 @@ def test_a_source_that_has_no_norm_is_refused(spoil):
     with pytest.raises(UserError, match="by source: leave out the source that is zero or not finite"):
         sae(x)
     sae(shifted(10, 2))
-    assert (sae.normalizer.scale > 0).all()
+    assert (sae.sources.normalizer.scale > 0).all()
 
 
 def test_the_scale_travels_with_the_weights(tmp_path):
     """P-25: into files, copies, other classes and searches; who takes over the weights measures nothing anew."""
     sae, x = mean_normed(), shifted(64, 1)
     sae(x)
-    scale, x_hat = sae.normalizer.scale.clone(), sae.eval().reconstruct(x)
+    scale, x_hat = sae.sources.normalizer.scale.clone(), sae.eval().reconstruct(x)
     started = mean_normed()
     started.start_from(sae)
     started(100 * x)
     heirs = [load_sae_folder(save_sae(sae, tmp_path)), copy.deepcopy(sae), started, sae.convert_to(BatchTopKSAE)]
     heirs.append(PursuitSAE.of(sae, "gradient_pursuit"))
-    assert all(torch.equal(heir.normalizer.scale, scale) for heir in heirs)
+    assert all(torch.equal(heir.sources.normalizer.scale, scale) for heir in heirs)
     assert torch.equal(heirs[0].reconstruct(x), x_hat)
     assert torch.equal(heirs[1].reconstruct(x), x_hat)
+
+
+@pytest.mark.parametrize("prefix", ["", "inner.", "sae."])
+def test_the_names_of_earlier_versions_are_renamed_on_load(prefix):
+    """Alone, inside a RouteSAE, and inside a LightningModule, whose checkpoint has the prefix `sae.`."""
+    sae = build("topk", "sae.n_inputs=1", "sae.normalize=mean_norm", n_sources=2)
+    sae(shifted(64, 2))
+    old = {f"{prefix}{name.removeprefix('sources.')}": t for name, t in sae.state_dict().items()}
+    assert {f"{prefix}normalizer.scale", f"{prefix}target_normalizer.scale"} <= old.keys()
+    fresh = build("topk", "sae.n_inputs=1", "sae.normalize=mean_norm", n_sources=2)
+    holder = torch.nn.ModuleDict({prefix.rstrip("."): fresh}) if prefix else fresh
+    holder.load_state_dict(old)
+    assert same(snapshot(fresh), snapshot(sae))
 
 
 def test_a_start_before_training_measures_its_own_rows():
     sae = mean_normed()
     sae.start_from(mean_normed())
     sae(shifted(64, 1))
-    assert sae.normalizer.scale.item() == pytest.approx(5, rel=0.05)
+    assert sae.sources.normalizer.scale.item() == pytest.approx(5, rel=0.05)
 
 
 @pytest.mark.parametrize("name", SAE_NAMES)
@@ -119,7 +132,7 @@ def test_a_routed_row_is_undone_by_its_sites_scale():
     at = sae.predicted_mask(x)
     row_hat = sae.inner.decode(sae.encode(x))[:, 0]
     r = sae.route(x)[1].sum(dim=1)
-    expected = row_hat / r.unsqueeze(-1) * sae.normalizer.scale[at.int().argmax(dim=1)]
+    expected = row_hat / r.unsqueeze(-1) * sae.sources.normalizer.scale[at.int().argmax(dim=1)]
     torch.testing.assert_close(sae.reconstruct(x)[at], expected)
 
 

@@ -42,7 +42,7 @@ def test_dead_latents_take_the_direction_of_a_row_and_the_others_stay(name):
     sae = due(name, "sae.hidden=[8]")
     before = {key: tensor.clone() for key, tensor in sae.state_dict().items()}
     rewritten = sae.resample(X)
-    target = sae.normalizer(X)[0] - sae.b_dec.detach()
+    target = sae.sources.normalizer(X)[0] - sae.b_dec.detach()
     cosines = sae.W_dec[:9, 0].detach() @ (target / target.norm(dim=2, keepdim=True))[:, 0].T
     torch.testing.assert_close(cosines.max(dim=1).values, torch.ones(9))
     assert len(cosines.argmax(dim=1).unique()) == 9

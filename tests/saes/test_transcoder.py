@@ -150,7 +150,7 @@ def test_resampling_points_each_side_at_its_own_sources():
     sae.batches_since_fired[:4] = 99
     changed = sae.resample(x)
     assert {id(p) for p, _ in changed} >= {id(sae.W_enc), id(sae.W_dec), id(sae.b_enc)}
-    read, target = sae.normalize_rows(sae.as_rows(x))
+    read, target = sae.sources(sae.as_rows(x))
     towards_x = F.normalize(sae.W_enc[:4].flatten(1), dim=1) @ F.normalize(read.flatten(1), dim=1).T
     towards_y = sae.W_dec[:4].flatten(1) @ F.normalize((target - sae.b_dec).flatten(1), dim=1).T
     assert torch.equal(towards_x.argmax(dim=1), towards_y.argmax(dim=1))

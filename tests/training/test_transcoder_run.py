@@ -48,10 +48,10 @@ def test_metrics_agree_with_plain_pytorch(run_dir, tiny_lm_folder):
     with torch.no_grad():
         mine = {"ce_clean": cross_entropy(lambda x, y: seen.append((x, y)))}
         x, y = (t.flatten(0, 1) for t in seen[0])
-        z = (x / sae.normalizer.scale @ sae.W_enc[:, 0].T + sae.b_enc).relu()
+        z = (x / sae.sources.normalizer.scale @ sae.W_enc[:, 0].T + sae.b_enc).relu()
         z = z * (z >= z.topk(16).values[:, -1:])
-        y_hat = z @ sae.W_dec[:, 0] + sae.b_dec[0] + x / sae.normalizer.scale @ sae.W_skip.T
-        y_hat *= sae.target_normalizer.scale
+        y_hat = z @ sae.W_dec[:, 0] + sae.b_dec[0] + x / sae.sources.normalizer.scale @ sae.W_skip.T
+        y_hat *= sae.sources.target_normalizer.scale
         mine |= {
             "fvu": ((y - y_hat).square().sum() / (y - y.mean(0)).square().sum()).item(),
             "l0": (z > 0).sum(-1).float().mean().item(),

@@ -1,75 +1,70 @@
-"""Which sources of a row an SAE reads and which it predicts, in what units: SAEs, crosscoders and transcoders."""
+"""Which sources of a row an SAE reads and which it predicts, and in what units."""
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.errors import UserError
-from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.parts.normalize import NORMALIZERS, Context, build_normalizer
 
 
-class Transcodable(BaseSAE):
-    """An SAE reads all sources of a row and gives them back; a transcoder reads the first, x, and predicts the others:
+class Sources(nn.Module):
+    """The r sources that are read, the w sources that are predicted, and their normalizers.
 
-    z = activate(x W_encᵀ [+ b_enc]),   y_hat = z W_dec + b_dec [+ x W_skip],   loss = mean (y - y_hat)² + aux
-
-    Where x is what an MLP reads and y what it writes, latents stand for what the MLP computes, and the weights alone
-    tell what makes them active. Any SAE with a linear encoder is one by sae.n_inputs=1 of two sites. Dunefsky,
-    Chlenski, Nanda 2024, arXiv 2406.11944; the skip connection, which takes over what is linear in x: Paulo, Shabalin,
-    Belrose 2025, arXiv 2501.18823.
+    An SAE reads all s sources and predicts the same ones: r = w = s. A transcoder reads the first r = n_inputs and
+    predicts the w = s - r others; the two groups have a normalizer each.
 
     Args:
-        d_in: d, the width of an activation.
-        n_latents: f, the size of the dictionary.
         n_sources: s.
-        n_inputs: how many of them, the first ones, are input alone: x_hat is of the others. 0: every source is both.
-        normalize: `per_token`, `none`, `constant_norm` or `mean_norm` (see saes/normalize.py).
+        n_inputs: how many sources, the first ones, are only read. 0: every source is read and predicted.
+        normalize: a key of NORMALIZERS.
 
     Raises:
-        UserError: an unknown word, no source left to predict, or units that depend on the row that is predicted.
+        UserError: no source is left to predict, or the scale of the predicted rows could not be known without them.
     """
 
-    def __init__(self, d_in: int, n_latents: int, n_sources: int = 1, n_inputs: int = 0, normalize: str = "per_token"):
+    def __init__(self, n_sources: int = 1, n_inputs: int = 0, normalize: str = "per_token"):
         super().__init__()
-        self.d_in, self.n_latents, self.n_sources, self.normalize = d_in, n_latents, n_sources, normalize
-        self.n_inputs = checked_inputs(n_inputs, n_sources, normalize)
-        self.n_read, self.n_written = self.n_inputs or n_sources, n_sources - self.n_inputs
+        check_inputs(n_inputs, n_sources, normalize)
+        self.n_sources, self.n_inputs = n_sources, n_inputs
+        self.n_read, self.n_written = n_inputs or n_sources, n_sources - n_inputs
         self.normalizer = build_normalizer(normalize, self.n_read)
         self.target_normalizer = build_normalizer(normalize, self.n_written) if n_inputs else None
 
-    def observe_rows(self, rows: Float[Tensor, "b s d"]) -> None:
-        """Before the forward pass of a training batch: let the normalisers take from it what they need."""
+    def observe(self, rows: Float[Tensor, "b s d"]) -> None:
+        """Before the forward pass of a training batch: let the normalizers take from it what they need."""
         self.normalizer.observe(rows[:, : self.n_read])
         if self.target_normalizer is not None:
             self.target_normalizer.observe(rows[:, self.n_inputs :])
 
-    def normalize_rows(self, rows: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b r d"], Float[Tensor, "b w d"]]:
-        """What is read, and what x_hat is judged against."""
+    def forward(self, rows: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b r d"], Float[Tensor, "b w d"]]:
+        """Normalize what is read and what x_hat is compared with."""
         read, _ = self.normalizer(rows[:, : self.n_read])
         return read, read if self.target_normalizer is None else self.target_normalizer(rows[:, self.n_inputs :])[0]
 
-    def read(self, x: Tensor) -> tuple[Float[Tensor, "b r d"], Context]:
-        """Raw activations, of all sources or of the inputs alone -> what is read, and what gives x_hat its units."""
+    def n_given(self, x: Tensor) -> int:
+        """The number of sources that x is meant to have: a transcoder's inputs may come alone."""
         alone = self.n_inputs > 0 and (x.ndim == 2 or x.shape[1] == self.n_inputs)
-        rows = self.as_rows(x, self.n_inputs) if alone else self.as_rows(x)[:, : self.n_read]
-        read, context = self.normalizer(rows)
+        return self.n_inputs if alone else self.n_sources
+
+    def read(self, rows: Float[Tensor, "b s_or_r d"]) -> tuple[Float[Tensor, "b r d"], Context]:
+        """Normalize what is read; the context gives x_hat its units."""
+        read, context = self.normalizer(rows[:, : self.n_read])
         return read, context if self.target_normalizer is None else self.target_normalizer.constant()
 
-    def predicted_mask(self, x: Tensor) -> Bool[Tensor, "b s"] | None:
+    def undo(self, x_hat: Float[Tensor, "b w d"], context: Context) -> Float[Tensor, "b w d"]:
+        """x_hat in raw units."""
+        return self.normalizer.undo(x_hat, context)
+
+    def predicted_mask(self, x: Float[Tensor, "b s d"]) -> Bool[Tensor, "b s"] | None:
+        """True at the predicted sources of each row; None where all are predicted."""
         if not self.n_inputs:
             return None
         return (torch.arange(self.n_sources, device=x.device) >= self.n_inputs).expand(len(x), -1)
 
 
-def checked_inputs(n_inputs: int, n_sources: int, normalize: str) -> int:
-    """n_inputs, if it leaves a source to predict, in units that do not depend on the row that is predicted.
-
-    Raises:
-        UserError: it does not.
-    """
-    n_inputs = checked_number("sae.n_inputs", n_inputs, 0, whole=True)
+def check_inputs(n_inputs: int, n_sources: int, normalize: str) -> None:
+    """Raise a UserError unless a source is left to predict, in units that do not depend on the predicted row."""
     if n_inputs and n_inputs >= n_sources:
         raise UserError(
             f"sae.n_inputs={n_inputs} of {n_sources} sites leaves none to predict: give lm.sites=[<what is read>,"
@@ -80,4 +75,3 @@ def checked_inputs(n_inputs: int, n_sources: int, normalize: str) -> int:
             f"sae.normalize={normalize} takes the scale of what is predicted from itself: give a transcoder "
             "sae.normalize=mean_norm or none."
         )
-    return n_inputs
