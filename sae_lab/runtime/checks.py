@@ -1,61 +1,83 @@
-"""Validation of settings. Each error message says what the value must be."""
+"""Settings checked by the annotations of the function that takes them."""
 
-import math
-from typing import Any
+import functools
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, get_type_hints
 
-from sae_lab.runtime.errors import UserError
+from omegaconf import DictConfig
+
+from sae_lab.runtime.annotations import describe_mistake, is_setting, validator
+from sae_lab.runtime.errors import SettingError
+
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 
-def checked_word(name: str, word: str, *known: str) -> str:
-    """Return `word`, the value of the setting `name`, if it is one of the known words.
+def check_arguments(function: AnyFunction) -> AnyFunction:
+    """Check the settings among a function's arguments in every call, as their annotations say (see annotations.py).
+
+        @check_arguments
+        def __init__(self, k_warmup: Annotated[int, Ge(0)] = 0, auxk_selection: Literal["row", "batch"] = "row"): ...
+
+    Arguments of other types, defaults, `*args` and `**kwargs` are left alone. The calls raise a SettingError where a
+    value does not fit, and Python's own TypeError where an argument is unknown or missing.
+    """
+    signature = inspect.signature(function)
+    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    single = [name for name, parameter in signature.parameters.items() if parameter.kind not in many]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # Python says what is wrong
+        given.arguments |= check_values(function, {n: v for n, v in given.arguments.items() if n in single})
+        return function(*given.args, **given.kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+def check_config(cfg: DictConfig, function: Callable[..., Any]) -> None:
+    """Check those keys of a config that are settings of a function, and make ints of its whole floats.
+
+    For a check before what takes long, or of settings that no function takes: a TypedDict has annotations as well.
 
     Raises:
-        UserError: it is not.
+        SettingError: a value does not fit.
     """
-    if word not in known:
-        raise UserError(f"sae.{name}={word} is not known: choose one of {', '.join(known)}.")
-    return word
+    given = {name: cfg[name] for name in settings_of(function) if name in cfg}
+    for name, value in check_values(function, given).items():
+        if type(value) is not type(given[name]):
+            cfg[name] = value
 
 
-def checked_number(
-    name: str,
-    value: Any,
-    at_least: float = -math.inf,
-    *,
-    above: float = -math.inf,
-    at_most: float = math.inf,
-    whole: bool = False,
-    optional: bool = False,
-) -> Any:
-    """Return `value`, of the setting `name`, if it is a finite number within the bounds, or None if it is optional.
+@functools.cache
+def settings_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The names and annotations of the settings among a function's arguments."""
+    hints = get_type_hints(function, include_extras=True)
+    return {name: hint for name, hint in hints.items() if is_setting(hint) and name != "return"}
 
-    With `whole`, returns an int (YAML reads 1e3 as a float).
+
+def check_values(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those values that are settings of the function, as its annotations mean them."""
+    settings = settings_of(function)
+    return {name: check_value(name, value, settings[name]) for name, value in values.items() if name in settings}
+
+
+def check_value(name: str, value: Any, annotation: Any) -> Any:
+    """The value of the setting `name`, as its annotation means it.
 
     Raises:
-        UserError: it is not, or `whole` is set and it has a fractional part.
+        SettingError: it does not fit.
     """
-    if value is None and optional:
-        return None
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if number and at_least <= value <= at_most and value > above and not (whole and value != int(value)):
-        return int(value) if whole else value
-    bounds = {
-        "of at least": at_least,
-        "above": above,
-        "of at most" if math.isinf(max(at_least, above)) else "and at most": at_most,
-    }
-    wanted = " ".join(f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound))
-    given = "null" if value is None else value
-    number_wanted = f"{'whole ' if whole else ''}number {wanted}".strip()
-    raise UserError(f"{name}={given} must be {'null or ' if optional else ''}a {number_wanted}.")
+    try:
+        return validator(annotation)(value)
+    except ValueError:
+        raise SettingError(f"{{{name}}}={show(value)} {describe_mistake(annotation)}.") from None
 
 
-def checked_flag(name: str, value: Any) -> bool:
-    """Return `value`, of the setting `name`, if it is true or false.
-
-    Raises:
-        UserError: it is not. (Any non-empty string would count as true.)
-    """
-    if not isinstance(value, bool):
-        raise UserError(f"{name}={'null' if value is None else value} must be true or false.")
-    return value
+def show(value: Any) -> str:
+    """A value as YAML writes it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
