@@ -11,7 +11,7 @@ from sae_lab.evaluation.rules import evaluate_under
 from sae_lab.ops.pursuit import METHODS
 from sae_lab.runs.loading import load_run
 from sae_lab.runs.results import write_metrics, write_results
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import UserError, settings_under
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import print_files, print_metrics
@@ -24,7 +24,8 @@ def compare(sae: BaseSAE, encoder: str, k: int | None, data: ActivationData, fol
     """The SAE's own encoder and a pursuit of its dictionary, side by side in a file of their own, with rows/s."""
     if encoder not in METHODS:
         raise UserError(f"encoder={encoder} is not known: choose own or one of {', '.join(METHODS)}.")
-    pursuit = PursuitSAE.of(sae, encoder, k)
+    with settings_under("pursuit"):
+        pursuit = PursuitSAE.of(sae, encoder, k)
     evaluations = evaluate_all({"own": sae, encoder: pursuit}, data)
     metrics = {name: {"rows_per_second": e.rows_per_second} | e.metrics for name, e in evaluations.items()}
     metrics[encoder]["k"] = pursuit.k

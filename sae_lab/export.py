@@ -6,17 +6,18 @@ from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point, folder_from
 from sae_lab.runs.export import export_run, push_to_hub
-from sae_lab.runtime.checks import checked_flag
+from sae_lab.runtime.checks import check_config
 from sae_lab.runtime.screen import print_files
 
 
 @entry_point("export")
 def main(cfg: DictConfig) -> None:
-    run_dir, private = folder_from(cfg, "run_dir"), checked_flag("private", cfg.private)
+    check_config(cfg, push_to_hub)
+    run_dir = folder_from(cfg, "run_dir")
     out = Path(cfg.out or run_dir / "export" / str(cfg.format))
     print_files(export_run(run_dir, cfg.format, out))
     if cfg.push_to_hub:
-        print(push_to_hub(out, cfg.push_to_hub, private))
+        print(push_to_hub(out, cfg.push_to_hub, cfg.private))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Write a searchable page about a run's latents: `python -m sae_lab.features run_dir=outputs/...`."""
 
+from typing import Annotated, TypedDict
+
+from annotated_types import Ge
 from omegaconf import DictConfig
 
-from sae_lab.cli.entry import check_whole_numbers, entry_point, folder_from
+from sae_lab.cli.entry import entry_point, folder_from
 from sae_lab.evaluation.latents import (
     choose_latents,
     describe_activations,
@@ -12,17 +15,27 @@ from sae_lab.evaluation.latents import (
 )
 from sae_lab.plots.feature_page import write_page
 from sae_lab.runs.loading import load_run
+from sae_lab.runtime.checks import check_config
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import print_files
 
-LEAST = {"n_latents": 1, "n_tokens": 1, "n_top": 0, "n_random": 0, "context": 0, "n_logits": 0, "n_neighbours": 0}
-"""What each number of conf/features.yaml must be at least."""
+
+class Dials(TypedDict):
+    """The numbers of conf/features.yaml."""
+
+    n_latents: Annotated[int, Ge(1)]
+    n_tokens: Annotated[int, Ge(1)]
+    n_top: Annotated[int, Ge(0)]
+    n_random: Annotated[int, Ge(0)]
+    context: Annotated[int, Ge(0)]
+    n_logits: Annotated[int, Ge(0)]
+    n_neighbours: Annotated[int, Ge(0)]
 
 
 @entry_point("features")
 def main(cfg: DictConfig) -> None:
     run_dir = folder_from(cfg, "run_dir")
-    check_whole_numbers(cfg, LEAST)
+    check_config(cfg, Dials)
     keep_freed_memory()
     sae, data, _ = load_run(run_dir, cfg.device)
     latents = choose_latents(sae, cfg.latents, cfg.n_latents)

@@ -1,11 +1,12 @@
 """A language model -> activations on disk: `python -m sae_lab.harvest n_tokens=2_000_000 cache_dir=outputs/cache`."""
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.cache.writer import CacheWriter
-from sae_lab.cli.entry import check_whole_numbers, entry_point
+from sae_lab.cli.entry import entry_point
+from sae_lab.runtime.build import build
+from sae_lab.runtime.checks import check_config
 from sae_lab.runtime.memory import keep_freed_memory
 
 
@@ -13,8 +14,8 @@ from sae_lab.runtime.memory import keep_freed_memory
 def main(cfg: DictConfig) -> None:
     """Build the cache, or what is missing of it; `verify=true` only checks it, `rebuild=true` also mends it."""
     keep_freed_memory()
-    check_whole_numbers(cfg, {"n_tokens": 1, "shard_tokens": 1})
-    data: ActivationData = instantiate(cfg.data, lm=instantiate(cfg.lm))
+    check_config(cfg, CacheWriter.__init__)  # before the language model is loaded
+    data: ActivationData = build(cfg, "data", lm=build(cfg, "lm"))
     harvester = CacheWriter(data, cfg.cache_dir, cfg.n_tokens, cfg.shard_tokens, cfg.dtype)
     if cfg.verify:
         harvester.verify()

@@ -1,14 +1,25 @@
 """Measure which stage limits a run, in tokens/s: `python -m sae_lab.throughput lm=... data=... sae=...`."""
 
+from typing import Annotated, TypedDict
+
+from annotated_types import Ge
 from omegaconf import DictConfig
 
-from sae_lab.cli.entry import check_whole_numbers, entry_point
+from sae_lab.cli.entry import entry_point
+from sae_lab.runtime.checks import check_config
 from sae_lab.studies.stage_rates import measure_throughput
+
+
+class Dials(TypedDict):
+    """What is measured, in conf/throughput.yaml."""
+
+    slice_tokens: Annotated[int, Ge(1)]
+    slices: Annotated[int, Ge(1)]
 
 
 @entry_point("throughput")
 def main(cfg: DictConfig) -> None:
-    check_whole_numbers(cfg, {"slice_tokens": 1, "slices": 1})
+    check_config(cfg, Dials)
     measure_throughput(cfg)
 
 

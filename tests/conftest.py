@@ -14,9 +14,9 @@ import hydra
 import pytest
 from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import instantiate
 
 from sae_lab.cli.help import CONF
+from sae_lab.runtime.build import build as build_node
 from sae_lab.saes.base import BaseSAE
 
 torch.set_num_threads(1)
@@ -36,7 +36,7 @@ def compose(*overrides: str, config_name: str = "train"):
 def build(name: str, *overrides: str, d_in: int = 16, n_latents: int = 64, n_sources: int = 1) -> BaseSAE:
     """The SAE of conf/sae/<name>.yaml at small sizes."""
     cfg = compose(f"sae={name}", "k=4", *overrides)
-    return instantiate(cfg.sae, d_in=d_in, n_latents=n_latents, n_sources=n_sources)
+    return build_node(cfg, "sae", d_in=d_in, n_latents=n_latents, n_sources=n_sources)
 
 
 def dictionary(sae: BaseSAE) -> BaseSAE:

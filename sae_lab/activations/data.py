@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from threading import Lock
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
+from annotated_types import Ge
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,8 +19,8 @@ from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import LMSource, SharedSource, Source
 from sae_lab.lm.base import LanguageModel
 from sae_lab.parallel.collectives import rank, rank_share, world_size
-from sae_lab.runtime.checks import checked_flag, checked_number
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents
 from sae_lab.text.rows import TextRows, take_rows
 
@@ -73,46 +74,46 @@ class ActivationData(L.LightningDataModule):
         UserError: there are fewer tokens than one batch, or no position of a row is left after the exclusions.
     """
 
+    @check_arguments
     def __init__(
         self,
         lm: LanguageModel,
         documents: Callable[[str], Documents] | None,
         *,
-        seq_len: int,
-        batch_size: int,
-        n_tokens: int,
-        block_tokens: int,
-        lm_batch_rows: int,
+        seq_len: Annotated[int, Ge(2)],
+        batch_size: Annotated[int, Ge(1)],
+        n_tokens: Annotated[int, Ge(1)],
+        block_tokens: Annotated[int, Ge(1)],
+        lm_batch_rows: Annotated[int, Ge(1)],
         exclude_bos: bool,
-        exclude_first: int,
+        exclude_first: Annotated[int, Ge(0)],
         pack: bool,
-        prefetch: bool | str,
+        prefetch: bool | Literal["auto"],
         repeat: bool,
-        n_eval_tokens: int,
-        n_val_tokens: int,
-        seed: int,
+        n_eval_tokens: Annotated[int, Ge(1)],
+        n_val_tokens: Annotated[int, Ge(1)],
+        seed: Annotated[int, Ge(0)],
     ):
         super().__init__()
-        sizes = {"n_tokens": n_tokens, "batch_size": batch_size, "data.block_tokens": block_tokens}
-        for name, size in (sizes | {"data.lm_batch_rows": lm_batch_rows, "data.n_eval_tokens": n_eval_tokens}).items():
-            checked_number(name, size, 1, whole=True)
         if lm.context is not None and seq_len > lm.context:
-            raise UserError(f"seq_len={seq_len} is longer than the context of {lm.name}: give {lm.context} or less.")
-        for name, flag in {"repeat": repeat, "pack": pack}.items():
-            checked_flag(f"data.{name}", flag)
-        if not isinstance(prefetch, bool) and prefetch != "auto":
-            raise UserError(f"data.prefetch={prefetch} is not known: choose true, false or auto.")
+            raise SettingError(
+                f"{{seq_len}}={seq_len} is longer than the context of {lm.name}: give {lm.context} or less."
+            )
         if n_tokens < batch_size:
-            raise UserError(f"n_tokens={n_tokens} is less than one batch of batch_size={batch_size}: raise n_tokens.")
+            raise SettingError(
+                f"{{n_tokens}}={n_tokens} is less than one batch of {{batch_size}}={batch_size}: raise {{n_tokens}}."
+            )
         if exclude_first + exclude_bos >= seq_len:
-            raise UserError(f"data.exclude_first={exclude_first} leaves nothing of a row of seq_len={seq_len} tokens.")
+            raise SettingError(
+                f"{{exclude_first}}={exclude_first} leaves nothing of a row of {{seq_len}}={seq_len} tokens."
+            )
         self.lm, self.documents, self.seed, self.repeat, self.pack = lm, documents, seed, repeat, pack
-        self.seq_len, self.batch_size, self.n_tokens = seq_len, batch_size, int(n_tokens)
+        self.seq_len, self.batch_size, self.n_tokens = seq_len, batch_size, n_tokens
         # Activations after the run's last batch are never used, so a short run does not wait for a full block.
-        self.block_tokens = min(int(block_tokens), math.ceil(n_tokens / batch_size) * batch_size)
+        self.block_tokens = min(block_tokens, math.ceil(n_tokens / batch_size) * batch_size)
         self.lm_batch_rows = lm_batch_rows
         self.exclude_bos, self.exclude_first = exclude_bos, exclude_first
-        self.n_eval_tokens, self.n_val_tokens = int(n_eval_tokens), int(n_val_tokens)
+        self.n_eval_tokens, self.n_val_tokens = n_eval_tokens, n_val_tokens
         self.prefetch = prefetch is True or (prefetch == "auto" and lm.device.type == "cuda")
         self.lm_turn = Lock()
         self.stream = self.new_stream(self.prefetch)

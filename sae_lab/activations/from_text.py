@@ -2,40 +2,48 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.lm.base import LanguageModel
+from sae_lab.runtime.checks import check_arguments
 from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments
-from sae_lab.text.corpora import FileDocuments, HubDocuments
+from sae_lab.text.corpora import FileDocuments, Globs, HubDocuments
 
 
-def stdlib(lm: LanguageModel, seed: int, held_out_every: int, **stream: Any) -> ActivationData:
+@check_arguments
+def stdlib(lm: LanguageModel, seed: int, held_out_every: Annotated[int, Ge(2)], **stream: Any) -> ActivationData:
     """Return activations on the source of Python's standard library (`data=stdlib`)."""
     documents = partial(StdlibDocuments, seed=seed, held_out_every=held_out_every)
     return ActivationData(lm, documents, seed=seed, **stream)
 
 
-def disassembly(lm: LanguageModel, seed: int, held_out_every: int, mixed: bool, **stream: Any) -> ActivationData:
+@check_arguments
+def disassembly(
+    lm: LanguageModel, seed: int, held_out_every: Annotated[int, Ge(2)], mixed: bool, **stream: Any
+) -> ActivationData:
     """Return activations on bytecode listings of Python's standard library (`data=disassembly`)."""
     documents = partial(DisassembledStdlib, seed=seed, held_out_every=held_out_every, mixed=mixed)
     return ActivationData(lm, documents, seed=seed, **stream)
 
 
+@check_arguments
 def text_files(
     lm: LanguageModel,
-    paths: Sequence[str] | str,
+    paths: Globs,
     column: Sequence[str] | str | None,
     seed: int,
-    held_out_every: int,
+    held_out_every: Annotated[int, Ge(2)],
     **stream: Any,
 ) -> ActivationData:
     """Return activations on local files: txt, md, jsonl, csv or parquet (`data=text_files`)."""
-    paths = list(paths) if isinstance(paths, Sequence) and not isinstance(paths, str) else paths
     documents = partial(FileDocuments, paths, column=column, seed=seed, held_out_every=held_out_every)
     return ActivationData(lm, documents, seed=seed, **stream)
 
 
+@check_arguments
 def hub(
     lm: LanguageModel,
     path: str,
@@ -43,7 +51,7 @@ def hub(
     hub_split: str,
     column: Sequence[str] | str | None,
     seed: int,
-    held_out_documents: int,
+    held_out_documents: Annotated[int, Ge(1)],
     revision: str | None,
     **stream: Any,
 ) -> ActivationData:

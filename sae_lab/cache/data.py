@@ -13,6 +13,7 @@ from sae_lab.cache.key import lm_key
 from sae_lab.cache.reader import Cache, CachedSource
 from sae_lab.cache.shards import refuse_other
 from sae_lab.lm.base import LanguageModel
+from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
 
 
@@ -36,6 +37,7 @@ class CachedData(ActivationData):
     # dtype and different kernels stay below it.
     TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
+    @check_arguments
     def __init__(self, lm: LanguageModel, path: str, **stream: Any):
         self.cache = Cache(path)
         super().__init__(lm, documents=None, **stream)

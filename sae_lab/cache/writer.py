@@ -3,9 +3,10 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.prefetch import PrefetchedSource
@@ -13,6 +14,7 @@ from sae_lab.activations.source import Chunk, Source
 from sae_lab.cache.key import data_key, lm_key
 from sae_lab.cache.shards import HELD_OUT_FILE, Manifest, Shard, find_damaged, refuse_other, write_held_out, write_shard
 from sae_lab.cache.store import Store
+from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.screen import TokenProgress
 from sae_lab.text.documents import HELD_OUT, TRAIN
@@ -37,12 +39,18 @@ class CacheWriter:
         UserError: the folder holds another cache or cannot be written; there is no text; activations overflow `dtype`.
     """
 
-    def __init__(self, data: ActivationData, path: str, n_tokens: int, shard_tokens: int, dtype: str = "auto"):
+    @check_arguments
+    def __init__(
+        self,
+        data: ActivationData,
+        path: str,
+        n_tokens: Annotated[int, Ge(1)],
+        shard_tokens: Annotated[int, Ge(1)],
+        dtype: Literal["float32", "float16", "bfloat16", "auto"] = "auto",
+    ):
         self.data, self.store = data, Store(path)
         self.n_tokens, self.shard_tokens = n_tokens, shard_tokens
         lm_dtype: torch.dtype = next(data.lm.model.parameters()).dtype
-        if dtype not in ("auto", "float32", "float16", "bfloat16"):
-            raise UserError(f"dtype={dtype} is not known: choose float32, float16, bfloat16 or auto.")
         self.dtype = lm_dtype if dtype == "auto" else getattr(torch, dtype)
         size = {"n_tokens": n_tokens, "dtype": str(self.dtype).removeprefix("torch.")}
         self.key = lm_key(data.lm) | data_key(data) | size

@@ -4,7 +4,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lab.cli.explain import explain
 from sae_lab.cli.folder_names import folder_name
 from sae_lab.cli.help import CONF, config_text, list_choices
-from sae_lab.runtime.checks import checked_number
 from sae_lab.runtime.errors import Interrupted, UserError
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
@@ -78,12 +77,6 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         return main
 
     return decorate
-
-
-def check_whole_numbers(cfg: DictConfig, least: Mapping[str, int]) -> None:
-    """Make ints of some keys, and refuse what is no whole number or less than it must be at least."""
-    for name, bound in least.items():
-        OmegaConf.update(cfg, name, checked_number(name, OmegaConf.select(cfg, name), bound, whole=True))
 
 
 def folder_from(cfg: DictConfig, key: str) -> Path:

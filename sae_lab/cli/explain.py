@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from sae_lab.cli.help import CONF
+from sae_lab.runtime.build import user_mistake
 from sae_lab.runtime.errors import UserError
 
 # What a preset of conf/hydra/ is built on, and the extra of this package that installs it.
@@ -41,20 +42,12 @@ def explain(error: BaseException, config_name: str, overrides: list[str]) -> str
             return "no job of this search was completed: their failed.txt say why; the same command tries them again."
         if str(e).startswith("Config group override must be"):
             return "a config group was given null: name one of its choices, which --help lists."
-    if isinstance(error, InstantiationException):
-        return _unknown_argument(error)
+    if isinstance(error, InstantiationException):  # of Hydra's own: a launcher, a sweeper
+        mistake = user_mistake(error)
+        return None if mistake is None else str(mistake)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _one_line(error)
     return None
-
-
-def _unknown_argument(error: InstantiationException) -> str | None:
-    """A key that the `_target_` does not take (added with +, or missing); any other failure inside it is a bug."""
-    message = _one_line(error)
-    if missing := re.search(r"Error locating target '(.*?)'.*full_key: (\S+)", message):
-        return f"{missing[2]}._target_={missing[1]} cannot be imported: correct that name."
-    wrong = re.search(r"TypeError\((.*(unexpected keyword argument|missing \d+ required).*?)\)", message)
-    return f"{wrong[1].strip(chr(34))}: correct that key." if wrong else None
 
 
 def _causes(error: BaseException | None):

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae_lab.lm.sites import check_sites, join_heads
-from sae_lab.runtime.errors import UserError
+from sae_lab.lm.sites import check_sites, join_heads, site_names
+from sae_lab.runtime.errors import SettingError, UserError
 
 SiteHook = Callable[[Any], Tensor | None]
 Hooks = Mapping[str, SiteHook]
@@ -45,15 +45,21 @@ class LanguageModel(ABC):
     models: tuple[str, ...] = ()
 
     def __init__(
-        self, name: str, sites: Sequence[str] | str, model: nn.Module, config: Any, tokenizer: Any, bos_id: int | None
+        self,
+        name: str,
+        sites: Sequence[str] | str | None,
+        model: nn.Module,
+        config: Any,
+        tokenizer: Any,
+        bos_id: int | None,
     ):
         self.name, self.tokenizer = name, tokenizer
-        self.sites = (sites,) if isinstance(sites, str) else tuple(str(site) for site in sites or ())
+        self.sites = site_names(sites)
         text_config = config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self.bos_id = find_bos_id(name, tokenizer, bos_id, text_config.vocab_size)
         self.model: Any = model.eval().requires_grad_(False)
-        check_sites(name, self.sites, self.known_sites(), self.describe_choices())
+        check_sites(name, sites, self.known_sites(), self.describe_choices())
         self.d = self._width()
 
     @abstractmethod
@@ -120,8 +126,8 @@ class LanguageModel(ABC):
         seen = self.capture(tokens)
         missing = [site for site in self.sites if site not in seen]
         if missing:
-            raise UserError(
-                f"lm.sites: {self.name} never computes {missing} in a forward pass: {self.describe_choices()}"
+            raise SettingError(
+                f"{{sites}}: {self.name} never computes {missing} in a forward pass: {self.describe_choices()}"
             )
         return {site: join_heads(site, seen[site], tokens) for site in self.sites}
 
@@ -137,7 +143,7 @@ class LanguageModel(ABC):
     def _width(self) -> int:
         widths = {site: x.shape[-1] for site, x in self._vectors(torch.full((1, 2), self.bos_id)).items()}
         if len(set(widths.values())) > 1:
-            raise UserError(f"lm.sites have different widths {widths}: all sites must have the same width.")
+            raise SettingError(f"{{sites}} have different widths {widths}: all sites must have the same width.")
         return widths[self.sites[0]]
 
 
@@ -167,10 +173,10 @@ def find_bos_id(name: str, tokenizer: Any, bos_id: int | None, vocab_size: int) 
     for candidate in (bos_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             if not 0 <= candidate < vocab_size:
-                raise UserError(
-                    f"lm.bos_id={candidate} is not a token id of {name}: it must be between 0 and {vocab_size - 1}."
+                raise SettingError(
+                    f"{{bos_id}}={candidate} is not a token id of {name}: it must be between 0 and {vocab_size - 1}."
                 )
             return int(candidate)
-    raise UserError(
-        f"the tokenizer of {name} has neither a BOS nor an EOS token: set the token id to use with lm.bos_id=..."
+    raise SettingError(
+        f"the tokenizer of {name} has neither a BOS nor an EOS token: set the token id to use with {{bos_id}}=..."
     )

@@ -3,17 +3,20 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from sae_lab.lm.base import LanguageModel
+from sae_lab.runtime.annotations import Words
+from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.device import resolve_device
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import SettingError
 from sae_lab.runtime.hub import HUB_TIMEOUT, hub_errors
 
 TINY = "tiny"
 FINE_TUNED_TINY = "outputs/tiny_disassembly"  # default output folder of `python -m sae_lab.lm.tiny.fine_tune`
+ModelName = Annotated[str, Words("must be a hub name or the path of a folder")]
 DeviceMap = str | dict[str, int | str] | None
 
 
@@ -34,10 +37,11 @@ class LoadedLM(LanguageModel):
         UserError: the errors of `load` and LanguageModel.
     """
 
+    @check_arguments
     def __init__(
         self,
-        name: str,
-        sites: Sequence[str] | str,
+        name: ModelName,
+        sites: Sequence[str] | str | None,
         dtype: str = "float32",
         device: str = "auto",
         device_map: DeviceMap = None,
@@ -64,13 +68,13 @@ def load(
         UserError: there is no such folder, model, dtype or device; the hub cannot be reached; or the files hold no
             causal language model with a tokenizer.
     """
-    if not isinstance(name, str):
-        raise UserError(f"lm.name={'null' if name is None else name} must be a hub name or the path of a folder.")
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise UserError(f"lm.dtype={dtype} is not a floating-point dtype: use float32, bfloat16 or float16.")
+        raise SettingError(f"{{dtype}}={dtype} is not a floating-point dtype: use float32, bfloat16 or float16.")
     if device_map is not None and device != "auto":
-        raise UserError(f"lm.device={device} and lm.device_map={device_map} exclude each other: set only one of them.")
+        raise SettingError(
+            f"{{device}}={device} and {{device_map}}={device_map} exclude each other: set only one of them."
+        )
     options = {"dtype": torch_dtype, "device_map": device_map, "revision": revision or "main"}
     model, tokenizer = _find(name, revision, options)
     return (place_model(model, device) if device_map is None else model), tokenizer
@@ -83,7 +87,7 @@ def place_model(model: Any, device: str) -> Any:
         return model.to(device)
     except (AssertionError, RuntimeError) as e:  # torch raises either if there is no such device
         reason = str(e).splitlines()[0]
-        raise UserError(f"lm.device={device} cannot hold the model ({reason}): use lm.device=auto or cpu.") from e
+        raise SettingError(f"{{device}}={device} cannot hold the model ({reason}): use {{device}}=auto or cpu.") from e
 
 
 def _find(name: str, revision: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -117,9 +121,9 @@ def _read(source: str, options: dict[str, Any]) -> tuple[Any, Any]:
         raise _unreadable(source, e) from e
 
 
-def _unreadable(name: str, error: Exception) -> UserError:
+def _unreadable(name: str, error: Exception) -> SettingError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return UserError(f"lm.name={name} cannot be loaded as a causal language model with its tokenizer: {reason}")
+    return SettingError(f"{{name}}={name} cannot be loaded as a causal language model with its tokenizer: {reason}")
 
 
 def find_folder(name: str) -> Path | None:
@@ -128,12 +132,12 @@ def find_folder(name: str) -> Path | None:
     fix = "give a folder written by `save_pretrained` or a hub name, or use lm=tiny."
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"lm.name={name} is a folder without config.json: {fix}")
+            raise SettingError(f"{{name}}={name} is a folder without config.json: {fix}")
         return folder
     if name == FINE_TUNED_TINY:
-        raise UserError(f"lm.name={name} does not exist yet: make it with `python -m sae_lab.lm.tiny.fine_tune`.")
+        raise SettingError(f"{{name}}={name} does not exist yet: make it with `python -m sae_lab.lm.tiny.fine_tune`.")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(f"lm.name={name} is not a folder: {fix}")
+        raise SettingError(f"{{name}}={name} is not a folder: {fix}")
     return None
 
 
@@ -154,13 +158,13 @@ def check_hub(name: str, revision: str | None) -> None:
         try:
             HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
         except RevisionNotFoundError as e:
-            raise UserError(
-                f"lm.revision={revision} is not a branch, tag or commit of {name} on the hub: correct lm.revision."
+            raise SettingError(
+                f"{{revision}}={revision} is not a branch, tag or commit of {name} on the hub: correct {{revision}}."
             ) from e
         except RepositoryNotFoundError as e:
-            raise UserError(
-                f"lm.name={name} is neither a local folder nor a model on the hub that you have access to: "
-                "correct lm.name, or log in with `hf auth login` if the model is private."
+            raise SettingError(
+                f"{{name}}={name} is neither a local folder nor a model on the hub that you have access to: "
+                "correct {name}, or log in with `hf auth login` if the model is private."
             ) from e
 
 

@@ -28,7 +28,7 @@ class NnsightLM(TransformersLM):
         UserError: nnsight is not installed; and the errors of LoadedLM.
     """
 
-    def __init__(self, name: str, sites: Sequence[str] | str, **model: Any):
+    def __init__(self, name: str, sites: Sequence[str] | str | None, **model: Any):
         if find_spec("nnsight") is None:
             raise UserError("lm=nnsight needs a package that is not installed: pip install 'sae-lab[nnsight]'.")
         super().__init__(name, sites, **model)

@@ -1,11 +1,14 @@
 """Two language models run on the same tokens, for model diffing."""
 
+from typing import Literal
+
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.lm.base import Hooks, LanguageModel
 from sae_lab.lm.loading import place_model
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.errors import SettingError, UserError
 
 
 class PairedLM(LanguageModel):
@@ -26,10 +29,15 @@ class PairedLM(LanguageModel):
 
     models = ("base", "tuned")
 
-    def __init__(self, base: LanguageModel, tuned: LanguageModel, spliced: str = "tuned", device: str = "auto"):
+    @check_arguments
+    def __init__(
+        self,
+        base: LanguageModel,
+        tuned: LanguageModel,
+        spliced: Literal["base", "tuned"] = "tuned",
+        device: str = "auto",
+    ):
         self.pair = {"base": base, "tuned": tuned}
-        if spliced not in self.pair:
-            raise UserError(f"lm.spliced={spliced} is not known: choose one of {', '.join(self.pair)}.")
         check_alike(base, tuned)
         self.spliced = spliced
         super().__init__(
@@ -67,7 +75,7 @@ def check_alike(base: LanguageModel, tuned: LanguageModel) -> None:
             "both models must use the same tokenizer."
         )
     if (len(base.sites), base.d) != (len(tuned.sites), tuned.d):
-        raise UserError(
+        raise SettingError(
             f"{base.name} has {len(base.sites)} sites of width {base.d}, {tuned.name} {len(tuned.sites)} of {tuned.d}: "
-            "lm.base.sites and lm.tuned.sites must agree in number and width."
+            "{base}.sites and {tuned}.sites must agree in number and width."
         )

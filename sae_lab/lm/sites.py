@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.checks import show
+from sae_lab.runtime.errors import SettingError
 
 
 class Place(NamedTuple):
@@ -101,15 +102,21 @@ def find_blocks(model: nn.Module) -> list[str]:
     return [f"{stack}.{i}" for i in range(depth)]
 
 
-def check_sites(name: str, sites: Sequence[str], known: Sequence[str], offer: str) -> None:
-    """Raise a UserError unless the sites are known and distinct, and there is one. `offer` ends the message."""
-    if not sites or len(set(sites)) < len(sites):
-        raise UserError(f"lm.sites={list(sites)} must name at least one site, and none twice: {offer}")
-    for site in sites:
+def site_names(sites: Sequence[str] | str | None) -> tuple[str, ...]:
+    """Return the names in a list of sites, which may also be one name or None."""
+    return (sites,) if isinstance(sites, str) else tuple(sites or ())
+
+
+def check_sites(name: str, sites: Sequence[str] | str | None, known: Sequence[str], offer: str) -> None:
+    """Raise a SettingError unless the sites are known and distinct, and there is one. `offer` ends the message."""
+    names = site_names(sites)
+    if not names or len(set(names)) < len(names):
+        raise SettingError(f"{{sites}}={show(sites)} must name at least one site, and none twice: {offer}")
+    for site in names:
         if site not in known:
             close = difflib.get_close_matches(site, known, n=3)
             hint = f"did you mean {' or '.join(close)}? Otherwise " if close else ""
-            raise UserError(f"lm.sites: {name} has no site {site!r}: {hint}{offer}")
+            raise SettingError(f"{{sites}}: {name} has no site {site!r}: {hint}{offer}")
 
 
 def join_heads(site: str, x: Any, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t d"]:
@@ -120,5 +127,5 @@ def join_heads(site: str, x: Any, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "
     """
     if not isinstance(x, Tensor) or x.ndim < 3 or x.shape[:2] != tokens.shape:
         kind = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise UserError(f"lm.sites: {site} does not hold one vector per token ({kind}): choose another site.")
+        raise SettingError(f"{{sites}}: {site} does not hold one vector per token ({kind}): choose another site.")
     return x.flatten(2)

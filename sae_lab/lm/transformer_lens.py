@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.lm.base import Hooks
-from sae_lab.lm.loading import LoadedLM, quiet
-from sae_lab.runtime.errors import UserError
+from sae_lab.lm.loading import LoadedLM, ModelName, quiet
+from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.errors import SettingError, UserError
 
 
 class TransformerLensLM(LoadedLM):
@@ -30,7 +31,10 @@ class TransformerLensLM(LoadedLM):
         UserError: TransformerLens does not support the architecture; and the errors of LoadedLM.
     """
 
-    def __init__(self, name: str, sites: Sequence[str] | str, compatibility_mode: bool = False, **model: Any):
+    @check_arguments
+    def __init__(
+        self, name: ModelName, sites: Sequence[str] | str | None, compatibility_mode: bool = False, **model: Any
+    ):
         self.compatibility_mode = compatibility_mode
         super().__init__(name, sites, **model)
 
@@ -51,8 +55,8 @@ class TransformerLensLM(LoadedLM):
                     self.model.hooks([(site, lambda x, hook, f=f: f(x)) for site, f in hooks.items()])
                 )
             except ValueError as e:  # a hook point that is disabled by default in TransformerLens
-                raise UserError(
-                    f"lm.sites: TransformerLens does not compute this hook ({e}): {self.describe_choices()}"
+                raise SettingError(
+                    f"{{sites}}: TransformerLens does not compute this hook ({e}): {self.describe_choices()}"
                 ) from e
             return self.model(tokens, use_cache=False)
 

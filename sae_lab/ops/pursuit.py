@@ -25,6 +25,7 @@ f / b products, once per dictionary.
 """
 
 from abc import ABC, abstractmethod
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -170,7 +171,8 @@ def least_squares(
     return torch.cholesky_solve((b * active).unsqueeze(-1), factor).squeeze(-1) * active
 
 
-METHODS: dict[str, type[Search]] = {
+Method: TypeAlias = Literal["matching_pursuit", "gradient_pursuit", "orthogonal_matching_pursuit"]
+METHODS: dict[Method, type[Search]] = {
     "matching_pursuit": MatchingPursuit,
     "gradient_pursuit": GradientPursuit,
     "orthogonal_matching_pursuit": OrthogonalMatchingPursuit,
@@ -183,7 +185,7 @@ def argmax(c: Float[Tensor, "b f"]) -> Int[Tensor, " b"]:
 
 
 @torch.no_grad()
-def pursue(method: str, y: Float[Tensor, "b n"], dictionary: Dictionary, k: int) -> SparseCode:
+def pursue(method: Method, y: Float[Tensor, "b n"], dictionary: Dictionary, k: int) -> SparseCode:
     """Return the code of each row of y after k steps of `method`, a key of METHODS.
 
     Runs without autocast: the residual is a difference of nearly equal numbers.

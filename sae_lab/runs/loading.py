@@ -1,22 +1,29 @@
 """Load the SAE, the data and the language model of a run folder."""
 
 from pathlib import Path
+from typing import Annotated
 
-from hydra.utils import get_class, instantiate
+from annotated_types import Ge
+from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.digests import refuse_changed
 from sae_lab.runs.checkpoint import checkpoint_content
 from sae_lab.runs.config import config_file, read_config
-from sae_lab.runtime.checks import checked_number
+from sae_lab.runtime.build import build
+from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder
 
 
+@check_arguments
 def load_run(
-    run_dir: str | Path, device: str = "auto", n_eval_tokens: int | None = None, sae_dir: str | Path | None = None
+    run_dir: str | Path,
+    device: str = "auto",
+    n_eval_tokens: Annotated[int, Ge(1)] | None = None,
+    sae_dir: str | Path | None = None,
 ) -> tuple[BaseSAE, ActivationData, DictConfig]:
     """Load a run: its SAE (on the language model's device), its data with the language model, and its config.
 
@@ -34,10 +41,10 @@ def load_run(
         raise UserError(f"{run_dir} is not a run folder (no .hydra/config.yaml): give run_dir=<folder of a run>.")
     run = read_config(Path(run_dir))
     if n_eval_tokens is not None:
-        run.data.n_eval_tokens = checked_number("n_eval_tokens", n_eval_tokens, 1, whole=True)
+        run.data.n_eval_tokens = n_eval_tokens
     run.lm.device = device
     get_class(run.sae._target_)  # imports an SAE class from outside this package, which registers it
-    data = instantiate(run.data, lm=instantiate(run.lm))
+    data = build(run, "data", lm=build(run, "lm"))
     checkpoint = Path(run_dir) / "checkpoints" / "last.ckpt"
     if checkpoint.is_file():
         began_with = checkpoint_content(checkpoint).get(type(data).__name__, {}).get("origin", {})

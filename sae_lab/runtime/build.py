@@ -50,7 +50,7 @@ def guarded(partial: Callable[..., Any], cfg: DictConfig, key: str) -> Callable[
 
 @contextmanager
 def instantiation_errors() -> Iterator[None]:
-    """Raise the user's mistakes among Hydra's instantiation errors as what they are; the others keep their traceback."""
+    """Raise a user's mistake in place of the InstantiationException that Hydra makes of it; leave others alone."""
     try:
         yield
     except InstantiationException as e:

@@ -11,18 +11,22 @@ from omegaconf import DictConfig
 from sae_lab.runtime.annotations import describe_mistake, is_setting, validator
 from sae_lab.runtime.errors import SettingError
 
-AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
 
 
-def check_arguments(function: AnyFunction) -> AnyFunction:
-    """Check the settings among a function's arguments in every call, as their annotations say (see annotations.py).
+def check_arguments(function: AnyCallable) -> AnyCallable:
+    """Check the settings among the arguments of a function, or of a class's constructor, as their annotations say.
 
         @check_arguments
         def __init__(self, k_warmup: Annotated[int, Ge(0)] = 0, auxk_selection: Literal["row", "batch"] = "row"): ...
 
-    Arguments of other types, defaults, `*args` and `**kwargs` are left alone. The calls raise a SettingError where a
-    value does not fit, and Python's own TypeError where an argument is unknown or missing.
+    What annotations mean is said in annotations.py. Arguments of other types, defaults, `*args` and `**kwargs` are left
+    alone. A call raises a SettingError where a value does not fit, and Python's own TypeError where an argument is
+    unknown or missing.
     """
+    if isinstance(function, type):
+        function.__init__ = check_arguments(function.__init__)  # type: ignore[misc]
+        return function
     signature = inspect.signature(function)
     many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     single = [name for name, parameter in signature.parameters.items() if parameter.kind not in many]

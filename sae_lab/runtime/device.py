@@ -1,11 +1,18 @@
 """The device, the precision, and a clock that waits for the device."""
 
 import time
-from typing import Any
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 
+from sae_lab.runtime.annotations import Words
 from sae_lab.runtime.errors import UserError
+
+Precision: TypeAlias = Annotated[
+    Literal["32-true", "bf16-mixed"],
+    Words("is not known: choose 32-true (all in float32) or bf16-mixed (products in bfloat16)"),
+]
+"""Of the computation; parameters stay in float32: an Adam step of 1e-4 would be lost on a weight in bfloat16."""
 
 
 def resolve_device(device: str) -> str:
@@ -18,21 +25,6 @@ def resolve_device(device: str) -> str:
     if device.startswith("cuda") and not found:
         raise UserError(f"device {device} is not available, because torch finds no GPU: give auto or cpu.")
     return ("cuda" if found else "cpu") if device == "auto" else device
-
-
-def checked_precision(name: str, precision: str) -> Any:
-    """Return `precision`, the value of the setting `name`, if it keeps parameters in float32.
-
-    In bf16, an Adam step of 1e-4 would be rounded away.
-
-    Raises:
-        UserError: it is neither 32-true nor bf16-mixed.
-    """
-    known = {"32-true": "all in float32", "bf16-mixed": "products in bfloat16"}
-    if precision not in known:
-        words = " or ".join(f"{name} ({meaning})" for name, meaning in known.items())
-        raise UserError(f"{name}={precision} is not known: choose {words}.")
-    return precision
 
 
 def synchronized_time(device: torch.device) -> float:

@@ -1,16 +1,16 @@
 """BatchTopK: k latents a row on average, chosen over the whole batch."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Gt, Le
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.ops.selection import Pieces, select_above, select_top_of_batch
 from sae_lab.ops.sparse import Code, SparseCode, l0_per_row, smallest_positive
 from sae_lab.parallel.collectives import mean_over_ranks, min_over_ranks
-from sae_lab.runtime.checks import checked_number, checked_word
 from sae_lab.saes.sparse_linear import SparseLinearSAE
 
 
@@ -45,10 +45,15 @@ class BatchTopKSAE(SparseLinearSAE):
 
     RATE = 0.01
 
-    def __init__(self, k: float, quantile: str = "batch", quantile_rate: float = 0.05, **sparse: Any):
+    def __init__(
+        self,
+        k: float,
+        quantile: Literal["batch", "running"] = "batch",
+        quantile_rate: Annotated[float, Gt(0), Le(1)] = 0.05,
+        **sparse: Any,
+    ):
         super().__init__(k=k, **sparse)
-        self.quantile = checked_word("quantile", quantile, "batch", "running")
-        self.quantile_rate = checked_number("sae.quantile_rate", quantile_rate, above=0, at_most=1)
+        self.quantile, self.quantile_rate = quantile, quantile_rate
         self.batch_rule = quantile == "batch"
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
         self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.long))

@@ -1,10 +1,11 @@
 """Cross-layer transcoders: latents that read one layer and write to all from there on."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.batch_topk import BatchTopKSAE
 from sae_lab.saes.jumprelu import JumpReLUSAE
 from sae_lab.saes.linear import LinearSAE
@@ -34,21 +35,21 @@ class CrossLayer(LinearSAE):
 
     layers: CrossLayers
 
-    def __init__(self, n_sources: int, n_latents: int, n_inputs: int | None = None, **linear: Any):
+    def __init__(self, n_sources: Annotated[int, Ge(1)], n_latents: int, n_inputs: int | None = None, **linear: Any):
         n_layers = n_sources // 2
         if n_sources % 2 or n_inputs not in (None, 0, n_layers):
-            raise UserError(
-                f"a cross-layer transcoder wants as many sites to predict as to read, not n_inputs={n_inputs} of "
+            raise SettingError(
+                f"a cross-layer transcoder wants as many sites to predict as to read, not {{n_inputs}}={n_inputs} of "
                 f"{n_sources}: give lm.sites=[<inputs of all layers>,<outputs of all layers>]."
             )
         if n_latents % n_layers:
-            raise UserError(
+            raise SettingError(
                 f"{n_latents} latents cannot be shared out among {n_layers} layers: give n_latents=<a multiple>."
             )
         for name in ("hidden", "resample_every", "skip"):
             if linear.get(name):
-                raise UserError(
-                    f"sae.{name} does not go with a cross-layer transcoder, whose latents read one layer each."
+                raise SettingError(
+                    f"{{{name}}} does not go with a cross-layer transcoder, whose latents read one layer each."
                 )
         super().__init__(n_sources=n_sources, n_latents=n_latents, n_inputs=n_layers, **linear)
         with torch.no_grad():

@@ -2,8 +2,10 @@
 
 import math
 from abc import abstractmethod
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -11,10 +13,9 @@ from sae_lab.ops import losses, sparse
 from sae_lab.ops.matmul import linear
 from sae_lab.ops.sparse import Code, SparseCode, fired_latents
 from sae_lab.parallel.collectives import on_any_rank
-from sae_lab.runtime.checks import checked_flag, checked_number, checked_word
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
-from sae_lab.saes.parts.normalize import Context
+from sae_lab.saes.parts.normalize import Context, Normalization
 from sae_lab.saes.parts.sources import Sources
 from sae_lab.saes.parts.unit_norm import divide_by_norm, project_gradient
 
@@ -61,24 +62,25 @@ class DictionarySAE(BaseSAE):
 
     def __init__(
         self,
-        d_in: int,
-        n_latents: int,
-        n_sources: int = 1,
-        n_inputs: int = 0,
-        normalize: str = "per_token",
+        d_in: Annotated[int, Ge(1)],
+        n_latents: Annotated[int, Ge(1)],
+        n_sources: Annotated[int, Ge(1)] = 1,
+        n_inputs: Annotated[int, Ge(0)] = 0,
+        normalize: Normalization = "per_token",
         skip: bool = False,
-        seed: int = 0,
-        dead_after: int = 5,
-        decoder_norm: str = "joint",
+        seed: Annotated[int, Ge(0)] = 0,
+        dead_after: Annotated[int, Ge(1)] = 5,
+        decoder_norm: Literal["joint", "sum"] = "joint",
     ):
         super().__init__()
-        self.d_in, self.n_latents, self.n_sources, self.normalize = d_in, n_latents, n_sources, normalize
-        self.n_inputs = checked_number("sae.n_inputs", n_inputs, 0, whole=True)
-        self.sources = Sources(n_sources, self.n_inputs, normalize)
-        self.seed = checked_number("sae.seed", seed, 0, whole=True)
-        self.dead_after = checked_number("sae.dead_after", dead_after, 1, whole=True)
-        self.decoder_norm = checked_word("decoder_norm", decoder_norm, "joint", "sum")
-        self.skip = checked_skip(skip, self.n_inputs)
+        if skip and not n_inputs:
+            raise SettingError(
+                "{skip}=true leads an SAE's input past its latents: it is for transcoders, {n_inputs}=1."
+            )
+        self.d_in, self.n_latents, self.n_sources, self.n_inputs = d_in, n_latents, n_sources, n_inputs
+        self.normalize, self.skip, self.seed = normalize, skip, seed
+        self.dead_after, self.decoder_norm = dead_after, decoder_norm
+        self.sources = Sources(n_sources, n_inputs, normalize)
         n_read, n_written = self.sources.n_read, self.sources.n_written
         self.W_dec = nn.Parameter(self.draw_weights(n_written, torch.Generator().manual_seed(seed)))
         divide_by_norm(self.W_dec, decoder_norm)
@@ -188,14 +190,3 @@ class DictionarySAE(BaseSAE):
 
     def after_step(self) -> None:
         divide_by_norm(self.W_dec, self.decoder_norm)
-
-
-def checked_skip(skip: bool, n_inputs: int) -> bool:
-    """skip, unless there is nothing that it may lead from: x W_skip of an SAE's own x could be x itself.
-
-    Raises:
-        UserError: so it is.
-    """
-    if checked_flag("sae.skip", skip) and not n_inputs:
-        raise UserError("sae.skip=true leads an SAE's input past its latents: it is for transcoders, sae.n_inputs=1.")
-    return skip

@@ -1,13 +1,13 @@
 """Gated: one affine map decides which latents are active, another how strongly."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lab.ops import losses, sparse
-from sae_lab.runtime.checks import checked_number
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
 
@@ -28,9 +28,9 @@ class GatedSAE(PenalizedLinearSAE):
 
     pre_activation_parameters = ("b_enc", "b_mag")
 
-    def __init__(self, l1_coefficient: float = 0.01, **penalized: Any):
+    def __init__(self, l1_coefficient: Annotated[float, Ge(0)] = 0.01, **penalized: Any):
         super().__init__(**penalized)
-        self.l1_coefficient = checked_number("sae.l1_coefficient", l1_coefficient, 0)
+        self.l1_coefficient = l1_coefficient
         self.r_mag = nn.Parameter(torch.zeros(self.n_latents))
         self.b_mag = nn.Parameter(torch.zeros(self.n_latents))
 

@@ -1,18 +1,18 @@
 """JumpReLU: every latent learns its own threshold."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sae_lab.parallel.collectives import mean_over_ranks
-from sae_lab.runtime.checks import checked_number, checked_word
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
-from sae_lab.saes.sparse_linear import checked_k
+from sae_lab.saes.sparse_linear import check_active
 
 
 class JumpReLUSAE(PenalizedLinearSAE):
@@ -51,23 +51,20 @@ class JumpReLUSAE(PenalizedLinearSAE):
     def __init__(
         self,
         k: float | None = None,
-        penalty: str = "target_l0",
-        sparsity_coefficient: float | None = None,
-        theta: float = 0.1,
-        bandwidth: float = 0.1,
-        auxk_coefficient: float = 1 / 32,
+        penalty: Literal["target_l0", "l0", "tanh"] = "target_l0",
+        sparsity_coefficient: Annotated[float, Ge(0)] | None = None,
+        theta: Annotated[float, Ge(0)] = 0.1,
+        bandwidth: Annotated[float, Gt(0)] = 0.1,
+        auxk_coefficient: Annotated[float, Ge(0)] = 1 / 32,
         **penalized: Any,
     ):
         super().__init__(auxk_coefficient=auxk_coefficient, **penalized)
-        checked_word("penalty", penalty, *self.COEFFICIENTS)
         if penalty == "target_l0":
             if k is None:
-                raise UserError("penalty=target_l0 needs a k to aim at: give one, or another penalty.")
-            checked_k(k, self.n_latents)
-        self.k, self.penalty = checked_number("sae.k", k, optional=True), penalty
-        self.sparsity_coefficient = checked_number("sae.sparsity_coefficient", sparsity_coefficient, 0, optional=True)
-        self.theta = checked_number("sae.theta", theta, 0)
-        self.bandwidth = checked_number("sae.bandwidth", bandwidth, above=0)
+                raise SettingError("{penalty}=target_l0 needs a k to aim at: give {k}=..., or another penalty.")
+            check_active(self.n_latents, k=k)
+        self.k, self.penalty, self.sparsity_coefficient = k, penalty, sparsity_coefficient
+        self.theta, self.bandwidth = theta, bandwidth
         self.coefficient = self.COEFFICIENTS[penalty] if sparsity_coefficient is None else sparsity_coefficient
         self.thresholds = nn.Parameter(torch.full((self.n_latents,), float(theta)))
 

@@ -2,21 +2,25 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lab.ops.auxk import auxk_loss
 from sae_lab.ops.matmul import linear_by_part
 from sae_lab.ops.sparse import Code
-from sae_lab.runtime.checks import checked_flag, checked_number, checked_word
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.annotations import Words
+from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.dictionary import DictionarySAE
 from sae_lab.saes.parts.layers import OneLayer
-from sae_lab.saes.parts.mlp import MLP, checked_widths
+from sae_lab.saes.parts.mlp import MLP
+
+Widths = Annotated[Sequence[Annotated[int, Ge(1)]], Words("must be a list of positive widths: [512], or [] for no MLP")]
+"""Of an MLP's hidden layers."""
 
 
 class Encoder(NamedTuple):
@@ -56,28 +60,23 @@ class LinearSAE(DictionarySAE):
     def __init__(
         self,
         encoder_bias: bool = False,
-        hidden: Sequence[int] = (),
+        hidden: Widths = (),
         tied: bool = False,
         frozen_decoder: bool = False,
-        auxk_coefficient: float = 0.0,
-        k_aux: int | None = None,
-        auxk_selection: str = "row",
+        auxk_coefficient: Annotated[float, Ge(0)] = 0.0,
+        k_aux: Annotated[int, Ge(1)] | None = None,
+        auxk_selection: Literal["row", "batch"] = "row",
         **dictionary: Any,
     ):
         super().__init__(**dictionary)
-        self.encoder_bias = checked_flag("sae.encoder_bias", encoder_bias)
-        self.hidden = checked_widths(hidden)
-        self.tied = checked_flag("sae.tied", tied)
-        self.frozen_decoder = checked_flag("sae.frozen_decoder", frozen_decoder)
         if tied and frozen_decoder:
-            raise UserError("tied=true with frozen_decoder=true leaves nothing to train: choose one of them.")
+            raise SettingError("{tied}=true with {frozen_decoder}=true leaves nothing to train: choose one of them.")
         if tied and self.n_inputs:
-            raise UserError(
-                "tied=true makes W_enc and W_dec one, and a transcoder's are of different sites: give false."
+            raise SettingError(
+                "{tied}=true makes W_enc and W_dec one, and a transcoder's are of different sites: give false."
             )
-        self.auxk_coefficient = checked_number("sae.auxk_coefficient", auxk_coefficient, 0)
-        self.k_aux = checked_number("sae.k_aux", k_aux, 1, whole=True, optional=True)
-        self.auxk_selection = checked_word("auxk_selection", auxk_selection, "row", "batch")
+        self.encoder_bias, self.hidden, self.tied, self.frozen_decoder = encoder_bias, [*hidden], tied, frozen_decoder
+        self.auxk_coefficient, self.k_aux, self.auxk_selection = auxk_coefficient, k_aux, auxk_selection
         for parameter in (self.W_dec, self.b_dec):
             parameter.requires_grad_(not frozen_decoder)
         self.layers = self.build_layers()

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.ops import losses, sparse
 from sae_lab.ops.sparse import Code
-from sae_lab.runtime.checks import checked_flag, checked_number
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.batch_topk import BatchTopKSAE
 from sae_lab.saes.linear import LinearSAE
@@ -51,18 +51,23 @@ class Nested(LinearSAE):
     def __init__(
         self,
         *,
-        group_sizes: Sequence[int] | None = None,
+        group_sizes: Sequence[Annotated[int, Ge(1)]] | None = None,
         include_bias_level: bool = False,
-        active_groups: int | None = None,
+        active_groups: Annotated[int, Ge(1)] | None = None,
         **base: Any,
     ):
         super().__init__(**base)
-        self.group_sizes = None if group_sizes is None else checked_sizes(group_sizes, self.n_latents)
-        self.include_bias_level = checked_flag("sae.include_bias_level", include_bias_level)
-        self.active_groups = checked_number("sae.active_groups", active_groups, whole=True, optional=True)
-        self.sizes = self.group_sizes or doubling_group_sizes(self.n_latents, self.d_in)
-        if active_groups is not None and not 1 <= active_groups <= len(self.sizes):
-            raise UserError(f"active_groups={active_groups} must lie between 1 and the {len(self.sizes)} groups.")
+        self.group_sizes, self.include_bias_level, self.active_groups = group_sizes, include_bias_level, active_groups
+        self.sizes = doubling_group_sizes(self.n_latents, self.d_in) if group_sizes is None else [*group_sizes]
+        if sum(self.sizes) != self.n_latents:
+            raise SettingError(
+                f"{{group_sizes}}={group_sizes} must sum to the dictionary's {self.n_latents} latents: "
+                "each is what its group adds."
+            )
+        if active_groups is not None and active_groups > len(self.sizes):
+            raise SettingError(
+                f"{{active_groups}}={active_groups} must lie between 1 and the {len(self.sizes)} groups."
+            )
 
     def encode_normalized(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         code, h = super().encode_normalized(x)
@@ -90,21 +95,6 @@ class MatryoshkaSAE(Nested, BatchTopKSAE):
 
 class MatryoshkaTopKSAE(Nested, TopKSAE):
     """Nested dictionaries (see Nested) with the rule of TopK: sae=matryoshka sae._target_=<this class>."""
-
-
-def checked_sizes(sizes: Any, n_latents: int) -> list[int]:
-    """`sizes` as a plain list, if they are positive whole numbers that sum to n_latents.
-
-    Raises:
-        UserError: they are not.
-    """
-    whole = isinstance(sizes, Sequence) and all(isinstance(size, int) and size > 0 for size in sizes)
-    if whole and sum(sizes) == n_latents:
-        return list(sizes)
-    raise UserError(
-        f"group_sizes={sizes} must be positive and sum to the dictionary's {n_latents} latents: "
-        "each is what its group adds."
-    )
 
 
 def doubling_group_sizes(n_latents: int, d_in: int) -> list[int]:

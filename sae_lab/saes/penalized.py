@@ -1,14 +1,14 @@
 """Linear SAEs whose codes are sparse because of a penalty: what Vanilla, Gated and JumpReLU share."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.parallel.collectives import concatenate_ranks
-from sae_lab.runtime.checks import checked_number
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import SettingError
 from sae_lab.runtime.seeds import nth_generator
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.saes.parts.resample import SCALE, draw_badly_reconstructed, scale_to_unit_norm
@@ -34,13 +34,18 @@ class PenalizedLinearSAE(LinearSAE):
 
     foldable = True
 
-    def __init__(self, sparsity_warmup: int = 0, resample_every: int = 0, encoder_bias: bool = True, **linear: Any):
+    def __init__(
+        self,
+        sparsity_warmup: Annotated[int, Ge(0)] = 0,
+        resample_every: Annotated[int, Ge(0)] = 0,
+        encoder_bias: bool = True,
+        **linear: Any,
+    ):
         super().__init__(encoder_bias=encoder_bias, **linear)
-        self.sparsity_warmup = checked_number("sae.sparsity_warmup", sparsity_warmup, 0, whole=True)
-        self.resample_every = checked_number("sae.resample_every", resample_every, 0, whole=True)
+        self.sparsity_warmup, self.resample_every = sparsity_warmup, resample_every
         if resample_every and self.frozen_decoder:
-            raise UserError(
-                "resample_every rewrites the decoder, which frozen_decoder=true forbids: choose one of them."
+            raise SettingError(
+                "{resample_every} rewrites the decoder, which {frozen_decoder}=true forbids: choose one of them."
             )
 
     @torch.no_grad()

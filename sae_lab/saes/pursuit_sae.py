@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.ops.pursuit import METHODS, Dictionary, pursue
+from sae_lab.ops.pursuit import Dictionary, Method, pursue
 from sae_lab.ops.sparse import SparseCode
-from sae_lab.runtime.checks import checked_number, checked_word
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.saes.base import BaseSAE, check_sizes, check_units
 from sae_lab.saes.dictionary import DictionarySAE
 from sae_lab.saes.parts.unit_norm import divide_by_norm
@@ -34,20 +33,19 @@ class PursuitSAE(DictionarySAE):
         UserError: no such method, or k is not a whole number between 1 and the size of the dictionary.
     """
 
-    def __init__(self, k: int, method: str = "orthogonal_matching_pursuit", **dictionary: Any):
+    def __init__(self, k: int, method: Method = "orthogonal_matching_pursuit", **dictionary: Any):
         super().__init__(**dictionary)
         if self.n_inputs:
-            raise UserError("a pursuit looks for codes of the rows that they explain: there is none with n_inputs.")
-        checked_number("k", k)
-        if k != int(k) or not 1 <= k <= self.n_latents:
-            raise UserError(
-                f"k={k} must be a whole number from 1 to the dictionary's {self.n_latents} latents: a pursuit takes "
-                "k steps."
+            raise SettingError("a pursuit looks for codes of the rows that they explain: leave {n_inputs}=0.")
+        if not 1 <= k <= self.n_latents:
+            raise SettingError(
+                f"{{k}}={k} must be a whole number from 1 to the dictionary's {self.n_latents} latents: "
+                "a pursuit takes k steps."
             )
-        self.k, self.method = int(k), checked_word("method", method, *METHODS)
+        self.k, self.method = k, method
 
     @classmethod
-    def of(cls, sae: BaseSAE, method: str, k: int | None = None) -> "PursuitSAE":
+    def of(cls, sae: BaseSAE, method: Method, k: int | None = None) -> "PursuitSAE":
         """The dictionary, normalisation and b_dec of `sae`; k is by default its own."""
         require_dictionary(sae)
         k = sae.config.get("k") if k is None else k

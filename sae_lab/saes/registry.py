@@ -5,11 +5,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
 
 
 class Registered(nn.Module):
-    """Every subclass that can be built is known by its name.
+    """Every subclass that can be built is known by its name, and its constructor checks its settings.
 
     Every constructor argument is kept as an attribute of the same name: `config` collects them.
     """
@@ -18,6 +19,8 @@ class Registered(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = check_arguments(cls.__init__)  # type: ignore[method-assign]
         if not inspect.isabstract(cls):
             Registered.registry[cls.__name__] = cls
 

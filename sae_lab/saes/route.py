@@ -1,20 +1,20 @@
 """RouteSAE: a learned router chooses, for each token, the site whose activation is worth explaining."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_lab.ops.matmul import linear
 from sae_lab.ops.sparse import Code
 from sae_lab.parallel.collectives import mean_over_ranks
-from sae_lab.runtime.checks import checked_number, checked_word
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import SettingError, settings_under
 from sae_lab.runtime.seeds import nth_generator
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
-from sae_lab.saes.parts.normalize import Context
+from sae_lab.saes.parts.normalize import Context, Normalization
 from sae_lab.saes.parts.sources import Sources
 
 
@@ -58,27 +58,25 @@ class RouteSAE(BaseSAE):
     def __init__(
         self,
         inner: Callable[..., BaseSAE] | Mapping[str, Any],
-        d_in: int,
-        n_latents: int,
-        n_sources: int = 1,
-        aggre: str = "sum",
-        routing: str = "hard",
-        seed: int = 0,
-        normalize: str = "per_token",
+        d_in: Annotated[int, Ge(1)],
+        n_latents: Annotated[int, Ge(1)],
+        n_sources: Annotated[int, Ge(1)] = 1,
+        aggre: Literal["sum", "mean"] = "sum",
+        routing: Literal["hard", "soft"] = "hard",
+        seed: Annotated[int, Ge(0)] = 0,
+        normalize: Normalization = "per_token",
     ):
         super().__init__()
         self.d_in, self.n_latents, self.n_sources = d_in, n_latents, n_sources
-        self.seed = checked_number("sae.seed", seed, 0, whole=True)
-        self.aggre = checked_word("aggre", aggre, *self.AGGREGATES)
-        self.routing = checked_word("routing", routing, "hard", "soft")
-        self.normalize = normalize
+        self.aggre, self.routing, self.seed, self.normalize = aggre, routing, seed, normalize
         self.sources = Sources(n_sources, normalize=normalize)
         if isinstance(inner, Mapping):
             self.inner = BaseSAE.from_config(inner["class"], inner["config"])
         else:
-            self.inner = inner(d_in=d_in, n_latents=n_latents, n_sources=1)
+            with settings_under("inner"):
+                self.inner = inner(d_in=d_in, n_latents=n_latents, n_sources=1)
         if self.inner.config.get("normalize", "none") != "none":
-            raise UserError("the router's rows are normalised already: build the inner SAE with normalize=none.")
+            raise SettingError("the router's rows are normalised already: give {inner}.normalize=none.")
         self.batch_rule = self.inner.batch_rule
         generator = nth_generator(seed, 1)  # not the inner SAE's numbers
         bound = d_in**-0.5

@@ -1,16 +1,16 @@
 """Linear SAEs whose codes are sparse by a rule: what the top-k family shares."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.ops.selection import Pieces, Preactivations
 from sae_lab.ops.sparse import Code, SparseCode
-from sae_lab.runtime.checks import checked_number
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.linear import LinearSAE
 
 
@@ -32,16 +32,15 @@ class SparseLinearSAE(LinearSAE):
     def __init__(
         self,
         k: float,
-        k_warmup: int = 0,
+        k_warmup: Annotated[int, Ge(0)] = 0,
         k_start: float | None = None,
-        auxk_coefficient: float = 1 / 32,
+        auxk_coefficient: Annotated[float, Ge(0)] = 1 / 32,
         **linear: Any,
     ):
         super().__init__(auxk_coefficient=auxk_coefficient, **linear)
-        self.k, self.k_start = checked_k(k, self.n_latents), k_start
-        self.k_warmup = checked_number("sae.k_warmup", k_warmup, 0, whole=True)
+        self.k, self.k_warmup, self.k_start = k, k_warmup, k_start
         self._k_start = min(self.sources.n_written * self.d_in, self.n_latents) if k_start is None else k_start
-        checked_k(self._k_start, self.n_latents, "k_start")
+        check_active(self.n_latents, k=self.k, k_start=self._k_start)
 
     @property
     def current_k(self) -> float:
@@ -67,15 +66,11 @@ class SparseLinearSAE(LinearSAE):
         return SparseCode(pattern, h[pattern.rows, pattern.latents])
 
 
-def checked_k(k: float, n_latents: int, name: str = "k") -> float:
-    """k, if a dictionary of n_latents can have that many active latents.
-
-    Raises:
-        UserError: it cannot.
-    """
-    checked_number(name, k)
-    if not 1 <= k <= n_latents:
-        raise UserError(
-            f"{name}={k} must lie between 1 and the dictionary's {n_latents} latents: lower {name} or raise expansion."
-        )
-    return k
+def check_active(n_latents: int, **numbers: float) -> None:
+    """Raise a SettingError unless a dictionary of n_latents can have each of these numbers of active latents."""
+    for name, k in numbers.items():
+        if not 1 <= k <= n_latents:
+            raise SettingError(
+                f"{{{name}}}={k} must lie between 1 and the dictionary's {n_latents} latents: "
+                f"lower {{{name}}} or raise expansion."
+            )

@@ -1,13 +1,13 @@
 """The ReLU autoencoder with an L1 penalty."""
 
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.ops import losses
 from sae_lab.ops.sparse import Code
-from sae_lab.runtime.checks import checked_flag, checked_number
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
 
@@ -25,10 +25,9 @@ class VanillaSAE(PenalizedLinearSAE):
             dictionaries, and only Adam's way to them differs.
     """
 
-    def __init__(self, l1_coefficient: float = 0.002, unit_norm: bool = True, **penalized: Any):
+    def __init__(self, l1_coefficient: Annotated[float, Ge(0)] = 0.002, unit_norm: bool = True, **penalized: Any):
         super().__init__(**penalized)
-        self.l1_coefficient = checked_number("sae.l1_coefficient", l1_coefficient, 0)
-        self.unit_norm = checked_flag("sae.unit_norm", unit_norm)
+        self.l1_coefficient, self.unit_norm = l1_coefficient, unit_norm
 
     def activate(self, h: Float[Tensor, "b f"]) -> Code:
         return h.relu()

@@ -8,17 +8,19 @@ noise, so a router has to find the site.
 
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from sae_lab.evaluation.metrics import batch_fvu
 from sae_lab.ops.sparse import l0_per_row
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.errors import SettingError
 from sae_lab.runtime.screen import track
 from sae_lab.saes.base import BaseSAE
 from sae_lab.training.module import plain_step
@@ -34,6 +36,7 @@ class Rows(NamedTuple):
     site: Int[Tensor, " b"]
 
 
+@check_arguments
 @dataclass(frozen=True)
 class PlantedFeatures:
     """A dictionary of n_trees roots with n_children children each. The first n_trees features are the roots.
@@ -50,19 +53,19 @@ class PlantedFeatures:
         UserError: `active` exceeds what a site has if all of its trees are active.
     """
 
-    d_in: int
-    n_trees: int
-    n_children: int
-    active: float
-    n_sites: int = 1
-    noise: float = 0.02
-    seed: int = 0
+    d_in: Annotated[int, Ge(2)]
+    n_trees: Annotated[int, Ge(1)]
+    n_children: Annotated[int, Ge(0)]
+    active: Annotated[float, Gt(0)]
+    n_sites: Annotated[int, Ge(1)] = 1
+    noise: Annotated[float, Ge(0)] = 0.02
+    seed: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self) -> None:
         if self.active > (most := self.n_trees * self.per_tree / self.n_sites):
-            raise UserError(
-                f"planted.active={self.active} exceeds {most:g}, what the trees of a site have on average where all "
-                "are active: lower it, or raise planted.n_trees."
+            raise SettingError(
+                f"{{active}}={self.active} exceeds {most:g}, what the trees of a site have on average where all "
+                "are active: lower it, or raise {n_trees}."
             )
 
     @cached_property

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
@@ -29,6 +28,7 @@ from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.data import ActivationData
 from sae_lab.cache.reader import Cache, CachedSource
 from sae_lab.cache.writer import CacheWriter, gather_chunks
+from sae_lab.runtime.build import build
 from sae_lab.runtime.device import synchronized_time
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
@@ -42,7 +42,7 @@ Stage = Callable[[], int]  # processes one slice and returns its number of token
 def measure_throughput(cfg: DictConfig) -> dict[str, Any]:
     """Measure the tokens/s of each stage. Prints the figures and writes throughput.json."""
     keep_freed_memory()
-    data: ActivationData = instantiate(cfg.data, lm=instantiate(cfg.lm))
+    data: ActivationData = build(cfg, "data", lm=build(cfg, "lm"))
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=run_dir) as folder:  # on the disk of the run folder, not in /tmp

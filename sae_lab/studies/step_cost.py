@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
 from jaxtyping import Float
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
@@ -31,7 +30,9 @@ from torch import Tensor, nn
 
 from sae_lab.ops.matmul import linear
 from sae_lab.ops.sparse import Code
-from sae_lab.runtime.device import checked_precision, resolve_device, synchronized_time
+from sae_lab.runtime.build import build
+from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.device import Precision, resolve_device, synchronized_time
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import console
@@ -100,7 +101,7 @@ def superposed_rows(n_rows: int, n_sources: int, d_in: int) -> Float[Tensor, "b 
 
 def build_sae(cfg: DictConfig, device: str) -> BaseSAE:
     """Build the SAE with `dead_share` of its latents dead, and no others during the measurement."""
-    sae: BaseSAE = instantiate(cfg.sae, d_in=cfg.d_in, n_latents=cfg.n_latents, n_sources=cfg.n_sources)
+    sae: BaseSAE = build(cfg, "sae", d_in=cfg.d_in, n_latents=cfg.n_latents, n_sources=cfg.n_sources)
     for part in sae.modules():
         if isinstance(part, LinearSAE):
             dead = slice(0, int(cfg.dead_share * cfg.n_latents))
@@ -116,12 +117,12 @@ def training_step(
 ) -> Step:
     """Return a function that takes a whole training step, as SAEModule does."""
     optimizer = build_optimizer(cfg)([{"params": list(sae.parameters())}])
-    return partial(plain_step, sae, optimizer, x, forward, autocast(cfg, x))
+    return partial(plain_step, sae, optimizer, x, forward, autocast(cfg.precision, x))
 
 
 def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
     """Return the config's optimizer with a learning rate so small that the weights, and so the work, do not change."""
-    return partial(instantiate(cfg.optimizer), lr=1e-7)
+    return partial(build(cfg, "optimizer"), lr=1e-7)
 
 
 def dense_forward(sae: LinearSAE, x: Tensor) -> SAEOutput:
@@ -160,10 +161,10 @@ def floor_step(cfg: DictConfig, x: Tensor, product: Callable[[Tensor, Tensor], T
     return step
 
 
-def autocast(cfg: DictConfig, x: Tensor) -> AbstractContextManager:
-    """Return the autocast context of the config's precision."""
-    mixed = checked_precision("precision", cfg.precision) == "bf16-mixed"
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=mixed)
+@check_arguments
+def autocast(precision: Precision, x: Tensor) -> AbstractContextManager:
+    """Return the autocast context of a precision."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
 class Stream:
@@ -191,11 +192,11 @@ class Stream:
 def time_interleaved(steps: dict[str, Step], sae: BaseSAE, cfg: DictConfig, x: Tensor) -> dict[str, float]:
     """Return the median milliseconds of each step, and of a training step of `sae` in the Lightning loop."""
     stream = Stream(x, steps, cfg.repeats)
-    module = SAEModule(sae, build_optimizer(cfg), partial(instantiate(cfg.schedule), n_steps=10**6))
+    module = SAEModule(sae, build_optimizer(cfg), partial(build(cfg, "schedule"), n_steps=10**6))
     n_steps = WARM + cfg.repeats + 1
     accelerator = "cuda" if x.is_cuda else "cpu"
     options = {"accelerator": accelerator, "precision": cfg.precision, "checkpoint_every": 10**9}
-    trainer = instantiate(cfg.trainer)(run_dir=Path(cfg.run_dir), n_steps=n_steps, callbacks=[], **options)
+    trainer = build(cfg, "trainer")(run_dir=Path(cfg.run_dir), n_steps=n_steps, callbacks=[], **options)
     trainer.fit(module, stream)
     return {name: 1e3 * statistics.median(seconds[WARM:]) for name, seconds in stream.seconds.items()}
 

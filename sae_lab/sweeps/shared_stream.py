@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.runs.folder import FAILED
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.build import typed_keys
+from sae_lab.runtime.errors import UserError, settings_typed
 from sae_lab.runtime.signals import Signals
 from sae_lab.sweeps.failures import failure_recorded, record_failure
 from sae_lab.sweeps.lockstep import train_in_lockstep
@@ -46,6 +47,8 @@ class Job(NamedTuple):
     """A requested run: its config with interpolations resolved, and the files for its `.hydra/`."""
 
     cfg: DictConfig
+    typed: dict[str, str]
+    """The keys that were interpolations, by the keys that they name (see typed_keys)."""
     hydra: dict[str, str]
 
     @property
@@ -62,7 +65,7 @@ def read_job(cfg: DictConfig) -> Job:
     """Return the job of a config. Must be called while Hydra's config of this job is set."""
     resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(resolved, DictConfig)
-    return Job(resolved, hydra_files(cfg))
+    return Job(resolved, typed_keys(cfg), hydra_files(cfg))
 
 
 def train_jobs(jobs: list[Job], max_members: int | None = None) -> None:
@@ -100,7 +103,8 @@ def group_by_stream(jobs: list[Job]) -> list[list[Job]]:
 def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
     """Train and evaluate as many of the jobs as fit, from the first on. Returns the others."""
     try:
-        data = build_data(jobs[0].cfg)
+        with settings_typed(jobs[0].typed):
+            data = build_data(jobs[0].cfg)
     except Exception as e:
         for job in jobs:
             record_failure(job.folder, e)
@@ -130,7 +134,8 @@ def open_member(job: Job, data: ActivationData, signals: Signals, first: bool) -
     """Build a run that reads from a shared stream. The first one shows the progress."""
     run = open_run(job.cfg)
     callbacks = [SaveWhenDue(run.last_checkpoint, signals), TrainingProgress() if first else Throughput()]
-    return build_member(job.cfg, run, build_sae(job.cfg, data), data, callbacks)
+    with settings_typed(job.typed):
+        return build_member(job.cfg, run, build_sae(job.cfg, data), data, callbacks)
 
 
 def free_memory(device: torch.device) -> int:

@@ -5,9 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape, glob
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from sae_lab.runtime.errors import UserError, first_line
+from annotated_types import Ge
+
+from sae_lab.runtime.annotations import Words
+from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.errors import SettingError, first_line
 from sae_lab.runtime.hub import HUB_TIMEOUT, hub_errors
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, Place, Window, digest_of, take_window
 
@@ -20,6 +24,9 @@ TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
     *(("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response")),
     *(("problem", "solution"), ("output",), ("completion",)),
 )
+
+
+Globs = Annotated[Sequence[str] | str, Words("must be a list of globs, such as ['corpus/**/*.txt']")]
 
 
 class FileDocuments(IndexedDocuments):
@@ -39,21 +46,17 @@ class FileDocuments(IndexedDocuments):
     WHOLE = {"sample_by": "document", "encoding_errors": "replace"}
     BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
+    @check_arguments
     def __init__(
         self,
-        paths: Sequence[str] | str,
+        paths: Globs,
         split: str = TRAIN,
         column: str | Sequence[str] | None = None,
-        seed: int = 0,
-        held_out_every: int = 10,
+        seed: Annotated[int, Ge(0)] = 0,
+        held_out_every: Annotated[int, Ge(2)] = 10,
     ):
         super().__init__(seed, split)
-        if held_out_every < 2:
-            raise UserError(f"data.held_out_every={held_out_every} leaves nothing to train on: it must be 2 or more.")
-        globs = [paths] if isinstance(paths, str) else paths
-        if not isinstance(globs, Sequence) or not all(isinstance(g, str) for g in globs):
-            raise UserError(f"data.paths={paths} must be a list of globs, such as data.paths=['corpus/**/*.txt'].")
-        files, builder = self._find(list(globs))
+        files, builder = self._find([paths] if isinstance(paths, str) else [*paths])
         options = self.WHOLE if builder == "text" else {}
         self.files = [Path(f) for f in files]
         self.rows = load_rows(builder, data_files=[escape(f) for f in files], split="train", **options)
@@ -68,13 +71,13 @@ class FileDocuments(IndexedDocuments):
         found = {f for g in globs for f in glob(str(Path(g).expanduser()), recursive=True)}  # noqa: PTH207 (no root)
         files = sorted(f for f in found if Path(f).is_file())
         if not files:
-            raise UserError(f"no file matches data.paths={globs}: give globs, such as data.paths=['corpus/**/*.txt'].")
+            raise SettingError(f"no file matches {{paths}}={globs}: give globs, such as ['corpus/**/*.txt'].")
         suffixes = sorted({Path(f).suffix.lower() for f in files})
         builders = {cls.BUILDERS.get(suffix) for suffix in suffixes}
         builder = builders.pop()
         if builders or builder is None:
-            raise UserError(
-                f"data.paths={globs} match files of types {suffixes}: all files must be of one type, "
+            raise SettingError(
+                f"{{paths}}={globs} match files of types {suffixes}: all files must be of one type, "
                 f"which must be one of {list(cls.BUILDERS)}."
             )
         return files, builder
@@ -105,6 +108,7 @@ class HubDocuments(Documents):
         UserError: the data set or its revision cannot be reached or read, or it has no text column.
     """
 
+    @check_arguments
     def __init__(
         self,
         path: str,
@@ -112,8 +116,8 @@ class HubDocuments(Documents):
         name: str | None = None,
         hub_split: str = "train",
         column: str | Sequence[str] | None = None,
-        seed: int = 0,
-        held_out_documents: int = 1000,
+        seed: Annotated[int, Ge(0)] = 0,
+        held_out_documents: Annotated[int, Ge(1)] = 1000,
         revision: str | None = None,
     ):
         super().__init__(seed, split)
@@ -200,11 +204,11 @@ def text_columns(columns: Mapping[str, Any], named: str | Sequence[str] | None) 
     if named is not None:
         chosen = (named,) if isinstance(named, str) else tuple(named)
         if not chosen or not set(chosen) <= set(strings):
-            raise UserError(f"data.column={named} is not a text column of the data: it must be among {strings}.")
+            raise SettingError(f"{{column}}={named} is not a text column of the data: it must be among {strings}.")
         return chosen
     usual = [choice for choice in TEXT_COLUMNS if set(choice) <= set(strings)]
     if not usual and len(strings) != 1:
-        raise UserError(f"no text column among {list(columns)}: name it with data.column=...")
+        raise SettingError(f"no text column among {list(columns)}: name it with {{column}}=...")
     return usual[0] if usual else (strings[0],)
 
 

@@ -2,12 +2,13 @@
 
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
+from annotated_types import Ge
 
 from sae_lab.parallel.collectives import rank
-from sae_lab.runtime.checks import checked_number
+from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import Interrupted
 from sae_lab.runtime.signals import Signals
 from sae_lab.saes.files import save_sae
@@ -69,8 +70,9 @@ class KeepSAEs(L.Callback):
         UserError: `every` is not an integer of at least 1.
     """
 
-    def __init__(self, folder: str, every: int):
-        self.folder, self.every = Path(folder), checked_number("callbacks.keep_saes.every", every, 1, whole=True)
+    @check_arguments
+    def __init__(self, folder: str | Path, every: Annotated[int, Ge(1)]):
+        self.folder, self.every = Path(folder), every
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step % self.every == 0 and rank() == 0:

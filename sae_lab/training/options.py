@@ -1,42 +1,70 @@
 """Validation of the top-level options of a run."""
 
-from collections.abc import Sequence
+from typing import Annotated, TypedDict
 
-from omegaconf import DictConfig, OmegaConf
+from annotated_types import Ge, Gt, Len, Lt
+from omegaconf import DictConfig
 
-from sae_lab.runtime.checks import checked_number
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.annotations import Words
+from sae_lab.runtime.checks import check_config
+from sae_lab.runtime.errors import SettingError, settings_under
+from sae_lab.training.trainer import build_trainer
+
+Betas = Annotated[
+    list[Annotated[float, Ge(0), Lt(1)]],
+    Len(2, 2),
+    Words("must be two numbers from 0 to below 1, such as [0.9,0.99]"),
+]
+
+
+class Options(TypedDict):
+    """The top-level options of conf/train.yaml."""
+
+    k: Annotated[float, Ge(0)]
+    expansion: Annotated[float, Ge(0)] | None
+    n_latents: Annotated[int, Ge(1)] | None
+    n_tokens: Annotated[int, Ge(1)]
+    batch_size: Annotated[int, Ge(1)]
+    seq_len: Annotated[int, Ge(2)]
+    seed: Annotated[int, Ge(0)]
+    max_grad_norm: Annotated[float, Gt(0)] | None
+    calibration_batches: Annotated[int, Ge(1)]
+    goal_l0: Annotated[float, Ge(0)] | None
 
 
 def check_options(cfg: DictConfig) -> None:
-    """Validate top-level options: type, integer where required, minimum.
+    """Check the top-level options of a run, its trainer's and its optimizer's, before anything that takes long.
 
     Raises:
-        UserError: an option is invalid.
+        SettingError: an option is invalid, or options do not go together.
     """
-    whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seq_len": 2, "seed": 0, "calibration_batches": 1}
-    whole |= {f"trainer.{name}": 1 for name in ("devices", "checkpoint_every", "validate_every", "log_every")}
-    dials = whole | {"k": 0, "expansion": 0, "goal_l0": 0}
-    optional = {"n_latents", "expansion", "goal_l0"}
-    for key, least in dials.items():
-        value = OmegaConf.select(cfg, key, default=least)
-        if value is not None or key not in optional:
-            checked_number(key, value, least, whole=key in whole)
-    checked_number("max_grad_norm", cfg.max_grad_norm, above=0, optional=True)
+    check_config(cfg, Options)
+    with settings_under("trainer"):
+        check_config(cfg.trainer, build_trainer)
     check_optimizer(cfg)
     if cfg.n_latents is None and cfg.expansion is None:
-        raise UserError("n_latents=null with expansion=null leaves the size of the dictionary open: give one of them.")
+        raise SettingError(
+            "n_latents=null with expansion=null leaves the size of the dictionary open: give one of them."
+        )
     for key in ("batch_size", "n_tokens"):
         if cfg[key] % cfg.trainer.devices:
-            raise UserError(f"{key}={cfg[key]} cannot be shared out equally: give a multiple of trainer.devices.")
+            raise SettingError(f"{key}={cfg[key]} cannot be shared out equally: give a multiple of trainer.devices.")
 
 
 def check_optimizer(cfg: DictConfig) -> None:
-    """Validate the optimizer's options: lr > 0, eps and weight_decay >= 0, two betas in [0, 1)."""
-    checked_number("optimizer.lr", OmegaConf.select(cfg, "optimizer.lr", default=1), above=0)
-    for name in ("eps", "weight_decay"):
-        checked_number(f"optimizer.{name}", OmegaConf.select(cfg, f"optimizer.{name}", default=0), 0)
-    betas = OmegaConf.select(cfg, "optimizer.betas", default=[0, 0])
-    shares = [b for b in betas if isinstance(b, int | float) and 0 <= b < 1] if isinstance(betas, Sequence) else []
-    if len(shares) != 2 or len(betas) != 2:
-        raise UserError(f"optimizer.betas={betas} must be two numbers from 0 to below 1, such as [0.9,0.99].")
+    """Check the settings that torch's optimizers share.
+
+    Raises:
+        SettingError: a value that no optimizer takes, or a rate at which none would move.
+    """
+    with settings_under("optimizer"):
+        check_config(cfg.optimizer, OptimizerSettings)
+
+
+class OptimizerSettings(TypedDict):
+    """The names of torch.optim."""
+
+    lr: Annotated[float, Gt(0)]
+    eps: Annotated[float, Ge(0)]
+    weight_decay: Annotated[float, Ge(0)]
+    betas: Betas

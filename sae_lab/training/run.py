@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,6 +24,7 @@ from sae_lab.runs.config import read_config
 from sae_lab.runs.folder import Run, examine_folder
 from sae_lab.runs.provenance import provenance
 from sae_lab.runs.results import write_results
+from sae_lab.runtime.build import build
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import print_files, print_metrics
@@ -82,19 +82,19 @@ def open_run(cfg: DictConfig) -> Run:
 def build_data(cfg: DictConfig) -> ActivationData:
     """Build the data and its language model."""
     keep_freed_memory()
-    return instantiate(cfg.data, lm=instantiate(cfg.lm))
+    return build(cfg, "data", lm=build(cfg, "lm"))
 
 
 def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, callbacks: list[Callback]) -> Member:
     """Build the module and the Trainer of a run. `callbacks` run after those of the config."""
     if cfg.init_from is not None and not run.step:
         initialize_from(sae, cfg.init_from)
-    schedule = partial(instantiate(cfg.schedule), n_steps=data.n_steps)
-    schedule(0)  # raises on invalid arguments before the run begins
-    module = SAEModule(sae, instantiate(cfg.optimizer), schedule, cfg.max_grad_norm)
+    schedule = partial(build(cfg, "schedule"), n_steps=data.n_steps)
+    module = SAEModule(sae, build(cfg, "optimizer"), schedule, cfg.max_grad_norm)
+    module.configure_optimizers()  # raises on invalid arguments before the run begins
     # The config's callbacks come first: on a signal, those after StopOnSignal would miss the last step.
-    observers = [instantiate(node) for node in (cfg.callbacks or {}).values()]
-    trainer = instantiate(cfg.trainer)(run_dir=run.folder, n_steps=data.n_steps, callbacks=[*observers, *callbacks])
+    observers = [build(cfg, f"callbacks.{name}") for name in cfg.callbacks or {}]
+    trainer = build(cfg, "trainer")(run_dir=run.folder, n_steps=data.n_steps, callbacks=[*observers, *callbacks])
     return Member(cfg, run, sae, module, trainer)
 
 
@@ -121,7 +121,7 @@ def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:
     n_latents = int(cfg.n_latents or cfg.expansion * data.d_in)
     if n_latents < 1:
         raise UserError(f"expansion={cfg.expansion} of width {data.d_in} leaves no latent: raise expansion.")
-    sae = instantiate(cfg.sae, d_in=data.d_in, n_latents=n_latents, n_sources=data.n_sources)
+    sae = build(cfg, "sae", d_in=data.d_in, n_latents=n_latents, n_sources=data.n_sources)
     if has_frozen_dictionary(sae) and cfg.init_from is None:
         raise UserError("frozen_decoder=true would freeze a random dictionary: give init_from=<folder of an SAE>.")
     return sae
@@ -139,7 +139,7 @@ def fit(member: Member, data: ActivationData) -> None:
     if run.step:
         log.info("continuing from step %d of %s", run.step, run.checkpoint)
     if rank() == 0:
-        trainer.loggers = [instantiate(node) for node in member.cfg.logger.values()]
+        trainer.loggers = [build(member.cfg, f"logger.{name}") for name in member.cfg.logger]
         for logger in trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(member.cfg, resolve=True))  # type: ignore[arg-type]
     trainer.fit(member.module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)

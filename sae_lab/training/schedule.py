@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import SettingError
 
 
 def warmup_decay(step: int, n_steps: int, warmup: float, decay: float) -> float:
@@ -32,10 +32,10 @@ def check_shares(n_steps: int, **shares: Any) -> None:
         number = isinstance(share, int | float) and not isinstance(share, bool)
         if not number or not 0 <= share <= 1:
             wanted = share if number and 1 < share <= n_steps else max(1, n_steps // 20)
-            raise UserError(
-                f"schedule.{name}={'null' if share is None else share} must be a share of the run's steps, from 0 to "
-                f"1: for {wanted:,} of its {n_steps:,} steps type schedule.{name}={wanted / n_steps:.2g}."
+            raise SettingError(
+                f"{{{name}}}={'null' if share is None else share} must be a share of the run's steps, from 0 to "
+                f"1: for {wanted:,} of its {n_steps:,} steps type {{{name}}}={wanted / n_steps:.2g}."
             )
     if sum(shares.values()) > 1 + 1e-9:
-        given = " and ".join(f"schedule.{name}={share}" for name, share in shares.items())
-        raise UserError(f"{given} are shares of the run's steps and sum to more than 1: lower one of them.")
+        given = " and ".join(f"{{{name}}}={share}" for name, share in shares.items())
+        raise SettingError(f"{given} are shares of the run's steps and sum to more than 1: lower one of them.")

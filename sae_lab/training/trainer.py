@@ -2,17 +2,19 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
+from annotated_types import Ge
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from sae_lab.parallel.collectives import rank
-from sae_lab.runtime.device import checked_precision, resolve_device
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.device import Precision, resolve_device
+from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.runtime.files import atomic_file
 
 
@@ -24,16 +26,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, f)
 
 
+@check_arguments
 def build_trainer(
     run_dir: Path,
     n_steps: int,
     callbacks: list[Callback],
-    accelerator: str,
-    devices: int,
-    precision: str,
-    checkpoint_every: int,
-    validate_every: int,
-    log_every: int,
+    accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"],
+    devices: Annotated[int, Ge(1)],
+    precision: Precision,
+    checkpoint_every: Annotated[int, Ge(1)],
+    validate_every: Annotated[int, Ge(1)],
+    log_every: Annotated[int, Ge(1)],
 ) -> L.Trainer:
     """Build a Lightning Trainer for one pass over a stream of n_steps batches.
 
@@ -48,21 +51,19 @@ def build_trainer(
     Raises:
         UserError: there are fewer devices, the precision is unknown, or an interval is not positive.
     """
-    accelerator = resolve_device(accelerator)
-    if accelerator not in ("cpu", "cuda", "gpu", "mps"):
-        raise UserError(f"trainer.accelerator={accelerator} is not known: choose auto, cpu, gpu or mps.")
-    gpu, found = accelerator in ("cuda", "gpu"), torch.cuda.device_count()
-    if devices > 1 and accelerator != "cpu" and not (gpu and devices <= found):
-        raise UserError(f"trainer.devices={devices} exceeds the {found} GPUs: give fewer, or trainer.accelerator=cpu.")
+    device = resolve_device(accelerator)
+    gpu, found = device in ("cuda", "gpu"), torch.cuda.device_count()
+    if devices > 1 and device != "cpu" and not (gpu and devices <= found):
+        raise SettingError(f"{{devices}}={devices} exceeds the {found} GPUs: give fewer, or {{accelerator}}=cpu.")
     checkpoints = run_dir / "checkpoints"
     saving = ModelCheckpoint(checkpoints, "last", every_n_train_steps=checkpoint_every, enable_version_counter=False)
     noise = "does not have many workers|dataloader is not resumable|LeafSpec|sync_dist|Checkpoint directory .* exists"
     warnings.filterwarnings("ignore", message=f".*({noise}).*")
     try:
         return L.Trainer(
-            accelerator=accelerator,
+            accelerator=device,
             devices=[rank()] if gpu else 1,
-            precision=checked_precision("trainer.precision", precision),
+            precision=precision,
             max_epochs=1,
             max_steps=n_steps,
             val_check_interval=min(validate_every, n_steps),

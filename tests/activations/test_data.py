@@ -162,7 +162,7 @@ def test_a_stream_does_not_go_on_with_other_text_or_through_another_model(tmp_pa
     ("changes", "sentence"),
     [
         ({"n_tokens": 3}, "less than one batch"),
-        ({"prefetch": "yes"}, "data.prefetch=yes is not known: choose true, false or auto"),
+        ({"prefetch": "yes"}, "^prefetch=yes is not known: choose true, false or auto"),
         ({"seq_len": 201}, "longer than the context of echo: give 200 or less"),
         ({"exclude_first": 6}, "leaves nothing of a row"),
         ({"exclude_first": 5, "exclude_bos": True}, "leaves nothing of a row"),

@@ -96,5 +96,5 @@ def test_training_keeps_l0_at_k():
 
 
 def test_an_unknown_word_is_refused():
-    with pytest.raises(UserError, match=r"sae.quantile=mean is not known: choose one of batch, running"):
+    with pytest.raises(UserError, match=r"quantile=mean is not known: choose batch or running"):
         BatchTopKSAE(k=2, d_in=2, n_latents=4, quantile="mean")

@@ -103,6 +103,6 @@ def test_every_source_is_encoded_and_decoded():
 
 
 def test_an_unknown_norm_is_refused():
-    with pytest.raises(Exception, match="choose one of joint, sum") as caught:
+    with pytest.raises(Exception, match=r"^sae\.decoder_norm=max is not known: choose joint or sum") as caught:
         build("topk", "sae.decoder_norm=max")
     assert any(isinstance(e, UserError) for e in (caught.value, caught.value.__cause__))

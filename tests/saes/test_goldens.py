@@ -219,7 +219,7 @@ class TestAuxiliaryLoss:
         torch.testing.assert_close(mine, dense, rtol=1e-4, atol=1e-7)
 
     def test_an_unknown_selection_is_refused(self):
-        with pytest.raises(UserError, match=r"sae.auxk_selection=token is not known: choose one of row, batch"):
+        with pytest.raises(UserError, match=r"auxk_selection=token is not known: choose row or batch"):
             TopKSAE(k=2, d_in=2, n_latents=4, auxk_selection="token")
 
     def test_is_zero_without_dead_latents(self):

@@ -116,7 +116,7 @@ def test_thresholds_get_a_float32_gradient_from_bfloat16_pre_activations():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(UserError, match="choose one of target_l0, l0, tanh"):
+    with pytest.raises(UserError, match="choose target_l0, l0 or tanh"):
         JumpReLUSAE(d_in=2, n_latents=4, penalty="l1")
     with pytest.raises(UserError, match="needs a k to aim at"):
         JumpReLUSAE(d_in=2, n_latents=4)

@@ -107,10 +107,18 @@ def test_default_groups_are_the_authors_at_expansion_16():
     assert build("matryoshka").sizes == [16, 16, 32]
 
 
-@pytest.mark.parametrize("sizes", [[4, 16, 32, 64], [64, 0], [-4, 68], []])
-def test_sizes_that_are_not_increments_are_refused(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ([4, 16, 32, 64], "must sum to the dictionary's 64 latents"),
+        ([], "must sum to the dictionary's 64 latents"),
+        ([64, 0], "must be null or a list of whole numbers of at least 1"),
+        ([-4, 68], "must be null or a list of whole numbers of at least 1"),
+    ],
+)
+def test_sizes_that_are_not_increments_are_refused(sizes, sentence):
     """P-41: cumulative widths sum to more than n_latents."""
-    with pytest.raises(UserError, match="sum to the dictionary's 64 latents"):
+    with pytest.raises(UserError, match=sentence):
         MatryoshkaSAE(k=4, d_in=16, n_latents=64, group_sizes=sizes)
 
 

@@ -137,7 +137,7 @@ def test_a_routed_row_is_undone_by_its_sites_scale():
 
 
 def test_an_unknown_word_is_told_the_known_ones():
-    with pytest.raises(UserError, match="choose one of none, per_token, constant_norm, mean_norm"):
+    with pytest.raises(UserError, match="choose none, per_token, constant_norm or mean_norm"):
         TopKSAE(k=2, d_in=4, n_latents=8, normalize="rms")
 
 

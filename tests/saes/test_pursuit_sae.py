@@ -111,7 +111,7 @@ def test_mistakes_get_one_sentence():
     for case, sentence in [
         (
             lambda: PursuitSAE(k=4, d_in=16, n_latents=64, method="newton"),
-            "sae.method=newton is not known: choose one of matching_purs",
+            "method=newton is not known: choose matching_pursuit, gradient_pursuit or orth",
         ),
         (
             lambda: PursuitSAE(k=65, d_in=16, n_latents=64),

@@ -181,9 +181,9 @@ def test_any_inner_sae_trains():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"aggre": "max"}, "choose one of sum, mean"),
-        ({"routing": "firm"}, "choose one of hard, soft"),
-        ({"inner": partial(TopKSAE, k=3)}, "build the inner SAE with normalize=none"),
+        ({"aggre": "max"}, "choose sum or mean"),
+        ({"routing": "firm"}, "choose hard or soft"),
+        ({"inner": partial(TopKSAE, k=3)}, "give inner.normalize=none"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, sentence):

@@ -181,8 +181,8 @@ def test_encoder_and_decoder_start_apart():
     [
         ({"n_inputs": 2, "n_sources": 2}, "leaves none to predict"),
         ({"n_inputs": 1}, "leaves none to predict"),
-        ({"n_inputs": 1, "n_sources": 2, "normalize": "per_token"}, "sae.normalize=mean_norm"),
-        ({"n_inputs": 1, "n_sources": 2, "normalize": "constant_norm"}, "sae.normalize=mean_norm"),
+        ({"n_inputs": 1, "n_sources": 2, "normalize": "per_token"}, "normalize=mean_norm"),
+        ({"n_inputs": 1, "n_sources": 2, "normalize": "constant_norm"}, "normalize=mean_norm"),
         ({"n_inputs": 1, "n_sources": 2, "tied": True, "normalize": "none"}, "of different sites"),
         ({"skip": True}, "it is for transcoders"),
     ],

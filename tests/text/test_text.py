@@ -335,7 +335,7 @@ def test_the_text_column_is_found(column, tmp_path):
 def test_columns_may_be_named_and_must_be_when_nothing_tells_them_apart(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"q": "a", "r": "b"}\n{"q": "c", "r": null}\n{"q": "", "r": ""}')
     paths = str(tmp_path / "rows.jsonl")
-    with pytest.raises(UserError, match=r"no text column among \['q', 'r'\]: name it with data.column"):
+    with pytest.raises(UserError, match=r"no text column among \['q', 'r'\]: name it with column"):
         FileDocuments(paths)
     assert read(FileDocuments(paths, column="r")) == ["b", ""]
     assert read(FileDocuments(paths, column=["q", "r"])) == ["a\n\nb", "c"]
@@ -369,9 +369,9 @@ MISTAKES = [
     ({"paths": ""}, "no file matches"),
     ({"paths": "*"}, r"types \['.docx', '.jsonl', '.parquet', '.txt'\]"),
     ({"paths": "*.docx"}, r"types \['.docx'\]"),
-    ({"paths": "*.jsonl", "column": "txet"}, r"data.column=txet .*\['text'\]"),
+    ({"paths": "*.jsonl", "column": "txet"}, r"column=txet .*\['text'\]"),
     ({"paths": "*.parquet"}, "cannot be read as parquet: .*magic bytes"),
-    ({"paths": "*.jsonl", "held_out_every": 1}, "data.held_out_every=1"),
+    ({"paths": "*.jsonl", "held_out_every": 1}, "^held_out_every=1 must be a whole number of at least 2"),
 ]
 
 
@@ -480,7 +480,7 @@ def test_columns_of_known_data_sets_are_found(name, kind, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"column": "txet"}, r"data.column=txet .*\['text'\]"),
+        ({"column": "txet"}, r"column=txet .*\['text'\]"),
         ({"hub_split": "trian"}, "trian"),
         ({"name": "no-such-subset"}, "no-such-subset"),
     ],

@@ -101,15 +101,15 @@ def test_warmup_and_decay(step, factor):
     [
         (
             (1000, 0),
-            "schedule.warmup=1000 must be a share of the run's steps, .* for 1,000 of its 50,000 .*warmup=0.02",
+            "warmup=1000 must be a share of the run's steps, .* for 1,000 of its 50,000 .*warmup=0.02",
         ),
-        ((0, 500), "schedule.decay=500 must be a share .* for 500 of its 50,000 steps type schedule.decay=0.01"),
-        ((60_000, 0), "for 2,500 of its 50,000 steps type schedule.warmup=0.05"),
-        ((-1, 0), "schedule.warmup=-1 must be a share"),
-        (("abc", 0), "schedule.warmup=abc must be a share"),
-        ((None, 0), "schedule.warmup=null must be a share"),
-        ((0, float("nan")), "schedule.decay=nan must be a share"),
-        ((0.6, 0.5), "schedule.warmup=0.6 and schedule.decay=0.5 are shares .* sum to more than 1"),
+        ((0, 500), "decay=500 must be a share .* for 500 of its 50,000 steps type decay=0.01"),
+        ((60_000, 0), "for 2,500 of its 50,000 steps type warmup=0.05"),
+        ((-1, 0), "warmup=-1 must be a share"),
+        (("abc", 0), "warmup=abc must be a share"),
+        ((None, 0), "warmup=null must be a share"),
+        ((0, float("nan")), "decay=nan must be a share"),
+        ((0.6, 0.5), "warmup=0.6 and decay=0.5 are shares .* sum to more than 1"),
     ],
     ids=str,
 )

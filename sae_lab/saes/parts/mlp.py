@@ -3,14 +3,11 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-
-from sae_lab.runtime.errors import UserError
 
 
 class MLP(nn.Module):
@@ -43,14 +40,3 @@ class MLP(nn.Module):
         for V, c in zip(self.V, self.c, strict=True):
             x = F.linear(x, V, c).relu()
         return x
-
-
-def checked_widths(hidden: Any) -> list[int]:
-    """`hidden` as a plain list, if it is one of positive whole numbers.
-
-    Raises:
-        UserError: it is not.
-    """
-    if isinstance(hidden, Sequence) and all(isinstance(width, int) and width > 0 for width in hidden):
-        return list(hidden)
-    raise UserError(f"sae.hidden={hidden} must be a list of positive widths: [512], or [] for no MLP.")

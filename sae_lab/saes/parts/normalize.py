@@ -1,7 +1,7 @@
 """What an SAE does to raw activations before it sees them, and how x_hat gets its units back."""
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -141,20 +141,10 @@ class MeanNorm(Normalizer):
         return x / context.scale, context
 
 
-NORMALIZERS: dict[str, type[Normalizer]] = {
+Normalization: TypeAlias = Literal["none", "per_token", "constant_norm", "mean_norm"]
+NORMALIZERS: dict[Normalization, type[Normalizer]] = {
     "none": Normalizer,
     "per_token": PerToken,
     "constant_norm": ConstantNorm,
     "mean_norm": MeanNorm,
 }
-
-
-def build_normalizer(name: str, n_sources: int) -> Normalizer:
-    """The normalizer of this name, for rows of n_sources sources.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name not in NORMALIZERS:
-        raise UserError(f"sae.normalize={name} is not known: choose one of {', '.join(NORMALIZERS)}.")
-    return NORMALIZERS[name](n_sources)

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sae_lab.runtime.errors import UserError
-from sae_lab.saes.parts.normalize import NORMALIZERS, Context, build_normalizer
+from sae_lab.runtime.errors import SettingError
+from sae_lab.saes.parts.normalize import NORMALIZERS, Context, Normalization
 
 
 class Sources(nn.Module):
@@ -23,13 +23,13 @@ class Sources(nn.Module):
         UserError: no source is left to predict, or the scale of the predicted rows could not be known without them.
     """
 
-    def __init__(self, n_sources: int = 1, n_inputs: int = 0, normalize: str = "per_token"):
+    def __init__(self, n_sources: int = 1, n_inputs: int = 0, normalize: Normalization = "per_token"):
         super().__init__()
         check_inputs(n_inputs, n_sources, normalize)
         self.n_sources, self.n_inputs = n_sources, n_inputs
         self.n_read, self.n_written = n_inputs or n_sources, n_sources - n_inputs
-        self.normalizer = build_normalizer(normalize, self.n_read)
-        self.target_normalizer = build_normalizer(normalize, self.n_written) if n_inputs else None
+        self.normalizer = NORMALIZERS[normalize](self.n_read)
+        self.target_normalizer = NORMALIZERS[normalize](self.n_written) if n_inputs else None
 
     def observe(self, rows: Float[Tensor, "b s d"]) -> None:
         """Before the forward pass of a training batch: let the normalizers take from it what they need."""
@@ -63,15 +63,15 @@ class Sources(nn.Module):
         return (torch.arange(self.n_sources, device=x.device) >= self.n_inputs).expand(len(x), -1)
 
 
-def check_inputs(n_inputs: int, n_sources: int, normalize: str) -> None:
-    """Raise a UserError unless a source is left to predict, in units that do not depend on the predicted row."""
+def check_inputs(n_inputs: int, n_sources: int, normalize: Normalization) -> None:
+    """Raise a SettingError unless a source is left to predict, in units that do not depend on the predicted row."""
     if n_inputs and n_inputs >= n_sources:
-        raise UserError(
-            f"sae.n_inputs={n_inputs} of {n_sources} sites leaves none to predict: give lm.sites=[<what is read>,"
-            "<what is predicted>], or sae.n_inputs=0 for an SAE."
+        raise SettingError(
+            f"{{n_inputs}}={n_inputs} of {n_sources} sites leaves none to predict: give lm.sites=[<what is read>,"
+            "<what is predicted>], or {n_inputs}=0 for an SAE."
         )
-    if n_inputs and normalize in NORMALIZERS and NORMALIZERS[normalize].by_row:
-        raise UserError(
-            f"sae.normalize={normalize} takes the scale of what is predicted from itself: give a transcoder "
-            "sae.normalize=mean_norm or none."
+    if n_inputs and NORMALIZERS[normalize].by_row:
+        raise SettingError(
+            f"{{normalize}}={normalize} takes the scale of what is predicted from itself: give a transcoder "
+            "{normalize}=mean_norm or none."
         )
