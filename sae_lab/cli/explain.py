@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterator
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -50,9 +51,12 @@ def explain(error: BaseException, config_name: str, overrides: list[str]) -> str
     return None
 
 
-def _causes(error: BaseException | None):
-    while error is not None:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what caused it, down to the first. A chain may go in a circle: where an error is raised again."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
         yield error
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
 
 

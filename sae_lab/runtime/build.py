@@ -51,12 +51,15 @@ def guarded(partial: Callable[..., Any], cfg: DictConfig, key: str) -> Callable[
 @contextmanager
 def instantiation_errors() -> Iterator[None]:
     """Raise a user's mistake in place of the InstantiationException that Hydra makes of it; leave others alone."""
+    mistake = None
     try:
         yield
     except InstantiationException as e:
-        if (mistake := user_mistake(e)) is None:
+        mistake = user_mistake(e)
+        if mistake is None:
             raise
-        raise mistake from e
+    if mistake is not None:
+        raise mistake  # not inside `except`: the mistake is what caused e, and its causes would go in a circle
 
 
 def user_mistake(error: InstantiationException) -> UserError | None:
