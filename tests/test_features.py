@@ -36,7 +36,7 @@ def read_text(name: str, latents: torch.Tensor) -> tuple[ActivationData, Activat
     data = ActivationData(Waves(), Numbers, **SETTINGS)
     sae = build(name, "sae.normalize=none", d_in=2, n_latents=16, n_sources=2).eval()
     found = gather_activations(sae, data, latents, n_tokens=30)
-    x, keep = data.lm.activations(found.tokens).flatten(0, 1), data.keep(found.tokens).flatten()
+    x, keep = data.lm.activations(found.tokens).flatten(0, 1), data.keep_mask(found.tokens).flatten()
     code = torch.where(keep.unsqueeze(1), sae.encode(x).detach(), 0)[:, latents]
     assert (code > 0).any(dim=0).sum() > 1
     return data, found, code
@@ -46,7 +46,7 @@ def read_text(name: str, latents: torch.Tensor) -> tuple[ActivationData, Activat
 def test_gather_finds_every_activation(name):
     data, found, expected = read_text(name, torch.tensor([3, 4, 5, 8, 11]))
     assert found.tokens.shape == (5, 6)
-    assert found.n_positions == int(data.keep(found.tokens).sum())
+    assert found.n_positions == int(data.keep_mask(found.tokens).sum())
     mine = torch.zeros_like(expected).index_put((found.positions, found.latents), found.values)
     torch.testing.assert_close(mine, expected)
 

@@ -53,7 +53,7 @@ class ShuffledBlocks:
         self._batches: tuple[Tensor, ...] = ()
 
     @property
-    def n_given(self) -> int:
+    def n_batches_given(self) -> int:
         """Batches given since the beginning of the stream, including those before a resume.
 
         All of them have full size, except perhaps the last one of the last block.
@@ -61,7 +61,7 @@ class ShuffledBlocks:
         return self._number * (self.block_rows // self.batch_size) + self._given
 
     @property
-    def n_ready(self) -> int:
+    def n_rows_left(self) -> int:
         """Rows left in the current block, counted in batches of full size."""
         return max(0, len(self._batches) - self._given) * self.batch_size
 

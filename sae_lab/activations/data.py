@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sae_lab.activations.buffer import ShuffledBlocks
-from sae_lab.activations.digests import digest_of_rows, refuse_changed, tokenizer_digest, weights_digest
+from sae_lab.activations.digests import check_unchanged, digest_of_rows, tokenizer_digest, weights_digest
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import LMSource, SharedSource, Source
 from sae_lab.lm.base import LanguageModel
@@ -39,7 +39,7 @@ class Batches:
         return math.ceil(self.n_rows / self.stream.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        while (left := self.n_rows - self.stream.n_given * self.stream.batch_size) > 0:
+        while (left := self.n_rows - self.stream.n_batches_given * self.stream.batch_size) > 0:
             batch = next(self.stream, None)
             if batch is None:
                 return
@@ -115,7 +115,7 @@ class ActivationData(L.LightningDataModule):
         self.exclude_bos, self.exclude_first = exclude_bos, exclude_first
         self.n_eval_tokens, self.n_val_tokens = n_eval_tokens, n_val_tokens
         self.prefetch = prefetch is True or (prefetch == "auto" and lm.device.type == "cuda")
-        self.lm_turn = Lock()
+        self.lm_lock = Lock()
         self.stream = self.new_stream(self.prefetch)
         self._validation: list[Tensor] | None = None
 
@@ -131,7 +131,7 @@ class ActivationData(L.LightningDataModule):
     def n_sources(self) -> int:
         return len(self.lm.sites)
 
-    def keep(self, tokens: Int[Tensor, "n t"]) -> Bool[Tensor, "n t"]:
+    def keep_mask(self, tokens: Int[Tensor, "n t"]) -> Bool[Tensor, "n t"]:
         """Return a mask of the positions on which an SAE is trained and evaluated."""
         kept = torch.ones_like(tokens, dtype=torch.bool)
         kept[:, : self.exclude_first] = False
@@ -148,7 +148,7 @@ class ActivationData(L.LightningDataModule):
 
     def source(self) -> Source:
         """Return the training activations before shuffling, from the beginning."""
-        return LMSource(self.lm, self.text(TRAIN, self.repeat), self.keep, self.lm_batch_rows, self.lm_turn)
+        return LMSource(self.lm, self.text(TRAIN, self.repeat), self.keep_mask, self.lm_batch_rows, self.lm_lock)
 
     def new_stream(self, prefetch: bool = False) -> ShuffledBlocks:
         """Return the stream of shuffled training batches, from the beginning."""
@@ -167,7 +167,7 @@ class ActivationData(L.LightningDataModule):
 
         They are shuffled, always in the same way, so that consecutive rows come from different documents.
         """
-        with self.lm_turn:
+        with self.lm_lock:
             rows = self.held_out_text(max(1, n_tokens // self.seq_len))
         if len(rows) == 0:
             raise UserError(
@@ -179,7 +179,7 @@ class ActivationData(L.LightningDataModule):
     def probe_rows(self, n: int = 16) -> Float[Tensor, "n s d"]:
         """Return activations at n positions spread over one held-out text row, on which a saved SAE is verified."""
         tokens = self.held_out_rows(self.seq_len)
-        x = self.lm.activations(tokens)[self.keep(tokens)]
+        x = self.lm.activations(tokens)[self.keep_mask(tokens)]
         return x[:: max(1, len(x) // n)][:n]
 
     def train_dataloader(self) -> Batches:
@@ -188,8 +188,8 @@ class ActivationData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         if self._validation is None:
             chunks = self.held_out_rows(self.n_val_tokens).split(self.lm_batch_rows)
-            with self.lm_turn:
-                rows = torch.cat([self.lm.activations(tokens)[self.keep(tokens)] for tokens in chunks])
+            with self.lm_lock:
+                rows = torch.cat([self.lm.activations(tokens)[self.keep_mask(tokens)] for tokens in chunks])
             rows = rows.tensor_split(world_size())[rank()]
             self._validation = list(rows.split(self.batch_size))
         return DataLoader(self._validation, batch_size=None)  # type: ignore[arg-type]
@@ -210,9 +210,9 @@ class ActivationData(L.LightningDataModule):
         self.stream.close()
 
     @cached_property
-    def origin(self) -> dict[str, str]:
+    def source_digests(self) -> dict[str, str]:
         """Digests of what determines the batches besides the config; they must be the same when a run resumes."""
-        with self.lm_turn:
+        with self.lm_lock:
             text = self.text(TRAIN, repeat=False)
             digest = text.documents.digest(thorough=False) or digest_of_rows(take_rows(text, self.lm_batch_rows))
         return {
@@ -222,11 +222,11 @@ class ActivationData(L.LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return self.stream.state_dict() | {"origin": self.origin}
+        return self.stream.state_dict() | {"origin": self.source_digests}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the stream; raise a UserError if the text, the tokenizer or the language model changed."""
         state = dict(state_dict)
         remedy = "restore what it began with, or start over with resume=never."
-        refuse_changed(state.pop("origin", {}), self.origin, remedy)
+        check_unchanged(state.pop("origin", {}), self.source_digests, remedy)
         self.stream.load_state_dict(state)

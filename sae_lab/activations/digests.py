@@ -32,7 +32,7 @@ def digest_of_rows(tokens: Int[Tensor, "r t"]) -> str:
     return xxhash.xxh3_64_hexdigest(as_bytes(tokens))
 
 
-def refuse_changed(began_with: Mapping[str, str], here: Mapping[str, str], remedy: str) -> None:
+def check_unchanged(began_with: Mapping[str, str], here: Mapping[str, str], remedy: str) -> None:
     """Raise a UserError that names the digests that changed since the run began. `remedy` ends the message.
 
     Digests that the run did not record are not compared.

@@ -11,7 +11,7 @@ from sae_lab.activations.data import ActivationData
 from sae_lab.activations.source import Source
 from sae_lab.cache.key import lm_key
 from sae_lab.cache.reader import Cache, CachedSource
-from sae_lab.cache.shards import refuse_other
+from sae_lab.cache.shards import check_same_key
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
@@ -43,7 +43,7 @@ class CachedData(ActivationData):
         super().__init__(lm, documents=None, **stream)
         here = lm_key(lm) | {"seq_len": self.seq_len}
         here |= {f"data.{name}": getattr(self, name) for name in ("exclude_bos", "exclude_first", "pack")}
-        refuse_other(
+        check_same_key(
             self.cache.store,
             self.cache.manifest,
             here,
@@ -56,7 +56,7 @@ class CachedData(ActivationData):
         """Compute the cache's first rows again and compare: this finds differences that the key does not cover."""
         shard = self.cache.shard(0)
         tokens = shard.tokens[: self.lm_batch_rows].long()
-        x = self.lm.activations(tokens)[self.keep(tokens).to(self.lm.device)].float().cpu()
+        x = self.lm.activations(tokens)[self.keep_mask(tokens).to(self.lm.device)].float().cpu()
         x, cached = x[: len(shard.activations)], shard.activations[: len(x)].float()
         distance = ((x - cached).norm() / cached.norm()).item()
         key = self.cache.manifest.key
@@ -68,7 +68,7 @@ class CachedData(ActivationData):
             )
 
     @cached_property
-    def origin(self) -> dict[str, str]:
+    def source_digests(self) -> dict[str, str]:
         return {}  # the state of CachedSource names the cache, whose key already includes model, tokenizer and text
 
     def text_rows(self, n: int) -> Int[Tensor, "n t"]:

@@ -87,7 +87,7 @@ class Manifest:
             raise UserError(f"{store.url}/{MANIFEST} is damaged ({type(e).__name__}): {REBUILD}.") from e
 
 
-def refuse_other(store: Store, manifest: Manifest, here: dict[str, Any], remedy: str) -> None:
+def check_same_key(store: Store, manifest: Manifest, here: dict[str, Any], remedy: str) -> None:
     """Raise a UserError if the cache's key differs from `here`, naming the settings that differ. `remedy` ends it."""
     there = manifest.key
     differing = [key for key in here if there.get(key) != here[key]]

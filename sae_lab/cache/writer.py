@@ -12,7 +12,15 @@ from sae_lab.activations.data import ActivationData
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Chunk, Source
 from sae_lab.cache.key import data_key, lm_key
-from sae_lab.cache.shards import HELD_OUT_FILE, Manifest, Shard, find_damaged, refuse_other, write_held_out, write_shard
+from sae_lab.cache.shards import (
+    HELD_OUT_FILE,
+    Manifest,
+    Shard,
+    check_same_key,
+    find_damaged,
+    write_held_out,
+    write_shard,
+)
 from sae_lab.cache.store import Store
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
@@ -97,7 +105,7 @@ class CacheWriter:
                 return None
             raise
         if manifest is not None:
-            refuse_other(self.store, manifest, self.key, "choose another cache_dir=...")
+            check_same_key(self.store, manifest, self.key, "choose another cache_dir=...")
         return manifest
 
     def _start(self) -> Manifest:

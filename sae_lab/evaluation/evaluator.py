@@ -117,7 +117,7 @@ def reconstruct_all(
     """Run the first pass: reconstruction metrics and L0. Returns a mask of the BOS tokens among the n tokens."""
     bos = []
     for tokens in track(batches, "evaluating reconstruction"):
-        keep = data.keep(tokens)
+        keep = data.keep_mask(tokens)
         x = data.lm.activations(tokens)
         x = x[keep.to(x.device)]
         for subject in subjects:
@@ -137,7 +137,7 @@ def splice_all(subjects: list[EvaluatedSAE], data: ActivationData, batches: tupl
 
 def splice_batch(subjects: list[EvaluatedSAE], data: ActivationData, tokens: Int[Tensor, "n t"], mean: Replace) -> None:
     """Process one batch of `splice_all`. SAEs that predict the same sources share the ablations."""
-    lm, keep, targets = data.lm, data.keep(tokens), tokens.to(data.lm.device)
+    lm, keep, targets = data.lm, data.keep_mask(tokens), tokens.to(data.lm.device)
     activations = lm.activations(tokens)
     rows = activations[keep.to(activations.device)]
 

@@ -42,7 +42,7 @@ def gather_activations(sae: BaseSAE, data: ActivationData, latents: Int[Tensor, 
     place[latents] = torch.arange(len(latents))
     parts, n_positions = [], 0
     for start, tokens in with_offsets(track(rows.split(data.lm_batch_rows), "reading")):
-        keep = data.keep(tokens).flatten()
+        keep = data.keep_mask(tokens).flatten()
         x = data.lm.activations(tokens).flatten(0, 1)
         x = x[keep.to(x.device)]
         row, latent, value = active_entries(sae.autoencode(x)[1])

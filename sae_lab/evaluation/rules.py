@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, tuple[type[BaseSAE], dict[str, Any]]] = {
 """Class and settings of each rule: batch_topk is BatchTopKSAE in `train()` mode, threshold in `eval()` mode."""
 
 
-def with_activation(sae: BaseSAE, activation: str) -> BaseSAE:
+def convert_activation(sae: BaseSAE, activation: str) -> BaseSAE:
     """Return an SAE with the parameters of `sae` and another activation rule. Its threshold is not calibrated yet.
 
     Raises:
@@ -38,7 +38,7 @@ def with_activation(sae: BaseSAE, activation: str) -> BaseSAE:
 
 def evaluate_under(activation: str, sae: BaseSAE, data: ActivationData, calibration_batches: int) -> dict[str, Any]:
     """Evaluate the parameters of `sae` under the rule `activation`."""
-    other = with_activation(sae, activation)
+    other = convert_activation(sae, activation)
     if other.batch_rule:
         calibrate([other], data, calibration_batches)
     metrics = evaluate(other, data).metrics

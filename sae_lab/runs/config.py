@@ -28,15 +28,15 @@ def config_file(folder: Path) -> Path:
 
 def read_config(folder: Path) -> DictConfig:
     """Read the config of a run folder, which must have one."""
-    config = OmegaConf.create(with_new_targets(OmegaConf.to_container(OmegaConf.load(config_file(folder)))))
+    config = OmegaConf.create(update_targets(OmegaConf.to_container(OmegaConf.load(config_file(folder)))))
     assert isinstance(config, DictConfig)
     return config
 
 
-def with_new_targets(tree: Any) -> Any:
+def update_targets(tree: Any) -> Any:
     """Replace every `_target_` that has moved, at any depth."""
     if isinstance(tree, list):
-        return [with_new_targets(node) for node in tree]
+        return [update_targets(node) for node in tree]
     if not isinstance(tree, dict):
         return tree
-    return {k: MOVED.get(v, v) if k == "_target_" else with_new_targets(v) for k, v in tree.items()}
+    return {k: MOVED.get(v, v) if k == "_target_" else update_targets(v) for k, v in tree.items()}

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from sae_lab.runs.checkpoint import check_readable
 from sae_lab.runs.config import config_file, read_config
-from sae_lab.runtime.errors import Busy, UserError
+from sae_lab.runtime.errors import FolderInUse, UserError
 from sae_lab.runtime.files import remove_unfinished, write_atomically
 
 LOCK, FAILED = ".lock", "failed.txt"
@@ -21,7 +21,7 @@ LOCK, FAILED = ".lock", "failed.txt"
 RUN_FILES = ("checkpoints", "sae", "steps", "figures", "tensorboard", "wandb", "metrics.json", "metrics.csv")
 
 # Keys that may change when a run is resumed: they decide where and how it runs, not what it computes.
-FREE = (
+MAY_CHANGE = (
     "resume",
     "run_dir",
     "goal_l0",
@@ -73,7 +73,9 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOCK).open("wb") as lock:
             if not try_lock(lock):
-                raise Busy(f"another process trains in {self.folder}: wait for it, or choose another hydra.run.dir.")
+                raise FolderInUse(
+                    f"another process trains in {self.folder}: wait for it, or choose another hydra.run.dir."
+                )
             if self.checkpoint is None:
                 clear_folder(self.folder)
             for name in ("checkpoints", "sae", ".hydra"):
@@ -138,7 +140,7 @@ def raise_if_config_differs(folder: Path, there: Any, here: Any) -> None:
     """Raise a UserError that names the keys that differ, unless all of them may differ (FREE)."""
     theirs, ours = flatten(there), flatten(here)
     by_depth = sorted(theirs | ours, key=lambda k: (k.count("."), k))
-    keys = [k for k in by_depth if not any(k == f or k.startswith(f"{f}.") for f in FREE)]
+    keys = [k for k in by_depth if not any(k == f or k.startswith(f"{f}.") for f in MAY_CHANGE)]
     differing = [k for k in keys if theirs.get(k) != ours.get(k)]
     if differing:
         shown = ", ".join(f"{k} is {theirs.get(k)} there and {ours.get(k)} here" for k in differing[:5])

@@ -8,7 +8,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from sae_lab.activations.data import ActivationData
-from sae_lab.activations.digests import refuse_changed
+from sae_lab.activations.digests import check_unchanged
 from sae_lab.runs.checkpoint import checkpoint_content
 from sae_lab.runs.config import config_file, read_config
 from sae_lab.runtime.build import build
@@ -48,5 +48,5 @@ def load_run(
     checkpoint = Path(run_dir) / "checkpoints" / "last.ckpt"
     if checkpoint.is_file():
         began_with = checkpoint_content(checkpoint).get(type(data).__name__, {}).get("origin", {})
-        refuse_changed(began_with, data.origin, "put back what it was trained with.")
+        check_unchanged(began_with, data.source_digests, "put back what it was trained with.")
     return load_sae_folder(sae_dir or run_dir, data.lm.device), data, run

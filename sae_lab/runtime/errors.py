@@ -37,7 +37,7 @@ class SettingError(UserError):
         return re.sub(r"\{(\w+)\}", lambda name: self.key(name[1]), self.sentence)
 
 
-class Busy(UserError):
+class FolderInUse(UserError):
     """Another process is training in the run folder."""
 
 

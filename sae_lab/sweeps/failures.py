@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sae_lab.cli.explain import explain
 from sae_lab.runs.folder import FAILED
-from sae_lab.runtime.errors import Busy
+from sae_lab.runtime.errors import FolderInUse
 from sae_lab.runtime.files import write_atomically
 from sae_lab.sweeps.status import log
 
@@ -21,7 +21,7 @@ def failure_recorded(folder: Path) -> Iterator[None]:
     (folder / FAILED).unlink(missing_ok=True)
     try:
         yield
-    except Busy as e:
+    except FolderInUse as e:
         log.warning("%s", e)
     except Exception as e:
         record_failure(folder, e)

@@ -24,12 +24,12 @@ class SharedStream:
         self.stream, self.batch_size = stream, stream.batch_size
 
     @property
-    def n_given(self) -> int:
-        return self.stream.n_given
+    def n_batches_given(self) -> int:
+        return self.stream.n_batches_given
 
     @property
-    def n_ready(self) -> int:
-        return self.stream.n_ready
+    def n_rows_left(self) -> int:
+        return self.stream.n_rows_left
 
     @property
     def filling(self) -> Filling:
@@ -70,7 +70,7 @@ def train_in_lockstep(members: list[Member], data: ActivationData, signals: Sign
     try:
         while signals.due is None:
             alive = [run for run in alive if not run.dead]
-            if waiting and (not alive or waiting[0].run.step <= stream.n_given):
+            if waiting and (not alive or waiting[0].run.step <= stream.n_batches_given):
                 alive.append(greenlet(partial(fit_member, waiting.pop(0), data)))
                 alive[-1].switch()  # runs until it asks for its first batch
                 continue

@@ -60,7 +60,7 @@ class TrainingProgress(Throughput):
         self._step = trainer.global_step
         rows = (trainer.max_steps - trainer.global_step) * len(batch) * world_size()
         elapsed = time.perf_counter() - self._start
-        left = seconds_left(rows, self._tokens, elapsed, self._stream.n_ready, self._stream.filling)
+        left = seconds_left(rows, self._tokens, elapsed, self._stream.n_rows_left, self._stream.filling)
         self._show(f"{progress_text(trainer, self.rate)}  {format_duration(left)} left")
 
     def _on_filling(self, rows: int, of: int) -> None:

@@ -144,7 +144,7 @@ def test_a_block_says_how_full_it_is():
     stream, told, ready = ShuffledBlocks(Counter(5), block_rows=20, batch_size=5, seed=0), [], []
     stream.filling.watch = lambda rows, of: told.append((rows, of))
     for _ in stream:
-        ready.append(stream.n_ready)
+        ready.append(stream.n_rows_left)
     assert told == [(7, 20), (19, 20), (20, 20), (2, 20), (12, 20)]
     assert ready == [15, 10, 5, 0, 10, 5, 0]
     assert stream.filling.rows == 32

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import build, planted
 
-from sae_lab.evaluation.rules import with_activation
+from sae_lab.evaluation.rules import convert_activation
 from sae_lab.ops.sparse import l0_per_row
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, JumpReLUSAE, TopKSAE, VanillaSAE
@@ -18,7 +18,7 @@ def pre_activations(sae) -> torch.Tensor:
 
 def test_a_batch_topk_sae_under_the_row_rule_keeps_the_k_largest_of_each_row():
     sae = build("batch_topk").eval()
-    other = with_activation(sae, "topk")
+    other = convert_activation(sae, "topk")
     h = pre_activations(sae)
     kept = h.topk(4).indices
     torch.testing.assert_close(other.encode(X), torch.zeros_like(h).scatter(1, kept, h.gather(1, kept)))
@@ -28,11 +28,11 @@ def test_a_batch_topk_sae_under_the_row_rule_keeps_the_k_largest_of_each_row():
 
 def test_a_topk_sae_under_the_batch_rule_and_under_a_threshold():
     sae = build("topk").eval()
-    other = with_activation(sae, "batch_topk").train()
+    other = convert_activation(sae, "batch_topk").train()
     h = pre_activations(sae)
     last = h.flatten().topk(4 * 64).values[-1]
     torch.testing.assert_close(other.encode(X), h * (h >= last))
-    thresholded = with_activation(sae, "threshold")
+    thresholded = convert_activation(sae, "threshold")
     thresholded.calibrate(X, 0)
     torch.testing.assert_close(thresholded.threshold, last)
     torch.testing.assert_close(thresholded.encode(X), h * (h > last))
@@ -41,13 +41,13 @@ def test_a_topk_sae_under_the_batch_rule_and_under_a_threshold():
 def test_the_running_quantile_gives_way_to_the_batch_rule():
     sae = BatchTopKSAE(k=4, d_in=16, n_latents=64, quantile="running")
     sae(X)
-    assert l0_per_row(with_activation(sae, "batch_topk").train().encode(X)).sum() == 4 * 64
+    assert l0_per_row(convert_activation(sae, "batch_topk").train().encode(X)).sum() == 4 * 64
 
 
 @pytest.mark.parametrize(("name", "lacking"), [("gated", "a k"), ("pursuit", "W_enc")])
 def test_a_rule_needs_a_k_and_an_encoder(name, lacking):
     with pytest.raises(UserError, match=f"activation=topk needs {lacking}, and a .*SAE has none"):
-        with_activation(build(name), "topk")
+        convert_activation(build(name), "topk")
 
 
 def test_nothing_is_shared_and_settings_are_kept():
@@ -97,8 +97,8 @@ def test_an_sae_of_another_shape_is_refused(sae, sentence):
 
 def test_unknown_rules_and_a_k_that_is_not_whole_are_refused():
     with pytest.raises(UserError, match="activation=relu is not known: choose one of topk, batch_topk, threshold"):
-        with_activation(build("topk"), "relu")
+        convert_activation(build("topk"), "relu")
     with pytest.raises(UserError, match=r"k=2.5 must be a whole number here"):
-        with_activation(BatchTopKSAE(k=2.5, d_in=16, n_latents=64), "topk")
+        convert_activation(BatchTopKSAE(k=2.5, d_in=16, n_latents=64), "topk")
     with pytest.raises(UserError, match=r"VanillaSAE|TopKSAE"):
-        with_activation(VanillaSAE(d_in=16, n_latents=64), "topk")
+        convert_activation(VanillaSAE(d_in=16, n_latents=64), "topk")

@@ -6,7 +6,7 @@ from conftest import compose
 from omegaconf import OmegaConf
 
 from sae_lab.runs.folder import Run, examine_folder, flatten, is_running
-from sae_lab.runtime.errors import Busy, UserError
+from sae_lab.runtime.errors import FolderInUse, UserError
 from sae_lab.training.run import hydra_files
 
 
@@ -101,7 +101,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
     assert not is_running(tmp_path)
     with run.begin({}):
         assert is_running(tmp_path)
-        with pytest.raises(Busy, match="another process trains in"), run.begin({}):
+        with pytest.raises(FolderInUse, match="another process trains in"), run.begin({}):
             pass
     assert not is_running(tmp_path)
     with run.begin({}):

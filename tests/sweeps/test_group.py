@@ -94,7 +94,9 @@ def test_members_at_different_steps_share_a_pass(alone, tmp_path, monkeypatch):
         ["gated", "batch_topk", "vanilla"]
     ]
     refill, refills = ShuffledBlocks._refill, []
-    monkeypatch.setattr(ShuffledBlocks, "_refill", lambda stream: (refills.append(stream.n_given), refill(stream)))
+    monkeypatch.setattr(
+        ShuffledBlocks, "_refill", lambda stream: (refills.append(stream.n_batches_given), refill(stream))
+    )
     train_jobs(jobs)
     assert refills == [0, 4, 8, 0]  # one pass of 12 batches in blocks of 4, and the calibration's
     for name in MEMBERS:
@@ -125,7 +127,7 @@ def test_a_stream_that_breaks_fails_its_own_group_only(alone, tmp_path, monkeypa
     draw = ShuffledBlocks.__next__
 
     def breaking(stream):
-        if stream.seed == 1 and stream.n_given == 3:
+        if stream.seed == 1 and stream.n_batches_given == 3:
             raise UserError("shard-00002.safetensors is damaged")
         return draw(stream)
 

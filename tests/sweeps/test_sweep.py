@@ -15,7 +15,7 @@ from shell import run
 from sae_lab.cli.folder_names import folder_name
 from sae_lab.cli.help import CONF
 from sae_lab.runs.folder import Run
-from sae_lab.runtime.errors import Busy, UserError
+from sae_lab.runtime.errors import FolderInUse, UserError
 from sae_lab.sweeps.failures import failure_recorded
 from sae_lab.sweeps.status import (
     count_statuses,
@@ -97,7 +97,7 @@ def test_a_failure_is_kept_with_its_reason_and_cleared_by_the_next_attempt(tmp_p
 
 def test_a_job_that_another_process_runs_has_not_failed(tmp_path):
     with failure_recorded(tmp_path):
-        raise Busy("another process trains here")
+        raise FolderInUse("another process trains here")
     assert not (tmp_path / "failed.txt").exists()
 
 
