@@ -1,4 +1,4 @@
-"""Time a training step against its floor, or a pursuit's steps: `python -m sae_lab.benchmark`."""
+"""Time a training step against its lower bound, or the steps of a pursuit: `python -m sae_lab.benchmark`."""
 
 from typing import Annotated, TypedDict
 
@@ -7,20 +7,16 @@ from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point
 from sae_lab.runtime.checks import check_config
-from sae_lab.runtime.device import Precision
-from sae_lab.studies.pursuit_cost import benchmark_pursuit
-from sae_lab.studies.step_cost import benchmark_step
 
 
-class Dials(TypedDict):
-    """The dials of conf/benchmark.yaml."""
+class Options(TypedDict):
+    """The options of conf/benchmark.yaml."""
 
     d_in: Annotated[int, Ge(1)]
     n_latents: Annotated[int, Ge(1)]
     n_sources: Annotated[int, Ge(1)]
     batch_size: Annotated[int, Ge(1)]
     seed: Annotated[int, Ge(0)]
-    precision: Precision
     dead_share: Annotated[float, Ge(0), Le(1)]
     dense: bool
     repeats: Annotated[int, Ge(1)]
@@ -28,7 +24,10 @@ class Dials(TypedDict):
 
 @entry_point("benchmark")
 def main(cfg: DictConfig) -> float:
-    check_config(cfg, Dials)
+    from sae_lab.studies.pursuit_cost import benchmark_pursuit
+    from sae_lab.studies.step_cost import benchmark_step
+
+    check_config(cfg, Options)
     return benchmark_step(cfg)["step_ms"] if cfg.pursuit is None else benchmark_pursuit(cfg)["ms"]["pursuit"]
 
 

@@ -1,17 +1,18 @@
-"""A run -> its SAE in the files of another library, with a model card: `python -m sae_lab.export run_dir=...`."""
+"""Write a run's SAE in another library's files, with a model card: `python -m sae_lab.export run_dir=...`."""
 
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point, folder_from
-from sae_lab.runs.export import export_run, push_to_hub
-from sae_lab.runtime.checks import check_config
-from sae_lab.runtime.screen import print_files
 
 
 @entry_point("export")
 def main(cfg: DictConfig) -> None:
+    from sae_lab.runs.export import export_run, push_to_hub
+    from sae_lab.runtime.checks import check_config
+    from sae_lab.runtime.screen import print_files
+
     check_config(cfg, push_to_hub)
     run_dir = folder_from(cfg, "run_dir")
     out = Path(cfg.out or run_dir / "export" / str(cfg.format))

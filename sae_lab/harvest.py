@@ -1,26 +1,27 @@
-"""A language model -> activations on disk: `python -m sae_lab.harvest n_tokens=2_000_000 cache_dir=outputs/cache`."""
+"""Write a language model's activations to disk: `python -m sae_lab.harvest n_tokens=2_000_000 cache_dir=...`."""
 
 from omegaconf import DictConfig
 
-from sae_lab.activations.data import ActivationData
-from sae_lab.cache.writer import CacheWriter
 from sae_lab.cli.entry import entry_point
-from sae_lab.runtime.build import build
-from sae_lab.runtime.checks import check_config
-from sae_lab.runtime.memory import keep_freed_memory
 
 
 @entry_point("harvest")
 def main(cfg: DictConfig) -> None:
-    """Build the cache, or what is missing of it; `verify=true` only checks it, `rebuild=true` also mends it."""
+    """Write the missing part of a cache; `verify=true` only checks it, `rebuild=true` rewrites damaged files."""
+    from sae_lab.activations.data import ActivationData
+    from sae_lab.cache.writer import CacheWriter
+    from sae_lab.runtime.build import build
+    from sae_lab.runtime.checks import check_config
+    from sae_lab.runtime.memory import keep_freed_memory
+
     keep_freed_memory()
     check_config(cfg, CacheWriter.__init__)  # before the language model is loaded
     data: ActivationData = build(cfg, "data", lm=build(cfg, "lm"))
-    harvester = CacheWriter(data, cfg.cache_dir, cfg.n_tokens, cfg.shard_tokens, cfg.dtype)
+    writer = CacheWriter(data, cfg.cache_dir, cfg.n_tokens, cfg.shard_tokens, cfg.dtype)
     if cfg.verify:
-        harvester.verify()
+        writer.verify()
     else:
-        harvester.build(cfg.rebuild)
+        writer.build(cfg.rebuild)
 
 
 if __name__ == "__main__":

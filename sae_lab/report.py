@@ -1,20 +1,21 @@
-"""A sweep → one table and the figures: `python -m sae_lab.report sweep_dir=multirun/...`."""
+"""Make one table and the figures of a sweep: `python -m sae_lab.report sweep_dir=multirun/...`."""
 
 import logging
 
 from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point, folder_from
-from sae_lab.sweeps.figures import draw_sweep
-from sae_lab.sweeps.headline import headline, markdown, show_headline
-from sae_lab.sweeps.status import all_jobs, job_statuses, show_statuses
-from sae_lab.sweeps.table import collect_table, complete_jobs, started_jobs
 
 log = logging.getLogger(__name__)
 
 
 @entry_point("report")
 def main(cfg: DictConfig) -> None:
+    from sae_lab.sweeps.figures import draw_sweep
+    from sae_lab.sweeps.headline import headline, markdown, show_headline
+    from sae_lab.sweeps.status import all_jobs, job_statuses, show_statuses
+    from sae_lab.sweeps.table import collect_table, complete_jobs, started_jobs
+
     folder = folder_from(cfg, "sweep_dir")
     jobs = job_statuses(folder, all_jobs(folder))
     if {job.status for job in jobs} != {"complete"}:

@@ -7,11 +7,10 @@ from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point
 from sae_lab.runtime.checks import check_config
-from sae_lab.studies.stage_rates import measure_throughput
 
 
-class Dials(TypedDict):
-    """What is measured, in conf/throughput.yaml."""
+class Options(TypedDict):
+    """The slices that conf/throughput.yaml measures."""
 
     slice_tokens: Annotated[int, Ge(1)]
     slices: Annotated[int, Ge(1)]
@@ -19,7 +18,9 @@ class Dials(TypedDict):
 
 @entry_point("throughput")
 def main(cfg: DictConfig) -> None:
-    check_config(cfg, Dials)
+    from sae_lab.studies.stage_rates import measure_throughput
+
+    check_config(cfg, Options)
     measure_throughput(cfg)
 
 

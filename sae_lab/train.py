@@ -7,13 +7,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point
-from sae_lab.sweeps.failures import failure_recorded
-from sae_lab.sweeps.search import search_score
-from sae_lab.training.run import train_run
 
 
 @entry_point("train")
 def main(cfg: DictConfig) -> float | None:
+    from sae_lab.sweeps.failures import failure_recorded
+    from sae_lab.sweeps.search import search_score
+    from sae_lab.training.run import train_run
+
     if HydraConfig.get().mode == RunMode.RUN:
         return search_score(train_run(cfg), cfg.goal_l0)
     with failure_recorded(Path(cfg.run_dir)):  # one job's failure must not end a sweep

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 FORKS = get_context("forkserver")
-PRELOADED = ("training.run", "sweeps.gpus", "report", "throughput", "evaluate")
+PRELOADED = ("training.run", "sweeps.gpus", "sweeps.figures", "studies.stage_rates", "evaluation.rules", "runs.export")
 FORKS.set_forkserver_preload([f"sae_lab.{name}" for name in PRELOADED])
 
 

@@ -34,6 +34,43 @@ class Activations(NamedTuple):
     """Activation of the entry."""
 
 
+def describe_latents(
+    sae: BaseSAE,
+    data: ActivationData,
+    latents: Int[Tensor, " c"],
+    *,
+    n_tokens: int,
+    n_top: int,
+    n_random: int,
+    context: int,
+    n_logits: int,
+    n_neighbours: int,
+) -> dict[str, Any]:
+    """Describe the chosen latents: what they respond to in the training text and what their directions promote.
+
+    Args:
+        latents: their numbers, ascending.
+        n_tokens: tokens of the text to read.
+        n_top, n_random: contexts of the strongest activations, and of activations drawn at random.
+        context: tokens on either side of an activation.
+        n_logits: tokens that a direction promotes and suppresses most.
+        n_neighbours: latents with the most similar directions.
+    """
+    activations = gather_activations(sae, data, latents, n_tokens)
+    found = describe_activations(activations, len(latents), n_top=n_top, n_random=n_random, context=context)
+    meanings = describe_directions(sae, data.lm, latents, n_logits, n_neighbours)
+    found = [{"latent": i} | a | b for i, a, b in zip(latents.tolist(), found, meanings, strict=True)]
+    return {
+        "sae": type(sae).__name__,
+        "n_latents": sae.n_latents,
+        "lm": data.lm.name,
+        "sites": list(data.lm.sites),
+        "n_tokens": activations.n_positions,
+        "tokens": spell_tokens(data.lm.tokenizer, found),
+        "latents": found,
+    }
+
+
 @torch.no_grad()
 def gather_activations(sae: BaseSAE, data: ActivationData, latents: Int[Tensor, " c"], n_tokens: int) -> Activations:
     """Gather all activations of `latents` on the first n_tokens of the training text, under the deployed rule."""

@@ -4,10 +4,12 @@ from typing import Any
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.evaluation.calibration import calibrate
-from sae_lab.evaluation.evaluator import evaluate
-from sae_lab.runtime.errors import UserError
+from sae_lab.evaluation.evaluator import evaluate, evaluate_all
+from sae_lab.ops.pursuit import METHODS
+from sae_lab.runtime.errors import UserError, settings_under
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.batch_topk import BatchTopKSAE
+from sae_lab.saes.pursuit_sae import PursuitSAE
 from sae_lab.saes.topk import TopKSAE
 
 ACTIVATIONS: dict[str, tuple[type[BaseSAE], dict[str, Any]]] = {
@@ -44,3 +46,23 @@ def evaluate_under(activation: str, sae: BaseSAE, data: ActivationData, calibrat
     metrics = evaluate(other, data).metrics
     batch_wise = metrics.pop("train_mode")
     return (batch_wise if activation == "batch_topk" else metrics) | {"activation": activation}
+
+
+def compare_encoders(sae: BaseSAE, encoder: str, k: int | None, data: ActivationData) -> dict[str, dict[str, Any]]:
+    """Evaluate the SAE with its own encoder, and its dictionary with a pursuit in place of the encoder.
+
+    Args:
+        encoder: a key of pursuit.METHODS.
+        k: of the pursuit; None is the SAE's own.
+
+    Returns:
+        The metrics under `own` and under the name of the pursuit, each with rows_per_second.
+    """
+    if encoder not in METHODS:
+        raise UserError(f"encoder={encoder} is not known: choose own or one of {', '.join(METHODS)}.")
+    with settings_under("pursuit"):
+        pursuit = PursuitSAE.of(sae, encoder, k)
+    evaluations = evaluate_all({"own": sae, encoder: pursuit}, data)
+    metrics = {name: {"rows_per_second": e.rows_per_second} | e.metrics for name, e in evaluations.items()}
+    metrics[encoder]["k"] = pursuit.k
+    return metrics

@@ -34,3 +34,10 @@ def write_metrics(metrics: dict[str, Any], sae: BaseSAE, path: Path) -> Path:
     sizes = {"n_latents": sae.n_latents, "d_in": sae.d_in, "n_sources": sae.n_sources}
     write_json(path, metrics | sizes)
     return path
+
+
+def write_comparison(metrics: dict[str, Any], encoder: str, k: int | None, folder: Path) -> Path:
+    """Write the metrics of two encoders of one dictionary side by side, as JSON."""
+    path = folder / f"metrics_{encoder}{'' if k is None else f'_k{k}'}.json"
+    write_json(path, metrics)
+    return path
