@@ -5,6 +5,8 @@ import subprocess
 import pytest
 from shell import run
 
+pytestmark = pytest.mark.process
+
 ROUTE = ["sae=route", "lm.sites=[transformer.h.1,transformer.h.3]"]
 WHOLE = "must be a whole number of at least"
 MISTAKES = [
@@ -110,6 +112,7 @@ def test_so_is_that_of_a_job_of_a_sweep(launcher, tmp_path):
     jobs = ["sae=topk,route", "k=0", "lm.sites=[transformer.h.1,transformer.h.3]", "sae.seed=0"]
     done = run("-m", *jobs, f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 1
+    assert "Traceback" not in done.stderr
     failures = [file.read_text() for file in tmp_path.glob("*/failed.txt")]
     assert len(failures) == 2
     assert {text.partition(" must")[0] for text in failures} == {"k=0"}

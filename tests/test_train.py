@@ -303,7 +303,7 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         (["+sae.gamma=3"], ["sae.gamma is not a setting of DictionarySAE"]),
         (["k=abc"], ["k=abc must be a number"]),
         (["k=[1,2]"], ["k=[1, 2] must be a number"]),
-        (["expansion=nan"], ["expansion=nan must be a number"]),
+        (["expansion=nan"], ["expansion=nan must be null or a number of at least 0"]),
         (["seq_len=64.5"], ["seq_len=64.5 must be a whole number of at least 2"]),
         (["optimizer.lr=fast"], ["optimizer.lr=fast must be a number"]),
         *(([f"optimizer.lr={lr}"], [f"optimizer.lr={lr} must be a number above 0."]) for lr in ("0", "-0.001", "nan")),

@@ -65,7 +65,7 @@ class BaseSAE(Registered, ABC):
     def convert_to(self, cls: type[AnySAE], **changes: Any) -> AnySAE:
         """An SAE of another class with these parameters, and these settings as far as it knows them.
 
-        `sae.as_(TopKSAE, k=8)` is this dictionary under the rule of TopK. It shares no memory with this one.
+        `sae.convert_to(TopKSAE, k=8)` is this dictionary under the rule of TopK. It shares no memory with this one.
 
         Raises:
             UserError: the class needs a setting that this SAE lacks, or has no place for a parameter of this SAE.

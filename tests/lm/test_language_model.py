@@ -261,9 +261,9 @@ def test_bos():
     assert bos_of(None, 5) == 5
     assert bos_of(None, 0) == 0
     assert bos_of(3, 5, given=0) == 0
-    with pytest.raises(UserError, match=r"lm\.bos_id=\.\.\."):
+    with pytest.raises(UserError, match=r"bos_id=\.\.\."):
         bos_of(None, None)
-    with pytest.raises(UserError, match=r"lm.bos_id=10"):
+    with pytest.raises(UserError, match=r"^bos_id=10"):
         bos_of(3, 5, given=10)
 
 
