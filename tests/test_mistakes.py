@@ -64,7 +64,7 @@ MISTAKES = [
             "lm.tuned.name=tiny",
             "lm.tuned.dtype=fp3",
         ],
-        "lm.tuned.dtype=fp3 is no floating-point dtype",
+        "lm.tuned.dtype=fp3 is not a floating-point dtype",
     ),
     (["callbacks=keep_saes", "callbacks.keep_saes.every=0"], f"callbacks.keep_saes.every=0 {WHOLE} 1."),
     (["trainer.log_every=0"], f"trainer.log_every=0 {WHOLE} 1."),
