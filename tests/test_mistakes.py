@@ -15,14 +15,17 @@ MISTAKES = [
     ([*ROUTE, "k=0"], "k=0 must lie between 1 and the dictionary's 1024 latents: lower k or raise expansion."),
     (
         [*ROUTE, "+sae.inner.bogus=1"],
-        "sae.inner.bogus is not a setting of DictionarySAE: remove it, or correct its name.",
+        "sae.inner.bogus is not a setting of DictionarySAE (sae.inner._target_): remove it, or correct its name.",
     ),
     (["sae.hidden=[0]"], "sae.hidden=[0] must be a list of positive widths: [512], or [] for no MLP."),
     (["optimizer.lr=-1"], "optimizer.lr=-1 must be a number above 0."),
-    (["+trainer.bogus=1"], "trainer.bogus is not a setting of build_trainer: remove it, or correct its name."),
+    (
+        ["+trainer.bogus=1"],
+        "trainer.bogus is not a setting of build_trainer (trainer._target_): remove it, or correct its name.",
+    ),
     (
         ["optimizer._target_=torch.optim.Muon"],
-        "optimizer.betas is not a setting of Muon: remove it, or correct its name.",
+        "optimizer.betas is not a setting of Muon (optimizer._target_): remove it, or correct its name.",
     ),
     (
         ["optimizer._target_=torch.optim.NAdam", "~optimizer.fused", "+optimizer.momentum_decay=-1"],

@@ -423,7 +423,7 @@ def test_the_package_itself_lists_every_command():
 @pytest.mark.parametrize(
     ("module", "dial", "choice"),
     [
-        ("harvest", "verify: false             # true: only check", "  lm: gemma2_2b, gpt2,"),
+        ("harvest", "verify: false             # true: do not harvest, only check", "  lm: gemma2_2b, gpt2,"),
         ("benchmark", "dead_share: 0.0           # share of the latents", "  sae: batch_topk, gated,"),
         ("report", "sweep_dir: ???", ""),
     ],

@@ -89,7 +89,9 @@ def argument_error(error: BaseException) -> SettingError | None:
     """A call with an unknown or a missing argument, as a setting error; None for any other error."""
     said = str(error) if isinstance(error, TypeError) else ""
     if unknown := re.search(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", said):
-        return SettingError(f"{{{unknown[2]}}} is not a setting of {unknown[1]}: remove it, or correct its name.")
+        return SettingError(
+            f"{{{unknown[2]}}} is not a setting of {unknown[1]} ({{_target_}}): remove it, or correct its name."
+        )
     if missing := re.search(r"missing \d+ required .*arguments?: '(\w+)'", said):
         return SettingError(f"{{{missing[1]}}} has no value: give {{{missing[1]}}}=...")
     return None

@@ -46,7 +46,7 @@ def test_a_key_is_the_one_that_is_typed(overrides, key):
 
 def test_a_partial_tells_its_errors_by_the_same_keys():
     parameters = [torch.nn.Parameter(torch.zeros(2))]
-    with pytest.raises(SettingError, match=r"^optimizer\.bogus is not a setting of Adam: "):
+    with pytest.raises(SettingError, match=r"^optimizer\.bogus is not a setting of Adam \(optimizer\._target_\): "):
         build(compose("+optimizer.bogus=1"), "optimizer")(parameters)
     with pytest.raises(UserError, match=r"^optimizer cannot be built: Invalid learning rate: -1"):
         build(compose("optimizer.lr=-1"), "optimizer")(parameters)
