@@ -60,24 +60,29 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         def main() -> None:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 run()
-                return
-            signal.signal(signal.SIGTERM, _terminated)
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the sentence is ours to write
-            try:
-                run()
-            except Interrupted as e:
-                _leave(f"{e}{CONTINUES.get(config_name, '').format(_folder())}.", e.exit_code)
-            except KeyboardInterrupt:
-                _leave("Interrupted.", 130)
-            except Exception as e:
-                sentence = explain(e, config_name, sys.argv[1:])
-                if sentence is None:
-                    raise
-                _leave(f"{Path(config_name).name}: {sentence}", 1)
+            else:
+                signal.signal(signal.SIGTERM, _terminated)
+                os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the sentence is ours to write
+                run_or_explain(run, config_name)
 
         return main
 
     return decorate
+
+
+def run_or_explain(run: Callable[[], None], config_name: str) -> None:
+    """Run a command; on an interruption or a user's mistake print one sentence and exit."""
+    try:
+        run()
+    except Interrupted as e:
+        _leave(f"{e}{CONTINUES.get(config_name, '').format(_folder())}.", e.exit_code)
+    except KeyboardInterrupt:
+        _leave("Interrupted.", 130)
+    except Exception as e:
+        sentence = explain(e, config_name, sys.argv[1:])
+        if sentence is None:
+            raise
+        _leave(f"{Path(config_name).name}: {sentence}", 1)
 
 
 def folder_from(cfg: DictConfig, key: str) -> Path:

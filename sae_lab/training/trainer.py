@@ -26,6 +26,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, f)
 
 
+GPU = ("cuda", "gpu")
+NOISE = "does not have many workers|dataloader is not resumable|LeafSpec|sync_dist|Checkpoint directory .* exists"
+"""Warnings of Lightning about what is so on purpose."""
+
+
 @check_arguments
 def build_trainer(
     run_dir: Path,
@@ -52,17 +57,14 @@ def build_trainer(
         UserError: there are fewer devices, the precision is unknown, or an interval is not positive.
     """
     device = resolve_device(accelerator)
-    gpu, found = device in ("cuda", "gpu"), torch.cuda.device_count()
-    if devices > 1 and device != "cpu" and not (gpu and devices <= found):
-        raise SettingError(f"{{devices}}={devices} exceeds the {found} GPUs: give fewer, or {{accelerator}}=cpu.")
+    check_devices(device, devices)
     checkpoints = run_dir / "checkpoints"
     saving = ModelCheckpoint(checkpoints, "last", every_n_train_steps=checkpoint_every, enable_version_counter=False)
-    noise = "does not have many workers|dataloader is not resumable|LeafSpec|sync_dist|Checkpoint directory .* exists"
-    warnings.filterwarnings("ignore", message=f".*({noise}).*")
+    warnings.filterwarnings("ignore", message=f".*({NOISE}).*")
     try:
         return L.Trainer(
             accelerator=device,
-            devices=[rank()] if gpu else 1,
+            devices=[rank()] if device in GPU else 1,
             precision=precision,
             max_epochs=1,
             max_steps=n_steps,
@@ -80,3 +82,10 @@ def build_trainer(
         )
     except (MisconfigurationException, ValueError) as e:
         raise UserError(f"the trainer cannot be built: {' '.join(str(e).split())}") from e
+
+
+def check_devices(device: str, n: int) -> None:
+    """Raise a SettingError if n processes would not have a GPU each; on the CPU any number may run."""
+    found = torch.cuda.device_count()
+    if n > 1 and device != "cpu" and not (device in GPU and n <= found):
+        raise SettingError(f"{{devices}}={n} exceeds the {found} GPUs: give fewer, or {{accelerator}}=cpu.")
