@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 
 from sae_lab.lm.base import LanguageModel
-from sae_lab.runtime.annotations import Words
+from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.device import resolve_device
 from sae_lab.runtime.errors import SettingError
@@ -16,7 +16,7 @@ from sae_lab.runtime.hub import HUB_TIMEOUT, hub_errors
 
 TINY = "tiny"
 FINE_TUNED_TINY = "outputs/tiny_disassembly"  # default output folder of `python -m sae_lab.lm.tiny.fine_tune`
-ModelName = Annotated[str, Words("must be a hub name or the path of a folder")]
+ModelName = Annotated[str, ErrorMessage("must be a hub name or the path of a folder")]
 DeviceMap = str | dict[str, int | str] | None
 
 

@@ -1,11 +1,11 @@
-"""An argument's annotation, as a validator of values from YAML and as words.
+"""Annotations of settings, turned into validators of values from YAML and into words for error messages.
 
     Annotated[int, Ge(0)] | None        "null or a whole number of at least 0"
     list[Annotated[float, Gt(0)]]       "a list of numbers above 0"
     Literal["row", "batch"]             "row or batch"
 
-YAML writes 1e3 as a float, so a whole float is an int where the annotation says int. An int stays an int where it says
-float. A bool is no number, a string is neither, and a number is finite.
+YAML reads 1e3 as a float, so a whole float is accepted for int, and converted. An int is accepted for float, and stays
+an int. Bools and strings are not numbers, and numbers must be finite.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,14 +22,14 @@ BOUNDS = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
 
 
 @dataclass(frozen=True)
-class Words:
-    """In an Annotated: how the sentence about a wrong value goes on, in place of the words from the annotation."""
+class ErrorMessage:
+    """Metadata of an Annotated: the message about a wrong value, after `key=value`. Replaces the generated message."""
 
     text: str
 
 
 def is_setting(annotation: Any) -> bool:
-    """Whether the annotation is of plain values, which YAML can hold: numbers, strings, flags, null, lists of them."""
+    """Return whether the annotation is of plain values that YAML can hold: numbers, strings, bools, null, lists."""
     if get_origin(annotation) is Literal:
         return True
     parts = parts_of(annotation)
@@ -37,7 +37,7 @@ def is_setting(annotation: Any) -> bool:
 
 
 def parts_of(annotation: Any) -> tuple[Any, ...]:
-    """What an Annotated, a union or a list is made of; nothing for another annotation."""
+    """Return the types inside an Annotated, a union or a list; an empty tuple for other annotations."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return arguments[:1]
@@ -46,21 +46,21 @@ def parts_of(annotation: Any) -> tuple[Any, ...]:
 
 @cache
 def validator(annotation: Any) -> Callable[[Any], Any]:
-    """A function that returns the value as the annotation means it, or raises a ValueError."""
-    from pydantic import TypeAdapter  # here: `--help` needs none of it
+    """Return a function that converts a value to the annotated type, or raises a ValueError."""
+    from pydantic import TypeAdapter  # imported here, because `--help` does not need it
 
     return TypeAdapter(strict(annotation)).validate_python
 
 
 def strict(annotation: Any) -> Any:
-    """The annotation for pydantic, with the rules of this module in place of pydantic's conversions."""
+    """Return the annotation for pydantic, with the rules of this module instead of pydantic's conversions."""
     from pydantic import AllowInfNan, BeforeValidator, Strict
 
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return Annotated[(strict(arguments[0]), *arguments[1:])]
     if origin in (Union, UnionType):
-        return Union[tuple(map(strict, arguments))]  # noqa: UP007 (of a tuple)
+        return Union[tuple(map(strict, arguments))]  # noqa: UP007 (X | Y does not work for a tuple)
     if origin in LISTS:
         return Annotated[list[strict(arguments[0])], BeforeValidator(as_list)]  # type: ignore[misc]
     if annotation is int:
@@ -71,63 +71,63 @@ def strict(annotation: Any) -> Any:
 
 
 def as_int(value: Any) -> Any:
-    """1000 for 1e3."""
+    """Convert a whole float to an int; return other values unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def as_list(value: Any) -> Any:
-    """A plain list for a tuple or a list of OmegaConf's."""
+    """Convert a tuple or a list of OmegaConf to a plain list; return other values unchanged."""
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def describe_mistake(annotation: Any) -> str:
-    """How a sentence goes on that begins with a wrong value: "must be ...", or "is not known: choose ..."."""
-    if words := metadata(annotation, Words):
-        return words[0].text
-    options = options_of(annotation)
-    if any(get_origin(option) is Literal for option in options):
-        return f"is not known: choose {either(name for option in options for name in names_of(option))}"
-    return f"must be {either(map(describe, options))}"
+    """Return the message about a wrong value, to follow the value: "must be ...", or "is not known: choose ..."."""
+    if messages := metadata(annotation, ErrorMessage):
+        return messages[0].text
+    members = union_members(annotation)
+    if any(get_origin(member) is Literal for member in members):
+        return f"is not known: choose {join_with_or(choice for member in members for choice in choices(member))}"
+    return f"must be {join_with_or(map(describe, members))}"
 
 
-def options_of(annotation: Any) -> list[Any]:
-    """The members of a union, None first; of another annotation itself."""
-    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    return sorted(options, key=lambda option: option is not NoneType)
+def union_members(annotation: Any) -> list[Any]:
+    """Return the members of a union, None first; for another annotation, the annotation itself."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return sorted(members, key=lambda member: member is not NoneType)
 
 
-def names_of(option: Any) -> list[str]:
-    """The words that an option consists of."""
-    if get_origin(option) is Literal:
-        return [str(word) for word in get_args(option)]
-    return ["true", "false"] if option is bool else [describe(option)]
+def choices(member: Any) -> list[str]:
+    """Return the values that a member of a union allows, in words."""
+    if get_origin(member) is Literal:
+        return [str(value) for value in get_args(member)]
+    return ["true", "false"] if member is bool else [describe(member)]
 
 
-def describe(option: Any, many: bool = False) -> str:
-    """A member of a union, in words: "a whole number of at least 0"."""
-    if get_origin(option) in LISTS:
-        return f"{'lists' if many else 'a list'} of {describe(get_args(option)[0], many=True)}"
-    if get_origin(option) is Annotated:
-        return f"{describe(get_args(option)[0], many)} {describe_bounds(option)}"
-    if option in NOUNS:
-        return NOUNS[option][many]
-    return "null" if option is NoneType else "true or false"
+def describe(member: Any, plural: bool = False) -> str:
+    """Describe a member of a union in words, such as "a whole number of at least 0"."""
+    if get_origin(member) in LISTS:
+        return f"{'lists' if plural else 'a list'} of {describe(get_args(member)[0], plural=True)}"
+    if get_origin(member) is Annotated:
+        return f"{describe(get_args(member)[0], plural)} {describe_bounds(member)}"
+    if member in NOUNS:
+        return NOUNS[member][plural]
+    return "null" if member is NoneType else "true or false"
 
 
 def describe_bounds(annotation: Any) -> str:
-    """ "of at least 0 and below 1"."""
+    """Describe the bounds of an Annotated in words, such as "of at least 0 and below 1"."""
     bounds = metadata(annotation, *BOUNDS)
-    said = [f"{BOUNDS[type(bound)]} {getattr(bound, type(bound).__name__.lower())}" for bound in bounds]
-    return f"{'of ' if isinstance(bounds[0], Ge | Le) else ''}{' and '.join(said)}"
+    words = [f"{BOUNDS[type(bound)]} {getattr(bound, type(bound).__name__.lower())}" for bound in bounds]
+    return f"{'of ' if isinstance(bounds[0], Ge | Le) else ''}{' and '.join(words)}"
 
 
-def metadata(annotation: Any, *kinds: type) -> list[Any]:
-    """What of these kinds an Annotated says."""
-    said = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
-    return [item for item in said if isinstance(item, kinds)]
+def metadata(annotation: Any, *types: type) -> list[Any]:
+    """Return the metadata of an Annotated that are of these types; none for other annotations."""
+    items = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+    return [item for item in items if isinstance(item, types)]
 
 
-def either(words: Iterable[str]) -> str:
-    """ "a, b or c"."""
+def join_with_or(words: Iterable[str]) -> str:
+    """Join words as in "a, b or c"."""
     *first, last = words
     return f"{', '.join(first)} or {last}" if first else last

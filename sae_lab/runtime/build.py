@@ -1,4 +1,4 @@
-"""Objects from the nodes of a config, and what is wrong with them by the keys that the user types."""
+"""Build objects from the nodes of a config. Errors name the keys that the user types."""
 
 import functools
 import re
@@ -16,41 +16,41 @@ from sae_lab.runtime.errors import (
     argument_error,
     first_line,
     join_keys,
-    settings_typed,
+    report_typed_keys,
     settings_under,
 )
 
 
 def build(cfg: DictConfig, key: str, **arguments: Any) -> Any:
-    """Instantiate the node `key` of a config, with more arguments.
+    """Instantiate the node `key` of a config, with additional arguments.
 
-    What a node with `_partial_: true` gives tells its errors in the same way when it is called.
+    A function built from a node with `_partial_: true` reports its errors in the same way when it is called.
 
     Raises:
-        UserError: a setting that cannot be, by the key that the user types; a `_target_` that cannot be imported.
+        UserError: a setting is invalid (named by the key that the user types), or a `_target_` cannot be imported.
     """
-    with settings_typed(typed_keys(cfg)), instantiation_errors():
+    with report_typed_keys(typed_keys(cfg)), raise_user_mistakes():
         built = instantiate(OmegaConf.select(cfg, key), **arguments)
-    return guarded(built, cfg, key) if isinstance(built, functools.partial) else built
+    return report_keys_of(built, cfg, key) if isinstance(built, functools.partial) else built
 
 
-def guarded(partial: Callable[..., Any], cfg: DictConfig, key: str) -> Callable[..., Any]:
-    """The partial that was built from the node `key`, with its errors told by keys."""
+def report_keys_of(partial: Callable[..., Any], cfg: DictConfig, key: str) -> Callable[..., Any]:
+    """Wrap the partial built from the node `key`, so that its errors name the keys that the user types."""
     typed = typed_keys(cfg)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with settings_typed(typed), settings_under(key):
+        with report_typed_keys(typed), settings_under(key):
             try:
                 return partial(*args, **kwargs)
-            except ValueError as e:  # torch's word for a wrong setting
+            except ValueError as e:  # torch raises it for an invalid setting
                 raise UserError(f"{key} cannot be built: {first_line(e)}") from e
 
     return call
 
 
 @contextmanager
-def instantiation_errors() -> Iterator[None]:
-    """Raise a user's mistake in place of the InstantiationException that Hydra makes of it; leave others alone."""
+def raise_user_mistakes() -> Iterator[None]:
+    """Raise the user's mistake behind an InstantiationException of Hydra. Other exceptions pass unchanged."""
     mistake = None
     try:
         yield
@@ -59,11 +59,14 @@ def instantiation_errors() -> Iterator[None]:
         if mistake is None:
             raise
     if mistake is not None:
-        raise mistake  # not inside `except`: the mistake is what caused e, and its causes would go in a circle
+        raise mistake  # outside `except`: the mistake caused e, so e must not become the context of the mistake
 
 
 def user_mistake(error: InstantiationException) -> UserError | None:
-    """What a user has done wrong, if anything: Hydra's message names the node, its cause what happened there."""
+    """Return the user's mistake behind an InstantiationException, or None if there is none.
+
+    Hydra's message names the node, and the exception's cause is the error there.
+    """
     message = str(error)
     key = found[1] if (found := re.search(r"full_key: (\S+)", message)) else ""
     if target := re.search(r"Error locating target '(.*?)'", message):
@@ -74,12 +77,12 @@ def user_mistake(error: InstantiationException) -> UserError | None:
 
 
 def typed_keys(cfg: DictConfig) -> dict[str, str]:
-    """The keys whose value is that of another one, by their names: {"sae.k": "k"} where the config says `k: ${k}`."""
+    """Return the keys that only repeat another key, with that key: {"sae.k": "k"} if `sae` has `k: ${k}`."""
     return dict(interpolations(OmegaConf.to_container(cfg, resolve=False)))
 
 
 def interpolations(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The keys below a node whose value is one interpolation, and the key that it names."""
+    """Yield each key below a node that is a single interpolation, with the key it refers to."""
     if isinstance(node, dict):
         for name, child in node.items():
             yield from interpolations(child, join_keys(key, str(name)))

@@ -5,12 +5,12 @@ from typing import Annotated, Literal, TypeAlias
 
 import torch
 
-from sae_lab.runtime.annotations import Words
+from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.errors import UserError
 
 Precision: TypeAlias = Annotated[
     Literal["32-true", "bf16-mixed"],
-    Words("is not known: choose 32-true (all in float32) or bf16-mixed (products in bfloat16)"),
+    ErrorMessage("is not known: choose 32-true (all in float32) or bf16-mixed (products in bfloat16)"),
 ]
 """Of the computation; parameters stay in float32: an Adam step of 1e-4 would be lost on a weight in bfloat16."""
 

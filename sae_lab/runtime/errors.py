@@ -1,4 +1,4 @@
-"""Exceptions that end a run on purpose: a user's mistake, told in one sentence that names the fix, and a signal."""
+"""Exceptions that end a run on purpose: a user's mistake, reported in one sentence that names the fix, or a signal."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -10,11 +10,11 @@ class UserError(Exception):
 
 
 class SettingError(UserError):
-    """A mistake in a setting; `{name}` in the sentence stands for the key of the argument `name`.
+    """A mistake in a setting. `{name}` in the sentence stands for the full key of the argument `name`.
 
-    `SettingError("{k}=0 must be above 0.")` reads `k=0 must be above 0.` in Python, and `sae.inner.k=0 must be above
-    0.` once it is `under` sae.inner. Whoever knows the config also gives it `typed`: the key that the user types in
-    place of another, such as k for sae.k where the config says `k: ${k}`.
+    `SettingError("{k}=0 must be above 0.")` reads `k=0 must be above 0.` in Python. After `under("sae.inner")` it reads
+    `sae.inner.k=0 must be above 0.` Code that knows the config also sets `typed`: it maps a key to the one that the
+    user types instead, such as sae.k to k if the config has `k: ${k}`.
     """
 
     def __init__(self, sentence: str):
@@ -22,12 +22,12 @@ class SettingError(UserError):
         self.sentence, self.parent, self.typed = sentence, "", dict[str, str]()
 
     def under(self, parent: str) -> "SettingError":
-        """The same error, about the settings of `parent`."""
+        """Prefix the keys in the sentence with `parent`, in place, and return the error."""
         self.parent = join_keys(parent, self.parent)
         return self
 
     def key(self, name: str) -> str:
-        """The key of an argument, as the user types it."""
+        """Return the full key of an argument, as the user types it."""
         key = join_keys(self.parent, name)
         while key in self.typed:
             key = self.typed[key]
@@ -58,26 +58,30 @@ def first_line(error: BaseException) -> str:
 
 
 def join_keys(parent: str, name: str) -> str:
+    """Join two keys with a dot; either may be empty."""
     return f"{parent}.{name}" if parent and name else parent or name
 
 
 @contextmanager
 def settings_under(parent: str) -> Iterator[None]:
-    """Raise the setting errors from inside as errors about the settings of `parent`, unknown and missing ones too."""
+    """Prefix the keys in setting errors raised inside with `parent`.
+
+    TypeErrors about unknown or missing arguments become setting errors as well.
+    """
     try:
         yield
     except SettingError as e:
         e.under(parent)
         raise
     except TypeError as e:
-        if (wrong := argument_error(e)) is None:
+        if (setting_error := argument_error(e)) is None:
             raise
-        raise wrong.under(parent) from e
+        raise setting_error.under(parent) from e
 
 
 @contextmanager
-def settings_typed(typed: Mapping[str, str]) -> Iterator[None]:
-    """Raise the setting errors from inside with the keys that the user types."""
+def report_typed_keys(typed: Mapping[str, str]) -> Iterator[None]:
+    """Let setting errors raised inside name the keys that the user types (see SettingError)."""
     try:
         yield
     except SettingError as e:
@@ -86,12 +90,12 @@ def settings_typed(typed: Mapping[str, str]) -> Iterator[None]:
 
 
 def argument_error(error: BaseException) -> SettingError | None:
-    """A call with an unknown or a missing argument, as a setting error; None for any other error."""
-    said = str(error) if isinstance(error, TypeError) else ""
-    if unknown := re.search(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", said):
+    """Return a SettingError for a TypeError about an unknown or missing argument; None for any other error."""
+    message = str(error) if isinstance(error, TypeError) else ""
+    if unknown := re.search(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", message):
         return SettingError(
             f"{{{unknown[2]}}} is not a setting of {unknown[1]} ({{_target_}}): remove it, or correct its name."
         )
-    if missing := re.search(r"missing \d+ required .*arguments?: '(\w+)'", said):
+    if missing := re.search(r"missing \d+ required .*arguments?: '(\w+)'", message):
         return SettingError(f"{{{missing[1]}}} has no value: give {{{missing[1]}}}=...")
     return None

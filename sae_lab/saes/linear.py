@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from sae_lab.ops.auxk import auxk_loss
 from sae_lab.ops.matmul import linear_by_part
 from sae_lab.ops.sparse import Code
-from sae_lab.runtime.annotations import Words
+from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.dictionary import DictionarySAE
 from sae_lab.saes.parts.layers import OneLayer
 from sae_lab.saes.parts.mlp import MLP
 
-Widths = Annotated[Sequence[Annotated[int, Ge(1)]], Words("must be a list of positive widths: [512], or [] for no MLP")]
+Widths = Annotated[
+    Sequence[Annotated[int, Ge(1)]],
+    ErrorMessage("must be a list of positive widths: [512], or [] for no MLP"),
+]
 """Of an MLP's hidden layers."""
 
 

@@ -4,10 +4,12 @@ from typing import Annotated, Any
 
 from sae_lab.ops.selection import Pieces, select_top_k
 from sae_lab.ops.sparse import SparseCode
-from sae_lab.runtime.annotations import Words
+from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.saes.sparse_linear import SparseLinearSAE
 
-WholeK = Annotated[int, Words("must be a whole number here: only a batch-wise rule can have a fraction on average")]
+WholeK = Annotated[
+    int, ErrorMessage("must be a whole number here: only a batch-wise rule can have a fraction on average")
+]
 
 
 class TopKSAE(SparseLinearSAE):

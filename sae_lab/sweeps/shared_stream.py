@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lab.activations.data import ActivationData
 from sae_lab.runs.folder import FAILED
 from sae_lab.runtime.build import typed_keys
-from sae_lab.runtime.errors import UserError, settings_typed
+from sae_lab.runtime.errors import UserError, report_typed_keys
 from sae_lab.runtime.signals import Signals
 from sae_lab.sweeps.failures import failure_recorded, record_failure
 from sae_lab.sweeps.lockstep import train_in_lockstep
@@ -103,7 +103,7 @@ def group_by_stream(jobs: list[Job]) -> list[list[Job]]:
 def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
     """Train and evaluate as many of the jobs as fit, from the first on. Returns the others."""
     try:
-        with settings_typed(jobs[0].typed):
+        with report_typed_keys(jobs[0].typed):
             data = build_data(jobs[0].cfg)
     except Exception as e:
         for job in jobs:
@@ -134,7 +134,7 @@ def open_member(job: Job, data: ActivationData, signals: Signals, first: bool) -
     """Build a run that reads from a shared stream. The first one shows the progress."""
     run = open_run(job.cfg)
     callbacks = [SaveWhenDue(run.last_checkpoint, signals), TrainingProgress() if first else Throughput()]
-    with settings_typed(job.typed):
+    with report_typed_keys(job.typed):
         return build_member(job.cfg, run, build_sae(job.cfg, data), data, callbacks)
 
 

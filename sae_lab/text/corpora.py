@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from sae_lab.runtime.annotations import Words
+from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, first_line
 from sae_lab.runtime.hub import HUB_TIMEOUT, hub_errors
@@ -26,7 +26,7 @@ TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
 )
 
 
-Globs = Annotated[Sequence[str] | str, Words("must be a list of globs, such as ['corpus/**/*.txt']")]
+Globs = Annotated[Sequence[str] | str, ErrorMessage("must be a list of globs, such as ['corpus/**/*.txt']")]
 
 
 class FileDocuments(IndexedDocuments):

@@ -5,7 +5,7 @@ from typing import Annotated, TypedDict
 from annotated_types import Ge, Gt, Len, Lt
 from omegaconf import DictConfig
 
-from sae_lab.runtime.annotations import Words
+from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_config
 from sae_lab.runtime.errors import SettingError, settings_under
 from sae_lab.training.trainer import build_trainer
@@ -13,7 +13,7 @@ from sae_lab.training.trainer import build_trainer
 Betas = Annotated[
     list[Annotated[float, Ge(0), Lt(1)]],
     Len(2, 2),
-    Words("must be two numbers from 0 to below 1, such as [0.9,0.99]"),
+    ErrorMessage("must be two numbers from 0 to below 1, such as [0.9,0.99]"),
 ]
 
 

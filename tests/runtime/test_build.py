@@ -9,7 +9,7 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from sae_lab.runtime.build import build, typed_keys
-from sae_lab.runtime.errors import SettingError, UserError, settings_typed, settings_under
+from sae_lab.runtime.errors import SettingError, UserError, report_typed_keys, settings_under
 from sae_lab.saes import BaseSAE
 
 SIZES = {"d_in": 16, "n_latents": 64, "n_sources": 2}
@@ -86,7 +86,7 @@ def test_a_setting_error_names_arguments_keys_and_what_is_typed():
         fail()
     with (
         pytest.raises(SettingError, match=r"^n=0 with sae\.inner\.routing=hard") as e,
-        settings_typed({"sae.inner.k": "n"}),
+        report_typed_keys({"sae.inner.k": "n"}),
         settings_under("sae"),
     ):
         fail()

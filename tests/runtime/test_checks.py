@@ -10,14 +10,14 @@ import pytest
 from annotated_types import Ge, Gt, Le, Len, Lt
 from omegaconf import ListConfig, OmegaConf
 
-from sae_lab.runtime.annotations import Words
+from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_arguments, check_config
 from sae_lab.runtime.errors import SettingError
 from sae_lab.saes import TopKSAE
 
 COUNT = Annotated[int, Ge(0)]
 RATE = Annotated[float, Gt(0), Le(1)]
-PAIR = Annotated[list[Annotated[float, Ge(0), Lt(1)]], Len(2, 2), Words("must be two numbers")]
+PAIR = Annotated[list[Annotated[float, Ge(0), Lt(1)]], Len(2, 2), ErrorMessage("must be two numbers")]
 
 
 def checked(annotation: Any, value: Any) -> Any:
