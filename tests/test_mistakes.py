@@ -35,7 +35,7 @@ MISTAKES = [
     (["sae.k=0"], "sae.k=0 must lie between 1 and the dictionary's 1024 latents: lower sae.k or raise expansion."),
     (
         ["sae=topk", "k=2.5"],
-        "k=2.5 must be a whole number here: only a batch-wise rule can have a fraction on average.",
+        "k=2.5 must be a whole number here: only rules over the batch take a fraction.",
     ),
     (["~sae.k"], "sae.k has no value: give sae.k=..."),
     (["seed=-1"], f"seed=-1 {WHOLE} 0."),

@@ -1,6 +1,6 @@
-"""Sparse autoencoders: the contract in base.py, the shared maths in linear.py, one file per family.
+"""Sparse autoencoders: the interface in base.py, the shared maths in linear.py, one file per family.
 
-Every module of this folder is imported here, so that a saved SAE of any of them can be loaded by its class name.
+Imports every module of this folder, so that a saved SAE of any family can be loaded by its class name.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
-"""The contract of every SAE: what training, evaluation and files rely on, whatever the architecture.
+"""The interface of every SAE, on which training, evaluation and files rely.
 
 Shapes: b rows (tokens), s sources (sites x models; 1 for a plain SAE), d activation width, f latents. A transcoder
-reads the first r sources and writes the w others; for all else r = w = s.
+reads the first r sources and predicts the other w sources; for all other SAEs r = w = s.
 """
 
 from abc import ABC, abstractmethod
@@ -19,56 +19,60 @@ from sae_lab.saes.registry import Registered
 
 AnySAE = TypeVar("AnySAE", bound="BaseSAE")
 Edit: TypeAlias = Callable[[Float[Tensor, "b f"]], Float[Tensor, "b f"]]
-"""What an intervention makes of a dense code."""
+"""An intervention: maps a dense code to the code that is decoded instead."""
 
 
 @dataclass(frozen=True)
 class SAEOutput:
-    """What a forward pass gives, in the SAE's own (normalised) units."""
+    """Output of a forward pass, in the SAE's own (normalized) units."""
 
     x: Float[Tensor, "b r d"]
-    """What was encoded: the normalised input, or what an SAE makes of it first (r = 1 for a routed row)."""
+    """The rows that were encoded: the normalized input, or for a RouteSAE the routed row (r = 1)."""
     target: Float[Tensor, "b w d"]
-    """What x_hat is judged against: x itself, but of a transcoder, which predicts other sources than it reads."""
+    """The rows that x_hat is compared with: x, or for a transcoder the sources that it predicts."""
     x_hat: Float[Tensor, "b w d"]
     code: Code
     h: Float[Tensor, "b f"] | None = None
-    """The pre-activations, for losses that need them; None where they never exist as a whole (sparse codes)."""
+    """Pre-activations, for losses that need them; None for sparse codes, where h is never held as a whole."""
 
 
 class BaseSAE(Registered, ABC):
-    """A dictionary learner over rows of activations `(b, s, d)`; where s is 1, `(b, d)` does as well.
+    """Sparse autoencoder of activations `(b, s, d)`; if s is 1, `(b, d)` is accepted as well.
 
-    In `train()` an SAE uses the rule it is trained with (which may look at the whole batch), in `eval()` the rule it
-    is deployed with (each row by itself). Only `forward` in train mode changes state, so an evaluation never does,
-    under either rule.
+    In `train()` mode an SAE uses its training rule, which may look at the whole batch. In `eval()` mode it uses its
+    deployed rule, which treats each row by itself. Only `forward` in train mode changes state, so evaluation changes
+    none, under either rule.
     """
 
     batch_rule: bool = False
-    """Whether the training rule for one row depends on the other rows of its batch."""
+    """Whether the training rule for a row depends on the other rows of the batch."""
     foldable: bool = False
-    """Whether each latent decides by itself if it is active. Its code may then change units, as it does where the norm
-    of its row of W_dec is folded into it; a rule that compares latents would choose others."""
+    """Whether each latent is active or not regardless of the others. Then the units of the code may change, for example
+    when the norms of W_dec are folded into it; a rule that compares latents would select different ones."""
     pre_activation_parameters: tuple[str, ...] = ("b_enc",)
-    """The parameters, one number a latent, that h is compared with or added to: they have the units of a code."""
+    """Names of the parameters (one number per latent) that are added to h or compared with it, in the units of h."""
 
     n_sources: int
     d_in: int
     n_latents: int
     n_inputs: int = 0
-    """How many of the sources, the first ones, are input alone: x_hat is of the others. 0: every source is both."""
+    """The first n_inputs sources are only read, and x_hat predicts the others. 0: all are read and predicted."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_load_state_dict_pre_hook(rename_old_tensors)
 
     def convert_to(self, cls: type[AnySAE], **changes: Any) -> AnySAE:
-        """An SAE of another class with these parameters, and these settings as far as it knows them.
+        """Return an SAE of class `cls` with the parameters and settings of this one.
 
-        `sae.convert_to(TopKSAE, k=8)` is this dictionary under the rule of TopK. It shares no memory with this one.
+        `sae.convert_to(TopKSAE, k=8)` is this dictionary under TopK's rule. It shares no memory with this SAE.
+
+        Args:
+            cls: the other class. Settings that it does not have are dropped.
+            changes: settings to change.
 
         Raises:
-            UserError: the class needs a setting that this SAE lacks, or has no place for a parameter of this SAE.
+            UserError: `cls` needs a setting that this SAE lacks, or lacks a parameter of this SAE.
         """
         known = cls.arguments()
         config = {name: value for name, value in self.config.items() if name in known} | changes
@@ -79,14 +83,13 @@ class BaseSAE(Registered, ABC):
 
     @torch.no_grad()
     def start_from(self, other: "BaseSAE") -> None:
-        """Take over every parameter of `other`, and its buffers as far as this SAE has them; what it lacks stays.
+        """Copy all parameters of `other`, and the buffers that both SAEs have. Everything else stays as it is.
 
         Raises:
-            UserError: there is no place for one of the parameters, or one of another shape, or they are in the units
-                of another normalisation.
+            UserError: a parameter of `other` is missing here or has another shape, or the normalizations differ.
         """
         check_units(self, other)
-        check_room(self, other)
+        check_parameters(self, other)
         own = self.state_dict()
         for name, tensor in other.state_dict().items():
             if name in own:
@@ -98,84 +101,89 @@ class BaseSAE(Registered, ABC):
 
     @abstractmethod
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
-        """The named terms of the training loss, already weighted; their sum is minimised."""
+        """Return the named terms of the training loss, already weighted. Training minimizes their sum."""
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "b s d"] | Float[Tensor, "b d"]) -> Code:
-        """Raw activations -> code."""
+        """Map raw activations to a code."""
 
     @abstractmethod
     def decode(self, code: Code) -> Float[Tensor, "b w d"]:
-        """Code -> x_hat in the SAE's own (normalised) units."""
+        """Map a code to x_hat in the SAE's own (normalized) units."""
 
     @abstractmethod
     def autoencode(self, x: Float[Tensor, "*row d"], edit: Edit | None = None) -> tuple[Float[Tensor, "*row d"], Code]:
-        """Raw activations -> (x_hat in raw units, in the shape and dtype of x; code). Changes no state in any mode.
+        """Map raw activations to (x_hat, code), with x_hat in raw units and in the shape and dtype of x.
 
-        With `edit`, x_hat and code are those of the code that it makes of the rows' own, a dense (b, f).
+        Changes no state in any mode.
+
+        Args:
+            x: raw activations.
+            edit: maps the dense code (b, f) to another one, which is then decoded and returned.
         """
 
     @abstractmethod
     def directions(self) -> Float[Tensor, "f w d"]:
-        """The dictionary: what one unit of each latent adds to x_hat, in the SAE's own (normalised) units."""
+        """Return the dictionary: what one unit of each latent adds to x_hat, in the SAE's own (normalized) units."""
 
     def reconstruct(self, x: Float[Tensor, "*row d"], edit: Edit | None = None) -> Float[Tensor, "*row d"]:
-        """Raw activations -> x_hat in raw units, in the shape and dtype of x.
+        """Map raw activations to x_hat in raw units, in the shape and dtype of x.
 
-        `edit` ablates or steers: `sae.reconstruct(x, lambda z: z.index_fill(1, latents, 0.0))`. To leave what the SAE
-        does not explain as it is, take x + sae.reconstruct(x, edit) - sae.reconstruct(x).
+        `edit` ablates or steers latents: `sae.reconstruct(x, lambda z: z.index_fill(1, latents, 0.0))`. To keep the
+        part of x that the SAE does not explain, use x + sae.reconstruct(x, edit) - sae.reconstruct(x).
         """
         return self.autoencode(x)[0] if edit is None else self.autoencode(x, edit)[0]
 
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
-        """Before the forward pass of a training batch: give dead latents a new start, where it is time for that.
+        """Reinitialize dead latents if it is time for it. Called before the forward pass of a training batch.
 
-        Returns the parameters that were rewritten and in which rows, whose moments the optimizer is to forget.
+        Returns the changed parameters, each with its changed rows. The optimizer must reset their moments.
         """
         return []
 
     def before_step(self) -> None:
-        """Between the backward pass and gradient clipping: project gradients."""
+        """Project gradients. Called between the backward pass and gradient clipping."""
 
     def after_step(self) -> None:
-        """After the optimizer's step: put parameters back where constraints want them."""
+        """Project parameters onto their constraints. Called after the optimizer's step."""
 
     def calibrate(self, x: Float[Tensor, "b s d"], i: int) -> None:
-        """The i-th batch after training, weights frozen: estimate what inference needs, starting over at i = 0."""
+        """Estimate what inference needs from the i-th batch after training; i = 0 starts over. Weights are frozen."""
 
     def dead(self) -> Tensor | None:
-        """(f,) bool: which latents count as dead in training; None where nobody counts."""
+        """Return which latents count as dead in training, (f,) bool; None if the SAE does not track it."""
         return None
 
     def predicted_mask(self, x: Float[Tensor, "b s d"]) -> Bool[Tensor, "b s"] | None:
-        """At which sources of each row `reconstruct` says something of its own: it gives x back at the others.
-
-        None where it does at all of them.
-        """
+        """Return a mask of the sources that `reconstruct` predicts; the others stay unchanged. None: all predicted."""
         return None
 
     def as_rows(self, x: Tensor, n_sources: int | None = None) -> Float[Tensor, "b s d"]:
-        """`(b, d)` or `(b, s, d)` -> `(b, s, d)` in the dtype of the parameters; s is `n_sources`, or all of them.
+        """Return `(b, d)` or `(b, s, d)` as `(b, s, d)`, in the dtype of the parameters.
+
+        Args:
+            x: raw activations.
+            n_sources: the expected s; None: all sources of this SAE.
 
         Raises:
-            UserError: any other shape, or whole numbers.
+            UserError: x has another shape, or is not floating-point.
         """
         s = self.n_sources if n_sources is None else n_sources
         if not x.is_floating_point():
-            raise UserError(f"this SAE takes activations, floating-point numbers, not {x.dtype}: give x.float().")
+            raise UserError(f"activations must be floating-point numbers, not {x.dtype}: give x.float().")
         y = x.unsqueeze(1) if x.ndim == 2 and s == 1 else x
         if y.ndim != 3 or y.shape[1:] != (s, self.d_in):
-            want = f"(b, {s}, {self.d_in})" + (f" or (b, {self.d_in})" if s == 1 else "")
-            raise UserError(f"this SAE takes activations of shape {want}, not {tuple(x.shape)}.")
+            expected = f"(b, {s}, {self.d_in})" + (f" or (b, {self.d_in})" if s == 1 else "")
+            raise UserError(f"activations must have the shape {expected} for this SAE, not {tuple(x.shape)}.")
         return y.to(next(self.parameters()).dtype)
 
 
 RENAMED = {"normalizer.": "sources.normalizer.", "target_normalizer.": "sources.target_normalizer."}
-"""The beginnings of an SAE's tensor names in earlier versions, and what they are now."""
+"""Prefixes of tensor names that earlier versions saved, with the prefixes of today."""
 
 
 def rename_old_tensors(sae: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a state dict is loaded, rename in place the tensors that an earlier version has saved."""
+    """Rename, in place, the tensors that an earlier version saved. Runs before a state dict is loaded."""
     for name in list(state_dict):
         for old, new in RENAMED.items():
             if name.startswith(prefix + old):
@@ -183,7 +191,7 @@ def rename_old_tensors(sae: nn.Module, state_dict: dict[str, Any], prefix: str, 
 
 
 def check_sizes(sae: BaseSAE, other: BaseSAE) -> None:
-    """Raise a UserError unless both are about the same numbers of sources, inputs, dimensions and latents."""
+    """Raise a UserError unless both SAEs have the same numbers of sources, inputs, dimensions and latents."""
     for name in ("n_sources", "n_inputs", "d_in", "n_latents"):
         there, here = getattr(other, name), getattr(sae, name)
         if there != here:
@@ -191,24 +199,24 @@ def check_sizes(sae: BaseSAE, other: BaseSAE) -> None:
 
 
 def check_units(sae: BaseSAE, other: BaseSAE) -> None:
-    """Raise a UserError where `other` normalises its input otherwise than `sae`.
+    """Raise a UserError if `other` normalizes its input in another way than `sae`.
 
-    A scale that is learnt from the data is no matter of the config: it comes along with the parameters.
+    A scale that is measured on data is not in the config: it is copied together with the parameters.
     """
     theirs = other.config.get("normalize")
     if theirs != sae.config.get("normalize"):
-        raise UserError(f"the parameters of an SAE with normalize={theirs} want sae.normalize={theirs} here as well.")
+        raise UserError(f"the parameters of an SAE with normalize={theirs} need sae.normalize={theirs} here as well.")
 
 
-def check_room(sae: BaseSAE, other: BaseSAE) -> None:
-    """Raise a UserError unless `sae` has a place of the same shape for every parameter of `other`."""
+def check_parameters(sae: BaseSAE, other: BaseSAE) -> None:
+    """Raise a UserError unless `sae` has every parameter of `other`, in the same shape."""
     check_sizes(sae, other)
     shapes = {name: tuple(parameter.shape) for name, parameter in sae.named_parameters(remove_duplicate=False)}
     for name, parameter in other.named_parameters():
         there, here = tuple(parameter.shape), shapes.get(name)
         if here != there:
-            place = "no such parameter" if here is None else f"{here}"
+            reason = "has no such parameter" if here is None else f"expects the shape {here}"
             raise UserError(
-                f"the parameter {name} {there} of a {type(other).__name__} has no place in this {type(sae).__name__} "
-                f"({place}): choose the class and the settings that have one, such as sae.encoder_bias=true for b_enc."
+                f"the parameter {name} {there} of a {type(other).__name__} does not fit this {type(sae).__name__}, "
+                f"which {reason}: choose a class and settings that have it, such as sae.encoder_bias=true for b_enc."
             )

@@ -1,4 +1,4 @@
-"""BatchTopK: k latents a row on average, chosen over the whole batch."""
+"""BatchTopK: k active latents per row on average, selected over the whole batch."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -15,29 +15,33 @@ from sae_lab.saes.sparse_linear import SparseLinearSAE
 
 
 class BatchTopKSAE(SparseLinearSAE):
-    """train: the k·b largest entries of relu(h) over the whole batch stay;   eval: z = relu(h) · 1[h > threshold]
+    """BatchTopK SAE: k active latents per row on average, selected over the whole batch.
 
-    threshold = E_batches[min{z_ij | z_ij > 0}]. While training it is a bias-corrected running mean (rate 0.01);
-    `calibrate` replaces it, after training, by the plain mean over batches of training size: the write-up's estimate.
+        train      z keeps the k·b largest entries of relu(h) over the batch of b rows
+        eval       z = relu(h) · 1[h > threshold]
+        threshold  E_batches[min{z_ij | z_ij > 0}]
 
-    With `quantile=running`, an idea of the write-up's, training uses the threshold too, as a running estimate of the
-    pre-activations' 1 - k/f quantile:
+    During training the threshold is a bias-corrected running mean (rate 0.01). After training, `calibrate` replaces it
+    by the plain mean over batches of training size, which is the write-up's estimate.
 
-        threshold <- threshold · (1 + quantile_rate · min(L0/k - 1, 1)),   L0 the batch's mean, after each batch
+    With `quantile=running`, an idea of the write-up, training uses the threshold as well. It is then a running estimate
+    of the 1 - k/f quantile of the pre-activations, updated after each batch:
 
-    which stands still where L0 is k on average (stochastic approximation: no batch needs a quantile of its own, and
-    the estimate follows while the encoder changes, where a mean of past quantiles would lag). The first batch's
-    quantile is where it starts. An SAE is then deployed just as it was trained, and `calibrate` leaves it alone.
+        threshold <- threshold · (1 + quantile_rate · min(L0/k - 1, 1))        L0: mean over the batch
+
+    It starts at the quantile of the first batch and stops changing when L0 is k on average. This is stochastic
+    approximation: no batch needs a quantile of its own, and the estimate follows the encoder as it changes, where a
+    mean of past quantiles would lag. Such an SAE is deployed exactly as it was trained, so `calibrate` does nothing.
 
     Bussmann, Leask, Nanda 2024, arXiv 2412.06410.
 
     Args:
-        k: the mean number of active latents a row; need not be whole: floor(k·b) entries stay.
+        k: the mean number of active latents per row. May be a fraction: floor(k·b) entries are kept.
         quantile: `batch` or `running`.
-        quantile_rate: of the running one.
+        quantile_rate: update rate of the running quantile.
 
     Raises:
-        UserError: k is not between 1 and the size of the dictionary, quantile is an unknown word, or its rate no share.
+        UserError: k is not between 1 and n_latents, `quantile` is unknown, or `quantile_rate` is not in (0, 1].
     """
 
     threshold: Tensor
@@ -65,8 +69,8 @@ class BatchTopKSAE(SparseLinearSAE):
     @torch.no_grad()
     def observe(self, code: Code) -> None:
         if self.batch_rule or self.threshold_updates == 0:
-            # At this rate the estimate is the exponential mean divided by 1 - (1 - RATE)^n: no bias towards its start.
-            self._count(code, lambda n: self.RATE / (1 - (1 - self.RATE) ** n))
+            # This rate divides the exponential mean by 1 - (1 - RATE)^n, which removes the bias towards its start.
+            self._update_threshold(code, lambda n: self.RATE / (1 - (1 - self.RATE) ** n))
         else:
             excess = mean_over_ranks(l0_per_row(code).float().mean()) / self.current_k - 1
             self.threshold *= 1 + self.quantile_rate * excess.clamp_max(1)
@@ -82,11 +86,16 @@ class BatchTopKSAE(SparseLinearSAE):
             self.threshold_updates.zero_()
         was_training = self.training
         self.train()
-        self._count(self.code(self.read(x)[0]), lambda n: 1 / n)
+        self._update_threshold(self.code(self.read(x)[0]), lambda n: 1 / n)
         self.train(was_training)
 
-    def _count(self, code: Code, rate: Callable[[Tensor], Tensor]) -> None:
-        """Move the threshold towards this batch's smallest active value; a batch without one tells nothing."""
+    def _update_threshold(self, code: Code, rate: Callable[[Tensor], Tensor]) -> None:
+        """Move the threshold towards the smallest active value of a batch; do nothing if no latent is active.
+
+        Args:
+            code: the code of the batch.
+            rate: maps the number of updates so far to the rate of this one.
+        """
         smallest = min_over_ranks(smallest_positive(code)).to(self.threshold)
         known = smallest.isfinite()
         self.threshold_updates += known

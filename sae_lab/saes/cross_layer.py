@@ -1,4 +1,4 @@
-"""Cross-layer transcoders: latents that read one layer and write to all from there on."""
+"""Cross-layer transcoders: each latent reads one layer and writes to it and to all later layers."""
 
 from typing import Annotated, Any
 
@@ -15,22 +15,28 @@ from sae_lab.saes.topk import TopKSAE
 
 
 class CrossLayer(LinearSAE):
-    """h_i = x_l W_enc_iᵀ + b_enc_i,   y_hat_m = sum_{i of layers l <= m} z_i W_dec_i,m + b_dec_m
+    """Cross-layer transcoder: L layers share one code.
 
-    loss = mean (y - y_hat)² + aux.   The sources are what L layers read, x_1 ... x_L, then what they write,
-    y_1 ... y_L; the latents are cut into L equal consecutive parts, and those of part l belong to layer l. A feature
-    that many layers amplify is one latent instead of one a layer. Selection, thresholds and penalties go over all
-    layers together, with a latent's unit the norm of all that it writes (`class Mine(CrossLayer, AnySAE)`).
+        h_i     = x_l W_enc_iᵀ + b_enc_i                           latent i belongs to layer l
+        y_hat_m = sum_{i of layers l <= m} z_i W_dec_i,m + b_dec_m
+        loss    = mean (y - y_hat)² + aux
+
+    The sources are the inputs of L layers, x_1 ... x_L, followed by their outputs, y_1 ... y_L. The latents are split
+    into L equal consecutive parts. Part l belongs to layer l: it reads x_l and writes y_l ... y_L. So a feature that
+    many layers amplify is one latent instead of one per layer. Selection, thresholds and penalties work on the latents
+    of all layers together; the unit of a latent is the norm of everything that it writes.
+
+    `class Mine(CrossLayer, AnySAE)` makes a cross-layer transcoder of any linear SAE.
 
     Ameisen, Lindsey et al. 2025, Circuit Tracing (Transformer Circuits).
 
     Args:
         n_sources: 2 L.
-        n_inputs: L, which is also what None means.
-        n_latents: of all layers together.
+        n_inputs: L, or None for the same.
+        n_latents: f, of all layers together.
 
     Raises:
-        UserError: sources that are not pairs, latents that cannot be shared out, or a setting for plain encoders.
+        UserError: the sources are not pairs, n_latents is not a multiple of L, or a setting does not apply.
     """
 
     layers: CrossLayers
@@ -39,17 +45,19 @@ class CrossLayer(LinearSAE):
         n_layers = n_sources // 2
         if n_sources % 2 or n_inputs not in (None, 0, n_layers):
             raise SettingError(
-                f"a cross-layer transcoder wants as many sites to predict as to read, not {{n_inputs}}={n_inputs} of "
+                f"a cross-layer transcoder needs as many sites to predict as to read, not {{n_inputs}}={n_inputs} of "
                 f"{n_sources}: give lm.sites=[<inputs of all layers>,<outputs of all layers>]."
             )
         if n_latents % n_layers:
             raise SettingError(
-                f"{n_latents} latents cannot be shared out among {n_layers} layers: give n_latents=<a multiple>."
+                f"the number of latents, {n_latents}, must be a multiple of the {n_layers} layers: change n_latents "
+                "or expansion."
             )
         for name in ("hidden", "resample_every", "skip"):
             if linear.get(name):
                 raise SettingError(
-                    f"{{{name}}} does not go with a cross-layer transcoder, whose latents read one layer each."
+                    f"{{{name}}} does not apply to a cross-layer transcoder, where each latent reads one layer: "
+                    "remove it."
                 )
         super().__init__(n_sources=n_sources, n_latents=n_latents, n_inputs=n_layers, **linear)
         with torch.no_grad():
@@ -66,12 +74,12 @@ class CrossLayer(LinearSAE):
 
 
 class CrossLayerTopKSAE(CrossLayer, TopKSAE):
-    """A cross-layer transcoder (see CrossLayer) with the rule of TopK over the latents of all layers."""
+    """Cross-layer transcoder (see CrossLayer) with TopK's rule over the latents of all layers."""
 
 
 class CrossLayerBatchTopKSAE(CrossLayer, BatchTopKSAE):
-    """A cross-layer transcoder (see CrossLayer) with the rule of BatchTopK."""
+    """Cross-layer transcoder (see CrossLayer) with BatchTopK's rule."""
 
 
 class CrossLayerJumpReLUSAE(CrossLayer, JumpReLUSAE):
-    """A cross-layer transcoder (see CrossLayer) with the rule of JumpReLU; penalty=tanh is the authors'."""
+    """Cross-layer transcoder (see CrossLayer) with JumpReLU's rule; the authors use penalty=tanh."""

@@ -1,4 +1,4 @@
-"""What all SAEs with a linear decoder share, wherever their codes come from."""
+"""Base class of all SAEs with a linear decoder, with or without an encoder."""
 
 import math
 from abc import abstractmethod
@@ -21,39 +21,45 @@ from sae_lab.saes.parts.unit_norm import divide_by_norm, project_gradient
 
 
 class DictionarySAE(BaseSAE):
-    """x_hat = z W_dec + b_dec [+ x W_skip],   loss = mean (x - x_hat)²
+    """SAE with a linear decoder; a subclass defines the code z.
 
-    x is the normalised input; a subclass says what z is. Sums over inputs run over sources and dimensions together, so
-    with s > 1 this is a crosscoder. Each row of W_dec has unit norm over (s, d); the part of its gradient that would
-    change the norm is removed. How a row's norm is shared out among the sources is free: it tells whose feature the
-    latent is. A latent that has not fired in `dead_after` training batches is dead.
+        x_hat = z W_dec + b_dec [+ x W_skip]
+        loss  = mean (x - x_hat)²
+
+    x is the normalized input. Sums over inputs run over sources and dimensions together, so with s > 1 this is a
+    crosscoder. Each row of W_dec has unit norm over (s, d), and the part of its gradient that would change the norm is
+    removed. How the norm of a row is divided among the sources is learned, and shows to which of them the latent
+    belongs. A latent that has not fired in `dead_after` training batches is dead.
 
     A transcoder reads the first sources of a row, x, and predicts the others, y:
 
-        z = activate(x W_encᵀ [+ b_enc]),   y_hat = z W_dec + b_dec [+ x W_skip],   loss = mean (y - y_hat)² + aux
+        z     = activate(x W_encᵀ [+ b_enc])
+        y_hat = z W_dec + b_dec [+ x W_skip]
+        loss  = mean (y - y_hat)² + aux
 
-    Where x is what an MLP reads and y what it writes, latents stand for what the MLP computes, and the weights alone
-    tell what makes them active. Any SAE with a linear encoder is one by sae.n_inputs=1 of two sites. Dunefsky,
-    Chlenski, Nanda 2024, arXiv 2406.11944; the skip connection, which takes over what is linear in x: Paulo, Shabalin,
-    Belrose 2025, arXiv 2501.18823.
+    If x is the input of an MLP and y its output, the latents describe what the MLP computes, and the weights alone show
+    what activates them. With sae.n_inputs=1 and two sites, any SAE with a linear encoder is a transcoder: Dunefsky,
+    Chlenski, Nanda 2024, arXiv 2406.11944. The skip connection learns the part of y that is linear in x: Paulo,
+    Shabalin, Belrose 2025, arXiv 2501.18823.
 
     Args:
         d_in: d, the width of an activation.
         n_latents: f, the size of the dictionary.
         n_sources: s.
-        n_inputs: how many of them, the first ones, are input alone: x_hat is of the others. 0: every source is both.
+        n_inputs: the first n_inputs sources are only read, and x_hat predicts the others. 0: every source is read and
+            predicted.
         normalize: `per_token`, `none`, `constant_norm` or `mean_norm` (see parts/normalize.py).
-        skip: whether a transcoder's x_hat has x W_skip, which starts at zero.
-        seed: of the initial weights, drawn by a generator of this SAE's own.
-        dead_after: batches without firing after which a latent is dead.
-        decoder_norm: which norm of W_dec_i is one, `joint` (sum_s |W_dec_i,s|²)^½ or `sum` sum_s |W_dec_i,s|. It is
-            the unit of z_i, hence what selection, thresholds and penalties compare: with a row of norm one, choosing
-            by z_i and by z_i · norm_i is the same. Crosscoders of the literature weigh by the sum; with joint, a latent
-            of one source alone counts for up to sqrt(s) times more against a shared one. Equal where s is 1.
+        skip: whether the x_hat of a transcoder includes x W_skip, which starts at zero.
+        seed: seed of the initial weights, which are drawn by a separate generator.
+        dead_after: training batches without firing after which a latent is dead.
+        decoder_norm: which norm of W_dec_i is one: `joint` is (sum_s |W_dec_i,s|²)^½, `sum` is sum_s |W_dec_i,s|. They
+            are equal if s is 1. The norm is the unit of z_i, so it decides what selection, thresholds and penalties
+            compare: if it is one, z_i equals z_i · norm_i. Published crosscoders weight latents by the sum. With
+            `joint`, a latent of a single source counts for up to sqrt(s) times more than a shared one.
 
     Raises:
-        UserError: an unknown word, a number that cannot be, no source left to predict, units that depend on the row
-            that is predicted, a skip connection without inputs that x_hat is not of.
+        UserError: a setting is unknown or out of range, no source is left to predict, `normalize` would need the row
+            that a transcoder predicts, or `skip` is used without `n_inputs`.
     """
 
     batches_since_fired: Tensor
@@ -75,7 +81,8 @@ class DictionarySAE(BaseSAE):
         super().__init__()
         if skip and not n_inputs:
             raise SettingError(
-                "{skip}=true leads an SAE's input past its latents: it is for transcoders, {n_inputs}=1."
+                "{skip}=true is only for transcoders, since an SAE's input would bypass the latents: give {skip}=false "
+                "or {n_inputs}=1."
             )
         self.d_in, self.n_latents, self.n_sources, self.n_inputs = d_in, n_latents, n_sources, n_inputs
         self.normalize, self.skip, self.seed = normalize, skip, seed
@@ -90,20 +97,24 @@ class DictionarySAE(BaseSAE):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def draw_weights(self, n: int, generator: torch.Generator) -> Float[Tensor, "f n d"]:
-        """The write-up's initial weights, for n sources: uniform in ±sqrt(6 / f) (Kaiming)."""
+        """Draw the write-up's initial weights for n sources: uniform in ±sqrt(6 / f) (Kaiming)."""
         bound = math.sqrt(6 / self.n_latents)
         return torch.empty(self.n_latents, n, self.d_in).uniform_(-bound, bound, generator=generator)
 
     @abstractmethod
     def encode_normalized(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
-        """Normalised rows -> code, and the pre-activations that it came from where they exist as a whole."""
+        """Map normalized rows to (code, pre-activations); the latter are None if they are never held as a whole."""
 
     def read(self, x: Tensor) -> tuple[Float[Tensor, "b r d"], Context]:
-        """Raw activations, of all sources or of the inputs alone -> what is read, and what gives x_hat its units."""
-        return self.sources.read(self.as_rows(x, self.sources.n_given(x)))
+        """Normalize the sources to read, and return the context that gives x_hat its raw units.
+
+        Args:
+            x: raw activations, of all sources or of a transcoder's inputs alone.
+        """
+        return self.sources.read(self.as_rows(x, self.sources.n_sources_given(x)))
 
     def code(self, x: Float[Tensor, "b r d"]) -> Code:
-        """Normalised rows -> code, in the form that training and evaluation work with."""
+        """Map normalized rows to a code, in the form (sparse or dense) that training and evaluation use."""
         return self.encode_normalized(x)[0]
 
     def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
@@ -119,22 +130,22 @@ class DictionarySAE(BaseSAE):
     def output(
         self, x: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"], code: Code, h: Float[Tensor, "b f"] | None
     ) -> SAEOutput:
-        """What `forward` gives, decoded."""
+        """Decode, and return the output of `forward`."""
         return SAEOutput(x, target, self.decode_normalized(code, x), code, h)
 
     def decode_normalized(self, code: Code, x: Float[Tensor, "b r d"]) -> Float[Tensor, "b w d"]:
-        """x_hat, normalised, of the code of what was read."""
+        """Map the code of the rows x to normalized x_hat."""
         return sparse.decode(code, self.W_dec, self.decoder_offset(x))
 
     def decoder_offset(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "w d"] | Float[Tensor, "b w d"]:
-        """x_hat without a latent."""
+        """Return x_hat without active latents: b_dec [+ x W_skip]."""
         if self.W_skip is None:
             return self.b_dec
         return self.b_dec + linear(x.flatten(1), self.W_skip).unflatten(1, self.b_dec.shape)
 
     @torch.no_grad()
     def observe(self, code: Code) -> None:
-        """Update the state that training keeps, from the code of one training batch."""
+        """Update counters and thresholds from the code of one training batch."""
         self.batches_since_fired.add_(1).masked_fill_(on_any_rank(fired_latents(code)), 0)
         self.steps += 1
 
@@ -145,27 +156,27 @@ class DictionarySAE(BaseSAE):
         return {"reconstruction": self.reconstruction(out)}
 
     def reconstruction(self, out: SAEOutput) -> Tensor:
-        """The reconstruction loss."""
+        """Compute the reconstruction loss."""
         return losses.mse(out.target, out.x_hat)
 
     def encode(self, x: Tensor) -> Float[Tensor, "b f"]:
-        """Raw activations, of a transcoder's inputs alone or of all sources -> code, always as a dense matrix.
+        """Map raw activations, of all sources or of a transcoder's inputs alone, to a dense code.
 
-        It is for users, who index it, plot it and edit it. Training and evaluation go through `forward` and
-        `autoencode`, which keep a sparse code sparse.
+        The dense code is easy to index, plot and edit. Training and evaluation use `forward` and `autoencode`, which
+        keep a sparse code sparse.
         """
         code = self.code(self.read(x)[0])
         return code.to_dense() if isinstance(code, SparseCode) else code
 
     def decode(self, code: Code) -> Float[Tensor, "b w d"]:
-        """x_hat, normalised, without what a skip connection adds."""
+        """Map a code to normalized x_hat, without the skip connection."""
         return sparse.decode(code, self.W_dec, self.b_dec)
 
     def predict(self, x: Tensor, edit: Edit | None = None) -> Float[Tensor, "b w d"]:
-        """Raw activations -> x_hat in raw units: of a transcoder's inputs, what it puts in place of the others."""
-        return self._predicted(x, edit)[0].to(x.dtype)
+        """Map raw activations to x_hat in raw units. A transcoder predicts its other sources from its inputs."""
+        return self._predict(x, edit)[0].to(x.dtype)
 
-    def _predicted(self, x: Tensor, edit: Edit | None) -> tuple[Float[Tensor, "b w d"], Code]:
+    def _predict(self, x: Tensor, edit: Edit | None) -> tuple[Float[Tensor, "b w d"], Code]:
         read, context = self.read(x)
         code = self.code(read)
         if edit is not None:
@@ -174,7 +185,7 @@ class DictionarySAE(BaseSAE):
 
     def autoencode(self, x: Tensor, edit: Edit | None = None) -> tuple[Tensor, Code]:
         rows = self.as_rows(x)
-        x_hat, code = self._predicted(rows, edit)
+        x_hat, code = self._predict(rows, edit)
         whole = torch.cat([rows[:, : self.n_inputs], x_hat], dim=1) if self.n_inputs else x_hat
         return whole.view_as(x).to(x.dtype), code
 

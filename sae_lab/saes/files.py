@@ -1,4 +1,4 @@
-"""SAE folders: config.json, sae.safetensors and probe.safetensors."""
+"""Save and load SAE folders: config.json, sae.safetensors and probe.safetensors."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,11 @@ def save_sae(
 ) -> Path:
     """Write an SAE folder: config.json (class, arguments, provenance) and sae.safetensors (parameters and buffers).
 
-    With `probe_rows`, raw activations, also probe.safetensors: what the SAE makes of them, for loading to check.
+    Args:
+        sae: the SAE to save.
+        folder: the folder to write into; created if needed.
+        provenance: where the SAE comes from, written into config.json.
+        probe_rows: raw activations. They are saved with the SAE's outputs in probe.safetensors, which loading checks.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +38,7 @@ def save_sae(
     if probe_rows is not None:
         config["probe"] = PROBE
         write_atomically(folder / PROBE, make_probe(sae, probe_rows))
-    # Copies: the file format takes no two names for the same memory, and tied weights are that.
+    # Copied, because safetensors refuses two names for the same memory, which tied weights have.
     tensors = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in sae.state_dict().items()}
     write_atomically(folder / WEIGHTS, save(tensors))
     write_json(folder / CONFIG, config)
@@ -42,19 +46,23 @@ def save_sae(
 
 
 def load_sae_folder(folder: str | Path, device: str | torch.device = "cpu") -> BaseSAE:
-    """The SAE that a run saved, in eval mode: `load_sae("run/sae")`, or the run folder itself.
+    """Load the SAE that a run saved, in eval mode.
+
+    Args:
+        folder: an SAE folder, or a run folder.
+        device: where to put the SAE.
 
     Raises:
-        UserError: no SAE folder, an unreadable file, an unknown class, tensors that do not fit the config, or a probe
-            that does not reproduce.
+        UserError: there is no SAE folder, a file cannot be read, the class is unknown, the tensors do not fit the
+            config, or the SAE does not reproduce its probe.
     """
     folder = sae_folder(folder)
     try:
         description = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
-        spoilt = [name for name, t in tensors.items() if not t.isfinite().all()]
-        if spoilt:
-            raise ValueError(f"{', '.join(spoilt)} not finite")
+        not_finite = [name for name, t in tensors.items() if not t.isfinite().all()]
+        if not_finite:
+            raise ValueError(f"{', '.join(not_finite)} not finite")
         sae = BaseSAE.from_config(description["class"], description["config"])
         sae.load_state_dict(tensors)
         if "probe" in description:
@@ -67,10 +75,10 @@ def load_sae_folder(folder: str | Path, device: str | torch.device = "cpu") -> B
 
 
 def sae_folder(folder: str | Path) -> Path:
-    """The SAE folder itself, or that of a run folder.
+    """Return the SAE folder: `folder` itself, or the one in a run folder.
 
     Raises:
-        UserError: neither.
+        UserError: `folder` is neither an SAE folder nor a run folder with one.
     """
     folder = Path(folder)
     folder = folder / "sae" if (folder / "sae" / CONFIG).is_file() else folder

@@ -1,4 +1,4 @@
-"""JumpReLU: every latent learns its own threshold."""
+"""JumpReLU: each latent learns its own threshold."""
 
 from typing import Annotated, Any, Literal
 
@@ -16,36 +16,42 @@ from sae_lab.saes.sparse_linear import check_active
 
 
 class JumpReLUSAE(PenalizedLinearSAE):
-    """z = h · 1[h > theta],   loss = mean (x - x_hat)² + sparsity_coefficient * penalty + aux
+    """JumpReLU SAE: each latent learns its own threshold theta.
 
-    penalty: `target_l0` (L0 / k - 1)², `l0` L0, `tanh` mean_b sum_f tanh(4 z); L0 = mean_b sum_f 1[h > theta]
+        z       = h · 1[h > theta]
+        L0      = mean_b sum_f 1[h > theta]
+        penalty = (L0 / k - 1)² (target_l0),   L0 (l0)   or   mean_b sum_f tanh(4 z) (tanh)
+        loss    = mean (x - x_hat)² + sparsity_coefficient * penalty + aux
 
-    The step has no gradient in theta; instead it gets that of a step blurred by the kernel R(u) = 1[|u| < 1/2]:
-    d z / d theta = -(theta / bandwidth) R((h - theta) / bandwidth), d 1[h > theta] / d theta = -R(...) / bandwidth.
-    R looks at h: z is zero below theta, and half of the window would see nothing. theta is the parameter itself,
-    at least zero, in float32: as exp(phi) it moves under Adam by theta · lr a step, which is to say hardly. A latent
-    that has fallen below the window gets no gradient from these terms, hence the auxiliary loss.
+    The step has no gradient in theta. Training uses the gradient of a step blurred by the kernel R(u) = 1[|u| < 1/2]:
+
+        d z / d theta            = -(theta / bandwidth) R((h - theta) / bandwidth)
+        d 1[h > theta] / d theta = -R((h - theta) / bandwidth) / bandwidth
+
+    R is applied to h, not to z: z is zero below theta, so half of the window would be empty. The parameter is theta
+    itself, at least zero, in float32. As exp(phi) it would hardly move: under Adam by about theta · lr per step. A
+    latent that has fallen below the window gets no gradient from these terms, hence the auxiliary loss.
 
     Rajamanoharan et al. 2024, arXiv 2407.14435 (l0, and target_l0 in an appendix); tanh: Anthropic, January 2025.
-    The default is target_l0: k then means what it means to a top-k SAE, where the coefficient of the others
-    decides on L0 together with d, f and the scale of the input. With b_enc, subtracting b_dec changes nothing but
-    the start.
+    The default is target_l0, because k then has the same meaning as in a top-k SAE. With the other penalties L0 depends
+    on the coefficient, d, f and the scale of the input. As h has a bias b_enc, subtracting b_dec only affects the
+    initial state.
 
     Args:
-        k: the mean number of active latents a row that target_l0 aims at; the other penalties do without.
+        k: the mean number of active latents per row that target_l0 aims at; the other penalties ignore it.
         penalty: `target_l0`, `l0` or `tanh`.
-        sparsity_coefficient: of the penalty; None is COEFFICIENTS[penalty], for inputs of unit std.
-        theta: every threshold at first.
-        bandwidth: of R, in units of h.
+        sparsity_coefficient: weight of the penalty; None: COEFFICIENTS[penalty], for inputs of unit std.
+        theta: initial value of all thresholds.
+        bandwidth: width of R, in units of h.
 
     Raises:
-        UserError: an unknown penalty, a number that cannot be, or target_l0 without a k that the dictionary can have.
+        UserError: a setting is unknown or out of range, or target_l0 has no k between 1 and n_latents.
     """
 
     pre_activation_parameters = ("b_enc", "thresholds")
 
-    # With 1, target_l0 ended 7 % above k on the bundled model after 2 M tokens at expansion 8; a run of another length
-    # or size ends elsewhere.
+    # With 1, target_l0 ended 7 % above k on the bundled model after 2 M tokens at expansion 8. Runs of other lengths or
+    # sizes end at other values.
     COEFFICIENTS = {"target_l0": 1.0, "l0": 0.005, "tanh": 0.005}
 
     def __init__(
@@ -75,9 +81,10 @@ class JumpReLUSAE(PenalizedLinearSAE):
         return [*super().resampled_values(), (self.thresholds, self.theta)]
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
-        return super().losses(out) | {"sparsity": self.scale_by_warmup(self.coefficient * self.penalty_of(out))}
+        return super().losses(out) | {"sparsity": self.scale_by_warmup(self.coefficient * self.compute_penalty(out))}
 
-    def penalty_of(self, out: SAEOutput) -> Tensor:
+    def compute_penalty(self, out: SAEOutput) -> Tensor:
+        """Compute the penalty, without its coefficient."""
         if self.penalty == "tanh":
             assert isinstance(out.code, Tensor)
             return (4 * out.code.float()).tanh().sum(dim=-1).mean()
@@ -92,17 +99,17 @@ class JumpReLUSAE(PenalizedLinearSAE):
 
 
 def jump_relu(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float) -> Float[Tensor, "b f"]:
-    """h · 1[h > theta], with the kernel's gradient for theta."""
+    """Compute h · 1[h > theta], with the kernel's gradient for theta."""
     return _JumpReLU.apply(h, theta, bandwidth)
 
 
 def mean_l0(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float) -> Tensor:
-    """mean_b sum_f 1[h > theta], with the kernel's gradient for theta and none for h."""
+    """Compute mean_b sum_f 1[h > theta], with the kernel's gradient for theta and none for h."""
     return _MeanL0.apply(h.detach(), theta, bandwidth)
 
 
 def in_kernel_window(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float) -> Bool[Tensor, "b f"]:
-    """R((h - theta) / bandwidth): where h is within half a bandwidth of its threshold."""
+    """Compute R((h - theta) / bandwidth): True where h is within half a bandwidth of its threshold."""
     return (h - theta).abs() < bandwidth / 2
 
 

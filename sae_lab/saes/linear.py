@@ -1,4 +1,4 @@
-"""The maths that all SAEs with a linear encoder and a linear decoder share."""
+"""Base class of all SAEs with a linear encoder and a linear decoder."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -23,41 +23,44 @@ Widths = Annotated[
     Sequence[Annotated[int, Ge(1)]],
     ErrorMessage("must be a list of positive widths: [512], or [] for no MLP"),
 ]
-"""Of an MLP's hidden layers."""
+"""Widths of the hidden layers of an MLP."""
 
 
 class Encoder(NamedTuple):
-    """h = (inputs - origin) Wᵀ [+ b_enc], with inputs and W flattened from their second axis on."""
+    """Factors of h = (inputs - center) Wᵀ [+ b_enc], with inputs and W flattened from their second axis on."""
 
     inputs: Float[Tensor, "b r n"]
-    origin: Float[Tensor, "r n"]
+    center: Float[Tensor, "r n"]
     W: Float[Tensor, "f _ n"]
 
 
 class LinearSAE(DictionarySAE):
-    """h = (x - b_dec) W_encᵀ [+ b_enc] [+ MLP],   z = activate(h),   x_hat = z W_dec + b_dec
+    """SAE with a linear encoder and a linear decoder; a subclass defines `activate`.
 
-    loss = mean (x - x_hat)² + aux
+        h     = (x - b_dec) W_encᵀ [+ b_enc] [+ MLP]
+        z     = activate(h)
+        x_hat = z W_dec + b_dec
+        loss  = mean (x - x_hat)² + aux
 
-    At first W_dec is W_enc with its rows at unit norm. A transcoder's h lacks b_dec, which is of other sources than x,
-    and its W_enc is drawn by itself. The auxiliary loss gives the dead latents the residual to explain (see auxk.py).
+    W_dec starts as W_enc with its rows divided by their norms. A transcoder does not subtract b_dec from x, because
+    b_dec belongs to other sources, and its W_enc is drawn independently of W_dec. In the auxiliary loss, dead latents
+    reconstruct the residual (see ops/auxk.py).
 
     Args:
-        encoder_bias: whether h has b_enc.
-        hidden: the widths of the hidden layers of an MLP that adds to h (see parts/mlp.py); empty for none.
-        tied: whether W_enc and W_dec are one parameter: both have unit rows, and their gradients add up. A saved SAE
-            holds the two of them, equal, so that a reader need not know.
-        frozen_decoder: whether W_dec and b_dec stand still, with whatever norms they have: training learns an encoder
-            for a given dictionary (`start_from` gives it).
-        auxk_coefficient: weight of the auxiliary loss; 0 leaves it out.
-        k_aux: how many dead latents may explain one row's residual; None is half its length, s·d / 2, after Gao et al.
-            2024, §A.2.
-        auxk_selection: whether those are the top k_aux of each `row` or, as the write-up of BatchTopK suggests, the
-            top k_aux · b of the `batch`.
+        encoder_bias: whether h includes b_enc.
+        hidden: widths of the hidden layers of an MLP that is added to h (see parts/mlp.py); empty: no MLP.
+        tied: whether W_enc and W_dec are one parameter, with unit rows and the sum of both gradients. A saved SAE holds
+            both of them, equal, so that it can be read like any other.
+        frozen_decoder: whether W_dec and b_dec are not trained and keep the norms that they have. Training then learns
+            an encoder for a given dictionary, which `start_from` copies.
+        auxk_coefficient: weight of the auxiliary loss; 0: no auxiliary loss.
+        k_aux: maximum number of dead latents that explain the residual of a row; None: half the length of the residual,
+            s·d / 2 (Gao et al. 2024, §A.2).
+        auxk_selection: `row` selects the top k_aux dead latents of each row; `batch` the top k_aux · b of the whole
+            batch, as the BatchTopK write-up suggests.
 
     Raises:
-        UserError: an unknown word, a number that cannot be, a hidden layer without units, or a decoder both tied and
-            frozen.
+        UserError: a setting is unknown or out of range, or `tied` is used with `frozen_decoder` or in a transcoder.
     """
 
     def __init__(
@@ -76,7 +79,8 @@ class LinearSAE(DictionarySAE):
             raise SettingError("{tied}=true with {frozen_decoder}=true leaves nothing to train: choose one of them.")
         if tied and self.n_inputs:
             raise SettingError(
-                "{tied}=true makes W_enc and W_dec one, and a transcoder's are of different sites: give false."
+                "{tied}=true is impossible for a transcoder, since its W_enc and W_dec are of different sites: "
+                "give {tied}=false."
             )
         self.encoder_bias, self.hidden, self.tied, self.frozen_decoder = encoder_bias, [*hidden], tied, frozen_decoder
         self.auxk_coefficient, self.k_aux, self.auxk_selection = auxk_coefficient, k_aux, auxk_selection
@@ -84,7 +88,7 @@ class LinearSAE(DictionarySAE):
             parameter.requires_grad_(not frozen_decoder)
         self.layers = self.build_layers()
         generator = torch.Generator().manual_seed(self.seed)
-        W_enc = self.draw_weights(self.sources.n_written, generator)  # what W_dec was drawn as, so that the two agree
+        W_enc = self.draw_weights(self.sources.n_written, generator)  # the same numbers as W_dec, from the same seed
         if self.n_inputs:
             W_enc = self.draw_weights(self.sources.n_read // self.layers.n_layers, generator)
         self.W_enc = self.W_dec if tied else nn.Parameter(W_enc)
@@ -94,38 +98,38 @@ class LinearSAE(DictionarySAE):
             self.mlp.initialize(generator)
 
     def build_layers(self) -> OneLayer:
-        """Which of the sources each latent reads and writes."""
+        """Build the part that defines which sources each latent reads and writes."""
         return OneLayer()
 
     def start_from(self, other: BaseSAE) -> None:
         if self.tied and not other.config.get("tied"):
             raise UserError(
-                "an SAE with tied=true cannot start from one whose W_enc and W_dec differ: give tied=false."
+                "an SAE with tied=true cannot start from an SAE with different W_enc and W_dec: give tied=false."
             )
         super().start_from(other)
 
     @abstractmethod
     def activate(self, h: Float[Tensor, "b f"]) -> Code:
-        """Pre-activations -> code: what tells the architectures apart."""
+        """Map pre-activations to a code. This is where the architectures differ."""
 
     def encoder(self, x: Float[Tensor, "b r d"]) -> Encoder:
-        """What h is the product of; an MLP's last layer joins the linear encoder in that one product."""
-        origin = self.encoder_center()
+        """Return the factors of h. The last layer of an MLP and the linear encoder are concatenated to one product."""
+        center = self.encoder_center()
         if self.mlp is None:
-            return Encoder(x, origin, self.W_enc)
-        centred = (x - origin).flatten(1)
-        inputs = torch.cat([centred, self.mlp(centred)], dim=1).unsqueeze(1)
+            return Encoder(x, center, self.W_enc)
+        centered = (x - center).flatten(1)
+        inputs = torch.cat([centered, self.mlp(centered)], dim=1).unsqueeze(1)
         W = torch.cat([self.W_enc.flatten(1), self.mlp.W_out], dim=1).unsqueeze(1)
         return Encoder(inputs, torch.zeros_like(inputs[0]), W)
 
     def encoder_center(self) -> Float[Tensor, "r d"]:
-        """The x whose h is b_enc."""
+        """Return what is subtracted from x before encoding: b_dec, or 0 for a transcoder."""
         return self.b_dec.new_zeros(self.sources.n_read, self.d_in) if self.n_inputs else self.b_dec
 
     def pre_activations(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "b f"]:
-        """h, from normalised rows."""
-        inputs, origin, W = self.encoder(x)
-        return linear_by_part((inputs - origin).flatten(1), W.flatten(1), self.b_enc, self.layers.n_layers)
+        """Compute h from normalized rows."""
+        inputs, center, W = self.encoder(x)
+        return linear_by_part((inputs - center).flatten(1), W.flatten(1), self.b_enc, self.layers.n_layers)
 
     def encode_normalized(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         h = self.pre_activations(x)
@@ -138,12 +142,12 @@ class LinearSAE(DictionarySAE):
         return terms
 
     def auxk_loss(self, out: SAEOutput) -> Tensor:
-        """The auxiliary loss, unweighted; it reaches the dead latents' rows of encoder and decoder, nothing else."""
+        """Compute the unweighted auxiliary loss. Only the encoder and decoder rows of dead latents get gradients."""
         dead = self.dead().nonzero().squeeze(-1)
         if len(dead) == 0:
             return out.x_hat.new_zeros(())
-        inputs, origin, W = self.encoder(out.x)
-        x, residual = (inputs - origin).detach().flatten(1), (out.target - out.x_hat).detach().flatten(1)
+        inputs, center, W = self.encoder(out.x)
+        x, residual = (inputs - center).detach().flatten(1), (out.target - out.x_hat).detach().flatten(1)
         W_enc, W_dec = self.layers.encoder_rows(W, dead), self.W_dec.flatten(1).index_select(0, dead)
         b_enc = None if self.b_enc is None else self.b_enc[dead]
         k_aux = self.sources.n_written * self.d_in // 2 if self.k_aux is None else self.k_aux

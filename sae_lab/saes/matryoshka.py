@@ -1,4 +1,4 @@
-"""Matryoshka: nested dictionaries, each of which reconstructs on its own."""
+"""Matryoshka: nested dictionaries, each of which reconstructs by itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,31 +21,38 @@ from sae_lab.saes.topk import TopKSAE
 
 @dataclass(frozen=True)
 class NestedOutput(SAEOutput):
+    """Output of a forward pass, with the reconstruction by every prefix of groups."""
+
     levels: tuple[Float[Tensor, "#b w d"], ...] = ()
-    """The reconstruction by no latent (b_dec), by the first group, by the first two, ...; the last is x_hat."""
+    """Reconstructions by no latent (b_dec), by the first group, by the first two, ...; the last one is x_hat."""
 
 
 class Nested(LinearSAE):
-    """x_hat^(g) = sum_{i in the first g groups} z_i W_dec_i + b_dec,   loss = mean_g mean (x - x_hat^(g))² + aux
+    """Nested dictionaries: every prefix of the groups of latents reconstructs by itself.
 
-    The latents are cut into G consecutive groups; z comes from one choice among all of them (`class Mine(Nested,
-    AnySAE)` nests any linear SAE), and the auxiliary loss explains what the whole dictionary leaves over. General
-    features settle in the small early groups, which have to do without the others.
+        x_hat^(g) = sum_{i in the first g groups} z_i W_dec_i + b_dec
+        loss      = mean_g mean (x - x_hat^(g))² + aux
 
-    Bussmann, Nabeshima, Karvonen, Nanda 2025, arXiv 2503.17547. The published codes weigh the levels differently.
-    Here it is their mean, so that loss and auxiliary loss stand to each other as in every other SAE. The authors'
-    code also counts b_dec alone as a level: `include_bias_level`, off, because no latent can lower that term. A sum
-    over the levels is auxk_coefficient / G here, weights of 1/G taken twice are auxk_coefficient · G: Adam does not
-    see the scale of the whole.
+    The latents are split into G consecutive groups. z is selected once, among the latents of all groups, and the
+    auxiliary loss uses the residual of the whole dictionary. General features end up in the small early groups, which
+    must reconstruct without the later ones. `class Mine(Nested, AnySAE)` nests any linear SAE.
+
+    Bussmann, Nabeshima, Karvonen, Nanda 2025, arXiv 2503.17547. Published implementations weight the levels in
+    different ways. Here the loss is their mean, so that the auxiliary loss has the same weight relative to it as in
+    every other SAE. To match a sum over the levels, use auxk_coefficient / G; to match an implementation that applies
+    weights of 1/G twice, use auxk_coefficient · G. (Adam does not depend on the scale of the total loss.) The authors'
+    code also counts b_dec alone as a level. `include_bias_level` does so; it is off by default, because no latent can
+    lower that term.
 
     Args:
-        group_sizes: how many latents each group adds (not cumulative); they sum to n_latents. None is f/16, f/16,
-            f/8, f/4, f/2 without the prefixes narrower than d (see `doubling`).
+        group_sizes: number of latents that each group adds (not cumulative); they sum to n_latents. None: f/16, f/16,
+            f/8, f/4, f/2, without prefixes narrower than d (see `doubling_group_sizes`).
         include_bias_level: whether b_dec alone counts as one more level.
-        active_groups: in `eval()`, the latents of later groups are zero, after the choice; None uses all groups.
+        active_groups: in `eval()`, use only this many groups: after selection, the latents of later groups are set to
+            zero. None: all groups.
 
     Raises:
-        UserError: sizes that are not positive or do not sum to n_latents, or more active groups than there are.
+        UserError: the sizes are not positive or do not sum to n_latents, or there are fewer groups than active_groups.
     """
 
     def __init__(
@@ -90,20 +97,21 @@ class Nested(LinearSAE):
 
 
 class MatryoshkaSAE(Nested, BatchTopKSAE):
-    """Nested dictionaries (see Nested) with the rule of BatchTopK: the paper's."""
+    """Nested dictionaries (see Nested) with BatchTopK's rule, as in the paper."""
 
 
 class MatryoshkaTopKSAE(Nested, TopKSAE):
-    """Nested dictionaries (see Nested) with the rule of TopK: sae=matryoshka sae._target_=<this class>."""
+    """Nested dictionaries (see Nested) with TopK's rule: sae=matryoshka sae._target_=<this class>."""
 
 
 def doubling_group_sizes(n_latents: int, d_in: int) -> list[int]:
-    """The sizes of groups that end at 1/16, 1/8, 1/4, 1/2 and all of the latents, rounded down, but at d_in or later.
+    """Return the sizes of groups that end at 1/16, 1/8, 1/4, 1/2 and all of the latents, rounded down.
 
-    The authors' groups end at d, 2 d, 4 d, 8 d and 16 d. A narrower prefix cannot span the activations: its latents
-    must each stand for several features, and where features are equally frequent they do. (Rows of three out of 24
-    planted features, d = 16, f = 48: with ends 3, 6, 12, 24, 48 training finds a lower loss, 0.0015, than the planted
-    dictionary with the true codes has, 0.0017, and half of the features; with ends 24, 48 it finds nearly all.)
+    Groups that would end before d_in are merged into the next one; the authors' groups end at d, 2 d, 4 d, 8 d, 16 d. A
+    prefix narrower than d cannot span the activations, so each of its latents must stand for several features. If
+    features are equally frequent, training does learn such latents. Measured on rows of three out of 24 planted
+    features (d = 16, f = 48): with ends 3, 6, 12, 24, 48 the loss is lower (0.0015) than that of the planted dictionary
+    with the true codes (0.0017), and half of the features are found; with ends 24, 48 nearly all are found.
     """
     ends = [n_latents * sixteenths // 16 for sixteenths in (1, 2, 4, 8)]
     ends = [end for end in ends if d_in <= end < n_latents] + [n_latents]

@@ -1,4 +1,4 @@
-"""Linear SAEs whose codes are sparse because of a penalty: what Vanilla, Gated and JumpReLU share."""
+"""Base class of linear SAEs with a sparsity penalty: Vanilla, Gated and JumpReLU."""
 
 from typing import Annotated, Any
 
@@ -15,21 +15,21 @@ from sae_lab.saes.parts.resample import SCALE, draw_badly_reconstructed, scale_t
 
 
 class PenalizedLinearSAE(LinearSAE):
-    """A LinearSAE that is sparse because its loss says so: with h whole, its bias, and a penalty that warms up.
+    """LinearSAE with a sparsity penalty, an encoder bias and dense pre-activations.
 
-    Where rows of W_dec have unit norm, a penalty that others weigh by them (z_i |W_dec_i|) is the plain one.
+    If the rows of W_dec have unit norm, a penalty weighted by these norms (z_i |W_dec_i|) equals the unweighted one.
 
     Args:
-        sparsity_warmup: training batches over which the penalty's coefficient rises linearly to its full size; 0
-            starts with that. Dead latents come from a penalty that acts before there is a reconstruction.
-        resample_every: training batches after which, again and again, each dead latent takes the direction of a row
-            that is reconstructed badly (drawn with probability ∝ |x - x_hat|⁴; at most one latent a row of the batch),
-            in the decoder at unit norm and in the encoder at 0.2 of the mean norm of those alive; its bias is zero. 0
-            never does. An alternative to the auxiliary loss: Bricken et al. 2023 (Towards Monosemanticity). A rule
-            over the k largest would not let such a latent in.
+        sparsity_warmup: training batches over which the penalty's coefficient rises linearly to its full value; 0: full
+            value from the start. A penalty that acts before the SAE reconstructs anything leaves dead latents.
+        resample_every: number of training batches after which dead latents are resampled, repeatedly; 0: never. A
+            resampled latent gets the direction of a row that is reconstructed badly, drawn with probability
+            ∝ |x - x_hat|⁴, at most one latent per row of the batch. Its decoder row has unit norm, its encoder row 0.2
+            of the mean norm of live latents, and its bias is zero. An alternative to the auxiliary loss: Bricken et al.
+            2023 (Towards Monosemanticity). It does not suit top-k rules, which would not select such a latent.
 
     Raises:
-        UserError: a number that cannot be, or resample_every with a decoder that is frozen.
+        UserError: a setting is out of range, or `resample_every` is used with `frozen_decoder`.
     """
 
     foldable = True
@@ -68,10 +68,10 @@ class PenalizedLinearSAE(LinearSAE):
         return [(parameter, dead) for parameter in (self.W_enc, self.W_dec, *(p for p, _ in self.resampled_values()))]
 
     def resampled_values(self) -> list[tuple[nn.Parameter, float]]:
-        """The parameters that a latent has beside its encoder and decoder, and what a resampled one starts with."""
-        fresh = [] if self.b_enc is None else [(self.b_enc, 0.0)]
-        return fresh if self.mlp is None else [*fresh, (self.mlp.W_out, 0.0)]
+        """Return the parameters of a latent besides W_enc and W_dec, each with the value that resampling sets."""
+        values = [] if self.b_enc is None else [(self.b_enc, 0.0)]
+        return values if self.mlp is None else [*values, (self.mlp.W_out, 0.0)]
 
     def scale_by_warmup(self, penalty: Tensor) -> Tensor:
-        """The penalty as much as this batch, the `steps`-th, may feel of it."""
+        """Multiply the penalty by the warm-up factor min(steps / sparsity_warmup, 1)."""
         return penalty * (self.steps / self.sparsity_warmup).clamp_max(1) if self.sparsity_warmup else penalty

@@ -1,9 +1,9 @@
-"""A few rows saved with what an SAE makes of them, so that loading can tell whether it still does the same."""
+"""Probes: a few rows saved with the SAE's outputs, to check after loading that it still computes the same."""
 
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -12,16 +12,17 @@ from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 
 TOLERANCE = 1e-3
-"""Relative; another processor's rounding stays below 1e-5."""
+"""Relative tolerance of a row. Rounding on another processor changes less than 1e-5."""
 
 
-TIES = 1 / 8
-"""The share of probe rows on which rounding may decide between nearly equal latents; a changed rule shows on most."""
+MAX_CHANGED = 1 / 8
+"""Share of probe rows that may change, where rounding decides between nearly equal latents. A changed rule changes most
+rows."""
 
 
 @torch.no_grad()
-def code_and_reconstruction(sae: BaseSAE, x: Float[Tensor, "n s d"]) -> dict[str, Float[Tensor, "n _"]]:
-    """Code and reconstruction of each row, by the deployed rule."""
+def encode_and_reconstruct(sae: BaseSAE, x: Float[Tensor, "n s d"]) -> dict[str, Float[Tensor, "n _"]]:
+    """Return the code and the reconstruction of each row, under the deployed rule."""
     was_training = sae.training
     x_hat, code = sae.eval().autoencode(x.to(next(sae.parameters())))
     sae.train(was_training)
@@ -29,31 +30,32 @@ def code_and_reconstruction(sae: BaseSAE, x: Float[Tensor, "n s d"]) -> dict[str
 
 
 def make_probe(sae: BaseSAE, x: Float[Tensor, "n s d"]) -> bytes:
-    """A safetensors file of a few rows with what the SAE makes of them; the codes as (row, latent) and value."""
-    found = {name: t.cpu() for name, t in code_and_reconstruction(sae, x).items()}
-    entries = found["code"].nonzero()
-    values = found["code"][entries[:, 0], entries[:, 1]]
-    tensors = {"x": x.cpu().float(), "x_hat": found["x_hat"], "entries": entries.int(), "values": values}
+    """Return a safetensors file of rows x with x_hat and the code, the latter as (row, latent) entries and values."""
+    out = {name: t.cpu() for name, t in encode_and_reconstruct(sae, x).items()}
+    entries = out["code"].nonzero()
+    values = out["code"][entries[:, 0], entries[:, 1]]
+    tensors = {"x": x.cpu().float(), "x_hat": out["x_hat"], "entries": entries.int(), "values": values}
     return save({name: t.contiguous() for name, t in tensors.items()})
 
 
 def check_probe(sae: BaseSAE, file: Path) -> None:
-    """Recompute the probe's codes and reconstructions.
+    """Compute the codes and reconstructions of a probe again, and compare them with the saved ones.
 
     Raises:
-        UserError: more than a few rows come out otherwise than when the SAE was saved.
+        UserError: more than MAX_CHANGED of the rows differ.
     """
     saved = load_file(file)
-    now = code_and_reconstruction(sae, saved["x"])
+    now = encode_and_reconstruct(sae, saved["x"])
     code = torch.zeros(len(saved["x"]), sae.n_latents)
     code[saved["entries"][:, 0], saved["entries"][:, 1]] = saved["values"]
     wrong = rows_differ(now["code"], code) | rows_differ(now["x_hat"], saved["x_hat"])
-    if wrong.float().mean() > TIES:
+    if wrong.float().mean() > MAX_CHANGED:
         raise UserError(
             f"the SAE beside {file} does not reproduce its own codes ({int(wrong.sum())} of {len(wrong)} probe rows): "
-            "its files or this library have changed since it was saved, so load it with the versions in config.json."
+            "its files or this library changed since it was saved, so load it with the versions in config.json."
         )
 
 
-def rows_differ(a: Float[Tensor, "n m"], b: Float[Tensor, "n m"]) -> Tensor:
+def rows_differ(a: Float[Tensor, "n m"], b: Float[Tensor, "n m"]) -> Bool[Tensor, " n"]:
+    """Return which rows of a differ from those of b by more than TOLERANCE."""
     return (a - b).norm(dim=1) > TOLERANCE * b.norm(dim=1) + 1e-6

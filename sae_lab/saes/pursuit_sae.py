@@ -1,4 +1,4 @@
-"""A dictionary without an encoder: its codes are searched for."""
+"""Pursuit: a dictionary without an encoder, with codes found by search."""
 
 from typing import Any
 
@@ -15,28 +15,33 @@ from sae_lab.saes.parts.unit_norm import divide_by_norm
 
 
 class PursuitSAE(DictionarySAE):
-    """z = what k steps of a pursuit find for   min_z |x - b_dec - z W_dec|²,   z >= 0,   at most k latents a row
+    """Dictionary without an encoder: k steps of a pursuit find the code.
 
-    The pursuits are those of pursuit.py. No gradient flows through the code: training alternates between searching
-    for codes in the dictionary and a step of the dictionary for these codes, as dictionary learners do (Engan et al.
-    1999; Mairal et al. 2009). For a code that is a least-squares solution on its latents, as that of orthogonal
-    matching pursuit is, this is the whole gradient: the error does not change with z there.
+        min_z |x - b_dec - z W_dec|²     with z >= 0 and at most k active latents per row
 
-    Any SAE's dictionary can be searched in: `PursuitSAE.of(sae, "gradient_pursuit")`, and sae=pursuit init_from=RUN
-    goes on from there. After sae-kit, which lists optimising dictionaries under nonlinear encodings among its uses.
+    ops/pursuit.py has the pursuits. No gradient flows through the code. Training alternates between searching for codes
+    in the dictionary and one step of the dictionary for these codes, as dictionary learning does (Engan et al. 1999;
+    Mairal et al. 2009). If the code is a least-squares solution on its active latents, as in orthogonal matching
+    pursuit, this is the full gradient, because the derivative of the error with respect to z is zero there.
+
+    `PursuitSAE.of(sae, "gradient_pursuit")` searches in the dictionary of any SAE, and sae=pursuit init_from=RUN trains
+    that dictionary further. After sae-kit, which names training a dictionary under a nonlinear encoding as a use.
 
     Args:
-        k: steps, and so the number of active latents a row at most.
-        method: a key of pursuit.METHODS.
+        k: number of steps, and so the maximum number of active latents per row.
+        method: a key of METHODS in ops/pursuit.py.
 
     Raises:
-        UserError: no such method, or k is not a whole number between 1 and the size of the dictionary.
+        UserError: the method is unknown, or k is not a whole number between 1 and n_latents.
     """
 
     def __init__(self, k: int, method: Method = "orthogonal_matching_pursuit", **dictionary: Any):
         super().__init__(**dictionary)
         if self.n_inputs:
-            raise SettingError("a pursuit looks for codes of the rows that they explain: leave {n_inputs}=0.")
+            raise SettingError(
+                "a pursuit cannot be a transcoder, since it searches for the code of the rows that it reconstructs: "
+                "give {n_inputs}=0."
+            )
         if not 1 <= k <= self.n_latents:
             raise SettingError(
                 f"{{k}}={k} must be a whole number from 1 to the dictionary's {self.n_latents} latents: "
@@ -46,16 +51,18 @@ class PursuitSAE(DictionarySAE):
 
     @classmethod
     def of(cls, sae: BaseSAE, method: Method, k: int | None = None) -> "PursuitSAE":
-        """The dictionary, normalisation and b_dec of `sae`; k is by default its own."""
+        """Build a PursuitSAE with the dictionary, b_dec and normalization of `sae`; None: its k as well."""
         require_dictionary(sae)
         k = sae.config.get("k") if k is None else k
         if k is None:
-            raise UserError(f"a {type(sae).__name__} has no k of its own: give pursuit.k=<latents a row at most>.")
+            raise UserError(
+                f"a {type(sae).__name__} has no k of its own: give pursuit.k=<maximum number of latents per row>."
+            )
         return sae.convert_to(cls, method=method, k=k)
 
     @torch.no_grad()
     def start_from(self, other: BaseSAE) -> None:
-        """Take over W_dec, its rows divided by their norms, b_dec and their units; an encoder is left behind."""
+        """Copy W_dec with its rows divided by their norms, b_dec and the normalization, but no encoder."""
         source = require_dictionary(other)
         check_sizes(self, source)
         check_units(self, source)
@@ -66,15 +73,15 @@ class PursuitSAE(DictionarySAE):
 
     def encode_normalized(self, x: Float[Tensor, "b s d"]) -> tuple[SparseCode, None]:
         y, rows = (x - self.b_dec).detach().flatten(1), self.W_dec.detach().flatten(1)
-        gram = len(y) * self.k > self.n_latents  # the matrix costs f / b products and saves about half of k
+        gram = len(y) * self.k > self.n_latents  # the Gram matrix costs f / b products and saves about k / 2
         return pursue(self.method, y, Dictionary(rows, gram), self.k), None
 
 
 def require_dictionary(sae: BaseSAE) -> DictionarySAE:
-    """`sae`, if it has one W_dec.
+    """Return `sae` if it has a W_dec of its own.
 
     Raises:
-        UserError: it has not.
+        UserError: it has none.
     """
     if not isinstance(sae, DictionarySAE):
         raise UserError(f"a {type(sae).__name__} has no W_dec of its own to search in.")

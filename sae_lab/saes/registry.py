@@ -1,4 +1,4 @@
-"""SAEs by the names of their classes: how a file describes one, and how it is built again."""
+"""Registry of SAEs by class name, from which saved SAEs are built again."""
 
 import inspect
 from typing import Any, ClassVar
@@ -10,9 +10,9 @@ from sae_lab.runtime.errors import UserError
 
 
 class Registered(nn.Module):
-    """Every subclass that can be built is known by its name, and its constructor checks its settings.
+    """Module whose subclasses are registered by class name, and whose constructors check their settings.
 
-    Every constructor argument is kept as an attribute of the same name: `config` collects them.
+    A subclass must keep every constructor argument as an attribute of the same name, which `config` collects.
     """
 
     registry: ClassVar[dict[str, type[Any]]] = {}
@@ -26,7 +26,7 @@ class Registered(nn.Module):
 
     @classmethod
     def arguments(cls) -> list[str]:
-        """The names of the constructor's arguments, with those that it passes on to the classes it builds on."""
+        """Return the names of the constructor's arguments, including those of its base classes."""
         names: dict[str, None] = {}
         for base in cls.__mro__:
             if base is Registered:
@@ -38,19 +38,22 @@ class Registered(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments: plain types, enough to build this SAE again."""
+        """Constructor arguments of this SAE, as plain types, from which it can be built again."""
         return {name: getattr(self, name) for name in self.arguments()}
 
     @classmethod
     def from_config(cls, name: str, config: dict[str, Any]) -> Any:
-        """An untrained SAE of the registered class `name`.
+        """Build an untrained SAE of the registered class `name`.
 
         Raises:
-            UserError: no such class (a file can name a class, never import one), or arguments it does not take.
+            UserError: the class is not registered (a file can name a class, but never import one), or does not take
+                these arguments.
         """
         if name not in cls.registry:
             known = ", ".join(sorted(cls.registry))
-            raise UserError(f"there is no SAE class {name!r} among {known}: import the module that defines it first.")
+            raise UserError(
+                f"there is no SAE class {name!r}, expected one of {known}: if it is your own, import its module first."
+            )
         try:
             return cls.registry[name](**config)
         except TypeError as e:

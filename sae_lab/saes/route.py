@@ -1,4 +1,4 @@
-"""RouteSAE: a learned router chooses, for each token, the site whose activation is worth explaining."""
+"""RouteSAE: for each token, a learned router chooses the site to explain."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
@@ -19,35 +19,39 @@ from sae_lab.saes.parts.sources import Sources
 
 
 class RouteSAE(BaseSAE):
-    """r = softmax(W_router · aggre_s x_s),   l = argmax r,   row = r_l x_l  (hard)  or  sum_s r_s x_s  (soft)
+    """RouteSAE: for each token, a router chooses the site to explain, and an inner SAE explains it.
 
-    x is the normalised input, and `inner`, any SAE of one source, explains the row: one dictionary for all sites.
-    `soft` mixes only in a training forward pass; from then on the likeliest site stands alone: row = x_l.
+        r   = softmax(W_router · aggre_s x_s),   l = argmax r
+        row = r_l x_l (hard)   or   sum_s r_s x_s (soft)
 
-    For evaluation and splicing, x_hat is the inner SAE's reconstruction at site l of each token, divided by the r_l
-    that the row was multiplied with (the authors' hooks leave r_l out in both places, so that what they deploy is not
-    what they trained). At the other sites `reconstruct` gives x back and `covers` is False: metrics leave them out,
-    and a splice leaves them to the language model. `decode` does not know the site: it gives the row at each of them.
+    x is the normalized input. `inner`, any SAE of one source, explains the row, so one dictionary serves all sites.
+    `soft` mixes the sites in training forward passes only; elsewhere row = x_l, the activation at the likeliest site.
 
-    The loss is the inner SAE's over the mean square of the batch's rows, or the router would lower it by lowering r
-    alone. The authors' code takes that ratio row by row; there r_l cancels, and only biases would teach a hard router.
-    Over the batch, r_l rises where the error is below the average and falls elsewhere. (Planted features on one of
-    three sites, noise on the others, which site decided by the features: after 1,500 steps a hard router is right on
-    90 % of the rows, with the ratio by row on 17 %, with none on 67 % and r is 1/3; a soft one on 90 % with either.)
+    For evaluation and splicing, x_hat at site l is the inner SAE's reconstruction divided by r_l, by which the row was
+    multiplied. (The authors' hooks leave r_l out in both places, so they deploy another SAE than they trained.) At the
+    other sites `reconstruct` returns x and `predicted_mask` is False: metrics ignore them, and a splice does not
+    replace them. `decode` does not know the site, so it returns the row at every site.
+
+    The loss is that of the inner SAE, divided by the mean square of the batch's rows. Otherwise the router would lower
+    the loss just by lowering r. The authors' code divides each row's loss by that row's mean square. Then r_l cancels,
+    and a hard router could learn from biases only. With the mean over the batch, r_l rises where the error is below
+    average and falls elsewhere. Measured with planted features on one of three sites, which the features determine, and
+    noise on the others: after 1,500 steps a hard router is right on 90 % of the rows, 17 % if divided row by row, and
+    67 %, with r = 1/3, if not divided at all. A soft router is right on 90 % either way.
 
     Shi et al. 2025, arXiv 2503.08200.
 
     Args:
-        inner: builds the inner SAE from d_in, n_latents and n_sources, such as `partial(TopKSAE, k=16,
+        inner: a function that builds the inner SAE from d_in, n_latents and n_sources, such as `partial(TopKSAE, k=16,
             normalize="none")`; or its description {"class", "config"}, as in config.json.
-        aggre: `sum` or `mean` over the sites; to the router the difference is a temperature of s.
+        aggre: `sum` or `mean` over the sites. For the router the difference is a temperature of s.
         routing: `hard` or `soft`.
-        seed: of the router's initial weights; the inner SAE has its own.
-        normalize: `per_token`, `none`, `constant_norm` or `mean_norm`, each site by itself, before the router (see
-            parts/normalize.py).
+        seed: seed of the router's initial weights; the inner SAE has its own.
+        normalize: `per_token`, `none`, `constant_norm` or `mean_norm` (see parts/normalize.py). Applied to each site by
+            itself, before the router.
 
     Raises:
-        UserError: an unknown word, or an inner SAE that normalises: it would undo the router's weight.
+        UserError: a setting is unknown, or the inner SAE normalizes, which would undo the router's weight.
     """
 
     AGGREGATES: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -76,9 +80,9 @@ class RouteSAE(BaseSAE):
             with settings_under("inner"):
                 self.inner = inner(d_in=d_in, n_latents=n_latents, n_sources=1)
         if self.inner.config.get("normalize", "none") != "none":
-            raise SettingError("the router's rows are normalised already: give {inner}.normalize=none.")
+            raise SettingError("the rows of the inner SAE are normalized already: give {inner}.normalize=none.")
         self.batch_rule = self.inner.batch_rule
-        generator = nth_generator(seed, 1)  # not the inner SAE's numbers
+        generator = nth_generator(seed, 1)  # other random numbers than the inner SAE's
         bound = d_in**-0.5
         self.W_router = nn.Parameter(torch.empty(n_sources, d_in).uniform_(-bound, bound, generator=generator))
 
@@ -87,16 +91,16 @@ class RouteSAE(BaseSAE):
         return super().config | {"inner": {"class": type(self.inner).__name__, "config": self.inner.config}}
 
     def probabilities(self, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b s"]:
-        """r, from normalised rows."""
+        """Compute r from normalized rows."""
         return linear(self.AGGREGATES[self.aggre](x), self.W_router).float().softmax(dim=-1)
 
     def site_weights(self, r: Float[Tensor, "b s"]) -> Float[Tensor, "b s"]:
-        """What the rows of the sites are weighted with: zero but at the likeliest site."""
+        """Return the deployed weight of each site: zero except at the likeliest one."""
         chosen = argmax_mask(r)
         return r * chosen if self.routing == "hard" else chosen.to(r)
 
     def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
-        """`target` and `x_hat` are (b, 1, d): the row, and what the inner SAE makes of it."""
+        """Route, then encode and decode with the inner SAE. `target` (the row) and `x_hat` are (b, 1, d)."""
         raw = self.as_rows(x)
         if self.training:
             self.sources.observe(raw)
@@ -109,7 +113,7 @@ class RouteSAE(BaseSAE):
         return {name: mean_over_ranks(term) / mean_square for name, term in self.inner.losses(out).items()}
 
     def route(self, x: Tensor) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b s"], Context]:
-        """Raw activations -> the row that is deployed, the weights of the sites in it, and what undoes normalising."""
+        """Return the deployed row of raw activations, the weights of its sites, and the context of its normalizer."""
         rows, context = self.sources.read(self.as_rows(x))
         weights = self.site_weights(self.probabilities(rows))
         return weighted_sum(rows, weights), weights, context
@@ -134,7 +138,7 @@ class RouteSAE(BaseSAE):
 
     @torch.no_grad()
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
-        self.sources.observe(self.as_rows(x))  # routing the first batch takes its scale
+        self.sources.observe(self.as_rows(x))  # routing needs the scale, which the first batch sets
         return self.inner.resample(self.route(x)[0])
 
     def before_step(self) -> None:
@@ -152,10 +156,10 @@ class RouteSAE(BaseSAE):
 
 
 def argmax_mask(r: Float[Tensor, "b s"]) -> Bool[Tensor, "b s"]:
-    """True at the largest entry of each row; of equal ones at the first."""
+    """Return a mask of the largest entry of each row, the first one if several are equal."""
     return torch.zeros_like(r, dtype=torch.bool).scatter(-1, r.argmax(dim=-1, keepdim=True), True)
 
 
 def weighted_sum(x: Float[Tensor, "b s d"], weights: Float[Tensor, "b s"]) -> Float[Tensor, "b 1 d"]:
-    """sum_s weights_s x_s."""
+    """Compute sum_s weights_s x_s."""
     return (weights.to(x).unsqueeze(-1) * x).sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Linear SAEs whose codes are sparse by a rule: what the top-k family shares."""
+"""Base class of the top-k family: linear SAEs with a selection rule and sparse codes."""
 
 from abc import abstractmethod
 from typing import Annotated, Any
@@ -15,18 +15,19 @@ from sae_lab.saes.linear import LinearSAE
 
 
 class SparseLinearSAE(LinearSAE):
-    """A LinearSAE whose codes are sparse while it trains: h exists in pieces only, and a subclass says what is kept.
+    """LinearSAE with sparse codes; a subclass defines which entries of h are kept.
 
-    After the encoder's product everything, gradients included, is done by active entry (see sparse.py).
+    h is computed in pieces of rows and never held as a whole. After the encoder's product, everything including the
+    gradients touches active entries only (see ops/sparse.py).
 
     Args:
-        k: the number of active latents a row, or its mean where the rule is one over the batch.
-        k_warmup: training batches over which k falls linearly from k_start; 0 trains with k at once. Latents that are
-            wanted at first, when many are, have a direction to go in when few are.
-        k_start: the first batch's k; None is s·d, or f if that is less.
+        k: number of active latents per row, or its mean if the rule selects over the whole batch.
+        k_warmup: training batches over which k falls linearly from k_start; 0: k from the start. Latents that are
+            active early, while many are, have learned a direction by the time when few are.
+        k_start: k of the first batch; None: s·d, or f if that is less.
 
     Raises:
-        UserError: k or k_start is not between 1 and the size of the dictionary, or k_warmup is negative.
+        UserError: k or k_start is not between 1 and n_latents, or k_warmup is negative.
     """
 
     def __init__(
@@ -44,20 +45,20 @@ class SparseLinearSAE(LinearSAE):
 
     @property
     def current_k(self) -> float:
-        """k as this batch, the `steps`-th, may use it; in `eval()` the k that training ends with."""
+        """k of the current training batch; in `eval()` the final k."""
         if not (self.training and self.k_warmup):
             return self.k
         return self.k + (self._k_start - self.k) * max(0.0, 1 - int(self.steps) / self.k_warmup)
 
     @abstractmethod
     def select(self, h: Pieces) -> SparseCode:
-        """Pre-activations, in pieces of rows -> code, by a rule of selection.py. Needs no gradient."""
+        """Select a code from pre-activations, given in pieces of rows (see ops/selection.py). Needs no gradient."""
 
     def encode_normalized(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         encoder = self.encoder(x)
         with torch.no_grad():
-            centred = (encoder.inputs - encoder.origin).flatten(1)
-            code = self.select(Preactivations(centred, encoder.W.flatten(1), self.b_enc, self.layers.n_layers))
+            centered = (encoder.inputs - encoder.center).flatten(1)
+            code = self.select(Preactivations(centered, encoder.W.flatten(1), self.b_enc, self.layers.n_layers))
         return self.layers.attach_gradients(code, *encoder, self.b_enc), None
 
     def activate(self, h: Float[Tensor, "b f"]) -> SparseCode:
@@ -67,7 +68,7 @@ class SparseLinearSAE(LinearSAE):
 
 
 def check_active(n_latents: int, **numbers: float) -> None:
-    """Raise a SettingError unless a dictionary of n_latents can have each of these numbers of active latents."""
+    """Raise a SettingError unless each of these numbers of active latents is between 1 and n_latents."""
     for name, k in numbers.items():
         if not 1 <= k <= n_latents:
             raise SettingError(

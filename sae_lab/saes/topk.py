@@ -1,4 +1,4 @@
-"""TopK: exactly k latents a row."""
+"""TopK: k active latents per row."""
 
 from typing import Annotated, Any
 
@@ -7,18 +7,21 @@ from sae_lab.ops.sparse import SparseCode
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.saes.sparse_linear import SparseLinearSAE
 
-WholeK = Annotated[
-    int, ErrorMessage("must be a whole number here: only a batch-wise rule can have a fraction on average")
-]
+WholeK = Annotated[int, ErrorMessage("must be a whole number here: only rules over the batch take a fraction")]
 
 
 class TopKSAE(SparseLinearSAE):
-    """z = TopK_k(relu(h)): on each row the k largest positive pre-activations stay, the others are zero.
+    """TopK SAE: on each row the k largest positive pre-activations are kept, the others become zero.
+
+        z = TopK_k(relu(h))
 
     Gao et al. 2024, arXiv 2406.04093.
 
+    Args:
+        k: the number of active latents per row.
+
     Raises:
-        UserError: k is not a whole number between 1 and the size of the dictionary.
+        UserError: k is not a whole number between 1 and n_latents.
     """
 
     def __init__(self, k: WholeK, **sparse: Any):

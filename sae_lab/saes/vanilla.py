@@ -1,4 +1,4 @@
-"""The ReLU autoencoder with an L1 penalty."""
+"""Vanilla: a ReLU autoencoder with an L1 penalty."""
 
 from typing import Annotated, Any
 
@@ -13,16 +13,20 @@ from sae_lab.saes.penalized import PenalizedLinearSAE
 
 
 class VanillaSAE(PenalizedLinearSAE):
-    """z = relu(h),   loss = mean (x - x_hat)² + l1_coefficient * mean_b sum_f z |W_dec|
+    """ReLU SAE with an L1 penalty.
 
-    Rows of W_dec have unit norm, which makes the penalty the plain one.
+        z    = relu(h)
+        loss = mean (x - x_hat)² + l1_coefficient * mean_b sum_f z |W_dec|
+
+    Rows of W_dec have unit norm by default, so the penalty is mean_b sum_f z.
 
     Cunningham et al. 2023, arXiv 2309.08600; Bricken et al. 2023 (Towards Monosemanticity).
 
     Args:
-        unit_norm: False leaves the norms of W_dec free, as Anthropic's update of April 2024 and SAELens do. As the
-            penalty weighs by them, a latent gains nothing by a small z and a long row: the minima are the same
-            dictionaries, and only Adam's way to them differs.
+        l1_coefficient: weight of the penalty.
+        unit_norm: False leaves the norms of W_dec free, as Anthropic's update of April 2024 and SAELens do. The penalty
+            includes these norms, so a latent gains nothing from a small z with a long row: the minima are the same
+            dictionaries, and only Adam's path to them differs.
     """
 
     def __init__(self, l1_coefficient: Annotated[float, Ge(0)] = 0.002, unit_norm: bool = True, **penalized: Any):

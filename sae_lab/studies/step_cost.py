@@ -129,8 +129,8 @@ def dense_forward(sae: LinearSAE, x: Tensor) -> SAEOutput:
     """Run the forward pass in plain torch, with h and the code as dense matrices."""
     sae.sources.observe(x)
     read, target = sae.sources(x)
-    inputs, origin, W = sae.encoder(read)
-    h = F.linear((inputs - origin).flatten(1), W.flatten(1), sae.b_enc)
+    inputs, center, W = sae.encoder(read)
+    h = F.linear((inputs - center).flatten(1), W.flatten(1), sae.b_enc)
     code = dense_code(sae, h)
     sae.observe(code)
     return sae.output(read, target, code, h)

@@ -64,7 +64,7 @@ def test_every_parameter_finds_its_place_or_a_sentence_says_which_does_not():
     with pytest.raises(UserError, match=r"TopKSAE cannot be built from this config: .*'k'"):
         vanilla.convert_to(TopKSAE)
     assert vanilla.convert_to(TopKSAE, k=3).b_enc is not None
-    with pytest.raises(UserError, match=r"parameter thresholds \(64,\) of a JumpReLUSAE has no place in this TopKSAE"):
+    with pytest.raises(UserError, match=r"parameter thresholds \(64,\) of a JumpReLUSAE does not fit this TopKSAE"):
         jumprelu.convert_to(TopKSAE)
     started = build("jumprelu")
     started.start_from(vanilla)
@@ -87,7 +87,7 @@ def test_an_sae_that_starts_from_another_of_its_kind_is_that_one():
     [
         (lambda: build("topk", n_latents=32), "n_latents=64 cannot start one with n_latents=32: make them equal"),
         (lambda: build("topk", d_in=8), "d_in=16 cannot start one with d_in=8"),
-        (lambda: build("topk", "sae.normalize=none"), "want sae.normalize=per_token here as well"),
+        (lambda: build("topk", "sae.normalize=none"), "need sae.normalize=per_token here as well"),
     ],
 )
 def test_an_sae_of_another_shape_is_refused(sae, sentence):

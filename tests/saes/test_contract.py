@@ -175,9 +175,9 @@ def test_a_latent_starts_out_writing_what_it_reads(sae):
 @pytest.mark.parametrize("more", [(0, -1), (1, 0), (2, 0)], ids=str)
 def test_activations_of_another_shape_are_refused(sae, more):
     """P-07: an axis too many is never taken for sources, nor a row's tokens for one row."""
-    with pytest.raises(UserError, match="takes activations of shape"):
+    with pytest.raises(UserError, match="activations must have the shape"):
         sae.encode(torch.zeros(4, sae.n_sources + more[0], 16 + more[1]))
-    with pytest.raises(UserError, match="takes activations of shape"):
+    with pytest.raises(UserError, match="activations must have the shape"):
         sae(torch.zeros(2, 4, sae.n_sources, 16))
 
 

@@ -155,9 +155,9 @@ def test_eval_codes_and_folders(name, tmp_path):
     [
         ({"n_sources": 3}, "as many sites to predict as to read"),
         ({"n_inputs": 1}, "as many sites to predict as to read, not n_inputs=1 of 4"),
-        ({"n_latents": 33}, "33 latents cannot be shared out among 2 layers"),
-        ({"hidden": [8]}, "hidden does not go with a cross-layer transcoder"),
-        ({"skip": True}, "skip does not go with a cross-layer transcoder"),
+        ({"n_latents": 33}, "number of latents, 33, must be a multiple of the 2 layers"),
+        ({"hidden": [8]}, "hidden does not apply to a cross-layer transcoder"),
+        ({"skip": True}, "skip does not apply to a cross-layer transcoder"),
         ({"tied": True}, "of different sites"),
         ({"normalize": "per_token"}, "normalize=mean_norm"),
     ],

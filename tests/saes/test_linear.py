@@ -51,7 +51,7 @@ class TestTied:
         tied, untied = build(name, "sae.tied=true"), build(name, "seed=1")
         untied.start_from(tied)
         assert torch.equal(untied.eval().encode(X), tied.eval().encode(X))
-        with pytest.raises(UserError, match="cannot start from one whose W_enc and W_dec differ: give tied=false"):
+        with pytest.raises(UserError, match="cannot start from an SAE with different W_enc and W_dec: give tied=false"):
             tied.start_from(untied)
 
 

@@ -89,7 +89,7 @@ def test_it_is_saved_loaded_and_taken_to_another_rule(tmp_path):
     assert torch.equal(loaded.encode(X), sae.eval().encode(X))
     row_wise = sae.convert_to(TopKSAE)
     assert set(l0_per_row(row_wise.encode(X)).tolist()) == {4}
-    with pytest.raises(UserError, match=r"parameter mlp.W_out \(64, 12\) of a BatchTopKSAE has no place"):
+    with pytest.raises(UserError, match=r"parameter mlp.W_out \(64, 12\) of a BatchTopKSAE does not fit"):
         build("batch_topk").start_from(sae)
 
 

@@ -61,7 +61,9 @@ def test_only_a_training_forward_pass_measures(name):
     for training in (True, False):
         sae.train(training)
         for use in (sae.encode, sae.reconstruct):
-            with pytest.raises(UserError, match="mean_norm has no scale before training, whose first batch gives it"):
+            with pytest.raises(
+                UserError, match="mean_norm has no scale before training, since the first batch sets it"
+            ):
                 use(x)
     with pytest.raises(UserError, match="no scale before training"):
         sae(x)
@@ -120,7 +122,7 @@ def test_a_start_before_training_measures_its_own_rows():
 @pytest.mark.parametrize("name", SAE_NAMES)
 def test_parameters_in_other_units_are_refused(name):
     sae, other = (build(name, f"sae.normalize={normalize}") for normalize in ("mean_norm", "none"))
-    with pytest.raises(UserError, match=r"with normalize=none want sae\.normalize=none here as well"):
+    with pytest.raises(UserError, match=r"with normalize=none need sae\.normalize=none here as well"):
         sae.start_from(other)
 
 

@@ -121,7 +121,7 @@ def test_mistakes_get_one_sentence():
         (lambda: PursuitSAE.of(build("vanilla"), "matching_pursuit"), r"no k of its own: give pursuit\.k="),
         (lambda: PursuitSAE.of(build("route"), "matching_pursuit", 4), "RouteSAE has no W_dec of its own to search in"),
         (lambda: build("pursuit").start_from(build("topk", n_latents=48)), "n_latents=48 cannot start one with"),
-        (lambda: build("pursuit").start_from(build("topk", "sae.normalize=none")), "want sae.normalize=none here"),
+        (lambda: build("pursuit").start_from(build("topk", "sae.normalize=none")), "need sae.normalize=none here"),
     ]:
         with pytest.raises(UserError, match=sentence):
             case()

@@ -184,7 +184,7 @@ def test_encoder_and_decoder_start_apart():
         ({"n_inputs": 1, "n_sources": 2, "normalize": "per_token"}, "normalize=mean_norm"),
         ({"n_inputs": 1, "n_sources": 2, "normalize": "constant_norm"}, "normalize=mean_norm"),
         ({"n_inputs": 1, "n_sources": 2, "tied": True, "normalize": "none"}, "of different sites"),
-        ({"skip": True}, "it is for transcoders"),
+        ({"skip": True}, "skip=true is only for transcoders"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(settings, sentence):

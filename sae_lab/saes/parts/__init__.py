@@ -1,1 +1,1 @@
-"""What SAEs are built from: sources and units, layers, MLP encoders, unit norms, resampling. Holds no SAE."""
+"""Parts of SAEs: sources, normalization, layers, MLP encoders, unit norms, resampling. Contains no SAE."""

@@ -1,4 +1,4 @@
-"""Which of the sources each latent reads and writes: all of them, or those of its layer."""
+"""Which sources each latent reads and writes: all of them, or those that belong to its layer."""
 
 import torch
 from jaxtyping import Float, Int
@@ -16,28 +16,28 @@ class OneLayer(nn.Module):
         self,
         code: SparseCode,
         x: Float[Tensor, "b r n"],
-        origin: Float[Tensor, "r n"],
+        center: Float[Tensor, "r n"],
         W: Float[Tensor, "f _ n"],
         b_enc: Float[Tensor, " f"] | None,
     ) -> SparseCode:
-        """The code with gradients for the encoder that it came from: h = (x - origin) Wᵀ [+ b_enc]."""
-        return attach_encoder_gradient(code, x, origin, W, b_enc)
+        """Return the code with gradients for the encoder that computed it: h = (x - center) Wᵀ [+ b_enc]."""
+        return attach_encoder_gradient(code, x, center, W, b_enc)
 
     def encoder_rows(self, W: Float[Tensor, "f _ n"], latents: Int[Tensor, " c"]) -> Float[Tensor, "c r*n"]:
-        """The encoder's rows of some latents, over all that an encoder reads."""
+        """Return the encoder rows of some latents, flattened over all r sources."""
         return W.flatten(1).index_select(0, latents)
 
 
 class CrossLayers(OneLayer):
-    """The latents are cut into L equal consecutive parts: those of part l read source l and write the sources l ... L.
+    """The latents are split into L equal consecutive parts: part l reads source l and writes sources l ... L.
 
     Args:
-        n_layers: L; r and w are L too.
+        n_layers: L, which equals r and w.
         n_latents: f, a multiple of L.
     """
 
     unwritten: Tensor
-    """(f, L, 1) bool: the layers before a latent's own."""
+    """(f, L, 1) bool: True at the layers that a latent does not write, those before its own."""
 
     def __init__(self, n_layers: int, n_latents: int):
         super().__init__()
@@ -46,24 +46,26 @@ class CrossLayers(OneLayer):
         self.register_buffer("unwritten", unwritten.unsqueeze(-1), persistent=False)
 
     def layer_of(self, latents: Int[Tensor, " c"]) -> Int[Tensor, " c"]:
+        """Return the layer to which each latent belongs."""
         return latents // (self.n_latents // self.n_layers)
 
     def attach_gradients(
         self,
         code: SparseCode,
         x: Float[Tensor, "b L n"],
-        origin: Float[Tensor, "L n"],
+        center: Float[Tensor, "L n"],
         W: Float[Tensor, "f 1 n"],
         b_enc: Float[Tensor, " f"] | None,
     ) -> SparseCode:
-        """Take a row as L rows, one a layer, each with its own input: the entries keep their order."""
+        """Return the code with gradients, by treating a row as L rows, one per layer. The order of entries stays."""
         pattern = code.pattern
-        place = pattern.rows * self.n_layers + self.layer_of(pattern.latents)
-        row_offsets = torch.searchsorted(place, torch.arange(len(x) * self.n_layers + 1, device=place.device))
+        layer_rows = pattern.rows * self.n_layers + self.layer_of(pattern.latents)
+        row_offsets = torch.searchsorted(layer_rows, torch.arange(len(x) * self.n_layers + 1, device=layer_rows.device))
         by_layer = SparseCode(Pattern(row_offsets, pattern.latents, self.n_latents), code.values)
-        attached = attach_encoder_gradient(by_layer, x.flatten(0, 1).unsqueeze(1), origin[:1], W, b_enc)
+        attached = attach_encoder_gradient(by_layer, x.flatten(0, 1).unsqueeze(1), center[:1], W, b_enc)
         return SparseCode(pattern, attached.values)
 
     def encoder_rows(self, W: Float[Tensor, "f 1 n"], latents: Int[Tensor, " c"]) -> Float[Tensor, "c L*n"]:
+        """Return the encoder rows of some latents, zero at all sources except that of their layer."""
         rows = W.new_zeros(len(latents), self.n_layers, W.shape[-1])
         return rows.index_put((torch.arange(len(latents)), self.layer_of(latents)), W[latents, 0]).flatten(1)

@@ -1,4 +1,4 @@
-"""What an MLP adds to a linear encoder."""
+"""The MLP of an encoder, added to the linear encoder."""
 
 import math
 from collections.abc import Sequence
@@ -11,16 +11,20 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """h_i += W_out_i · a_n,   a_l = relu(V_l a_{l-1} + c_l),   a_0 the linear encoder's input, x - b_dec
+    """MLP that is added to a linear encoder, which acts as its skip connection.
 
-    The linear encoder is the skip connection. W_out starts at zero, so an SAE that is given an MLP is at first the SAE
-    that it was. V is uniform in ±sqrt(6 / fan-in) (Kaiming), c starts at zero.
+        a_0  = x - b_dec, the input of the linear encoder
+        a_l  = relu(V_l a_{l-1} + c_l)
+        h_i += W_out_i · a_n
 
-    After sae-kit's MLP encoders, whose random last layer is not a start from the pretrained SAE.
+    W_out starts at zero, so an SAE that gets an MLP at first computes the same as without it. V is uniform in
+    ±sqrt(6 / fan-in) (Kaiming), c starts at zero.
+
+    After the MLP encoders of sae-kit. Their random last layer does not start from the pretrained SAE.
 
     Args:
-        n_inputs: the length of a_0.
-        hidden: the length of every a_l after it, at least one.
+        n_inputs: length of a_0.
+        hidden: lengths of a_1, a_2, ..., a_n; at least one.
         n_latents: f.
     """
 
@@ -32,11 +36,13 @@ class MLP(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
+        """Draw V."""
         for V in self.V:
             bound = math.sqrt(6 / V.shape[1])
             V.uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b m"]:
+        """Compute a_n from a_0."""
         for V, c in zip(self.V, self.c, strict=True):
             x = F.linear(x, V, c).relu()
         return x

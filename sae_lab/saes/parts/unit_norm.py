@@ -1,7 +1,7 @@
-"""The constraint on a decoder: every latent's row has norm one, so that z_i says how much of it there is.
+"""Unit-norm constraint on a decoder: the row of every latent has norm one, so that z_i measures what latent i adds.
 
-The norm of a row over sources and dimensions is `joint`, (sum_s |W_i,s|²)^½, or `sum`, sum_s |W_i,s|; where s is 1
-they are equal.
+The norm of a row over sources and dimensions is `joint`, (sum_s |W_i,s|²)^½, or `sum`, sum_s |W_i,s|. They are equal if
+s is 1.
 """
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor
 
 @torch.no_grad()
 def project_gradient(grad: Float[Tensor, "f s d"], W: Float[Tensor, "f s d"], norm: str) -> None:
-    """Remove from each row's gradient what would change the row's norm, in place: g - (g·u) u / |u|².
+    """Remove, in place, the part of each row's gradient that would change the row's norm: g - (g·u) u / |u|².
 
-    u is the gradient of the norm: W_i, or, where the norm is the sum, W_i,s / |W_i,s| for each source.
+    u is the gradient of the norm: W_i for `joint`, W_i,s / |W_i,s| for each source for `sum`.
     """
-    # On a CPU as much as its cache keeps from one operation to the next; a GPU wants few operations.
+    # Rows per piece: on a CPU as many as fit into its cache; on a GPU many, so that there are few operations.
     size = max(1, (2**26 if W.is_cuda else 2**21) // W[0].numel())
     direction = W if norm == "joint" else F.normalize(W, dim=-1)
     for g, u in zip(grad.flatten(1).split(size), direction.flatten(1).split(size), strict=True):
