@@ -1,1 +1,1 @@
-"""What the commands share: Hydra over conf/, `--help`, mistakes as one sentence, names of job folders."""
+"""Code shared by all commands: entry point, `--help`, error messages in one sentence, names of job folders."""

@@ -1,4 +1,4 @@
-"""What every command shares: Hydra over conf/, and a mistake as one sentence."""
+"""Entry point of every command: runs Hydra over conf/, and reports a user's mistake in one sentence."""
 
 import functools
 import os
@@ -22,23 +22,24 @@ OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 OmegaConf.register_new_resolver("choices", list_choices, replace=True)
 OmegaConf.register_new_resolver("config_text", config_text, replace=True)
 
-# How a command that was stopped goes on; the others start anew.
+# How to continue a stopped command. Commands that are not listed start from the beginning.
 CONTINUES = {"train": ": the same command{} continues", "harvest": ": the same command continues"}
 _dial = ""
 
 
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """`hydra.main` over conf/, with mistakes told in one sentence on stderr and exit code 1.
+    """Decorate a command with `hydra.main` over conf/.
 
-    HYDRA_FULL_ERROR=1 shows the traceback instead. A command imports what it needs inside its `main`, so that `--help`
-    takes half a second and not the four that torch and Lightning need.
+    A user's mistake ends the command with one sentence on stderr and exit code 1. HYDRA_FULL_ERROR=1 shows the
+    traceback instead. A command imports what it needs inside its `main`, so that `--help` takes half a second and not
+    the four that torch and Lightning need.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         failures: list[Exception] = []
 
         def job(cfg: DictConfig) -> Any:
-            """The task; outside a multirun its exception is kept from Hydra, which would print a line of its own."""
+            """Run the task. Outside a multirun, keep its exception, because Hydra would print a line of its own."""
             sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
             if not sweeping:
                 remember_folder(f"hydra.run.dir={HydraConfig.get().run.dir}")
@@ -62,7 +63,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 run()
             else:
                 signal.signal(signal.SIGTERM, _terminated)
-                os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the sentence is ours to write
+                os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing, so one sentence is left
                 run_or_explain(run, config_name)
 
         return main
@@ -86,10 +87,10 @@ def run_or_explain(run: Callable[[], None], config_name: str) -> None:
 
 
 def folder_from(cfg: DictConfig, key: str) -> Path:
-    """The folder that a key names.
+    """Return the folder that the key of a config names.
 
     Raises:
-        UserError: it names none.
+        UserError: the value is not a string.
     """
     if not isinstance(cfg[key], str):
         raise UserError(f"{key}={'null' if cfg[key] is None else cfg[key]} must be the path of a folder.")
@@ -97,22 +98,23 @@ def folder_from(cfg: DictConfig, key: str) -> Path:
 
 
 def remember_folder(dial: str) -> None:
-    """Remember the override that leads a command into the folder in which this one works."""
+    """Remember the override with which a command continues in the folder of this one."""
     global _dial
     _dial = dial
 
 
 def _folder() -> str:
-    """That override, where the command has none: the default folder bears the time at which a command starts."""
+    """Return " with <that override>", or "" if it was typed. Without it, a command gets a new folder named by time."""
     key = _dial.partition("=")[0]
     return "" if not key or any(argument.startswith(f"{key}=") for argument in sys.argv) else f" with {_dial}"
 
 
 def _terminated(signum: int, frame: Any) -> None:
-    """SIGTERM outside training (which saves a checkpoint first, see interrupt.py)."""
+    """Handle SIGTERM outside training. (In training a checkpoint is saved first, see training/callbacks.py.)"""
     raise Interrupted("Stopped by SIGTERM", signum)
 
 
 def _leave(message: str, code: int) -> None:
+    """Print a message to stderr, and exit."""
     print(message, file=sys.stderr)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""An exception -> the one sentence that a user is told."""
+"""Explain an exception to the user in one sentence."""
 
 import difflib
 import re
@@ -14,12 +14,12 @@ from sae_lab.cli.help import CONF
 from sae_lab.runtime.build import user_mistake
 from sae_lab.runtime.errors import UserError
 
-# What a preset of conf/hydra/ is built on, and the extra of this package that installs it.
+# Packages behind the presets of conf/hydra/, each with the extra of this package that installs it.
 EXTRAS = {"launcher/ray": "ray", "launcher/submitit_slurm": "slurm", "sweeper/optuna": "optuna"}
 
 
 def explain(error: BaseException, config_name: str, overrides: list[str]) -> str | None:
-    """One sentence for a user's mistake; None for anything else (a bug keeps its traceback)."""
+    """Return one sentence about a user's mistake; None for anything else, since a bug keeps its traceback."""
     chain = list(_causes(error))
     for e in chain:
         if isinstance(e, UserError):
@@ -39,11 +39,11 @@ def explain(error: BaseException, config_name: str, overrides: list[str]) -> str
             return _unknown_key(unknown[1], config_name, overrides)
         if isinstance(e, FileExistsError | NotADirectoryError | PermissionError) and e.filename:
             return f"{e.filename} cannot be written ({e.strerror}): choose another path."
-        if isinstance(e, ValueError) and str(e) == "No trials are completed yet.":  # Optuna, which ends its search so
-            return "no job of this search was completed: their failed.txt say why; the same command tries them again."
+        if isinstance(e, ValueError) and str(e) == "No trials are completed yet.":  # raised by Optuna
+            return "no job of this search was completed: see each job's failed.txt, then repeat the same command."
         if str(e).startswith("Config group override must be"):
-            return "a config group was given null: name one of its choices, which --help lists."
-    if isinstance(error, InstantiationException):  # of Hydra's own: a launcher, a sweeper
+            return "a config group was given null: give one of its choices, which --help lists."
+    if isinstance(error, InstantiationException):  # from Hydra building a launcher or a sweeper
         mistake = user_mistake(error)
         return None if mistake is None else str(mistake)
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -52,7 +52,7 @@ def explain(error: BaseException, config_name: str, overrides: list[str]) -> str
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what caused it, down to the first. A chain may go in a circle: where an error is raised again."""
+    """Yield the error, its cause, the cause of that, and so on. Stops at a cycle, which a re-raised error may make."""
     seen = set[int]()
     while error is not None and id(error) not in seen:
         yield error
@@ -65,7 +65,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _unknown_key(key: str, config_name: str, overrides: list[str]) -> str:
-    """Names the keys that stand where the unknown one was looked for."""
+    """Return the sentence about an unknown key, which lists the keys that exist in its place."""
     parent, _, leaf = key.rpartition(".")
     kept = [o for o in overrides if not o.startswith(("-", f"{key}=")) and "," not in o and "=" in o]
     known: list[str] = []
@@ -76,9 +76,9 @@ def _unknown_key(key: str, config_name: str, overrides: list[str]) -> str:
         node = OmegaConf.select(config, parent) if parent else config
         known = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, DictConfig) else []
     except (HydraException, OmegaConfBaseException):
-        known = []  # another override is wrong too: the sentence below still names this one
+        known = []  # another override is wrong as well; the sentence below still names this key
     if leaf in known:  # a sweep composes all of its jobs before the first one starts
-        return f"{parent or 'the config'} has no key {leaf} in some jobs of this sweep: sweep those that have it alone."
+        return f"{parent or 'the config'} has no key {leaf} in some jobs of this sweep: sweep only jobs that have it."
     close = difflib.get_close_matches(leaf, known, n=1)
     hint = f"did you mean {close[0]}? It" if close else "it"
     listing = f"{hint} has {', '.join(known)}" if known else "`--cfg job` prints every key"

@@ -1,13 +1,15 @@
-"""Names of a sweep's job folders: the overrides of the job, as one folder of a length that disks take."""
+"""Names of a sweep's job folders, made from the overrides of each job."""
 
 import re
 import zlib
 
 
-# Job folders are named by their overrides, which may hold paths: a name must stay one folder, of a length disks take.
 def folder_name(overrides: str) -> str:
-    """The folder of a sweep's job: its overrides, but for those that may differ when it is continued."""
-    from sae_lab.runs.folder import MAY_CHANGE  # here: it takes torch along
+    """Return the folder name of a sweep's job: its overrides, without those that may change on resume.
+
+    Slashes are replaced, because a name must be one folder. Names above 200 characters are cut, and end in a checksum.
+    """
+    from sae_lab.runs.folder import MAY_CHANGE  # imported here, because it imports torch
 
     parts = split_overrides(overrides)
     free = tuple(f"{key}{end}" for key in MAY_CHANGE for end in "=.")
@@ -16,5 +18,5 @@ def folder_name(overrides: str) -> str:
 
 
 def split_overrides(name: str) -> list[str]:
-    """["k=8", "lm.sites=[a,b]"] of `k=8,lm.sites=[a,b]`."""
+    """Split a folder name into overrides: `k=8,lm.sites=[a,b]` into ["k=8", "lm.sites=[a,b]"]."""
     return re.split(r",(?=[+~]*[\w.@/]+=)", name)

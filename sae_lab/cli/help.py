@@ -1,4 +1,4 @@
-"""What `--help` shows: a command's config with its comments, and every choice of its groups."""
+"""Text of `--help`: a command's config with its comments, and all choices of its groups."""
 
 import re
 import textwrap
@@ -9,10 +9,9 @@ from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
 
 
-# What `--help` shows. Hydra's own lists every group, for an entry point that takes none of them too, and the fragments
-# that choices share (`_linear`), which nobody is to choose.
+# Hydra's own help lists every group for every command, and also fragments such as `_linear`, which are not choices.
 def list_choices(config_name: str, *more: str) -> str:
-    """The groups that an entry point's config names, and more of them, each with what it may be."""
+    """List the groups that a command's config names, and those in `more`, each with its choices."""
     named = [next(iter(d)) for d in OmegaConf.load(conf_file(config_name)).defaults if d != "_self_"]
     groups = [*sorted(g for g in named if not g.startswith("override")), *more]
     lines = [
@@ -25,7 +24,7 @@ def list_choices(config_name: str, *more: str) -> str:
 
 
 def group_options(group: str) -> list[str]:
-    """What a group may be, then what the groups inside it may be, as one types it: `matched/topk`."""
+    """Return the choices of a group, then those of the groups inside it as the user types them: `matched/topk`."""
     loader = GlobalHydra.instance().config_loader()
     inner = sorted(loader.get_group_options(group, ObjectType.GROUP))
     nested = [f"{name}/{option}" for name in inner for option in group_options(f"{group}/{name}")]
@@ -33,10 +32,10 @@ def group_options(group: str) -> list[str]:
 
 
 def config_text(config_name: str) -> str:
-    """An entry point's config as it is written, comments included, without what only Hydra reads."""
+    """Return the text of a command's config with its comments, without the parts that only Hydra reads."""
     text = re.sub(r"\n(#.*\n)*hydra:\n(.*\n)*", "", conf_file(config_name).read_text())
     text = re.sub(r"^defaults:\n( .*\n)+", "", text, flags=re.MULTILINE)
-    return text.strip().replace("$", "$$")  # Hydra fills what it shows into a template
+    return text.strip().replace("$", "$$")  # escaped, because Hydra inserts the text into a template
 
 
 def conf_file(config_name: str) -> Path:

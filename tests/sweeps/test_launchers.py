@@ -183,5 +183,7 @@ def test_a_search_whose_jobs_all_fail_ends_in_one_sentence(tmp_path):
     done = sweep(tmp_path, "hydra/sweeper=search", "hydra.sweeper.n_trials=2", "k=choice(1000,2000)")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("train: no job of this search was completed: their failed.txt say")
+    assert done.stderr.splitlines()[-1].startswith(
+        "train: no job of this search was completed: see each job's failed.txt"
+    )
     assert {read_status(folder)[0] for folder in job_folders(tmp_path / "sweep")} == {"failed"}
