@@ -309,7 +309,7 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         *(([f"optimizer.lr={lr}"], [f"optimizer.lr={lr} must be a number above 0."]) for lr in ("0", "-0.001", "nan")),
         (["n_tokens=null"], ["n_tokens=null must be a whole number of at least 1"]),
         (["trainer.devices=null"], ["trainer.devices=null must be a whole number of at least 1"]),
-        (["expansion=null"], ["n_latents=null with expansion=null leaves the size of the dictionary open"]),
+        (["expansion=null"], ["n_latents=null with expansion=null does not define the size of the dictionary"]),
         (["max_grad_norm=-1"], ["max_grad_norm=-1 must be null or a number above 0"]),
         (["max_grad_norm=0"], ["max_grad_norm=0 must be null or a number above 0"]),
         (["experiment=mlp_encoder"], ["would freeze a random dictionary", "give init_from="]),
@@ -400,10 +400,10 @@ def test_a_mistake_gets_one_sentence_from_the_shell_too(tmp_path):
     assert_one_sentence(run("k=abc", f"hydra.run.dir={tmp_path}", shell=True), "k=abc must be a number")
 
 
-def test_help_shows_every_dial_with_its_comment_every_choice_and_examples():
+def test_help_shows_every_option_with_its_comment_every_choice_and_examples():
     said = run("--help").stdout
     assert all(word in said for word in ("n_tokens", "hydra.run.dir", "sae=topk"))
-    assert "\nseq_len: 128              # tokens in a row of text, BOS included\n" in said
+    assert "\nseq_len: 128              # tokens per text row, BOS included\n" in said
     assert "\n  schedule: constant, warmup_decay\n" in said
     assert "\n  hydra/launcher: basic, gpus, shared_stream, slurm\n" in said
     assert "\n  hydra/sweeper: basic, reach_l0, search\n" in said
@@ -421,16 +421,16 @@ def test_the_package_itself_lists_every_command():
 
 
 @pytest.mark.parametrize(
-    ("module", "dial", "choice"),
+    ("module", "option", "choice"),
     [
         ("harvest", "verify: false             # true: do not harvest, only check", "  lm: gemma2_2b, gpt2,"),
         ("benchmark", "dead_share: 0.0           # share of the latents", "  sae: batch_topk, gated,"),
         ("report", "sweep_dir: ???", ""),
     ],
 )
-def test_help_of_other_entry_points_is_their_config(module, dial, choice):
+def test_help_of_other_entry_points_is_their_config(module, option, choice):
     said = run("--help", module=module).stdout
-    assert f"\n{dial}" in said
+    assert f"\n{option}" in said
     assert choice in said
     assert ("Choices" in said) == bool(choice)
     assert not any(word in said for word in ("defaults:", "\nhydra:", "_linear", "  experiment"))

@@ -33,10 +33,10 @@ class Options(TypedDict):
 
 
 def check_options(cfg: DictConfig) -> None:
-    """Check the top-level options of a run, its trainer's and its optimizer's, before anything that takes long.
+    """Check the top-level options of a run, and those of its trainer and its optimizer, before any slow work.
 
     Raises:
-        SettingError: an option is invalid, or options do not go together.
+        SettingError: an option is invalid, or two options contradict each other.
     """
     check_config(cfg, Options)
     with settings_under("trainer"):
@@ -44,25 +44,25 @@ def check_options(cfg: DictConfig) -> None:
     check_optimizer(cfg)
     if cfg.n_latents is None and cfg.expansion is None:
         raise SettingError(
-            "n_latents=null with expansion=null leaves the size of the dictionary open: give one of them."
+            "n_latents=null with expansion=null does not define the size of the dictionary: give one of them."
         )
     for key in ("batch_size", "n_tokens"):
         if cfg[key] % cfg.trainer.devices:
-            raise SettingError(f"{key}={cfg[key]} cannot be shared out equally: give a multiple of trainer.devices.")
+            raise SettingError(f"{key}={cfg[key]} must be a multiple of trainer.devices={cfg.trainer.devices}.")
 
 
 def check_optimizer(cfg: DictConfig) -> None:
     """Check the settings that torch's optimizers share.
 
     Raises:
-        SettingError: a value that no optimizer takes, or a rate at which none would move.
+        SettingError: a setting is out of range.
     """
     with settings_under("optimizer"):
         check_config(cfg.optimizer, OptimizerSettings)
 
 
 class OptimizerSettings(TypedDict):
-    """The names of torch.optim."""
+    """Settings of an optimizer, by their names in torch.optim."""
 
     lr: Annotated[float, Gt(0)]
     eps: Annotated[float, Ge(0)]

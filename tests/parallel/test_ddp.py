@@ -406,8 +406,8 @@ def test_rank_0_does_not_wait_for_ever(monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["batch_size=127"], "batch_size=127 cannot be shared out equally: give a multiple of trainer.devices"),
-        (["n_tokens=1023"], "n_tokens=1023 cannot be shared out equally"),
+        (["batch_size=127"], "batch_size=127 must be a multiple of trainer.devices=2"),
+        (["n_tokens=1023"], "n_tokens=1023 must be a multiple of trainer.devices=2"),
         (["trainer.devices=0"], "trainer.devices=0 must be a whole number of at least 1"),
         (
             ["trainer.accelerator=cuda", "trainer.devices=64"],
