@@ -279,3 +279,10 @@ def test_the_first_job_of_a_sweep_and_of_a_search():
     ]
     search = ["optimizer.lr=tag(log,interval(1e-4,1e-2))", "sae.auxk_coefficient=0,0.5", "sae=topk"]
     assert first_job(search) == ["optimizer.lr=0.0001", "sae.auxk_coefficient=0", "sae=topk"]
+
+
+def test_the_design_page_names_every_file_of_the_package_and_no_other():
+    page = (REPOSITORY / "docs" / "design.md").read_text().partition("### Why rooms")[0]
+    named = set(re.findall(r"`(\w+\.py)`", page))
+    package = (file.name for file in (REPOSITORY / "sae_lab").rglob("*.py") if not file.name.startswith("__"))
+    assert named == set(package)
