@@ -27,6 +27,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from sae_lab.evaluation.metrics import ROW_METRICS
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.registry import Registered
 
@@ -204,11 +205,20 @@ def python_blocks(page: Path) -> list[Block]:
 
 @pytest.mark.process
 @pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=lambda page: page.name)
-def test_the_python_of_a_page_runs(page, demo_folder):
+def test_the_python_of_a_page_runs(page, demo_folder, own_row_metrics):
     names: dict[str, Any] = {"__name__": page.stem}
     for block in python_blocks(page):
         at_its_line = "\n" * (block.line - 1) + block.code  # for tracebacks
         exec(compile(at_its_line, str(page), "exec"), names)
+
+
+@pytest.fixture
+def own_row_metrics():
+    """Take out again what a page adds to the metrics of this process."""
+    before = dict(ROW_METRICS)
+    yield
+    ROW_METRICS.clear()
+    ROW_METRICS.update(before)
 
 
 # --- that the tests above look where they should
