@@ -91,7 +91,7 @@ class ReconstructionMetrics(Metric):
 
     def __init__(self, n_latents: int):
         super().__init__()
-        self.row_metrics = dict(ROW_METRICS)
+        self.row_metrics = dict(sorted(ROW_METRICS.items()))  # ranks add their states up in this order
         per_source = ("sum_x", "predicted_x", "squared_norm", "squared_error", "n_predicted")
         for name in (*per_source, *map(row_total, self.row_metrics)):
             self.add_state(name, torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")  # updates make it (s, ...)

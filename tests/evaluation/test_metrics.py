@@ -172,3 +172,13 @@ def test_a_row_metric_of_another_shape_is_refused(monkeypatch):
     monkeypatch.setitem(ROW_METRICS, "total", lambda x, x_hat: (x - x_hat).abs().sum(dim=(1, 2)))
     with pytest.raises(ValueError, match=r"ROW_METRICS\['total'\] must return shape \(b, s\) = \(20, 1\), not \(20,\)"):
         totals(rows(20), rows(20, seed=1), torch.ones(20, 4), 20)
+
+
+def test_the_states_have_one_order_whatever_the_order_of_registration(monkeypatch):
+    """Processes add them up one after the other: another order would add fvu's error to another metric's."""
+    before = list(ReconstructionMetrics(8).metric_state)
+    nmse = ROW_METRICS["nmse"]
+    monkeypatch.delitem(ROW_METRICS, "nmse")
+    monkeypatch.setitem(ROW_METRICS, "nmse", nmse)
+    assert list(ROW_METRICS)[-1] == "nmse"
+    assert list(ReconstructionMetrics(8).metric_state) == before
