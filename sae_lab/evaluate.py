@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.activation is not None and cfg.encoder != "own":
         raise UserError(f"activation={cfg.activation} and encoder={cfg.encoder} replace the same thing: give one.")
     keep_freed_memory()
-    sae, data, run = load_run(run_dir, cfg.device, cfg.n_eval_tokens, cfg.sae_dir)
+    sae, data, run = load_run(run_dir, cfg.device, cfg.n_eval_tokens, cfg.sae_dir, cfg.trust)
     if cfg.activation is not None:
         metrics = evaluate_under(cfg.activation, sae, data, run.calibration_batches)
         print_metrics(metrics, folder)

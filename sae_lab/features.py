@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     run_dir = folder_from(cfg, "run_dir")
     check_config(cfg, Options)
     keep_freed_memory()
-    sae, data, _ = load_run(run_dir, cfg.device)
+    sae, data, _ = load_run(run_dir, cfg.device, trust=cfg.trust)
     latents = choose_latents(sae, cfg.latents, cfg.n_latents)
     sizes = {name: cfg[name] for name in ("n_tokens", "n_top", "n_random", "context", "n_logits", "n_neighbours")}
     description = {"run": run_dir.name} | describe_latents(sae, data, latents, **sizes)

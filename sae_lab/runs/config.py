@@ -1,10 +1,16 @@
 """The config of a run folder, `.hydra/config.yaml`. A `_target_` that has moved is replaced by its new name."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from sae_lab.runtime.errors import UserError, first_line
+
+UNWANTED = (yaml.AliasToken, yaml.AnchorToken, yaml.TagToken)
 MOVED = {
     "sae_lab.data.CachedData": "sae_lab.cache.data.CachedData",
     "sae_lab.data.disassembly": "sae_lab.activations.from_text.disassembly",
@@ -27,10 +33,46 @@ def config_file(folder: Path) -> Path:
 
 
 def read_config(folder: Path) -> DictConfig:
-    """Read the config of a run folder, which must have one."""
-    config = OmegaConf.create(update_targets(OmegaConf.to_container(OmegaConf.load(config_file(folder)))))
+    """Read the config of a run folder, which must have one.
+
+    Raises:
+        UserError: the file is damaged, or holds what no run writes: YAML anchors, tags, or calls of resolvers.
+    """
+    config = OmegaConf.create(update_targets(read_plain(config_file(folder))))
     assert isinstance(config, DictConfig)
     return config
+
+
+def read_plain(file: Path) -> dict[Any, Any]:
+    """Read a YAML file as dicts, lists and values, and run or resolve nothing.
+
+    A short file with anchors can stand for gigabytes, and a resolver such as `${oc.env:HOME}` reads the environment of
+    whoever opens the file. A run writes neither.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        if any(isinstance(token, UNWANTED) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
+            raise ValueError("it holds YAML anchors or tags, which no run writes")
+        plain = OmegaConf.to_container(OmegaConf.create(text))
+        if not isinstance(plain, dict) or not plain:
+            raise ValueError("it holds no settings")
+        if called := [value for value in strings(plain) if "${" in value and ":" in value]:
+            raise ValueError(f"it calls a resolver ({called[0]}), which no run writes")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as e:
+        raise UserError(f"{file} cannot be read ({first_line(e)}): restore it, or train again.") from e
+    return plain
+
+
+def strings(node: Any) -> Iterator[str]:
+    """Every string at or below a node: keys and values."""
+    if isinstance(node, dict):
+        for name, child in node.items():
+            yield from (*strings(name), *strings(child))
+    elif isinstance(node, list):
+        for child in node:
+            yield from strings(child)
+    elif isinstance(node, str):
+        yield node
 
 
 def update_targets(tree: Any) -> Any:

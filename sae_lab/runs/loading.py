@@ -1,16 +1,18 @@
 """Load the SAE, the data and the language model of a run folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from annotated_types import Ge
 from hydra.utils import get_class
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.digests import check_unchanged
 from sae_lab.runs.checkpoint import checkpoint_content
 from sae_lab.runs.config import config_file, read_config
+from sae_lab.runs.trust import check_trusted
 from sae_lab.runtime.build import build
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
@@ -24,6 +26,7 @@ def load_run(
     device: str = "auto",
     n_eval_tokens: Annotated[int, Ge(1)] | None = None,
     sae_dir: str | Path | None = None,
+    trust: Sequence[str] | str = (),
 ) -> tuple[BaseSAE, ActivationData, DictConfig]:
     """Load a run: its SAE (on the language model's device), its data with the language model, and its config.
 
@@ -32,14 +35,16 @@ def load_run(
         device: device of the language model and the SAE.
         n_eval_tokens: held-out tokens of an evaluation; None takes the run's own.
         sae_dir: an SAE folder to load instead of the run's own SAE.
+        trust: modules outside this package whose classes the run's config may name (see runs/trust.py).
 
     Raises:
-        UserError: there is no run in `run_dir` or no SAE, `n_eval_tokens` is not a positive integer, or the language
-            model or the text is not the one of the run.
+        UserError: there is no run in `run_dir` or no SAE, its config names code that is not trusted, `n_eval_tokens` is
+            not a positive integer, or the language model or the text is not the one of the run.
     """
     if not config_file(Path(run_dir)).is_file():
         raise UserError(f"{run_dir} is not a run folder (no .hydra/config.yaml): give run_dir=<folder of a run>.")
     run = read_config(Path(run_dir))
+    check_trusted(OmegaConf.to_container(run), config_file(Path(run_dir)), trust)
     if n_eval_tokens is not None:
         run.data.n_eval_tokens = n_eval_tokens
     run.lm.device = device

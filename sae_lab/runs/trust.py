@@ -1,0 +1,82 @@
+"""What the config of a run folder may have built. A folder that somebody sent runs no code of its own."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_lab.runtime.errors import UserError, join_keys
+from sae_lab.saes.base import BaseSAE
+
+TRUSTED = frozenset(
+    {
+        "sae_lab.activations.from_text.disassembly",
+        "sae_lab.activations.from_text.hub",
+        "sae_lab.activations.from_text.stdlib",
+        "sae_lab.activations.from_text.text_files",
+        "sae_lab.cache.data.CachedData",
+        "sae_lab.lm.nnsight.NnsightLM",
+        "sae_lab.lm.paired.PairedLM",
+        "sae_lab.lm.transformer_lens.TransformerLensLM",
+        "sae_lab.lm.transformers.TransformersLM",
+        "sae_lab.training.callbacks.KeepSAEs",
+        "sae_lab.training.loggers.CSVLog",
+        "sae_lab.training.loggers.WandbLog",
+        "sae_lab.training.schedule.warmup_decay",
+        "sae_lab.training.trainer.build_trainer",
+        "lightning.pytorch.loggers.TensorBoardLogger",
+    }
+)
+"""The `_target_`s of conf/ but for SAEs and optimizers. Whole names and no prefix: a module of this package has others'
+names in it, as `sae_lab.runs.provenance.subprocess.run` shows."""
+
+
+def check_trusted(config: Any, source: Path, trust: Sequence[str] | str = ()) -> None:
+    """Check every `_target_` of a plain config, at any depth, before anything is built from it.
+
+    Args:
+        config: dicts, lists and values, without interpolations.
+        source: the file that the config was read from, for the message.
+        trust: modules or whole names that the user trusts, such as `my_saes.relative`.
+
+    Raises:
+        UserError: a `_target_` is not an SAE, a loader or a schedule of this package, not an optimizer of torch.optim,
+            and not within `trust`.
+    """
+    trusted = [trust] if isinstance(trust, str) else [*trust]
+    for key, target in targets(config):
+        if not (isinstance(target, str) and (is_ours(target) or is_within(target, trusted))):
+            module = target.rpartition(".")[0] if isinstance(target, str) else "..."
+            raise UserError(
+                f"{source} asks to run {target} ({key}), which is not part of this package: look at the code, and if "
+                f"you trust it, add trust={module}."
+            )
+
+
+def targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The `_target_`s at or below a node, with their keys."""
+    if isinstance(node, dict):
+        for name, child in node.items():
+            if name == "_target_":
+                yield join_keys(key, "_target_"), child
+            else:
+                yield from targets(child, join_keys(key, str(name)))
+    elif isinstance(node, list):
+        for i, child in enumerate(node):
+            yield from targets(child, f"{key}[{i}]")
+
+
+def is_ours(target: str) -> bool:
+    """Whether this is a name of this package that conf/ uses, one of its SAEs, or an optimizer of torch."""
+    module, _, name = target.rpartition(".")
+    if module == "torch.optim":
+        found = getattr(torch.optim, name, None)
+        return isinstance(found, type) and issubclass(found, torch.optim.Optimizer)
+    sae = BaseSAE.registry.get(name)
+    return target in TRUSTED or (sae is not None and sae.__module__ == module and module.startswith("sae_lab.saes."))
+
+
+def is_within(target: str, trusted: Sequence[str]) -> bool:
+    """Whether the target is one of the trusted names, or lies in a trusted module."""
+    return any(target == name or target.startswith(f"{name}.") for name in trusted if name)
