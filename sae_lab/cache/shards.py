@@ -42,6 +42,8 @@ class Shard(NamedTuple):
     begin: dict[str, Any]
     size: int
     checksum: str
+    index_checksum: str = ""
+    """Of the tokens and of the checksums of the pieces: it binds the file to this place. Empty in earlier caches."""
 
     @property
     def pieces(self) -> int:
@@ -82,6 +84,8 @@ class Manifest:
         try:
             content = json.loads(store.read(MANIFEST))
             shards = [Shard(**shard) for shard in content.pop("shards")]
+            if [shard.file for shard in shards] != [shard_name(i) for i in range(len(shards))]:
+                raise ValueError("files of other names")
             return cls(**content, shards=shards)
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise UserError(f"{store.url}/{MANIFEST} is damaged ({type(e).__name__}): {REBUILD}.") from e
@@ -102,9 +106,24 @@ def write_shard(store: Store, file: str, chunks: Sequence[Chunk], limit: int) ->
     """Write the first `limit` rows of consecutive chunks to one file."""
     rows = torch.cat([chunk.rows for chunk in chunks])[:limit]
     tokens = torch.cat([chunk.tokens for chunk in chunks if chunk.tokens is not None]).int()
-    content = save({"activations": rows, "tokens": tokens, "checksums": piece_checksums(rows)})
+    checksums = piece_checksums(rows)
+    content = save({"activations": rows, "tokens": tokens, "checksums": checksums})
     store.write(file, content)
-    return Shard(file, len(rows), len(tokens), chunks[0].state, len(content), xxhash.xxh3_128_hexdigest(content))
+    whole, index = xxhash.xxh3_128_hexdigest(content), checksum_of_index(rows, tokens, checksums)
+    return Shard(file, len(rows), len(tokens), chunks[0].state, len(content), whole, index)
+
+
+def shard_name(i: int) -> str:
+    """Return the file name of the i-th shard. A manifest that names another file is not read."""
+    return f"shard-{i:05d}.safetensors"
+
+
+def checksum_of_index(rows: Tensor, tokens: Tensor, checksums: Tensor) -> str:
+    """Return the checksum of what tells the rows of a shard from those of another, without reading the rows."""
+    digest = xxhash.xxh3_128(f"{rows.dtype} {tuple(rows.shape)} {tuple(tokens.shape)}".encode())
+    digest.update(as_bytes(tokens))
+    digest.update(as_bytes(checksums))
+    return digest.hexdigest()
 
 
 def write_held_out(store: Store, tokens: Int[Tensor, "r t"]) -> str:
@@ -153,9 +172,12 @@ class MappedShard:
             with safe_open(file, "pt") as tensors:
                 self.activations: Tensor = tensors.get_tensor("activations")
                 self.tokens: Tensor = tensors.get_tensor("tokens")
-                self.checksums = tensors.get_tensor("checksums").numpy().view(np.uint64)
+                checksums = tensors.get_tensor("checksums")
         except (OSError, SafetensorError) as e:
             raise self.damaged from e
+        if shard.index_checksum not in ("", checksum_of_index(self.activations, self.tokens, checksums)):
+            raise self.damaged
+        self.checksums = checksums.numpy().view(np.uint64)
 
     def piece(self, i: int) -> Float[Tensor, "n s d"]:
         """Return the rows of piece i; raise a UserError if their checksum is wrong."""

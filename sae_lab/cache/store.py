@@ -38,6 +38,13 @@ class Store:
         self.folder = Path(self.root) if isinstance(self.fs, LocalFileSystem) else None
 
     def path(self, name: str) -> str:
+        """Return the path of a file in the folder.
+
+        Raises:
+            UserError: the name leads out of the folder, by itself or by a symbolic link.
+        """
+        if name != Path(name).name or (self.folder is not None and (self.folder / name).is_symlink()):
+            raise UserError(f"{self.url} names {name}, which leads out of its folder: harvest into another cache_dir.")
         return f"{self.root}/{name}"
 
     def exists(self, name: str) -> bool:
@@ -51,8 +58,9 @@ class Store:
 
     def local_file(self, name: str) -> Path:
         """Return the path of the file, or of a local copy, which is downloaded at the first call."""
+        path = self.path(name)
         if self.folder is not None:
-            return self.folder / name
+            return Path(path)
         options = {"cache_storage": str(COPIES), "check_files": True}
         return Path(fsspec.open_local(f"filecache::{self.url}/{name}", filecache=options))
 
@@ -60,7 +68,7 @@ class Store:
         """Write or replace a file atomically: readers, and a crash, see the old file or the new one, never a mix."""
         with self._explain_errors():
             if self.folder is not None:
-                write_atomically(self.folder / name, content)
+                write_atomically(Path(self.path(name)), content)
             else:  # in object stores, an object becomes visible only when it is complete
                 self.fs.makedirs(self.root, exist_ok=True)
                 self.fs.pipe_file(self.path(name), content)

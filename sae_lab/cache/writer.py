@@ -18,6 +18,7 @@ from sae_lab.cache.shards import (
     Shard,
     check_same_key,
     find_damaged,
+    shard_name,
     write_held_out,
     write_shard,
 )
@@ -143,7 +144,7 @@ class CacheWriter:
                 source, self.n_tokens - manifest.rows, self.shard_tokens, self.dtype, bar.advance
             ):
                 left = self.n_tokens - manifest.rows
-                manifest.shards.append(self.write_shard(f"shard-{len(manifest.shards):05d}.safetensors", chunks, left))
+                manifest.shards.append(self.write_shard(shard_name(len(manifest.shards)), chunks, left))
                 manifest.complete = manifest.rows == self.n_tokens
                 manifest.write(self.store)
         if not manifest.complete:

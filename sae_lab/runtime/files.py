@@ -1,11 +1,14 @@
-"""Atomic file writes."""
+"""Atomic file writes, and digests of files."""
 
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import xxhash
 
 
 @contextmanager
@@ -42,3 +45,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write indented JSON atomically."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def digest_of_file(path: Path) -> str:
+    """Return the xxh3-128 digest of a file's bytes, read through a memory map (several GB/s)."""
+    with path.open("rb") as f:
+        if os.fstat(f.fileno()).st_size == 0:
+            return xxhash.xxh3_128_hexdigest(b"")
+        with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return xxhash.xxh3_128_hexdigest(content)
