@@ -1,21 +1,27 @@
 """Save and load SAE folders: config.json, sae.safetensors and probe.safetensors."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from jaxtyping import Float
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sae_lab.runtime.errors import UserError
-from sae_lab.runtime.files import write_atomically, write_json
-from sae_lab.saes.base import BaseSAE
+from sae_lab.runtime.files import digest_of_file, write_atomically, write_json
+from sae_lab.saes.base import BaseSAE, rename_old_tensors
 from sae_lab.saes.probe import check_probe, make_probe
 
+log = logging.getLogger(__name__)
+
 CONFIG, WEIGHTS, PROBE = "config.json", "sae.safetensors", "probe.safetensors"
+KEYS = {"class", "config", "provenance", "probe", "digests"}
+"""Of config.json. Any other is damage: a flipped bit in the word `digests` must not switch the check off."""
 
 
 def save_sae(
@@ -34,14 +40,17 @@ def save_sae(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"class": type(sae).__name__, "config": sae.config, "provenance": provenance or {}}
-    if probe_rows is not None:
-        config["probe"] = PROBE
-        write_atomically(folder / PROBE, make_probe(sae, probe_rows))
+    description = {"class": type(sae).__name__, "config": sae.config, "provenance": provenance or {}}
     # Copied, because safetensors refuses two names for the same memory, which tied weights have.
     tensors = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in sae.state_dict().items()}
-    write_atomically(folder / WEIGHTS, save(tensors))
-    write_json(folder / CONFIG, config)
+    files = {WEIGHTS: save(tensors)}
+    if probe_rows is not None:
+        description["probe"] = PROBE
+        files[PROBE] = make_probe(sae, probe_rows)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    digests = {name: xxhash.xxh3_128_hexdigest(content) for name, content in files.items()}
+    write_json(folder / CONFIG, description | {"digests": digests | {CONFIG: digest_of_description(description)}})
     return folder
 
 
@@ -53,25 +62,73 @@ def load_sae_folder(folder: str | Path, device: str | torch.device = "cpu") -> B
         device: where to put the SAE.
 
     Raises:
-        UserError: there is no SAE folder, a file cannot be read, the class is unknown, the tensors do not fit the
-            config, or the SAE does not reproduce its probe.
+        UserError: there is no SAE folder, a file cannot be read or changed since it was saved, the class is unknown,
+            the tensors do not fit the config, or the SAE does not reproduce its probe.
     """
     folder = sae_folder(folder)
     try:
         description = json.loads((folder / CONFIG).read_text())
+        check_digests(folder, description)
+        check_shapes(folder / WEIGHTS, description)
         tensors = load_file(folder / WEIGHTS)
         not_finite = [name for name, t in tensors.items() if not t.isfinite().all()]
         if not_finite:
             raise ValueError(f"{', '.join(not_finite)} not finite")
         sae = BaseSAE.from_config(description["class"], description["config"])
         sae.load_state_dict(tensors)
-        if "probe" in description:
+        if description.get("probe") == PROBE:
             check_probe(sae.eval(), folder / PROBE)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as e:
         raise UserError(f"the SAE in {folder} cannot be read ({type(e).__name__}: {e}): save or copy it again.") from e
     except RuntimeError as e:  # load_state_dict: missing, unexpected or misshapen tensors
         raise UserError(f"the tensors of {folder / WEIGHTS} do not fit its {CONFIG}: {' '.join(str(e).split())}") from e
     return sae.eval().to(device)
+
+
+def digest_of_description(description: dict[str, Any]) -> str:
+    """Return the digest of config.json without its digests, whatever the order of its keys."""
+    said = {name: value for name, value in description.items() if name != "digests"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
+
+
+def check_digests(folder: Path, description: dict[str, Any]) -> None:
+    """Check every byte of an SAE folder against the digests in its config.json; warn where it has none.
+
+    Raises:
+        ValueError: a file has changed since it was saved.
+    """
+    if not isinstance(description, dict):
+        raise ValueError(f"{CONFIG} is not a mapping")
+    if unknown := sorted(description.keys() - KEYS):
+        raise ValueError(f"{CONFIG} holds {', '.join(unknown)}, which no SAE has")
+    digests = description.get("digests")
+    if digests is None:
+        log.warning("%s was saved without digests: damage to its files cannot be noticed.", folder)
+        return
+    names = [WEIGHTS, PROBE] if "probe" in description else [WEIGHTS]
+    found = {name: digest_of_file(folder / name) for name in names} | {CONFIG: digest_of_description(description)}
+    if changed := [name for name in found if found[name] != digests.get(name)]:
+        raise ValueError(f"{' and '.join(changed)} changed since the SAE was saved")
+
+
+def check_shapes(file: Path, description: dict[str, Any]) -> None:
+    """Compare the tensors that a config describes with those of a file, before memory for either is taken.
+
+    Raises:
+        UserError: they differ.
+    """
+    with safe_open(file, "pt") as tensors:
+        there = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    with torch.device("meta"):
+        sae = BaseSAE.from_config(description["class"], description["config"])
+    rename_old_tensors(sae, there, "")
+    here = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+    if wrong := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
+        name = wrong[0]
+        raise UserError(
+            f"the tensors of {file} do not fit its {CONFIG}: {name} has shape {there.get(name)} in the file, "
+            f"expected {here.get(name)}."
+        )
 
 
 def sae_folder(folder: str | Path) -> Path:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, forget_digests
 from safetensors.torch import load_file, save_file
 
 from sae_lab.runs.checkpoint import check_readable
@@ -16,7 +16,7 @@ from sae_lab.training.trainer import AtomicCheckpointIO
 
 @pytest.fixture
 def folder(tmp_path):
-    return save_sae(build("batch_topk"), tmp_path / "run" / "sae")
+    return forget_digests(save_sae(build("batch_topk"), tmp_path / "run" / "sae"))
 
 
 def edit(folder, change) -> None:
