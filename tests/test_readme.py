@@ -56,7 +56,9 @@ def test_the_documented_sae_works_from_folders_of_its_users(own_sae, tmp_path):
     trained = in_folder(tmp_path, "-m", "sae_lab.train", "--config-dir", "my_conf", "sae=relative", *quick)
     assert trained.returncode == 0, trained.stderr
     metrics = (tmp_path / "own" / "metrics.json").read_text()
-    evaluated = in_folder(tmp_path, "-m", "sae_lab.evaluate", "run_dir=own")
+    refused = in_folder(tmp_path, "-m", "sae_lab.evaluate", "run_dir=own")
+    assert "add trust=my_saes.relative." in refused.stderr
+    evaluated = in_folder(tmp_path, "-m", "sae_lab.evaluate", "run_dir=own", "trust=my_saes.relative")
     assert evaluated.returncode == 0, evaluated.stderr
     assert (tmp_path / "own" / "metrics.json").read_text() == metrics
 
