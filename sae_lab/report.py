@@ -14,7 +14,7 @@ def main(cfg: DictConfig) -> None:
     from sae_lab.sweeps.figures import draw_sweep
     from sae_lab.sweeps.headline import headline, markdown, show_headline
     from sae_lab.sweeps.status import all_jobs, job_statuses, show_statuses
-    from sae_lab.sweeps.table import collect_table, complete_jobs, started_jobs
+    from sae_lab.sweeps.table import collect_table, complete_jobs, started_jobs, write_csv
 
     folder = folder_from(cfg, "sweep_dir")
     jobs = job_statuses(folder, all_jobs(folder))
@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     figures = draw_sweep(done, folder)
     cells = headline(table, done)
     written = [folder / "report.csv", folder / "report.md", *figures]
-    table.to_csv(written[0], index=False)
+    write_csv(table, written[0])
     written[1].write_text(markdown(cells, table, jobs, folder, figures), encoding="utf-8")
     show_headline(cells, written)
 

@@ -17,6 +17,7 @@ from sae_lab.cli.explain import explain
 from sae_lab.cli.folder_names import folder_name
 from sae_lab.cli.help import CONF, config_text, list_choices
 from sae_lab.runtime.errors import Interrupted, UserError
+from sae_lab.runtime.plain_text import for_terminal
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 OmegaConf.register_new_resolver("choices", list_choices, replace=True)
@@ -116,5 +117,5 @@ def _terminated(signum: int, frame: Any) -> None:
 
 def _leave(message: str, code: int) -> None:
     """Print a message to stderr, and exit."""
-    print(message, file=sys.stderr)
+    print(for_terminal(message), file=sys.stderr)
     sys.exit(code)

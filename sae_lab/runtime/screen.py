@@ -11,8 +11,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress import track as rich_track
 from rich.table import Table
 
+from sae_lab.runtime.plain_text import for_terminal
+
 T = TypeVar("T")
-console = Console()
+console = Console(markup=False)  # paths and settings hold brackets; no text here is meant as markup
 
 
 def track(items: Sequence[T], description: str, seconds: float = 15.0) -> Iterator[T]:
@@ -76,7 +78,7 @@ def print_metrics(
     metrics: dict[str, Any], run_dir: Path, columns: tuple[str, str] = ("deployed", "train mode")
 ) -> None:
     """Print an evaluation as a table: the deployed rule and the training rule side by side."""
-    table = Table(title=str(run_dir), title_justify="left")
+    table = Table(title=for_terminal(str(run_dir)), title_justify="left")
     for column in ("metric", *columns):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, value in metrics.items():
@@ -95,4 +97,4 @@ def format_number(value: float) -> str:
 def print_files(paths: Sequence[Path]) -> None:
     """Print the paths of written files, one per line."""
     for path in paths:
-        print(path)
+        print(for_terminal(str(path)))

@@ -13,6 +13,7 @@ from sae_lab.runtime.checks import check_config
 from sae_lab.runtime.errors import UserError, settings_under
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
+from sae_lab.runtime.plain_text import for_terminal
 from sae_lab.runtime.screen import console, print_metrics
 from sae_lab.saes.base import BaseSAE
 from sae_lab.studies.planted_features import PlantedFeatures, recovery, train_on_planted
@@ -52,5 +53,5 @@ def measure_recovery(cfg: DictConfig) -> dict[str, Any]:
     print_metrics(figures, Path(cfg.run_dir))
     settings = {"config": OmegaConf.to_container(cfg, resolve=True)}
     write_json(Path(cfg.run_dir) / "planted.json", figures | settings)
-    console.print(f"  {cfg.run_dir}/planted.json", highlight=False, soft_wrap=True)
+    console.print(for_terminal(f"  {cfg.run_dir}/planted.json"), highlight=False, soft_wrap=True)
     return figures

@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from sae_lab import plots
+from sae_lab.runtime.plain_text import for_code_span, for_markdown, for_terminal
 from sae_lab.sweeps.status import JobStatus, count_statuses
 from sae_lab.sweeps.table import cell_text, named_after_settings, setting_columns
 
@@ -61,16 +62,18 @@ def _rounded(value: float, form: str) -> str:
 
 def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[JobStatus], folder: Path, figures: list[Path]) -> str:
     """Return report.md: the jobs that are missing, the settings that all jobs share, the table and the figures."""
-    rows = [list(cells.columns), ["---"] * len(cells.columns), *cells.to_numpy().tolist()]
+    texts = [[for_markdown(str(cell)) for cell in row] for row in (cells.columns, *cells.to_numpy().tolist())]
+    rows = [texts[0], ["---"] * len(cells.columns), *texts[1:]]
     same = [
         c for c in setting_columns(table) if c not in cells and c != "expansion" and table[c].nunique(dropna=False) == 1
     ]
-    shared = ", ".join(f"`{c}={cell_text(table[c].iloc[0])}`" for c in same)
-    parts = [f"# {folder.resolve().name}", count_statuses(jobs)]
-    missing = [f"- {job.job}: {job.status} {job.detail}".rstrip() for job in jobs if job.status != "complete"]
+    shared = ", ".join(f"`{for_code_span(f'{c}={cell_text(table[c].iloc[0])}')}`" for c in same)
+    parts = [f"# {for_markdown(folder.resolve().name)}", count_statuses(jobs)]
+    left = [job for job in jobs if job.status != "complete"]
+    missing = [f"- {for_markdown(job.job)}: {for_markdown(f'{job.status} {job.detail}')}" for job in left]
     parts += ["\n".join(missing)] if missing else []
     parts += [f"{'The same for every job' if len(table) > 1 else 'Settings'}: {shared}."] if shared else []
-    parts += ["\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)]
+    parts += ["\n".join(f"| {' | '.join(row)} |" for row in rows)]
     parts += ["Every setting and metric, with every digit: [report.csv](report.csv)."]
     parts += [f"![{path.stem}]({path.relative_to(folder).as_posix()})" for path in figures]
     return "\n\n".join(parts) + "\n"
@@ -82,11 +85,11 @@ def show_headline(cells: pd.DataFrame, written: list[Path]) -> None:
     for column in cells:
         grid.add_column(str(column).replace("_", " "), justify="right" if column in HEADLINES else "left")
     for row in cells.to_numpy().tolist():
-        grid.add_row(*row)
-    console = Console()
+        grid.add_row(*map(for_terminal, row))
+    console = Console(markup=False)
     needed = Measurement.get(console, console.options.update(max_width=10_000), grid).maximum
     console.width = max(console.width, needed)
     if len(cells):
         console.print(grid)
     for path in written:
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+        console.print(for_terminal(f"  {path}"), highlight=False, soft_wrap=True)

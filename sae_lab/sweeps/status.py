@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from sae_lab.cli.folder_names import split_overrides
@@ -18,6 +17,7 @@ from sae_lab.runs.checkpoint import checkpoint_content
 from sae_lab.runs.config import config_file, read_config
 from sae_lab.runs.folder import FAILED, Run, is_running
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.plain_text import for_terminal
 from sae_lab.runtime.screen import console, format_duration
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def show_statuses(jobs: list[JobStatus]) -> None:
     for column in JobStatus._fields:
         table.add_column(column, overflow="fold")
     for name, job in zip(drop_shared_overrides([job.job for job in jobs]), jobs, strict=True):
-        table.add_row(escape(name), job.status, escape(job.detail))
+        table.add_row(for_terminal(name), job.status, for_terminal(job.detail))
     console.print(table)
     console.print(count_statuses(jobs), highlight=False)
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sae_lab.runs.config import config_file, read_config
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.plain_text import for_csv
 from sae_lab.sweeps.status import job_folders, job_name, read_status
 
 RESOLVED = ("sae", "k", "expansion", "n_latents", "seed")
@@ -176,3 +177,8 @@ def cell_text(value: Any) -> str:
 def named_after_settings(table: pd.DataFrame) -> bool:
     """Return whether all job names are made of overrides, such as `k=8,sae=topk`."""
     return bool(table["job"].str.fullmatch(r"[^/]*=[^/]*").all())
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    """Write the table with all columns and digits; no cell is a formula to a spreadsheet."""
+    table.map(lambda value: for_csv(value) if isinstance(value, str) else value).to_csv(path, index=False)
