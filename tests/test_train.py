@@ -163,8 +163,9 @@ def test_a_stopped_run_in_a_folder_named_by_the_time_says_which_it_is(tmp_path):
     assert forked.communicate().stderr.endswith(f": the same command with hydra.run.dir={folder} continues.\n")
 
 
-def test_a_stopped_run_continues_to_the_same_bits(run_dir, tmp_path):
-    assert_continues_to_the_bits_of(run_dir, tmp_path / "stopped", SMALL, signal.SIGTERM, N_STEPS)
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_stopped_run_continues_to_the_same_bits(run_dir, tmp_path, stop):
+    assert_continues_to_the_bits_of(run_dir, tmp_path / "stopped", SMALL, stop, N_STEPS)
 
 
 def test_so_it_does_on_two_threads(tmp_path):

@@ -18,6 +18,7 @@ from sae_lab.cli.folder_names import folder_name
 from sae_lab.cli.help import CONF, config_text, list_choices
 from sae_lab.runtime.errors import Interrupted, UserError
 from sae_lab.runtime.plain_text import for_terminal
+from sae_lab.runtime.signals import raise_interrupted, stopping_signals
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 OmegaConf.register_new_resolver("choices", list_choices, replace=True)
@@ -63,7 +64,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 run()
             else:
-                signal.signal(signal.SIGTERM, _terminated)
+                for signum in stopping_signals()[1:]:  # SIGINT stays a KeyboardInterrupt
+                    signal.signal(signum, raise_interrupted)
                 os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing, so one sentence is left
                 run_or_explain(run, config_name)
 
@@ -108,11 +110,6 @@ def _folder() -> str:
     """Return " with <that override>", or "" if it was typed. Without it, a command gets a new folder named by time."""
     key = _dial.partition("=")[0]
     return "" if not key or any(argument.startswith(f"{key}=") for argument in sys.argv) else f" with {_dial}"
-
-
-def _terminated(signum: int, frame: Any) -> None:
-    """Handle SIGTERM outside training. (In training a checkpoint is saved first, see training/callbacks.py.)"""
-    raise Interrupted("Stopped by SIGTERM", signum)
 
 
 def _leave(message: str, code: int) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from sae_lab.parallel.collectives import TIMEOUT, process_group
 from sae_lab.parallel.launch import HOST, share_threads
-from sae_lab.runtime.signals import Signals
+from sae_lab.runtime.signals import ALWAYS, IF_FREE
 
 
 def main(target: str, folder: Path, rank: int, n: int, port: int) -> None:
@@ -22,7 +22,7 @@ def main(target: str, folder: Path, rank: int, n: int, port: int) -> None:
         target: the function to call with `folder`, as "module:function".
         port: of the TCP store that rank 0 opened.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, Signals.SIGNALS)  # blocked, so that Lightning's handlers never run
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*ALWAYS, *IF_FREE))  # blocked, so that Lightning's handlers never run
     watcher = threading.Thread(target=exit_with_rank_0, daemon=True)
     watcher.start()
     module, _, function = target.partition(":")

@@ -42,7 +42,7 @@ class FolderInUse(UserError):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM stopped the run, after a checkpoint was saved. The exit code is 128 + the signal's number.
+    """A signal stopped the run, after a checkpoint was saved. The exit code is 128 + the signal's number.
 
     Not an Exception, like KeyboardInterrupt, so that a sweep does not record a failed job and start the next.
     """

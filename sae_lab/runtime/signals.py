@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, recorded when they arrive and handled when it is safe."""
+"""Signals that stop a run, recorded when they arrive and handled when it is safe."""
 
 import signal
 import time
@@ -7,15 +7,35 @@ from typing import Any
 
 from sae_lab.runtime.errors import Interrupted
 
+ALWAYS = (signal.SIGINT, signal.SIGTERM)
+IF_FREE = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""A lost terminal, and what clusters send before they end a job. Left alone where they are ignored (nohup) or where
+other code handles them (submitit's requeue)."""
+
+
+def raise_interrupted(signum: int, frame: FrameType | None) -> None:
+    """Handle a signal outside training. (In training a checkpoint is saved first, see training/callbacks.py.)"""
+    raise Interrupted(f"Stopped by {signal.Signals(signum).name}", signum)
+
+
+def stopping_signals() -> list[signal.Signals]:
+    """Return the signals that stop this process through this module: SIGINT, SIGTERM, and those that are free."""
+    ours = (signal.SIG_DFL, raise_interrupted)
+    return [*ALWAYS, *(s for s in IF_FREE if signal.getsignal(s) in ours or is_recorded(s))]
+
+
+def is_recorded(signum: signal.Signals) -> bool:
+    """Return whether the signal's handler is that of a Signals object."""
+    return isinstance(getattr(signal.getsignal(signum), "__self__", None), Signals)
+
 
 class Signals:
-    """Records the first SIGINT or SIGTERM; a second one ends the process at once.
+    """Records the first signal that stops the process; a second one ends it at once.
 
     A second signal within ECHO seconds is ignored: `timeout make demo` sends SIGTERM both to make, which passes it on,
     and to this process.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
     ECHO = 2.0
 
     def __init__(self) -> None:
@@ -28,7 +48,7 @@ class Signals:
 
     def listen(self) -> None:
         """Install the handlers. May be called again, if other code has replaced them."""
-        before: dict[int, Any] = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+        before: dict[int, Any] = {s: signal.signal(s, self._note) for s in stopping_signals()}
         self._handlers = self._handlers or before
 
     def restore(self) -> None:

@@ -62,7 +62,7 @@ def _rounded(value: float, form: str) -> str:
 
 def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[JobStatus], folder: Path, figures: list[Path]) -> str:
     """Return report.md: the jobs that are missing, the settings that all jobs share, the table and the figures."""
-    texts = [[for_markdown(str(cell)) for cell in row] for row in (cells.columns, *cells.to_numpy().tolist())]
+    texts = [[for_markdown(str(cell)) for cell in row] for row in [list(cells.columns), *cells.to_numpy().tolist()]]
     rows = [texts[0], ["---"] * len(cells.columns), *texts[1:]]
     same = [
         c for c in setting_columns(table) if c not in cells and c != "expansion" and table[c].nunique(dropna=False) == 1

@@ -26,7 +26,9 @@ class SaveWhenDue(L.Callback):
 
 
 class StopOnSignal(SaveWhenDue):
-    """Stops the run on SIGINT or SIGTERM: saves a checkpoint after the current step; a second signal ends it at once.
+    """Stops the run on a signal: saves a checkpoint after the current step. A second signal ends it at once.
+
+    The signals are SIGINT, SIGTERM and, unless something else handles them, SIGHUP, SIGUSR1 and SIGUSR2.
 
     Raises:
         Interrupted: after the checkpoint is saved.
