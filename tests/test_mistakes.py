@@ -12,7 +12,7 @@ WHOLE = "must be a whole number of at least"
 MISTAKES = [
     ([*ROUTE, "sae.inner.k_warmup=-1"], f"sae.inner.k_warmup=-1 {WHOLE} 0."),
     ([*ROUTE, "sae.inner.seed=-1"], f"sae.inner.seed=-1 {WHOLE} 0."),
-    ([*ROUTE, "k=0"], "k=0 must lie between 1 and the dictionary's 1024 latents: lower k or raise expansion."),
+    ([*ROUTE, "k=0"], "k=0 must lie between 1 and the dictionary's 1024 latents."),
     (
         [*ROUTE, "+sae.inner.bogus=1"],
         "sae.inner.bogus is not a setting of DictionarySAE (sae.inner._target_): remove it, or correct its name.",
@@ -31,8 +31,8 @@ MISTAKES = [
         ["optimizer._target_=torch.optim.NAdam", "~optimizer.fused", "+optimizer.momentum_decay=-1"],
         "optimizer cannot be built: Invalid momentum_decay value: -1",
     ),
-    (["k=0"], "k=0 must lie between 1 and the dictionary's 1024 latents: lower k or raise expansion."),
-    (["sae.k=0"], "sae.k=0 must lie between 1 and the dictionary's 1024 latents: lower sae.k or raise expansion."),
+    (["k=0"], "k=0 must lie between 1 and the dictionary's 1024 latents."),
+    (["sae.k=0"], "sae.k=0 must lie between 1 and the dictionary's 1024 latents."),
     (
         ["sae=topk", "k=2.5"],
         "k=2.5 must be a whole number here: only rules over the batch take a fraction.",
@@ -42,7 +42,7 @@ MISTAKES = [
     (["sae.seed=-1"], f"sae.seed=-1 {WHOLE} 0."),
     (
         ["sae.k_start=0"],
-        "sae.k_start=0 must lie between 1 and the dictionary's 1024 latents: lower sae.k_start or raise expansion.",
+        "sae.k_start=0 must lie between 1 and the dictionary's 1024 latents.",
     ),
     (["sae.decoder_norm=both"], "sae.decoder_norm=both is not known: choose joint or sum."),
     (["sae.normalize=rms"], "sae.normalize=rms is not known: choose none, per_token, constant_norm or mean_norm."),
@@ -76,7 +76,7 @@ MISTAKES = [
 OF_OTHER_COMMANDS = [
     ("planted", ["planted.noise=-1"], "planted.noise=-1 must be a number of at least 0."),
     ("planted", ["planted.active=0"], "planted.active=0 must be a number above 0."),
-    ("planted", ["k=0"], "k=0 must lie between 1 and the dictionary's 512 latents: lower k or raise expansion."),
+    ("planted", ["k=0"], "k=0 must lie between 1 and the dictionary's 512 latents."),
     ("planted", ["n_steps=0"], f"n_steps=0 {WHOLE} 1."),
     ("harvest", ["cache_dir=cache", "shard_tokens=0"], f"shard_tokens=0 {WHOLE} 1."),
     (
@@ -84,13 +84,13 @@ OF_OTHER_COMMANDS = [
         ["cache_dir=cache", "dtype=int8"],
         "dtype=int8 is not known: choose float32, float16, bfloat16 or auto.",
     ),
-    ("features", ["run_dir=run", "n_top=-1"], f"n_top=-1 {WHOLE} 0."),
+    ("features", ["run_dir=.", "n_top=-1"], f"n_top=-1 {WHOLE} 0."),
     ("benchmark", ["repeats=0"], f"repeats=0 {WHOLE} 1."),
     ("benchmark", ["dead_share=2"], "dead_share=2 must be a number of at least 0 and at most 1."),
     ("benchmark", ["dense=maybe"], "dense=maybe must be true or false."),
     ("throughput", ["slices=1.5"], f"slices=1.5 {WHOLE} 1."),
-    ("export", ["run_dir=run", "private=maybe"], "private=maybe must be true or false."),
-    ("evaluate", ["run_dir=run", "n_eval_tokens=0"], "n_eval_tokens=0 must be null or a whole number of at least 1."),
+    ("export", ["run_dir=.", "private=maybe"], "private=maybe must be true or false."),
+    ("evaluate", ["run_dir=.", "n_eval_tokens=0"], "n_eval_tokens=0 must be null or a whole number of at least 1."),
 ]
 
 

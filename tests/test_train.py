@@ -37,6 +37,14 @@ def run_dir(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_run_from_the_shell_says_one_line_before_its_results(tmp_path):
+    """Lightning's import sets its loggers to INFO: the hardware, tips and a stop would be told, twice each."""
+    done = run("experiment=quick_test", "n_tokens=4_096", f"hydra.run.dir={tmp_path}", shell=True)
+    assert done.returncode == 0
+    assert done.stderr == f"training 4 steps of 1024 tokens in {tmp_path}\n"
+    assert "lightning" not in (tmp_path / "train.log").read_text()
+
+
 def test_a_run_leaves_every_file(run_dir):
     files = ["metrics.json", "metrics.csv", "checkpoints/last.ckpt"]
     files += [f"sae/{name}" for name in ("config.json", "sae.safetensors", "probe.safetensors")]
@@ -290,7 +298,7 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         (["batch_sise=3"], ["did you mean batch_size?"]),
         (["sae=topkk"], ["Could not find 'sae/topkk'", " ".join(SAE_NAMES)]),
         (["experiment=nope"], ["Could not find 'experiment/nope'", "quick_test"]),
-        (["k=2000"], ["k=2000 must lie between 1 and the dictionary's 1024 latents", "raise expansion"]),
+        (["k=2000"], ["k=2000 must lie between 1 and the dictionary's 1024 latents", "give more latents"]),
         (["lm.sites=[transformer.h.9]"], ["tiny has no site 'transformer.h.9'", "transformer.h.5"]),
         (["lm=gpt2"], ["gpt2 is neither a local folder nor in the Hugging Face cache", "lm=tiny"]),
         (["data=text_files", "data.paths=[/nowhere/*.txt]"], ["no file matches", "data.paths="]),

@@ -26,7 +26,7 @@ OmegaConf.register_new_resolver("config_text", config_text, replace=True)
 
 # How to continue a stopped command. Commands that are not listed start from the beginning.
 CONTINUES = {"train": ": the same command{} continues", "harvest": ": the same command continues"}
-_dial = ""
+_override = ""
 
 
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -97,19 +97,21 @@ def folder_from(cfg: DictConfig, key: str) -> Path:
     """
     if not isinstance(cfg[key], str):
         raise UserError(f"{key}={'null' if cfg[key] is None else cfg[key]} must be the path of a folder.")
+    if not Path(cfg[key]).is_dir():
+        raise UserError(f"{key}={cfg[key]} is not a folder: correct the path.")
     return Path(cfg[key])
 
 
-def remember_folder(dial: str) -> None:
+def remember_folder(override: str) -> None:
     """Remember the override with which a command continues in the folder of this one."""
-    global _dial
-    _dial = dial
+    global _override
+    _override = override
 
 
 def _folder() -> str:
     """Return " with <that override>", or "" if it was typed. Without it, a command gets a new folder named by time."""
-    key = _dial.partition("=")[0]
-    return "" if not key or any(argument.startswith(f"{key}=") for argument in sys.argv) else f" with {_dial}"
+    key = _override.partition("=")[0]
+    return "" if not key or any(argument.startswith(f"{key}=") for argument in sys.argv) else f" with {_override}"
 
 
 def _leave(message: str, code: int) -> None:

@@ -109,7 +109,7 @@ def examine_folder(folder: Path, config: Any, resume: str) -> Run:
         UserError: the folder holds a run of another config or a damaged checkpoint, or `resume` is unknown.
     """
     if resume not in ("auto", "never"):
-        raise UserError(f"resume={resume} is not known: choose auto (continue where the folder stands) or never.")
+        raise UserError(f"resume={resume} is not known: choose auto (continue the run in this folder) or never.")
     checkpoint = Run(folder, 0, False).last_checkpoint
     complete = (folder / "metrics.json").is_file()
     if resume == "never" or not (checkpoint.is_file() or complete):  # no checkpoint: any config may start

@@ -72,6 +72,8 @@ def user_mistake(error: InstantiationException) -> UserError | None:
     if target := re.search(r"Error locating target '(.*?)'", message):
         return UserError(f"{join_keys(key, '_target_')}={target[1]} cannot be imported: correct that name.")
     cause = error.__cause__
+    if isinstance(cause, OSError) and cause.filename:
+        return UserError(f"{key}: {cause.filename} cannot be opened ({cause.strerror}): correct the path.")
     mistake = cause if isinstance(cause, UserError) else argument_error(cause) if cause else None
     return mistake.under(key) if isinstance(mistake, SettingError) else mistake
 

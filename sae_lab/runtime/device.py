@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 import torch
 
 from sae_lab.runtime.annotations import ErrorMessage
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import SettingError
 
 Precision: TypeAlias = Annotated[
     Literal["32-true", "bf16-mixed"],
@@ -15,15 +15,15 @@ Precision: TypeAlias = Annotated[
 """Of the computation; parameters stay in float32: an Adam step of 1e-4 would be lost on a weight in bfloat16."""
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, setting: str = "device") -> str:
     """Return the device to use: `auto` becomes `cuda` if there is a GPU, else `cpu`; other names stay.
 
     Raises:
-        UserError: CUDA is asked for and there is no GPU.
+        SettingError: CUDA is asked for and there is no GPU. It names the argument `setting`.
     """
     found = torch.cuda.is_available()
-    if device.startswith("cuda") and not found:
-        raise UserError(f"device {device} is not available, because torch finds no GPU: give auto or cpu.")
+    if device.startswith(("cuda", "gpu")) and not found:
+        raise SettingError(f"{{{setting}}}={device} is not available, because torch finds no GPU: give auto or cpu.")
     return ("cuda" if found else "cpu") if device == "auto" else device
 
 

@@ -51,7 +51,8 @@ def check_probe(sae: BaseSAE, file: Path) -> None:
     wrong = rows_differ(now["code"], code) | rows_differ(now["x_hat"], saved["x_hat"])
     if wrong.float().mean() > MAX_CHANGED:
         raise UserError(
-            f"the SAE beside {file} does not reproduce its own codes ({int(wrong.sum())} of {len(wrong)} probe rows): "
+            f"the SAE in {file.parent} does not reproduce its own codes "
+            f"({int(wrong.sum())} of {len(wrong)} probe rows): "
             "its files or this library changed since it was saved, so load it with the versions in config.json."
         )
 

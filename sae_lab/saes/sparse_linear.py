@@ -71,7 +71,5 @@ def check_active(n_latents: int, **numbers: float) -> None:
     """Raise a SettingError unless each of these numbers of active latents is between 1 and n_latents."""
     for name, k in numbers.items():
         if not 1 <= k <= n_latents:
-            raise SettingError(
-                f"{{{name}}}={k} must lie between 1 and the dictionary's {n_latents} latents: "
-                f"lower {{{name}}} or raise expansion."
-            )
+            remedy = f": lower {{{name}}}, or give more latents by n_latents or expansion." if k > n_latents else "."
+            raise SettingError(f"{{{name}}}={k} must lie between 1 and the dictionary's {n_latents} latents{remedy}")

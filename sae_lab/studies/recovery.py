@@ -37,7 +37,7 @@ def measure_recovery(cfg: DictConfig) -> dict[str, Any]:
     check_optimizer(cfg)
     with settings_under("planted"):
         planted = PlantedFeatures(seed=cfg.seed, **cfg.planted)
-    if planted.active > cfg.n_latents:  # k, which follows it, would be refused by a name that nobody typed
+    if planted.active > cfg.n_latents:  # else the error would name k, which the user did not set
         raise UserError(f"planted.active={planted.active} is more than n_latents={cfg.n_latents}: change one of them.")
     sae: BaseSAE = build(cfg, "sae", d_in=planted.d_in, n_latents=cfg.n_latents, n_sources=planted.n_sites)
     if sae.n_inputs:

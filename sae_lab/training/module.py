@@ -19,7 +19,7 @@ NO_AUTOCAST = nullcontext()
 
 
 class SAEModule(L.LightningModule):
-    """Trains one SAE. A training step is (SPEC §3.2)
+    """Trains one SAE. A training step is
 
         resample -> forward -> backward -> project gradients -> clip -> optimizer step -> project parameters
 

@@ -106,7 +106,10 @@ def initialize_from(sae: BaseSAE, source: str) -> None:
         UserError: the weights do not fit, or rows of W_dec do not have unit norm: the first training step would
             rescale them.
     """
-    sae.start_from(load_sae(source))
+    try:
+        sae.start_from(load_sae(source))
+    except UserError as e:
+        raise UserError(f"init_from={source}: {e}") from e
     loaded = [parameter.clone() for parameter in sae.parameters()]
     sae.after_step()
     if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(loaded, sae.parameters(), strict=True)):

@@ -1,5 +1,6 @@
 """The Lightning Trainer of a run."""
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -56,8 +57,10 @@ def build_trainer(
     Raises:
         UserError: there are fewer devices, the precision is unknown, or an interval is not positive.
     """
-    device = resolve_device(accelerator)
+    device = resolve_device(accelerator, "accelerator")
     check_devices(device, devices)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):  # its import has set them to INFO
+        logging.getLogger(name).setLevel(logging.WARNING)
     checkpoints = run_dir / "checkpoints"
     saving = ModelCheckpoint(checkpoints, "last", every_n_train_steps=checkpoint_every, enable_version_counter=False)
     warnings.filterwarnings("ignore", message=f".*({NOISE}).*")

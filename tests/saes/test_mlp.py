@@ -1,4 +1,4 @@
-"""MLP encoders: they start as the SAE they are given, and then encode its dictionary better (issue 4, must show 6)."""
+"""MLP encoders: they start as the SAE they are given, and then encode its dictionary better."""
 
 import pytest
 import torch

@@ -397,5 +397,5 @@ def test_the_command_writes_the_report_and_nothing_else(sweep, tmp_path_factory)
 def test_the_command_tells_a_missing_folder_in_one_sentence(tmp_path):
     done = run("sweep_dir=nowhere", module="report", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("report: nowhere is not a folder")
+    assert done.stderr.startswith("report: sweep_dir=nowhere is not a folder")
     assert len(done.stderr.splitlines()) == 1
