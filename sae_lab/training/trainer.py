@@ -59,11 +59,9 @@ def build_trainer(
     """
     device = resolve_device(accelerator, "accelerator")
     check_devices(device, devices)
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):  # its import has set them to INFO
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_lightning()
     checkpoints = run_dir / "checkpoints"
     saving = ModelCheckpoint(checkpoints, "last", every_n_train_steps=checkpoint_every, enable_version_counter=False)
-    warnings.filterwarnings("ignore", message=f".*({NOISE}).*")
     try:
         return L.Trainer(
             accelerator=device,
@@ -85,6 +83,13 @@ def build_trainer(
         )
     except (MisconfigurationException, ValueError) as e:
         raise UserError(f"the trainer cannot be built: {' '.join(str(e).split())}") from e
+
+
+def quiet_lightning() -> None:
+    """Silence Lightning's tips and warnings about what is so on purpose. Its import sets its loggers to INFO."""
+    warnings.filterwarnings("ignore", message=f".*({NOISE}).*")
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def check_devices(device: str, n: int) -> None:
