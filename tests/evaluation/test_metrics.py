@@ -1,4 +1,4 @@
-"""metrics.py against numpy-like definitions and SPEC §14's golden values."""
+"""metrics.py against numpy-like definitions and golden values computed by hand."""
 
 import math
 
@@ -29,7 +29,7 @@ def totals(x: torch.Tensor, x_hat: torch.Tensor, code: torch.Tensor, batch: int)
 
 
 def test_golden_c_explained_variance_on_shifted_data():
-    """SPEC §14 C: with noise of half the spread, fvu is 0.25 wherever the data lie (SAELens issue 659)."""
+    """With noise of half the spread, fvu is 0.25 wherever the data lie (SAELens issue 659)."""
     x = rows(5000)
     x_hat = x + 0.5 * torch.randn(5000, 1, 16, generator=torch.Generator().manual_seed(1))
     assert 1 - totals(x, x_hat, torch.ones(5000, 4), 512)["fvu"] == pytest.approx(0.7484, abs=0.005)

@@ -120,7 +120,7 @@ def test_sparsify_files_compute_the_same(sae, tmp_path):
 
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_a_scale_goes_out_in_the_weights_and_stays_in_the_sae(tied, tmp_path):
-    """SPEC §2.1: W_enc / scale, W_dec · scale, b_dec · scale; tied weights part, as one grows and the other shrinks."""
+    """W_enc / scale, W_dec · scale, b_dec · scale; tied weights part, as one grows and the other shrinks."""
     sae = build("topk", f"sae.tied={tied}", "sae.encoder_bias=true", "sae.normalize=mean_norm")
     sae(100 * planted(64)[0])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Pursuits against a plain float64 search row by row, and SPEC §14's golden values."""
+"""Pursuits against a plain float64 search row by row, and golden values computed by hand."""
 
 import numpy as np
 import pytest
@@ -88,7 +88,7 @@ def test_each_method_spends_its_steps_better():
     codes = [pursue(method, y, Dictionary(dictionary), 12) for method in METHODS]
     fvu = [batch_fvu(y, code.to_dense() @ dictionary).item() for code in codes]
     assert fvu == sorted(fvu, reverse=True)
-    assert fvu[1] < 0.01  # SPEC §14 B, on another draw: 0.0055, and 3.17 for the encoder below
+    assert fvu[1] < 0.01  # on another draw: 0.0055, and 3.17 for the encoder below
     top = (y @ dictionary.T).topk(12, dim=1)
     tied = torch.zeros(400, 256, dtype=torch.float64).scatter(1, top.indices, top.values.relu())
     assert batch_fvu(y, tied @ dictionary) > 1
@@ -105,7 +105,7 @@ def test_rows_without_residual_stay_finite(method, gram):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_step_makes_the_residual_larger(method):
-    """SPEC §21.4 (13). Where no weight is clipped, that is; here clipping does no harm either."""
+    """Equal where no weight is clipped; here clipping does no harm either."""
     y, dictionary = problem()
     codes = [pursue(method, y, Dictionary(dictionary), k).to_dense() for k in range(1, 10)]
     errors = torch.stack([(y - code @ dictionary).square().sum(1) for code in codes])

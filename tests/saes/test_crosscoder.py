@@ -1,4 +1,4 @@
-"""Crosscoders, which are linear SAEs with s > 1: norms over the sources (SPEC §11, §21.4 (12), P-47, P-48)."""
+"""Crosscoders, which are linear SAEs with s > 1: norms over the sources (docs/pitfalls.md: P-47, P-48)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Gated: its formula, and which gradient reaches what (SPEC §5, §21.4 (9), P-36 to P-38)."""
+"""Gated: its formula, and which gradient reaches what (docs/pitfalls.md: P-36 to P-38)."""
 
 import pytest
 import torch

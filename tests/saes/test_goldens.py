@@ -1,4 +1,4 @@
-"""SPEC §14's golden values and §3's formulas, for the SAEs and losses that exist."""
+"""Golden values and formulas, computed by hand, for the SAEs and losses that exist."""
 
 import pytest
 import torch
@@ -147,7 +147,7 @@ class TestAuxiliaryLoss:
         return sae, out
 
     def test_gradient_reaches_dead_rows_only(self):
-        """SPEC §21.4 (6): nothing to live latents, b_dec or the main reconstruction; something to dead encoders."""
+        """Nothing to live latents, b_dec or the main reconstruction; something to dead encoders."""
         sae, out = self.sae_and_output()
         sae.auxk_loss(out).backward()
         assert sae.b_dec.grad is None or not sae.b_dec.grad.any()

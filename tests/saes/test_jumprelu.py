@@ -1,4 +1,4 @@
-"""JumpReLU: the kernel's gradients against their formulas (SPEC §8, §14 F, §21.4 (8), P-31 to P-35)."""
+"""JumpReLU: the kernel's gradients against their formulas (docs/pitfalls.md: P-31 to P-35)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Matryoshka: nested losses, groups, truncation (SPEC §9, §14 E, §21.4 (10), P-39 to P-41)."""
+"""Matryoshka: nested losses, groups, truncation (docs/pitfalls.md: P-39 to P-41)."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def nested(cls=MatryoshkaSAE, **settings) -> Nested:
 
 @pytest.mark.parametrize(("bias_level", "expected"), [(False, 1.4275 / 2), (True, 0.960833)])
 def test_golden_e(bias_level, expected):
-    """The average of the levels (SPEC's 1.4275 sums over d = 2), and the authors' code, which counts b_dec too."""
+    """The average of the levels (1.4275 where one sums over d = 2), and the authors' code, which counts b_dec too."""
     sae = MatryoshkaSAE(k=1, d_in=2, n_latents=3, group_sizes=[1, 2], include_bias_level=bias_level)
     sae.W_dec.data = torch.tensor([[[1.0, 0]], [[0, 1]], [[0.6, 0.8]]])
     sae.b_dec.data = torch.tensor([[0.1, 0]])

@@ -25,7 +25,7 @@ def shifted(n: int, n_sources: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("n_sources", [1, 3])
 def test_the_scale_is_the_first_batchs_mean_norm(n_sources):
-    """SPEC §2, s = sqrt(d) / mean |x|, by numpy; the batches after it change nothing."""
+    """s = sqrt(d) / mean |x|, by numpy; the batches after it change nothing."""
     sae, x = mean_normed(n_sources=n_sources), shifted(200, n_sources)
     out = sae(x)
     scale = np.sqrt((x.numpy().astype(np.float64) ** 2).sum(-1)).mean(0) / np.sqrt(16)

@@ -1,4 +1,4 @@
-"""Dead latents that are given new directions (SPEC §3.5)."""
+"""Dead latents that are given new directions."""
 
 import pytest
 import torch

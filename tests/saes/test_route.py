@@ -1,4 +1,4 @@
-"""RouteSAE: the router, what it hands to the inner SAE, and what comes back (SPEC §10, §21.4 (11), P-42 to P-46)."""
+"""RouteSAE: the router, what it hands to the inner SAE, and what comes back (docs/pitfalls.md: P-42 to P-46)."""
 
 from functools import partial
 

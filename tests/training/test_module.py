@@ -13,7 +13,7 @@ from sae_lab.training.schedule import warmup_decay
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.05])
 def test_the_step_is_project_clip_adam_renormalise(sae_name, max_grad_norm):
-    """Against a loop written out by hand (the order of SPEC §3.2), with the same schedule."""
+    """Against a loop written out by hand, in the order of SAEModule's docstring, with the same schedule."""
     trained = fit(build(sae_name), max_grad_norm).sae
     sae = build(sae_name)
     adam = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True)
