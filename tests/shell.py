@@ -67,6 +67,7 @@ def body(module: str, overrides: tuple[str, ...], said: str, cwd: str, threads: 
         with Path(said, name).open("wb") as file:
             os.dup2(file.fileno(), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the suite runs under nohup
     os.chdir(cwd)
     entry = import_module(module)
     torch.set_num_threads(threads)
