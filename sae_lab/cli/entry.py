@@ -64,8 +64,9 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 run()
             else:
-                for signum in stopping_signals()[1:]:  # SIGINT stays a KeyboardInterrupt
-                    signal.signal(signum, raise_interrupted)
+                for signum in stopping_signals():
+                    if signum != signal.SIGINT:  # which stays a KeyboardInterrupt
+                        signal.signal(signum, raise_interrupted)
                 os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing, so one sentence is left
                 run_or_explain(run, config_name)
 
@@ -93,7 +94,7 @@ def folder_from(cfg: DictConfig, key: str) -> Path:
     """Return the folder that the key of a config names.
 
     Raises:
-        UserError: the value is not a string.
+        UserError: the value is not a string, or there is no such folder.
     """
     if not isinstance(cfg[key], str):
         raise UserError(f"{key}={'null' if cfg[key] is None else cfg[key]} must be the path of a folder.")
