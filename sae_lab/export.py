@@ -9,16 +9,19 @@ from sae_lab.cli.entry import entry_point, folder_from
 
 @entry_point("export")
 def main(cfg: DictConfig) -> None:
-    from sae_lab.runs.export import export_run, push_to_hub
+    from sae_lab.runs.export import describe_upload, export_run, push_to_hub
     from sae_lab.runtime.checks import check_config
+    from sae_lab.runtime.plain_text import for_terminal
     from sae_lab.runtime.screen import print_files
 
     check_config(cfg, push_to_hub)
     run_dir = folder_from(cfg, "run_dir")
     out = Path(cfg.out or run_dir / "export" / str(cfg.format))
-    print_files(export_run(run_dir, cfg.format, out))
+    files = export_run(run_dir, cfg.format, out)
+    print_files(files)
     if cfg.push_to_hub:
-        print(push_to_hub(out, cfg.push_to_hub, cfg.private))
+        print(for_terminal(describe_upload(out, files, cfg.push_to_hub, cfg.private)), flush=True)
+        print(push_to_hub(out, files, cfg.push_to_hub, cfg.private))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from sae_lab.runs.config import config_file, read_config
+from sae_lab.runs.config import config_file, read_config, read_environment_keys
+from sae_lab.runtime.private import public
 from sae_lab.runtime.screen import format_number
 from sae_lab.saes.base import BaseSAE
 
@@ -22,7 +23,7 @@ def write_card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: 
         format: name of the file format in which the SAE was exported.
         sae_id: the file of the SAE, if the folder may contain several.
     """
-    provenance = strip_folders(provenance)
+    provenance = public(provenance)
     header = {"tags": ["sparse-autoencoder", "interpretability", format], "library_name": "sae_lab"}
     model, sites = provenance.get("model", {}).get("name"), ", ".join(provenance.get("sites", []))
     lines = ["---", yaml.safe_dump(header).strip(), "---", "", f"# {type(sae).__name__} of {model} at {sites}", ""]
@@ -41,8 +42,8 @@ def write_card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: 
     lines += [*metrics_table(run_dir / "metrics.json"), ""]
     lines += [f"![{file.stem}](figures/{file.name})" for file in sorted((run_dir / "figures").glob("*.png"))]
     if config_file(run_dir).is_file():
-        config: Any = OmegaConf.to_container(read_config(run_dir))
-        shown = strip_folders({name: value for name, value in config.items() if name not in MACHINE_KEYS})
+        config = public(OmegaConf.to_container(read_config(run_dir)), read_environment_keys(run_dir))
+        shown = {name: value for name, value in config.items() if name not in MACHINE_KEYS}
         lines += ["", "## Config", "", "```yaml", OmegaConf.to_yaml(OmegaConf.create(shown)).strip(), "```"]
     return "\n".join([*lines, ""])
 
@@ -54,15 +55,6 @@ def describe_roles(sae: BaseSAE, sites: list[str]) -> list[str]:
     names = [f"`{site}`" for site in sites]
     read, predicted = ", ".join(names[: sae.n_inputs]), ", ".join(names[sae.n_inputs :])
     return [f"A transcoder: from activations at {read} it predicts those at {predicted}, `sae.predict(x)`.", ""]
-
-
-def strip_folders(value: Any) -> Any:
-    """Replace each absolute path in a nested container by its last part, so that the card shows no local folders."""
-    if isinstance(value, dict):
-        return {name: strip_folders(child) for name, child in value.items()}
-    if isinstance(value, list):
-        return [strip_folders(child) for child in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def metrics_table(file: Path) -> list[str]:

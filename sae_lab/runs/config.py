@@ -32,6 +32,17 @@ def config_file(folder: Path) -> Path:
     return folder / ".hydra" / "config.yaml"
 
 
+def environment_file(folder: Path) -> Path:
+    """Return the path of the list of keys whose values came from the environment; there is one if there are any."""
+    return folder / ".hydra" / "from_environment.txt"
+
+
+def read_environment_keys(folder: Path) -> list[str]:
+    """Return the keys of a run's config whose values came from the environment of the run."""
+    file = environment_file(folder)
+    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+
+
 def read_config(folder: Path) -> DictConfig:
     """Read the config of a run folder, which must have one.
 

@@ -54,6 +54,17 @@ def save_sae(
     return folder
 
 
+def copy_sae(source: Path, folder: Path, provenance: dict[str, Any]) -> None:
+    """Copy an SAE folder, with another provenance."""
+    description = json.loads((source / CONFIG).read_text()) | {"provenance": provenance}
+    for name in (WEIGHTS, PROBE):
+        if (source / name).is_file():
+            write_atomically(folder / name, (source / name).read_bytes())
+    if "digests" in description:
+        description["digests"] |= {CONFIG: digest_of_description(description)}
+    write_json(folder / CONFIG, description)
+
+
 def load_sae_folder(folder: str | Path, device: str | torch.device = "cpu") -> BaseSAE:
     """Load the SAE that a run saved, in eval mode.
 

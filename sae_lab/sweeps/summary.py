@@ -45,7 +45,9 @@ def plan_job_names(config: DictConfig) -> list[str]:
     if not is_grid(config):
         return []
     parser = OverridesParser.create()
-    overrides = parser.parse_overrides(list(config.hydra.overrides.task))
+    # Unresolved: `lm.name=${oc.env:MODEL}` is a job's name as it was typed, never the value.
+    task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    overrides = parser.parse_overrides(task)
     [jobs] = BasicSweeper.split_arguments(overrides, None)
     named = dict(config.hydra.job.config.override_dirname)
     names, job_config = [], config.copy()

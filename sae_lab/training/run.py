@@ -20,13 +20,14 @@ from sae_lab.evaluation.evaluator import evaluate_all
 from sae_lab.interop.load import load_sae
 from sae_lab.parallel.collectives import rank
 from sae_lab.parallel.launch import launch_ranks
-from sae_lab.runs.config import read_config
+from sae_lab.runs.config import environment_file, read_config, read_environment_keys
 from sae_lab.runs.folder import Run, examine_folder
 from sae_lab.runs.provenance import provenance
 from sae_lab.runs.results import write_results
 from sae_lab.runtime.build import build
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.memory import keep_freed_memory
+from sae_lab.runtime.private import keys_from_environment, public
 from sae_lab.runtime.screen import print_files, print_metrics
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import save_sae
@@ -144,7 +145,8 @@ def fit(member: Member, data: ActivationData) -> None:
     if rank() == 0:
         trainer.loggers = [build(member.cfg, f"logger.{name}") for name in member.cfg.logger]
         for logger in trainer.loggers:
-            logger.log_hyperparams(OmegaConf.to_container(member.cfg, resolve=True))  # type: ignore[arg-type]
+            config = OmegaConf.to_container(member.cfg, resolve=True)
+            logger.log_hyperparams(public(config, read_environment_keys(run.folder)))
     trainer.fit(member.module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
     if trainer.global_step < data.n_steps:
         log.warning("the text ended at step %d of %d (data.repeat=false)", trainer.global_step, data.n_steps)
@@ -160,7 +162,8 @@ def finish(members: Sequence[Member], data: ActivationData) -> list[dict[str, An
     for member, sae in zip(members, saes, strict=True):
         config = OmegaConf.to_container(member.cfg, resolve=True)
         assert isinstance(config, dict)
-        save_sae(sae, member.run.folder / "sae", provenance(config, data.lm), probe_rows)
+        said = provenance(config, data.lm, read_environment_keys(member.run.folder))
+        save_sae(sae, member.run.folder / "sae", said, probe_rows)
     evaluations = evaluate_all({str(member.run.folder): member.sae for member in members}, data)
     for member, evaluation in zip(members, evaluations.values(), strict=True):
         files = write_results(evaluation, member.sae, member.run.folder)
@@ -171,8 +174,13 @@ def finish(members: Sequence[Member], data: ActivationData) -> list[dict[str, An
 
 
 def hydra_files(cfg: DictConfig) -> dict[str, str]:
-    """Return the files of `.hydra/` as Hydra writes them, but with interpolations resolved."""
+    """Return the files of `.hydra/` as Hydra writes them, but with interpolations resolved.
+
+    Where the environment has a part in a value, its key is kept, so that the value is not shown to others.
+    """
     files = {"config.yaml": OmegaConf.to_yaml(cfg, resolve=True)}
+    if keys := keys_from_environment(cfg):
+        files[environment_file(Path()).name] = "".join(f"{key}\n" for key in keys)
     if HydraConfig.initialized():
         hydra = HydraConfig.get()
         files["hydra.yaml"] = OmegaConf.to_yaml(OmegaConf.masked_copy(OmegaConf.create({"hydra": hydra}), "hydra"))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -377,15 +378,17 @@ def test_what_is_pushed_is_pulled_again(private, run_dir, tmp_path, monkeypatch)
         made[repo] = private
         (hub / repo).mkdir(parents=True)
 
-    def upload(self, repo_id, folder_path):
-        shutil.copytree(folder_path, hub / repo_id, dirs_exist_ok=True)
-        return "address"
+    def commit(self, repo_id, operations, commit_message):
+        for added in operations:
+            (hub / repo_id / added.path_in_repo).parent.mkdir(exist_ok=True)
+            shutil.copy(added.path_or_fileobj, hub / repo_id / added.path_in_repo)
+        return SimpleNamespace(commit_url="address")
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", commit)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: str(hub / repo))
     files = export_run(run_dir, "sae_lens", tmp_path / "out")
-    assert push_to_hub(tmp_path / "out", "me/sae", private) == "address"
+    assert push_to_hub(tmp_path / "out", files, "me/sae", private) == "address"
     assert made == {"me/sae": private}
     assert all((hub / "me/sae" / file.relative_to(tmp_path / "out")).is_file() for file in files)
     x = planted(20, seed=1)[0]
@@ -401,7 +404,8 @@ def test_without_network_the_folder_is_written_and_the_push_says_so(run_dir):
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert "is written, but was not pushed to me/sae" in done.stderr
-    assert done.stderr.strip().endswith("/export/sae_lens --private`.")
+    assert done.stderr.strip().endswith("log in with `hf auth login`, then type the same command again.")
+    assert "To me/sae, private if it is created now, go 4 files:" in done.stdout
     assert load_sae(run_dir / "export" / "sae_lens").n_latents == 64
 
 
