@@ -11,6 +11,7 @@ log = logging.getLogger(__name__)
 
 @entry_point("report")
 def main(cfg: DictConfig) -> None:
+    from sae_lab.runtime.files import write_atomically
     from sae_lab.sweeps.figures import draw_sweep
     from sae_lab.sweeps.headline import headline, markdown, show_headline
     from sae_lab.sweeps.status import all_jobs, job_statuses, show_statuses
@@ -30,7 +31,7 @@ def main(cfg: DictConfig) -> None:
     cells = headline(table, done)
     written = [folder / "report.csv", folder / "report.md", *figures]
     write_csv(table, written[0])
-    written[1].write_text(markdown(cells, table, jobs, folder, figures), encoding="utf-8")
+    write_atomically(written[1], markdown(cells, table, jobs, folder, figures).encode())
     show_headline(cells, written)
 
 

@@ -17,6 +17,7 @@ from sae_lab.cli.explain import explain
 from sae_lab.cli.folder_names import folder_name
 from sae_lab.cli.help import CONF, config_text, list_choices
 from sae_lab.runtime.errors import Interrupted, UserError
+from sae_lab.runtime.os_errors import AGAIN
 from sae_lab.runtime.plain_text import for_terminal
 from sae_lab.runtime.signals import raise_interrupted, stopping_signals
 
@@ -87,7 +88,8 @@ def run_or_explain(run: Callable[[], None], config_name: str) -> None:
         sentence = explain(e, config_name, sys.argv[1:])
         if sentence is None:
             raise
-        _leave(f"{Path(config_name).name}: {sentence}", 1)
+        again = AGAIN + _folder() if "{}" in CONTINUES.get(config_name, "") else AGAIN
+        _leave(f"{Path(config_name).name}: {sentence.replace(AGAIN, again)}", 1)
 
 
 def folder_from(cfg: DictConfig, key: str) -> Path:

@@ -13,6 +13,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from sae_lab.cli.help import CONF
 from sae_lab.runtime.build import user_mistake
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.os_errors import explain_os_error
 
 # Packages behind the presets of conf/hydra/, each with the extra of this package that installs it.
 EXTRAS = {"launcher/ray": "ray", "launcher/submitit_slurm": "slurm", "sweeper/optuna": "optuna"}
@@ -37,8 +38,8 @@ def explain(error: BaseException, config_name: str, overrides: list[str]) -> str
         unknown = re.search(r"Could not override '([^']+)'", str(e))
         if unknown:
             return _unknown_key(unknown[1], config_name, overrides)
-        if isinstance(e, FileExistsError | NotADirectoryError | PermissionError) and e.filename:
-            return f"{e.filename} cannot be written ({e.strerror}): choose another path."
+        if isinstance(e, OSError) and _is_cause(e, error) and (refusal := explain_os_error(e)):
+            return refusal
         if isinstance(e, ValueError) and str(e) == "No trials are completed yet.":  # raised by Optuna
             return "no job of this search was completed: see each job's failed.txt, then repeat the same command."
         if str(e).startswith("Config group override must be"):
@@ -58,6 +59,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         yield error
         seen.add(id(error))
         error = error.__cause__ or error.__context__
+
+
+def _is_cause(suspect: BaseException, error: BaseException | None) -> bool:
+    """Return whether an error was raised because of the suspect. One that was handled before is only its context."""
+    while error is not None and error is not suspect:
+        error = error.__cause__
+    return error is suspect
 
 
 def _one_line(error: BaseException) -> str:

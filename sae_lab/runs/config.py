@@ -60,18 +60,26 @@ def read_plain(file: Path) -> dict[Any, Any]:
     A short file with anchors can stand for gigabytes, and a resolver such as `${oc.env:HOME}` reads the environment of
     whoever opens the file. A run writes neither.
     """
+    plain = read_yaml(file)
     try:
-        text = file.read_text(encoding="utf-8")
-        if any(isinstance(token, UNWANTED) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
-            raise ValueError("it holds YAML anchors or tags, which no run writes")
-        plain = OmegaConf.to_container(OmegaConf.create(text))
         if not isinstance(plain, dict) or not plain:
             raise ValueError("it holds no settings")
         if called := [value for value in strings(plain) if "${" in value and ":" in value]:
             raise ValueError(f"it calls a resolver ({called[0]}), which no run writes")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as e:
+    except ValueError as e:
         raise UserError(f"{file} cannot be read ({first_line(e)}): restore it, or train again.") from e
     return plain
+
+
+def read_yaml(file: Path) -> Any:
+    """Read a YAML file of a run folder as dicts, lists and values. Interpolations and resolvers stay strings."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if any(isinstance(token, UNWANTED) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
+            raise ValueError("it holds YAML anchors or tags, which no run writes")
+        return OmegaConf.to_container(OmegaConf.create(text))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as e:
+        raise UserError(f"{file} cannot be read ({first_line(e)}): restore it, or train again.") from e
 
 
 def strings(node: Any) -> Iterator[str]:

@@ -19,6 +19,7 @@ from sae_lab.runtime.errors import (
     report_typed_keys,
     settings_under,
 )
+from sae_lab.runtime.os_errors import explain_os_error
 
 
 def build(cfg: DictConfig, key: str, **arguments: Any) -> Any:
@@ -72,8 +73,8 @@ def user_mistake(error: InstantiationException) -> UserError | None:
     if target := re.search(r"Error locating target '(.*?)'", message):
         return UserError(f"{join_keys(key, '_target_')}={target[1]} cannot be imported: correct that name.")
     cause = error.__cause__
-    if isinstance(cause, OSError) and cause.filename:
-        return UserError(f"{key}: {cause.filename} cannot be opened ({cause.strerror}): correct the path.")
+    if isinstance(cause, OSError) and (refusal := explain_os_error(cause)):
+        return UserError(f"{key}: {refusal}")
     mistake = cause if isinstance(cause, UserError) else argument_error(cause) if cause else None
     return mistake.under(key) if isinstance(mistake, SettingError) else mistake
 

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from sae_lab.runtime.os_errors import naming
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
@@ -20,7 +22,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as f:
+        with naming(path), temporary.open("wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())

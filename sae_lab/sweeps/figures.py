@@ -1,15 +1,22 @@
 """Draw the figures of a sweep from its table."""
 
+import logging
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from sae_lab import plots
+from sae_lab.runtime.os_errors import reason_of
+from sae_lab.sweeps.labels import label_jobs
 from sae_lab.sweeps.status import drop_shared_overrides
 from sae_lab.sweeps.table import RESOLVED, cell_text, named_after_settings, setting_columns
 
+L0_COLUMNS = ["l0", "bos", "other"]
 COMPARED = ("nmse", "ce_degradation")
+
+log = logging.getLogger(__name__)
 
 
 def line_names(table: pd.DataFrame) -> pd.Series:
@@ -71,8 +78,8 @@ def draw_comparisons(done: pd.DataFrame, figures: Path, y: list[str]) -> list[Pa
 
 def _labels(done: pd.DataFrame) -> pd.Series:
     if named_after_settings(done):
-        return pd.Series(drop_shared_overrides(list(done["job"])), done.index)
-    label = done["job"] + ": " + done["line"]
+        return pd.Series(drop_shared_overrides(label_jobs(list(done["job"]))), done.index)
+    label = pd.Series(label_jobs(list(done["job"])), done.index) + ": " + done["line"]
     for column in ("k", "n_latents", "seed"):
         if done[column].nunique() > 1:
             label += done[column].map(lambda v, column=column: f", {column}={cell_text(v)}")
@@ -93,26 +100,45 @@ def draw_frontier(done: pd.DataFrame, figures: Path) -> list[Path]:
 
 def draw_l0(done: pd.DataFrame, folder: Path) -> list[Path]:
     """Plot histograms of L0 for the largest dictionary of each line, at every k."""
-    files = [folder / job / "figures" / "l0_per_token.csv" for job in done["job"]]
-    kept = done.assign(file=files)[[file.is_file() for file in files]]
+    found = [read_numbers(folder / job / "figures" / "l0_per_token.csv", L0_COLUMNS) for job in done["job"]]
+    kept = done.assign(l0_table=found)[[table is not None for table in found]]
     if kept.empty:
         return []
     kept = kept[kept["n_latents"] == kept.groupby("line")["n_latents"].transform("max")]
-    which = zip(kept["file"], kept["line"], kept["k"], strict=True)
-    tables = [pd.read_csv(file).assign(line=line, k=k) for file, line, k in which]
+    which = zip(kept["l0_table"], kept["line"], kept["k"], strict=True)
+    tables = [table.assign(line=line, k=k) for table, line, k in which]
     return [plots.l0_by_line(pd.concat(tables), folder / "figures" / "l0_per_token.png")]
+
+
+def read_numbers(file: Path, columns: list[str]) -> pd.DataFrame | None:
+    """Read a table of a run; None if there is none or, with a warning, if it is damaged.
+
+    Args:
+        columns: those that must be there, full of numbers. [] for a log, in which all columns are numbers or blank.
+    """
+    try:
+        if not file.is_file() or not file.stat().st_size:
+            return None
+        table = pd.read_csv(file)
+        numbers = (table[columns] if columns else table).astype(float)
+        if columns and not np.isfinite(numbers.to_numpy()).all():
+            raise ValueError("a number is missing")
+        return table
+    except (OSError, ValueError, LookupError) as e:
+        log.warning("%s is left out of the figures: %s", file, reason_of(e))
+        return None
 
 
 def draw_run(folder: Path) -> list[Path]:
     """Draw the figures of a single run from its tables. Existing figures are kept."""
     figures = folder / "figures"
     sources = {
-        "training": (folder / "metrics.csv", plots.training_curves),
-        "l0_per_token": (figures / "l0_per_token.csv", plots.l0_per_token),
-        "latent_density": (figures / "latent_density.csv", plots.latent_density),
+        "training": (folder / "metrics.csv", [], plots.training_curves),
+        "l0_per_token": (figures / "l0_per_token.csv", L0_COLUMNS, plots.l0_per_token),
+        "latent_density": (figures / "latent_density.csv", ["density"], plots.latent_density),
     }
-    for name, (source, plot) in sources.items():
+    for name, (source, columns, plot) in sources.items():
         path = figures / f"{name}.png"
-        if source.is_file() and source.stat().st_size and not path.is_file():
-            plot(pd.read_csv(source), path)
+        if not path.is_file() and (table := read_numbers(source, columns)) is not None:
+            plot(table, path)
     return sorted(figures.glob("*.png"))

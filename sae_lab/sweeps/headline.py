@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sae_lab import plots
 from sae_lab.runtime.plain_text import for_code_span, for_markdown, for_terminal
+from sae_lab.sweeps.labels import hide_values, label_jobs
 from sae_lab.sweeps.status import JobStatus, count_statuses
 from sae_lab.sweeps.table import cell_text, named_after_settings, setting_columns
 
@@ -47,7 +48,7 @@ def headline(table: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
         done[chosen].map(cell_text).assign(**{m: done[m].map(partial(_rounded, form=HEADLINES[m])) for m in metrics})
     )
     # The job's name is long, so it comes last. It is left out if it only repeats the settings.
-    return cells if named_after_settings(done) else cells.assign(job=done["job"])
+    return cells if named_after_settings(done) else cells.assign(job=label_jobs(list(done["job"])))
 
 
 def _mean_and_spread(values: pd.Series, form: str) -> str:
@@ -70,7 +71,10 @@ def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[JobStatus], fo
     shared = ", ".join(f"`{for_code_span(f'{c}={cell_text(table[c].iloc[0])}')}`" for c in same)
     parts = [f"# {for_markdown(folder.resolve().name)}", count_statuses(jobs)]
     left = [job for job in jobs if job.status != "complete"]
-    missing = [f"- {for_markdown(job.job)}: {for_markdown(f'{job.status} {job.detail}')}" for job in left]
+    names = label_jobs([job.job for job in left])
+    is_single = (folder / ".hydra").is_dir()
+    details = [hide_values(folder if is_single else folder / job.job, f"{job.status} {job.detail}") for job in left]
+    missing = [f"- {for_markdown(name)}: {for_markdown(detail)}" for name, detail in zip(names, details, strict=True)]
     parts += ["\n".join(missing)] if missing else []
     parts += [f"{'The same for every job' if len(table) > 1 else 'Settings'}: {shared}."] if shared else []
     parts += ["\n".join(f"| {' | '.join(row)} |" for row in rows)]

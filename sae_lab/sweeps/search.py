@@ -1,6 +1,5 @@
 """Searches: the score that they minimize, the next guess of a search for an L0, and the command of the best run."""
 
-import json
 import math
 import shlex
 from itertools import pairwise
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from sae_lab.sweeps.status import read_json, read_status
 
 
 def search_score(metrics: dict[str, Any], goal_l0: float | None) -> float:
@@ -48,7 +49,7 @@ def secant(nearest: list[tuple[float, float]]) -> float:
 
 def describe_best(folders: list[Path], goal_l0: float | None) -> str | None:
     """Return a sentence about the run with the lowest score and the command that trains it; None if none is done."""
-    done = {f: json.loads(text.read_text()) for f in folders if (text := f / "metrics.json").is_file()}
+    done = {f: read_json(f / "metrics.json") for f in folders if read_status(f)[0] == "complete"}
     if not done:
         return None
     folder = min(done, key=lambda f: search_score(done[f], goal_l0))

@@ -1,13 +1,15 @@
 """Jobs of a sweep: their folders and their status."""
 
 import csv
+import json
 import logging
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
@@ -17,18 +19,22 @@ from sae_lab.runs.checkpoint import checkpoint_content
 from sae_lab.runs.config import config_file, read_config
 from sae_lab.runs.folder import FAILED, Run, is_running
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.os_errors import reason_of
 from sae_lab.runtime.plain_text import for_terminal
 from sae_lab.runtime.screen import console, format_duration
 
 log = logging.getLogger(__name__)
 
 PLAN = "jobs.txt"
+UNREADABLE = "unreadable"
+NUMBERS = {"fvu", "nmse", "l0", "dead_fraction", "ce_degradation", "loss_recovered", "kl", "n_latents", "d_in"}
+"""Metrics and sizes that tables and figures show."""
 
 
 def planned_jobs(sweep_dir: Path) -> list[Path]:
     """Return the job folders of the sweep's last command, in its order."""
     file = sweep_dir / PLAN
-    return [sweep_dir / name for name in file.read_text().splitlines()] if file.is_file() else []
+    return [sweep_dir / name for name in file.read_text(errors="replace").splitlines()] if file.is_file() else []
 
 
 def all_jobs(root: Path) -> list[Path]:
@@ -53,13 +59,36 @@ def job_folders(root: Path) -> list[Path]:
     return sorted(_runs(root), key=_natural_order)
 
 
-def _runs(folder: Path) -> Iterator[Path]:
-    if config_file(folder).is_file() or (folder / FAILED).is_file():
-        yield folder  # folders inside a run folder are not runs
+def _runs(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    here = os.path.realpath(folder)
+    if here in above:  # a symbolic link to a folder above
         return
-    for child in folder.iterdir():
-        if child.is_dir() and not child.name.startswith("."):
-            yield from _runs(child)
+    try:
+        if is_run(folder):
+            yield folder  # folders inside a run folder are not runs
+            return
+        children = [child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")]
+    except OSError:
+        if not above:
+            raise
+        yield folder  # may be a job: its status tells the reason
+        return
+    for child in children:
+        yield from _runs(child, above | {here})
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a job: one with a config, or with a `failed.txt`."""
+    return has_config(folder) or (folder / FAILED).is_file()
+
+
+def has_config(folder: Path) -> bool:
+    """Return whether a folder has a config, or something in its place that cannot be looked into."""
+    try:
+        os.lstat(config_file(folder))
+    except OSError as e:
+        return not isinstance(e, FileNotFoundError | NotADirectoryError)
+    return True
 
 
 def _natural_order(folder: Path) -> list[tuple[bool, float, str]]:
@@ -68,7 +97,10 @@ def _natural_order(folder: Path) -> list[tuple[bool, float, str]]:
 
 
 class JobStatus(NamedTuple):
-    """Status of a job: complete, failed, running, interrupted or waiting; `detail` is the reason or the progress."""
+    """Status of a job: complete, failed, running, interrupted, waiting, or unreadable if its files are damaged.
+
+    `detail` is the reason or the progress.
+    """
 
     job: str
     status: str
@@ -87,11 +119,19 @@ def job_name(root: Path, folder: Path) -> str:
 
 def read_status(folder: Path) -> tuple[str, str]:
     """Return the status of the run in this folder, with a detail: the reason, or the step and the time left."""
+    try:
+        return _read_status(folder)
+    except Exception as e:  # damage may raise anything; it must not end the report on the other jobs
+        return UNREADABLE, reason_of(e)
+
+
+def _read_status(folder: Path) -> tuple[str, str]:
     if (folder / FAILED).is_file():
-        return "failed", (folder / FAILED).read_text().splitlines()[0]
+        return "failed", (folder / FAILED).read_text(errors="replace").partition("\n")[0]
     if (folder / "metrics.json").is_file():
+        read_json(folder / "metrics.json")
         return "complete", ""
-    if not config_file(folder).is_file():
+    if not has_config(folder):
         return "waiting", ""
     config = read_config(folder)
     n_steps = math.ceil(int(config.n_tokens) / config.batch_size)
@@ -100,6 +140,25 @@ def read_status(folder: Path) -> tuple[str, str]:
     step, rate = last_logged(folder / "metrics.csv")
     left = f", {format_duration((n_steps - step) * config.batch_size / rate)} left" if rate else ""
     return "running", f"step {step}/{n_steps}{left}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a metrics.json.
+
+    Raises:
+        UserError: it is not JSON, or what must be a number in it is not.
+    """
+    remedy = "evaluate that run again, or move its folder away."
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path} is not JSON ({e}): {remedy}") from e
+    if not isinstance(metrics, dict):
+        raise UserError(f"{path} holds no metrics: {remedy}")
+    for name in NUMBERS & metrics.keys():
+        if type(metrics[name]) not in (int, float):
+            raise UserError(f"{path} has {name}={metrics[name]}, which must be a number: {remedy}")
+    return metrics
 
 
 def saved_step(folder: Path) -> int:

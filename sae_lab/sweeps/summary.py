@@ -15,11 +15,11 @@ from sae_lab.cli.entry import remember_folder
 from sae_lab.runtime.files import write_atomically
 from sae_lab.runtime.screen import console
 from sae_lab.sweeps.search import describe_best
-from sae_lab.sweeps.status import PLAN, job_folders, job_statuses, planned_jobs, show_statuses
+from sae_lab.sweeps.status import PLAN, UNREADABLE, job_folders, job_statuses, planned_jobs, show_statuses
 
 
 class SweepSummary(Callback):
-    """Writes the planned jobs to `jobs.txt`; at the end prints a table, and exits with 1 if any job failed."""
+    """Writes `jobs.txt`, the planned jobs; at the end prints a table, and exits with 1 if any job failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         remember_folder(f"hydra.sweep.dir={config.hydra.sweep.dir}")
@@ -33,7 +33,7 @@ class SweepSummary(Callback):
         show_statuses(jobs)
         if not is_grid(config) and (sentence := describe_best(folders, config.get("goal_l0"))):
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-        if any(job.status == "failed" for job in jobs):
+        if any(job.status in ("failed", UNREADABLE) for job in jobs):
             sys.exit(1)
 
 

@@ -1,8 +1,7 @@
 """Collect the jobs of a sweep into one table with one row per job."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +9,50 @@ import pandas as pd
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from sae_lab.runs.config import config_file, read_config
+from sae_lab.runs.config import config_file, read_config, read_environment_keys, read_yaml
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.files import write_atomically
+from sae_lab.runtime.os_errors import reason_of
 from sae_lab.runtime.plain_text import for_csv
-from sae_lab.sweeps.status import job_folders, job_name, read_status
+from sae_lab.runtime.private import public
+from sae_lab.sweeps.labels import hide_values, label_jobs, label_settings
+from sae_lab.sweeps.status import UNREADABLE, has_config, job_folders, job_name, read_json, read_status
 
 RESOLVED = ("sae", "k", "expansion", "n_latents", "seed")
 
 
 @dataclass(frozen=True)
 class JobRecord:
-    """Content of a run folder: overrides, choices of config groups, config and metrics (empty until it is complete)."""
+    """Content of a run folder: overrides, choices of config groups, config and metrics (empty until it is complete).
+
+    `from_environment` are the keys of the config whose values came from the environment.
+    """
 
     folder: Path
     overrides: dict[str, Any]
     choices: dict[str, Any]
     config: DictConfig
     metrics: dict[str, float]
+    from_environment: list[str] = field(default_factory=list)
+    status: str = UNREADABLE
+    reason: str | None = None
 
-    def setting(self, key: str) -> Any:
+    def value(self, key: str) -> Any:
         """Return the value of a key or the choice of a config group, overridden or not; None if this job has none."""
         # The config first, because interpolations are resolved there. A config group is a mapping there, without the
         # name of its choice.
         value = OmegaConf.select(self.config, key, throw_on_resolution_failure=False)
         if value is None or OmegaConf.is_dict(value):
             value = self.overrides.get(key, self.choices.get(key))
-        return _plain(value)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+    def setting(self, key: str) -> Any:
+        """Return the value of a key as the cell of a table."""
+        return _plain(self.value(key))
+
+    def shown(self, key: str) -> Any:
+        """Return the setting as it may leave the machine."""
+        return _plain(public(self.value(key), self.from_environment, key))
 
     def resolved(self) -> dict[str, Any]:
         """Return sae, k, expansion, n_latents and seed. Sizes come from metrics.json if the run is complete."""
@@ -49,6 +66,9 @@ class JobRecord:
         if {"n_latents", "d_in"} <= self.metrics.keys() and "expansion" not in self.overrides:
             # If n_latents was given instead, the default of expansion is not the real one.
             options["expansion"] = _number(self.metrics["n_latents"] / self.metrics["d_in"])
+        for key in RESOLVED[1:]:
+            if not (options[key] is None or isinstance(options[key], int | float)):
+                raise UserError(f"{config_file(self.folder)} has {key}={options[key]}, which must be a number.")
         return options
 
 
@@ -62,20 +82,28 @@ def _takes_k(sae: Any) -> bool:
 def collect_table(sweep_dir: Path | str) -> pd.DataFrame:
     """Return a table with one row per started job: `job`, its settings, `status`, then its metrics.
 
+    A job that cannot be read has a row without settings and metrics, and its reason in the column `reason`. Settings
+    show no secrets and no folders (sweeps/labels.py).
+
     The settings are all columns between `job` and `status`: sae, k (blank for an SAE without k), expansion, n_latents,
     seed, and every key that at least one job overrode (jobs without that override get the value of their config).
     Metrics under the batch-wise rule are named `train_mode/<metric>`.
     """
     root = Path(sweep_dir)
-    jobs = [read_record(folder) for folder in started_jobs(root)]
-    keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
-    rows = []
-    for job in jobs:
-        settings = {key: job.setting(key) for key in keys} | job.resolved()
-        status = {"status": read_status(job.folder)[0]}
-        rows.append({"job": job_name(root, job.folder)} | settings | status | job.metrics)
-    columns = dict.fromkeys(column for row in rows for column in row)
-    return pd.DataFrame({column: _series([row.get(column) for row in rows]) for column in columns})
+    jobs = [try_to_read(folder) for folder in started_jobs(root)]
+    keys = dict.fromkeys(key for job in jobs for key in job.overrides)
+    settings = [{key: job.setting(key) for key in keys} | job.resolved() for job in jobs]
+    shown = [{key: job.shown(key) for key in keys if key not in RESOLVED} for job in jobs]
+    table: dict[str, list[Any]] = {"job": [job_name(root, job.folder) for job in jobs]}
+    for column in dict.fromkeys(column for row in settings for column in row):
+        values = [row[column] for row in settings]
+        table[column] = label_settings(values, [row.get(column, v) for row, v in zip(shown, values, strict=True)])
+    table["status"] = [job.status for job in jobs]
+    if any(job.reason for job in jobs):
+        table["reason"] = [job.reason for job in jobs]
+    for metric in dict.fromkeys(name for job in jobs for name in job.metrics):
+        table[metric] = [job.metrics.get(metric) for job in jobs]
+    return pd.DataFrame({column: _series(values) for column, values in table.items()})
 
 
 def _series(values: list[Any]) -> pd.Series:
@@ -86,36 +114,58 @@ def _series(values: list[Any]) -> pd.Series:
 
 def started_jobs(root: Path) -> list[Path]:
     """Return the folders of the jobs that have started."""
-    return [folder for folder in job_folders(root) if config_file(folder).is_file()]
+    return [folder for folder in job_folders(root) if has_config(folder)]
+
+
+def try_to_read(folder: Path) -> JobRecord:
+    """Read a run folder. The record of one that is damaged holds its reason, and neither settings nor metrics."""
+    try:
+        record = read_record(folder)
+        record.resolved()
+        return record
+    except Exception as e:  # damage may raise anything; it must not end the report on the other jobs
+        reason = hide_values(folder, reason_of(e))
+        return JobRecord(folder, {}, {}, OmegaConf.create(), {}, reason=reason)
 
 
 def read_record(folder: Path) -> JobRecord:
-    """Read a run folder."""
-    hydra = folder / ".hydra"
-    runtime = _load(hydra / "hydra.yaml")
-    choices = OmegaConf.select(runtime, "hydra.runtime.choices", throw_on_resolution_failure=False) or {}
+    """Read a run folder.
+
+    Raises:
+        UserError: its status cannot be told, because a file is damaged. Other damage may raise anything.
+    """
+    hydra, (status, detail) = folder / ".hydra", read_status(folder)
+    if status == UNREADABLE:
+        raise UserError(detail)
     return JobRecord(
         folder=folder,
         overrides=read_overrides(hydra / "overrides.yaml"),
-        choices=dict(choices),
+        choices=read_choices(hydra / "hydra.yaml"),
         config=read_config(folder),
         metrics=read_metrics(folder / "metrics.json"),
+        from_environment=read_environment_keys(folder),
+        status=status,
     )
+
+
+def read_choices(path: Path) -> dict[str, Any]:
+    """Return the choices of config groups of a run; empty if it was started from Python."""
+    if not path.is_file():
+        return {}
+    runtime = read_yaml(path)
+    for key in ("hydra", "runtime", "choices"):
+        runtime = runtime.get(key, {}) if isinstance(runtime, dict) else {}
+    return {name: choice for name, choice in runtime.items() if isinstance(choice, str)}
 
 
 def read_overrides(path: Path) -> dict[str, Any]:
     """Return the overrides of a run; empty if it was started from Python."""
     if not path.is_file():
         return {}
-    overrides = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # `lr=${k}` stays a string
-    assert isinstance(overrides, list), path
+    overrides = read_yaml(path)  # `lr=${k}` stays a string
+    if not isinstance(overrides, list):
+        raise UserError(f"{path} holds no list of overrides: restore it, or train again.")
     return parse_overrides([str(o) for o in overrides])
-
-
-def _load(path: Path) -> DictConfig:
-    config = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
-    assert isinstance(config, DictConfig), path
-    return config
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
@@ -126,12 +176,7 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
 
 def read_metrics(path: Path) -> dict[str, float]:
     """Return the numbers in a metrics.json, nested ones as outer/inner; empty if there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(_numbers(json.loads(path.read_text(encoding="utf-8"))))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path} is not JSON ({e}): evaluate that run again, or move its folder away.") from e
+    return dict(_numbers(read_json(path))) if path.is_file() else {}
 
 
 def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -181,4 +226,6 @@ def named_after_settings(table: pd.DataFrame) -> bool:
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
     """Write the table with all columns and digits; no cell is a formula to a spreadsheet."""
-    table.map(lambda value: for_csv(value) if isinstance(value, str) else value).to_csv(path, index=False)
+    table = table.assign(job=label_jobs(list(table["job"])))
+    text = table.map(lambda value: for_csv(value) if isinstance(value, str) else value).to_csv(index=False)
+    write_atomically(path, text.encode())

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.files import write_atomically
+from sae_lab.runtime.os_errors import naming
 
 
 class CSVLog(Logger):
@@ -50,7 +51,7 @@ class CSVLog(Logger):
             self._columns = columns
             write_atomically(self.path, self._format_csv(self._rows, header=True).encode())
         else:
-            with self.path.open("a", newline="") as f:
+            with naming(self.path), self.path.open("a", newline="") as f:
                 f.write(self._format_csv([row]))
 
     def _read_rows_before(self, step: int) -> list[dict[str, Any]]:
