@@ -1,6 +1,7 @@
 """Entry point of every command: runs Hydra over conf/, and reports a user's mistake in one sentence."""
 
 import functools
+import logging
 import os
 import signal
 import sys
@@ -68,6 +69,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 for signum in stopping_signals():
                     if signum != signal.SIGINT:  # which stays a KeyboardInterrupt
                         signal.signal(signum, raise_interrupted)
+                # On a full disk, a line of the log is lost without a traceback: the run says so when it saves.
+                logging.raiseExceptions = False
                 os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing, so one sentence is left
                 run_or_explain(run, config_name)
 

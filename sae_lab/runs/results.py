@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from sae_lab import plots
 from sae_lab.evaluation.evaluator import Evaluation
+from sae_lab.runs.tables import read_numbers
 from sae_lab.runtime.files import write_json
 from sae_lab.saes.base import BaseSAE
 
@@ -23,9 +22,8 @@ def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[P
     ]
     if "relative_norm" in evaluation.tables:
         written.append(plots.relative_norm(evaluation.tables["relative_norm"], figures / "relative_norm.png"))
-    log_file = run_dir / "metrics.csv"
-    if log_file.is_file():
-        written.append(plots.training_curves(pd.read_csv(log_file), figures / "training.png"))
+    if (logged := read_numbers(run_dir / "metrics.csv", [])) is not None:
+        written.append(plots.training_curves(logged, figures / "training.png"))
     return [write_metrics(evaluation.metrics, sae, run_dir / "metrics.json"), *written]
 
 

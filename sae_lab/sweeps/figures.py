@@ -1,22 +1,18 @@
 """Draw the figures of a sweep from its table."""
 
-import logging
 import re
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from sae_lab import plots
-from sae_lab.runtime.os_errors import reason_of
+from sae_lab.runs.tables import read_numbers
 from sae_lab.sweeps.labels import label_jobs
 from sae_lab.sweeps.status import drop_shared_overrides
 from sae_lab.sweeps.table import RESOLVED, cell_text, named_after_settings, setting_columns
 
 L0_COLUMNS = ["l0", "bos", "other"]
 COMPARED = ("nmse", "ce_degradation")
-
-log = logging.getLogger(__name__)
 
 
 def line_names(table: pd.DataFrame) -> pd.Series:
@@ -101,32 +97,13 @@ def draw_frontier(done: pd.DataFrame, figures: Path) -> list[Path]:
 def draw_l0(done: pd.DataFrame, folder: Path) -> list[Path]:
     """Plot histograms of L0 for the largest dictionary of each line, at every k."""
     found = [read_numbers(folder / job / "figures" / "l0_per_token.csv", L0_COLUMNS) for job in done["job"]]
-    kept = done.assign(l0_table=found)[[table is not None for table in found]]
+    kept = done.assign(l0_table=pd.Series(found, done.index, dtype=object))[[table is not None for table in found]]
     if kept.empty:
         return []
     kept = kept[kept["n_latents"] == kept.groupby("line")["n_latents"].transform("max")]
     which = zip(kept["l0_table"], kept["line"], kept["k"], strict=True)
     tables = [table.assign(line=line, k=k) for table, line, k in which]
     return [plots.l0_by_line(pd.concat(tables), folder / "figures" / "l0_per_token.png")]
-
-
-def read_numbers(file: Path, columns: list[str]) -> pd.DataFrame | None:
-    """Read a table of a run; None if there is none or, with a warning, if it is damaged.
-
-    Args:
-        columns: those that must be there, full of numbers. [] for a log, in which all columns are numbers or blank.
-    """
-    try:
-        if not file.is_file() or not file.stat().st_size:
-            return None
-        table = pd.read_csv(file)
-        numbers = (table[columns] if columns else table).astype(float)
-        if columns and not np.isfinite(numbers.to_numpy()).all():
-            raise ValueError("a number is missing")
-        return table
-    except (OSError, ValueError, LookupError) as e:
-        log.warning("%s is left out of the figures: %s", file, reason_of(e))
-        return None
 
 
 def draw_run(folder: Path) -> list[Path]:

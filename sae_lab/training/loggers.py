@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.files import write_atomically
-from sae_lab.runtime.os_errors import naming
+from sae_lab.runtime.os_errors import naming, reason_of
 
 
 class CSVLog(Logger):
@@ -55,12 +55,25 @@ class CSVLog(Logger):
                 f.write(self._format_csv([row]))
 
     def _read_rows_before(self, step: int) -> list[dict[str, Any]]:
-        """Return the rows of an existing file from before this step."""
+        """Return the rows of an existing file from before this step.
+
+        Raises:
+            UserError: the file is damaged. (Half a line at its end is none: a full disk leaves it, and it is repeated.)
+        """
         if not self.path.is_file():
             return []
-        with self.path.open(newline="") as f:
-            rows = [{name: value for name, value in r.items() if value} for r in csv.DictReader(f)]
-        return [r for r in rows if float(r["step"]) < step]
+        try:
+            whole, _, _ = self.path.read_text().rpartition("\n")
+            rows = [{name: value for name, value in r.items() if value} for r in csv.DictReader(io.StringIO(whole))]
+            kept = [r for r in rows if float(r["step"]) < step]
+            for row in kept:
+                [float(value) for value in row.values()]
+        except (ValueError, KeyError, TypeError, csv.Error) as e:
+            raise UserError(
+                f"{self.path} is damaged ({reason_of(e)}): move it away, then type the same command again. The log "
+                "begins anew, the run does not."
+            ) from e
+        return kept
 
     def _format_csv(self, rows: list[dict[str, Any]], header: bool = False) -> str:
         text = io.StringIO()
