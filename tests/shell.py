@@ -35,12 +35,20 @@ class Forked:
     Args:
         cwd: the folder that it runs in; None for this process's.
         threads: how many torch may use.
+        env: changes of the environment.
     """
 
-    def __init__(self, *overrides: str, module: str = "train", cwd: Path | None = None, threads: int = 1):
+    def __init__(
+        self,
+        *overrides: str,
+        module: str = "train",
+        cwd: Path | None = None,
+        threads: int = 1,
+        env: dict[str, str] | None = None,
+    ):
         self._said = tempfile.TemporaryDirectory()
         self.overrides = overrides
-        arguments = (f"sae_lab.{module}", overrides, self._said.name, str(cwd or Path.cwd()), threads)
+        arguments = (f"sae_lab.{module}", overrides, self._said.name, str(cwd or Path.cwd()), threads, env or {})
         self.process = FORKS.Process(target=body, args=arguments)
         self.process.start()
 
@@ -61,7 +69,7 @@ class Forked:
         return subprocess.CompletedProcess([*self.overrides], self.process.exitcode, stdout, stderr)
 
 
-def body(module: str, overrides: tuple[str, ...], said: str, cwd: str, threads: int) -> None:
+def body(module: str, overrides: tuple[str, ...], said: str, cwd: str, threads: int, env: dict[str, str]) -> None:
     """In the new process: an entry point, as `python -m` would start it."""
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         with Path(said, name).open("wb") as file:
@@ -69,6 +77,7 @@ def body(module: str, overrides: tuple[str, ...], said: str, cwd: str, threads: 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the suite runs under nohup
     os.chdir(cwd)
+    os.environ.update(env)
     entry = import_module(module)
     torch.set_num_threads(threads)
     sys.argv = [str(entry.__file__), *overrides]

@@ -41,7 +41,7 @@ USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
 NAMED = re.compile(r"([\w.@/+-]+)([=:] ?)([^\s,&;'\"\]})]+)")
 """A setting in a text: `lm.token=abc`, `password: abc`, `?sig=abc`."""
 
-PATH = re.compile(r"(?<![\w.:/~)\]}>%$])(?:file://)?(?:~[\w.-]*|\.\.)?/(?!/)[^\s'\"`,;:()\[\]{}<>|=]+")
+PATH = re.compile(r"(?<![\w.:/~)\]}>%$*])(?:file://)?(?:~[\w.-]*|\.\.)?/(?!/)[^\s'\"`,;:()\[\]{}<>|=]+")
 """A path in a text that starts at the root, at a home folder or above the working directory."""
 
 
@@ -84,16 +84,19 @@ def public_path(path: str) -> str:
     What is lost is the folder. It is still in the config of the run, which stays where the run is.
     """
     full = Path(os.path.abspath(os.path.expanduser(path.removeprefix("file://"))))  # noqa: PTH100, PTH111 (no links)
-    here, mine = Path.cwd(), own_names()
-    inside = full.relative_to(here) if here != Path(here.root) and full.is_relative_to(here) else None
-    if inside is not None and not mine & {*inside.parts}:
-        return inside.as_posix()
-    return HIDDEN if full.name in mine else full.name
+    here = Path.cwd()
+    if here != Path(here.root) and full.is_relative_to(here):
+        inside = full.relative_to(here).as_posix()
+        if not tells_of_user(inside):
+            return inside
+    return HIDDEN if tells_of_user(full.name) else full.name
 
 
-def own_names() -> set[str]:
-    """Return the names by which a path tells of the user: of the login and of the home folder."""
-    return {os.environ.get("LOGNAME", ""), os.environ.get("USER", ""), os.path.basename(os.path.expanduser("~"))}  # noqa: PTH111, PTH119
+def tells_of_user(text: str) -> bool:
+    """Return whether a text holds the name of the login or of the home folder as a word."""
+    home = Path(os.path.expanduser("~")).name  # noqa: PTH111 (does not raise where there is no home)
+    names = {os.environ.get("LOGNAME", ""), os.environ.get("USER", ""), home} - {""}
+    return any(re.search(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", text) for name in names)
 
 
 def hide_secrets(text: str, key: str = "") -> str:
@@ -140,7 +143,9 @@ def keys_from_environment(cfg: DictConfig) -> list[str]:
         for key, text in texts:
             if "${" in text:
                 asked.clear()
-                OmegaConf.to_container(OmegaConf.create([OmegaConf.select(cfg, key)]), resolve=True)
+                value = OmegaConf.select(cfg, key)
+                if OmegaConf.is_config(value):
+                    OmegaConf.to_container(value, resolve=True)
                 found += [key] if asked else []
     finally:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
