@@ -15,15 +15,16 @@ def main(cfg: DictConfig) -> None:
     from sae_lab.sweeps.figures import draw_sweep
     from sae_lab.sweeps.headline import headline, markdown, show_headline
     from sae_lab.sweeps.status import all_jobs, job_statuses, show_statuses
-    from sae_lab.sweeps.table import collect_table, complete_jobs, started_jobs, write_csv
+    from sae_lab.sweeps.table import collect_table, complete_jobs, mark_unreadable, write_csv
 
     folder = folder_from(cfg, "sweep_dir")
     jobs = job_statuses(folder, all_jobs(folder))
+    table = collect_table(folder)
+    jobs = mark_unreadable(jobs, table)
     if {job.status for job in jobs} != {"complete"}:
         show_statuses(jobs)
-    if not started_jobs(folder):
+    if table.empty:
         return
-    table = collect_table(folder)
     done = complete_jobs(table)
     if copies := (table["status"] == "complete").sum() - len(done):
         log.warning("%d jobs repeat others in every setting and the seed: counted once (report.csv has them).", copies)

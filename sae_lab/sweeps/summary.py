@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sae_lab.cli.entry import remember_folder
 from sae_lab.runtime.files import write_atomically
+from sae_lab.runtime.os_errors import reason_of
 from sae_lab.runtime.screen import console
 from sae_lab.sweeps.search import describe_best
 from sae_lab.sweeps.status import PLAN, UNREADABLE, job_folders, job_statuses, planned_jobs, show_statuses
@@ -24,7 +25,10 @@ class SweepSummary(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         remember_folder(f"hydra.sweep.dir={config.hydra.sweep.dir}")
         names = plan_job_names(config)
-        write_atomically(Path(config.hydra.sweep.dir) / PLAN, "".join(f"{name}\n" for name in names).encode())
+        try:
+            write_atomically(Path(config.hydra.sweep.dir) / PLAN, "".join(f"{name}\n" for name in names).encode())
+        except OSError as e:  # Hydra would warn of an exception of a callback, with its place in the code, and go on
+            sys.exit(f"train: {reason_of(e)}")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         root = Path(config.hydra.sweep.dir)

@@ -16,7 +16,7 @@ from sae_lab.runtime.os_errors import reason_of
 from sae_lab.runtime.plain_text import for_csv
 from sae_lab.runtime.private import public
 from sae_lab.sweeps.labels import hide_values, label_jobs, label_settings
-from sae_lab.sweeps.status import UNREADABLE, has_config, job_folders, job_name, read_json, read_status
+from sae_lab.sweeps.status import UNREADABLE, JobStatus, has_config, job_folders, job_name, read_json, read_status
 
 RESOLVED = ("sae", "k", "expansion", "n_latents", "seed")
 
@@ -104,6 +104,13 @@ def collect_table(sweep_dir: Path | str) -> pd.DataFrame:
     for metric in dict.fromkeys(name for job in jobs for name in job.metrics):
         table[metric] = [job.metrics.get(metric) for job in jobs]
     return pd.DataFrame({column: _series(values) for column, values in table.items()})
+
+
+def mark_unreadable(jobs: list[JobStatus], table: pd.DataFrame) -> list[JobStatus]:
+    """Return the statuses with those of jobs that turned out to be damaged when their row was read."""
+    damaged = table[table["status"] == UNREADABLE]
+    reasons = dict(zip(damaged["job"], damaged["reason"], strict=True)) if len(damaged) else {}
+    return [JobStatus(job.job, UNREADABLE, reasons[job.job]) if job.job in reasons else job for job in jobs]
 
 
 def _series(values: list[Any]) -> pd.Series:
