@@ -63,6 +63,6 @@ def naming(path: Path) -> Iterator[None]:
         error = e if isinstance(e, OSError) else e.__context__
         if not isinstance(error, OSError):
             raise
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise error from None
