@@ -5,18 +5,25 @@
     Literal["row", "batch"]             "row or batch"
 
 YAML reads 1e3 as a float, so a whole float is accepted for int, and converted. An int is accepted for float, and stays
-an int. Bools and strings are not numbers, and numbers must be finite.
+an int. Bools and strings are not numbers, numbers must be finite, and whole numbers must fit into 64 bits, as in torch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 
-NOUNS = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), str: ("a string", "strings")}
+NOUNS: dict[type, tuple[str, str]] = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("a string", "strings"),
+    Path: ("a path", "paths"),
+}
+LARGEST = 2**63 - 1
 LISTS = (list, Sequence)
 BOUNDS = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
 
@@ -29,11 +36,11 @@ class ErrorMessage:
 
 
 def is_setting(annotation: Any) -> bool:
-    """Return whether the annotation is of plain values that YAML can hold: numbers, strings, bools, null, lists."""
+    """Return whether the annotation is of plain values that YAML can hold: numbers, strings, paths, bools, null, lists."""
     if get_origin(annotation) is Literal:
         return True
     parts = parts_of(annotation)
-    return all(map(is_setting, parts)) if parts else annotation in (int, float, bool, str, NoneType)
+    return all(map(is_setting, parts)) if parts else annotation in (*NOUNS, bool, NoneType)
 
 
 def parts_of(annotation: Any) -> tuple[Any, ...]:
@@ -64,9 +71,9 @@ def strict(annotation: Any) -> Any:
     if origin in LISTS:
         return Annotated[list[strict(arguments[0])], BeforeValidator(as_list)]  # type: ignore[misc]
     if annotation is int:
-        return Annotated[int, Strict(), BeforeValidator(as_int)]
+        return Annotated[int, Strict(), Ge(-LARGEST), Le(LARGEST), BeforeValidator(as_int)]
     if annotation is float:
-        return Annotated[int, Strict()] | Annotated[float, Strict(), AllowInfNan(False)]
+        return Annotated[int, Strict(), Ge(-LARGEST), Le(LARGEST)] | Annotated[float, Strict(), AllowInfNan(False)]
     return Annotated[bool, Strict()] if annotation is bool else annotation
 
 
@@ -80,14 +87,25 @@ def as_list(value: Any) -> Any:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-def describe_mistake(annotation: Any) -> str:
+def describe_mistake(annotation: Any, value: Any) -> str:
     """Return the message about a wrong value, to follow the value: "must be ...", or "is not known: choose ..."."""
+    if is_too_large(annotation, value):
+        return f"is too large: a whole number is at most {LARGEST}"
     if messages := metadata(annotation, ErrorMessage):
         return messages[0].text
     members = union_members(annotation)
     if any(get_origin(member) is Literal for member in members):
         return f"is not known: choose {join_with_or(choice for member in members for choice in choices(member))}"
     return f"must be {join_with_or(map(describe, members))}"
+
+
+def is_too_large(annotation: Any, value: Any) -> bool:
+    """Return whether the value is a whole number that only has too many digits."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    takes_int = int in (annotation, *parts_of(annotation)) or any(
+        int in parts_of(part) for part in parts_of(annotation)
+    )
+    return takes_int and number and LARGEST < value < float("inf")
 
 
 def union_members(annotation: Any) -> list[Any]:

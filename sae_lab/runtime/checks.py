@@ -3,14 +3,15 @@
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, get_type_hints
 
-from omegaconf import DictConfig
+from omegaconf import Container, DictConfig, OmegaConf
 
 from sae_lab.runtime.annotations import describe_mistake, is_setting, validator
 from sae_lab.runtime.errors import SettingError
 
+PLAIN = (str, int, float, list, dict, Container, type(None))
 AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
 
 
@@ -20,9 +21,9 @@ def check_arguments(function: AnyCallable) -> AnyCallable:
         @check_arguments
         def __init__(self, k_warmup: Annotated[int, Ge(0)] = 0, auxk_selection: Literal["row", "batch"] = "row"): ...
 
-    annotations.py defines which annotations are checked. Arguments with other annotations, defaults, `*args` and
-    `**kwargs` are not checked. A call raises a SettingError if a value does not fit, and Python's own TypeError if an
-    argument is unknown or missing.
+    annotations.py defines which annotations are checked. An argument annotated with another class only must not be a
+    plain value of YAML. Arguments with other annotations, defaults, `*args` and `**kwargs` are not checked. A call
+    raises a SettingError if a value does not fit, and Python's own TypeError if an argument is unknown or missing.
     """
     if isinstance(function, type):
         function.__init__ = check_arguments(function.__init__)  # type: ignore[misc]
@@ -37,7 +38,9 @@ def check_arguments(function: AnyCallable) -> AnyCallable:
             given = signature.bind(*args, **kwargs)
         except TypeError:
             return function(*args, **kwargs)  # raises Python's own TypeError
-        given.arguments |= check_values(function, {n: v for n, v in given.arguments.items() if n in names})
+        values = {n: v for n, v in given.arguments.items() if n in names}
+        check_objects(function, values)
+        given.arguments |= check_values(function, values)
         return function(*given.args, **given.kwargs)
 
     return checked  # type: ignore[return-value]
@@ -70,6 +73,23 @@ def check_values(function: Callable[..., Any], values: Mapping[str, Any]) -> dic
     return {name: check_value(name, value, settings[name]) for name, value in values.items() if name in settings}
 
 
+def check_objects(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Raise a SettingError for a plain value of YAML where the function takes an object of a class."""
+    for name, cls in classes_of(function).items():
+        if name in values and isinstance(values[name], PLAIN) and not isinstance(values[name], cls):
+            raise SettingError(
+                f"{{{name}}}={show(values[name])} must be a part of the config that builds a {cls.__name__}: "
+                f"leave out this override, and set the keys below {{{name}}}."
+            )
+
+
+@functools.cache
+def classes_of(function: Callable[..., Any]) -> dict[str, type]:
+    """Return the arguments of a function that are objects of a class, and no settings: their names and classes."""
+    hints = {name: hint for name, hint in get_type_hints(function).items() if name != "return" and hint is not Any}
+    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and not is_setting(hint)}
+
+
 def check_value(name: str, value: Any, annotation: Any) -> Any:
     """Return the value of the setting `name`, converted to its annotated type.
 
@@ -79,9 +99,21 @@ def check_value(name: str, value: Any, annotation: Any) -> Any:
     try:
         return validator(annotation)(value)
     except ValueError:
-        raise SettingError(f"{{{name}}}={show(value)} {describe_mistake(annotation)}.") from None
+        raise SettingError(f"{{{name}}}={show(value)} {describe_mistake(annotation, value)}.") from None
 
 
 def show(value: Any) -> str:
+    """Return a value as YAML writes it, on one line of at most 100 characters, for the sentence of a SettingError."""
+    text = " ".join(written(value).split()) or "''"
+    return (text if len(text) <= 100 else f"{text[:97]}...").replace("{", "{{").replace("}", "}}")
+
+
+def written(value: Any) -> str:
     """Return a value as YAML writes it."""
+    if isinstance(value, Container):
+        value = OmegaConf.to_container(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {written(child)}' for key, child in value.items())}}}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{','.join(map(written, value))}]"
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

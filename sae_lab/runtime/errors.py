@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class SettingError(UserError):
-    """A mistake in a setting. `{name}` in the sentence stands for the full key of the argument `name`.
+    """A mistake in a setting. `{name}` in the sentence stands for the full key of the argument `name`, `{{` for a brace.
 
     `SettingError("{k}=0 must be above 0.")` reads `k=0 must be above 0.` in Python. After `under("sae.inner")` it reads
     `sae.inner.k=0 must be above 0.` Code that knows the config also sets `typed`: it maps a key to the one that the
@@ -34,7 +34,7 @@ class SettingError(UserError):
         return key
 
     def __str__(self) -> str:
-        return re.sub(r"\{(\w+)\}", lambda name: self.key(name[1]), self.sentence)
+        return re.sub(r"\{\{|\}\}|\{(\w+)\}", lambda m: self.key(m[1]) if m[1] else m[0][0], self.sentence)
 
 
 class FolderInUse(UserError):

@@ -10,4 +10,4 @@ def nth_generator(seed: int, n: int) -> torch.Generator:
     give different generators for n up to a million. Do not change the prime: existing checkpoints and caches rely on
     its numbers.
     """
-    return torch.Generator().manual_seed(seed * 1_000_003 + n)
+    return torch.Generator().manual_seed((seed * 1_000_003 + n) % 2**64)

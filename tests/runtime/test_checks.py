@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 import pytest
@@ -17,6 +18,7 @@ from sae_lab.saes import TopKSAE
 
 COUNT = Annotated[int, Ge(0)]
 RATE = Annotated[float, Gt(0), Le(1)]
+OTHER = object()
 PAIR = Annotated[list[Annotated[float, Ge(0), Lt(1)]], Len(2, 2), ErrorMessage("must be two numbers")]
 
 
@@ -50,7 +52,7 @@ def checked(annotation: Any, value: Any) -> Any:
         (Sequence[str] | str, "one", "one"),
         (PAIR, ListConfig([0, 0.99]), [0, 0.99]),
         (dict[str, int], {"a": "anything"}, {"a": "anything"}),
-        (TopKSAE, "anything", "anything"),
+        (TopKSAE, OTHER, OTHER),
     ],
 )
 def test_what_fits_is_passed_on_as_it_is_meant(annotation, value, meant):
@@ -75,6 +77,10 @@ def test_what_fits_is_passed_on_as_it_is_meant(annotation, value, meant):
         (bool | Literal["auto"], "yes", "is not known: choose true, false or auto"),
         *((list[COUNT], value, "must be a list of whole numbers of at least 0") for value in ([-1], 3, "3", [True])),
         *((PAIR, value, "must be two numbers") for value in (0.9, [0.9], [0.9, 1], [0, 0, 0])),
+        *((hint, 1e30, "is too large: a whole number is at most 9223372036854775807") for hint in (COUNT, int | None)),
+        (COUNT, 10**25, "is too large: a whole number is at most 9223372036854775807"),
+        (str | Path, 3, "must be a string or a path"),
+        (TopKSAE, "anything", "must be a part of the config that builds a TopKSAE: leave out .* below setting"),
     ],
 )
 def test_what_does_not_fit_is_told(annotation, value, sentence):
@@ -82,7 +88,13 @@ def test_what_does_not_fit_is_told(annotation, value, sentence):
         checked(annotation, value)
 
 
-@pytest.mark.parametrize(("value", "shown"), [(None, "null"), (True, "true"), ("x", "x"), (ListConfig([1]), "[1]")])
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        *((None, "null"), (True, "true"), ("x", "x"), ("", "''"), (ListConfig([1, None, "a"]), "[1,null,a]")),
+        *(({"a": [True]}, "{a: [true]}"), ("{k}", "{k}"), ("a\nb", "a b"), ("x" * 200, f"{'x' * 97}...")),
+    ],
+)
 def test_a_value_is_shown_as_yaml_writes_it(value, shown):
     with pytest.raises(SettingError) as e:
         checked(RATE, value)
