@@ -20,14 +20,20 @@ class Options(TypedDict):
     dead_share: Annotated[float, Ge(0), Le(1)]
     dense: bool
     repeats: Annotated[int, Ge(1)]
+    k: Annotated[float, Ge(0)]
+    device: str
+    pursuit: str | None
+    run_dir: str
 
 
 @entry_point("benchmark")
 def main(cfg: DictConfig) -> float:
     from sae_lab.studies.pursuit_cost import benchmark_pursuit
     from sae_lab.studies.step_cost import benchmark_step
+    from sae_lab.training.options import check_optimizer
 
     check_config(cfg, Options)
+    check_optimizer(cfg)
     return benchmark_step(cfg)["step_ms"] if cfg.pursuit is None else benchmark_pursuit(cfg)["ms"]["pursuit"]
 
 

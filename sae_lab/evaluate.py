@@ -1,8 +1,24 @@
 """Evaluate a run again, or its SAE by another rule or encoder: `python -m sae_lab.evaluate run_dir=outputs/...`."""
 
+from collections.abc import Sequence
+from typing import Annotated, TypedDict
+
+from annotated_types import Ge
 from omegaconf import DictConfig
 
-from sae_lab.cli.entry import entry_point, folder_from
+from sae_lab.cli.entry import entry_point, folder_from, section_from
+from sae_lab.runtime.checks import check_config
+
+
+class Options(TypedDict):
+    """The options of conf/evaluate.yaml."""
+
+    sae_dir: str | None
+    activation: str | None
+    n_eval_tokens: Annotated[int, Ge(1)] | None
+    device: str
+    trust: Sequence[str] | str
+    encoder: str
 
 
 @entry_point("evaluate")
@@ -21,6 +37,8 @@ def main(cfg: DictConfig) -> None:
     from sae_lab.runtime.screen import print_files, print_metrics
     from sae_lab.saes.files import sae_folder
 
+    check_config(cfg, Options)
+    k = section_from(cfg, "pursuit").k
     run_dir = folder_from(cfg, "run_dir")
     folder = run_dir if cfg.sae_dir is None else sae_folder(folder_from(cfg, "sae_dir"))
     if cfg.activation is not None and cfg.encoder != "own":
@@ -32,9 +50,9 @@ def main(cfg: DictConfig) -> None:
         print_metrics(metrics, folder)
         print_files([write_metrics(metrics, sae, folder / f"metrics_{cfg.activation}.json")])
     elif cfg.encoder != "own":
-        metrics = compare_encoders(sae, cfg.encoder, cfg.pursuit.k, data)
+        metrics = compare_encoders(sae, cfg.encoder, k, data)
         print_metrics(metrics["own"] | {"train_mode": metrics[cfg.encoder]}, folder, ("own", cfg.encoder))
-        print_files([write_comparison(metrics, cfg.encoder, cfg.pursuit.k, folder)])
+        print_files([write_comparison(metrics, cfg.encoder, k, folder)])
     else:
         evaluation = evaluate(sae, data)
         print_metrics(evaluation.metrics, folder)

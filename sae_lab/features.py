@@ -1,5 +1,6 @@
 """Write a searchable page about a run's latents: `python -m sae_lab.features run_dir=outputs/...`."""
 
+from collections.abc import Sequence
 from typing import Annotated, TypedDict
 
 from annotated_types import Ge
@@ -10,7 +11,7 @@ from sae_lab.runtime.checks import check_config
 
 
 class Options(TypedDict):
-    """The numbers of conf/features.yaml."""
+    """The options of conf/features.yaml."""
 
     n_latents: Annotated[int, Ge(1)]
     n_tokens: Annotated[int, Ge(1)]
@@ -19,6 +20,8 @@ class Options(TypedDict):
     context: Annotated[int, Ge(0)]
     n_logits: Annotated[int, Ge(0)]
     n_neighbours: Annotated[int, Ge(0)]
+    device: str
+    trust: Sequence[str] | str
 
 
 @entry_point("features")

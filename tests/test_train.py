@@ -325,7 +325,7 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         (["init_from=nowhere"], ["nowhere is not a folder, file or release", "give a path"]),
         (["resume=maybe"], ["resume=maybe is not known", "never"]),
         (["optimizer.betas=0.9"], ["optimizer.betas=0.9 must be two numbers from 0 to below 1, such as [0.9,0.99]"]),
-        (["optimizer.betas=[0.9,1]"], ["optimizer.betas=[0.9, 1] must be two numbers"]),
+        (["optimizer.betas=[0.9,1]"], ["optimizer.betas=[0.9,1] must be two numbers"]),
         (["optimizer.eps=abc"], ["optimizer.eps=abc must be a number of at least 0"]),
         (
             ["optimizer.weight_decay=1e-4"],
@@ -337,7 +337,7 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
             ["schedule.warmup=1000 must be a share of the run's steps", "type schedule.warmup=0.5"],
         ),
         (["+callbacks.mine._target_=nope.Nope"], ["callbacks.mine._target_=nope.Nope cannot be imported"]),
-        (["callbacks=null"], ["a config group was given null"]),
+        (["callbacks=null"], ["callbacks=null names no choice of callbacks: type", "one of keep_saes, none"]),
         (["data=text_files", "data.paths=5"], ["data.paths=5 must be a list of globs"]),
         (["trainer.accelerator=tpu"], ["trainer.accelerator=tpu is not known: choose auto"]),
         (["lm.sites=null"], ["lm.sites=null must name at least one site"]),

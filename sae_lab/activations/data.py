@@ -20,6 +20,7 @@ from sae_lab.activations.source import LMSource, SharedSource, Source
 from sae_lab.lm.base import LanguageModel
 from sae_lab.parallel.collectives import rank, rank_share, world_size
 from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.device import check_memory_of
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents
 from sae_lab.text.rows import TextRows, take_rows
@@ -115,9 +116,20 @@ class ActivationData(L.LightningDataModule):
         self.exclude_bos, self.exclude_first = exclude_bos, exclude_first
         self.n_eval_tokens, self.n_val_tokens = n_eval_tokens, n_val_tokens
         self.prefetch = prefetch is True or (prefetch == "auto" and lm.device.type == "cuda")
+        self._check_memory()
         self.lm_lock = Lock()
         self.stream = self.new_stream(self.prefetch)
         self._validation: list[Tensor] | None = None
+
+    def _check_memory(self) -> None:
+        """Raise a SettingError if a block or a forward pass exceeds the memory of the language model's device."""
+        bytes_per_token = len(self.lm.sites) * self.lm.d * next(self.lm.model.parameters()).element_size()
+        block = max(self.block_tokens, self.batch_size) * bytes_per_token
+        check_memory_of(
+            self.lm.device, block, "a block takes {size}: lower {block_tokens}, or {batch_size} if that is larger."
+        )
+        one_pass = self.lm_batch_rows * self.seq_len * bytes_per_token
+        check_memory_of(self.lm.device, one_pass, "the activations of {lm_batch_rows} rows take {size}: lower it.")
 
     @property
     def n_steps(self) -> int:

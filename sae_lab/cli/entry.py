@@ -5,11 +5,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -57,9 +58,10 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)
 
         def run() -> None:
+            check_flags(sys.argv[1:])
             hydra_main()
             if failures:
-                raise failures[0]
+                raise failures.pop()
 
         @functools.wraps(task)
         def main() -> None:
@@ -92,7 +94,14 @@ def run_or_explain(run: Callable[[], None], config_name: str) -> None:
         if sentence is None:
             raise
         again = AGAIN + _folder() if "{}" in CONTINUES.get(config_name, "") else AGAIN
-        _leave(f"{Path(config_name).name}: {sentence.replace(AGAIN, again)}", 1)
+        _leave(f"{Path(config_name).name}: {' '.join(sentence.replace(AGAIN, again).split())}", 1)
+
+
+def check_flags(arguments: Sequence[str]) -> None:
+    """Raise a UserError for a flag that Hydra does not have; argparse would print its usage."""
+    _, unknown = get_args_parser().parse_known_args(arguments)
+    if unknown:
+        raise UserError(f"{unknown[0]} is not an option: type KEY=VALUE for a setting, or see --help.")
 
 
 def folder_from(cfg: DictConfig, key: str) -> Path:
@@ -106,6 +115,13 @@ def folder_from(cfg: DictConfig, key: str) -> Path:
     if not Path(cfg[key]).is_dir():
         raise UserError(f"{key}={cfg[key]} is not a folder: correct the path.")
     return Path(cfg[key])
+
+
+def section_from(cfg: DictConfig, key: str) -> DictConfig:
+    """Return the part of a config that the key names; raise a UserError if a value stands in its place."""
+    if not isinstance(cfg[key], DictConfig):
+        raise UserError(f"{key}={cfg[key]} is in the place of a part of the config: set its keys, {key}.KEY=VALUE.")
+    return cfg[key]
 
 
 def remember_folder(override: str) -> None:

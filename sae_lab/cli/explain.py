@@ -8,14 +8,20 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sae_lab.cli.help import CONF
+from sae_lab.cli.overrides import explain_override
 from sae_lab.runtime.build import user_mistake
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.os_errors import explain_os_error
 
 # Packages behind the presets of conf/hydra/, each with the extra of this package that installs it.
+TOO_LARGE = (
+    r"(?i)out of memory|can't allocate memory|not enough memory|overflow when unpacking|calculation overflowed|"
+    r"multiplication overflow|too large to convert|invalid sizes"
+)
+"""What torch and Python say of a tensor that does not fit."""
 EXTRAS = {"launcher/ray": "ray", "launcher/submitit_slurm": "slurm", "sweeper/optuna": "optuna"}
 
 
@@ -29,27 +35,35 @@ def explain(error: BaseException, config_name: str, overrides: list[str]) -> str
         if isinstance(e, MissingMandatoryValue):
             key = e.full_key or _one_line(e)
             return f"{key} has no value: give {key}=..."
-        if isinstance(e, InterpolationKeyError):
-            return _one_line(e)
         missing = re.search(r"In 'hydra/(.*?)': Could not (?:find|load) 'hydra/(.*?)'", str(e))
         if missing and missing[2] in EXTRAS:
             preset = missing[1].replace("/", "=", 1)
             return f"hydra/{preset} needs a package that is not installed: pip install 'sae-lab[{EXTRAS[missing[2]]}]'."
-        unknown = re.search(r"Could not override '([^']+)'", str(e))
+        unknown = re.search(r"Could not override '([^']+)'\.\nTo append to your config", str(e))
         if unknown:
             return _unknown_key(unknown[1], config_name, overrides)
         if isinstance(e, OSError) and _is_cause(e, error) and (refusal := explain_os_error(e)):
             return refusal
+        if is_out_of_memory(e):
+            return (
+                f"not enough memory ({first_line(e)}): lower what multiplies it, such as n_latents, expansion, "
+                "batch_size, data.block_tokens, data.lm_batch_rows or a width of sae.hidden."
+            )
         if isinstance(e, ValueError) and str(e) == "No trials are completed yet.":  # raised by Optuna
             return "no job of this search was completed: see each job's failed.txt, then repeat the same command."
-        if str(e).startswith("Config group override must be"):
-            return "a config group was given null: give one of its choices, which --help lists."
     if isinstance(error, InstantiationException):  # from Hydra building a launcher or a sweeper
         mistake = user_mistake(error)
         return None if mistake is None else str(mistake)
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return _one_line(error)
-    return None
+    explained = (explain_override(e, overrides) for e in chain)
+    if sentence := next((sentence for sentence in explained if sentence), None):
+        return sentence
+    return _one_line(error) if isinstance(error, HydraException) else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, or a tensor has more elements than can be counted."""
+    named = isinstance(error, RuntimeError | ValueError | OverflowError) and re.search(TOO_LARGE, str(error))
+    return bool(named) or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

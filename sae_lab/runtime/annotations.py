@@ -36,7 +36,7 @@ class ErrorMessage:
 
 
 def is_setting(annotation: Any) -> bool:
-    """Return whether the annotation is of plain values that YAML can hold: numbers, strings, paths, bools, null, lists."""
+    """Return whether the annotation is of plain values of YAML: numbers, strings, paths, bools, null, lists."""
     if get_origin(annotation) is Literal:
         return True
     parts = parts_of(annotation)

@@ -4,12 +4,13 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from sae_lab.runtime.checks import check_config, show
 from sae_lab.runtime.errors import (
     SettingError,
     UserError,
@@ -21,6 +22,17 @@ from sae_lab.runtime.errors import (
 )
 from sae_lab.runtime.os_errors import explain_os_error
 
+OURS = "sae_lab."
+
+
+class Node(TypedDict):
+    """The keys of a node that Hydra reads."""
+
+    _target_: str
+    _partial_: bool
+    _recursive_: bool
+    _convert_: Literal["none", "partial", "object", "all"]
+
 
 def build(cfg: DictConfig, key: str, **arguments: Any) -> Any:
     """Instantiate the node `key` of a config, with additional arguments.
@@ -28,14 +40,32 @@ def build(cfg: DictConfig, key: str, **arguments: Any) -> Any:
     A function built from a node with `_partial_: true` reports its errors in the same way when it is called.
 
     Raises:
-        UserError: a setting is invalid (named by the key that the user types), or a `_target_` cannot be imported.
+        UserError: a setting is invalid (named by the key that the user types), a `_target_` cannot be imported, or
+            something else stands in the place of the node.
     """
+    node = OmegaConf.select(cfg, key, throw_on_missing=True)
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise SettingError(
+            f"{key} must be a part of the config with a {key}._target_, not {show(node)}: leave out the override of "
+            f"{key}, and set the keys below it."
+        )
     with report_typed_keys(typed_keys(cfg)), raise_user_mistakes():
-        built = instantiate(OmegaConf.select(cfg, key), **arguments)
+        check_nodes(node, key)
+        built = instantiate(node, **arguments)
     return report_keys_of(built, cfg, key) if isinstance(built, functools.partial) else built
 
 
-def report_keys_of(partial: Callable[..., Any], cfg: DictConfig, key: str) -> Callable[..., Any]:
+def check_nodes(node: DictConfig, key: str) -> None:
+    """Check the keys that Hydra reads, of a node and of those below it."""
+    with settings_under(key):
+        check_config(node, Node)
+    for name in node:
+        child = None if OmegaConf.is_missing(node, name) else node[name]
+        if isinstance(child, DictConfig):
+            check_nodes(child, join_keys(key, str(name)))
+
+
+def report_keys_of(partial: functools.partial, cfg: DictConfig, key: str) -> Callable[..., Any]:
     """Wrap the partial built from the node `key`, so that its errors name the keys that the user types."""
     typed = typed_keys(cfg)
 
@@ -43,7 +73,9 @@ def report_keys_of(partial: Callable[..., Any], cfg: DictConfig, key: str) -> Ca
         with report_typed_keys(typed), settings_under(key):
             try:
                 return partial(*args, **kwargs)
-            except ValueError as e:  # torch raises it for an invalid setting
+            except (TypeError, ValueError) as e:  # torch raises either for an invalid setting
+                if isinstance(e, TypeError) and (is_ours(partial.func) or argument_error(e)):
+                    raise
                 raise UserError(f"{key} cannot be built: {first_line(e)}") from e
 
     return call
@@ -72,11 +104,21 @@ def user_mistake(error: InstantiationException) -> UserError | None:
     key = found[1] if (found := re.search(r"full_key: (\S+)", message)) else ""
     if target := re.search(r"Error locating target '(.*?)'", message):
         return UserError(f"{join_keys(key, '_target_')}={target[1]} cannot be imported: correct that name.")
+    if "Expected a callable target" in message:
+        return SettingError("{_target_} must be the full name of a class or a function.").under(key)
     cause = error.__cause__
     if isinstance(cause, OSError) and (refusal := explain_os_error(cause)):
         return UserError(f"{key}: {refusal}")
     mistake = cause if isinstance(cause, UserError) else argument_error(cause) if cause else None
+    target = re.search(r"Error in call to target '(.*?)'", message)
+    if mistake is None and target and isinstance(cause, TypeError | ValueError) and not target[1].startswith(OURS):
+        return UserError(f"{key} cannot be built: {first_line(cause)}")
     return mistake.under(key) if isinstance(mistake, SettingError) else mistake
+
+
+def is_ours(function: Callable[..., Any]) -> bool:
+    """Return whether this package defines the function, whose unexpected errors are bugs and keep their traceback."""
+    return str(getattr(function, "__module__", "")).startswith(OURS)
 
 
 def typed_keys(cfg: DictConfig) -> dict[str, str]:

@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class SettingError(UserError):
-    """A mistake in a setting. `{name}` in the sentence stands for the full key of the argument `name`, `{{` for a brace.
+    """A mistake in a setting. `{name}` in the sentence stands for the full key of the argument `name`; `{{` is a brace.
 
     `SettingError("{k}=0 must be above 0.")` reads `k=0 must be above 0.` in Python. After `under("sae.inner")` it reads
     `sae.inner.k=0 must be above 0.` Code that knows the config also sets `typed`: it maps a key to the one that the

@@ -13,11 +13,14 @@ from sae_lab.ops import losses, sparse
 from sae_lab.ops.matmul import linear
 from sae_lab.ops.sparse import Code, SparseCode, fired_latents
 from sae_lab.parallel.collectives import on_any_rank
+from sae_lab.runtime.device import check_memory_of
 from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
 from sae_lab.saes.parts.normalize import Context, Normalization
 from sae_lab.saes.parts.sources import Sources
 from sae_lab.saes.parts.unit_norm import divide_by_norm, project_gradient
+
+TOO_MANY_LATENTS = "the decoder of that many latents takes {size}: lower n_latents or expansion."
 
 
 class DictionarySAE(BaseSAE):
@@ -89,6 +92,7 @@ class DictionarySAE(BaseSAE):
         self.dead_after, self.decoder_norm = dead_after, decoder_norm
         self.sources = Sources(n_sources, n_inputs, normalize)
         n_read, n_written = self.sources.n_read, self.sources.n_written
+        check_memory_of(torch.device("cpu"), 4 * n_latents * n_written * d_in, TOO_MANY_LATENTS)
         self.W_dec = nn.Parameter(self.draw_weights(n_written, torch.Generator().manual_seed(seed)))
         divide_by_norm(self.W_dec, decoder_norm)
         self.b_dec = nn.Parameter(torch.zeros(n_written, d_in))

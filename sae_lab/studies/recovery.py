@@ -28,6 +28,7 @@ class Options(TypedDict):
     n_steps: Annotated[int, Ge(1)]
     batch_size: Annotated[int, Ge(1)]
     seed: Annotated[int, Ge(0)]
+    run_dir: str
 
 
 def measure_recovery(cfg: DictConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.files import write_atomically
 from sae_lab.runtime.os_errors import naming, reason_of
@@ -22,6 +23,7 @@ class CSVLog(Logger):
     (Lightning's own CSVLogger deletes the file of a run that it resumes.)
     """
 
+    @check_arguments
     def __init__(self, save_dir: str):
         super().__init__()
         self.path = Path(save_dir) / "metrics.csv"
@@ -97,6 +99,7 @@ class WandbLog(WandbLogger):
         UserError: W&B does not start, usually because there is no API key.
     """
 
+    @check_arguments
     def __init__(self, save_dir: str, **options: Any):
         import wandb  # here, because the import takes a second
 

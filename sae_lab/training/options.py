@@ -4,6 +4,7 @@ from typing import Annotated, TypedDict
 
 from annotated_types import Ge, Gt, Len, Lt
 from omegaconf import DictConfig
+from pydantic import AfterValidator
 
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_config
@@ -11,18 +12,23 @@ from sae_lab.runtime.errors import SettingError, settings_under
 from sae_lab.training.trainer import build_trainer
 
 Betas = Annotated[
-    list[Annotated[float, Ge(0), Lt(1)]],
+    list[Annotated[float, Ge(0), Lt(1), AfterValidator(float)]],  # torch takes no whole numbers here
     Len(2, 2),
     ErrorMessage("must be two numbers from 0 to below 1, such as [0.9,0.99]"),
 ]
 
 
-class Options(TypedDict):
-    """The top-level options of conf/train.yaml."""
+class Size(TypedDict):
+    """The options that define the size of the dictionary."""
 
-    k: Annotated[float, Ge(0)]
     expansion: Annotated[float, Ge(0)] | None
     n_latents: Annotated[int, Ge(1)] | None
+
+
+class Options(TypedDict):
+    """The other top-level options of conf/train.yaml."""
+
+    k: Annotated[float, Ge(0)]
     n_tokens: Annotated[int, Ge(1)]
     batch_size: Annotated[int, Ge(1)]
     seq_len: Annotated[int, Ge(2)]
@@ -30,6 +36,8 @@ class Options(TypedDict):
     max_grad_norm: Annotated[float, Gt(0)] | None
     calibration_batches: Annotated[int, Ge(1)]
     goal_l0: Annotated[float, Ge(0)] | None
+    init_from: str | None
+    run_dir: str
 
 
 def check_options(cfg: DictConfig) -> None:
@@ -42,13 +50,23 @@ def check_options(cfg: DictConfig) -> None:
     with settings_under("trainer"):
         check_config(cfg.trainer, build_trainer)
     check_optimizer(cfg)
+    check_size(cfg)
+    for key in ("batch_size", "n_tokens"):
+        if cfg[key] % cfg.trainer.devices:
+            raise SettingError(f"{key}={cfg[key]} must be a multiple of trainer.devices={cfg.trainer.devices}.")
+
+
+def check_size(cfg: DictConfig) -> None:
+    """Check the options that define the size of the dictionary.
+
+    Raises:
+        SettingError: one is invalid, or both are null.
+    """
+    check_config(cfg, Size)
     if cfg.n_latents is None and cfg.expansion is None:
         raise SettingError(
             "n_latents=null with expansion=null does not define the size of the dictionary: give one of them."
         )
-    for key in ("batch_size", "n_tokens"):
-        if cfg[key] % cfg.trainer.devices:
-            raise SettingError(f"{key}={cfg[key]} must be a multiple of trainer.devices={cfg.trainer.devices}.")
 
 
 def check_optimizer(cfg: DictConfig) -> None:

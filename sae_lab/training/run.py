@@ -25,11 +25,13 @@ from sae_lab.runs.folder import Run, examine_folder
 from sae_lab.runs.provenance import provenance
 from sae_lab.runs.results import write_results
 from sae_lab.runtime.build import build
+from sae_lab.runtime.device import check_memory_of
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.private import keys_from_environment, public
 from sae_lab.runtime.screen import print_files, print_metrics
 from sae_lab.saes.base import BaseSAE
+from sae_lab.saes.dictionary import TOO_MANY_LATENTS
 from sae_lab.saes.files import save_sae
 from sae_lab.training.callbacks import StopOnSignal
 from sae_lab.training.loggers import finish_loggers
@@ -125,6 +127,7 @@ def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:
     n_latents = int(cfg.n_latents or cfg.expansion * data.d_in)
     if n_latents < 1:
         raise UserError(f"expansion={cfg.expansion} of width {data.d_in} leaves no latent: raise expansion.")
+    check_memory_of(torch.device("cpu"), 4 * n_latents * data.d_in, TOO_MANY_LATENTS)
     sae = build(cfg, "sae", d_in=data.d_in, n_latents=n_latents, n_sources=data.n_sources)
     if has_frozen_dictionary(sae) and cfg.init_from is None:
         raise UserError("frozen_decoder=true would freeze a random dictionary: give init_from=<folder of an SAE>.")
