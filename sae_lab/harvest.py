@@ -1,8 +1,19 @@
 """Write a language model's activations to disk: `python -m sae_lab.harvest n_tokens=2_000_000 cache_dir=...`."""
 
+from typing import TypedDict
+
 from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point
+from sae_lab.runtime.checks import check_config
+
+
+class Options(TypedDict):
+    """The options of conf/harvest.yaml that CacheWriter does not take under their names."""
+
+    cache_dir: str
+    verify: bool
+    rebuild: bool
 
 
 @entry_point("harvest")
@@ -11,10 +22,10 @@ def main(cfg: DictConfig) -> None:
     from sae_lab.activations.data import ActivationData
     from sae_lab.cache.writer import CacheWriter
     from sae_lab.runtime.build import build
-    from sae_lab.runtime.checks import check_config
     from sae_lab.runtime.memory import keep_freed_memory
 
     keep_freed_memory()
+    check_config(cfg, Options)
     check_config(cfg, CacheWriter.__init__)  # before the language model is loaded
     data: ActivationData = build(cfg, "data", lm=build(cfg, "lm"))
     writer = CacheWriter(data, cfg.cache_dir, cfg.n_tokens, cfg.shard_tokens, cfg.dtype)

@@ -2,13 +2,14 @@
 
 from omegaconf import DictConfig
 
-from sae_lab.cli.entry import entry_point
+from sae_lab.cli.entry import entry_point, section_from
 
 
 @entry_point("planted")
 def main(cfg: DictConfig) -> float:
     from sae_lab.studies.recovery import measure_recovery
 
+    section_from(cfg, "planted")
     return measure_recovery(cfg)["mmcs"]
 
 

@@ -24,6 +24,7 @@ from sae_lab.cache.shards import (
 )
 from sae_lab.cache.store import Store
 from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.device import check_memory_of
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.screen import TokenProgress
 from sae_lab.text.documents import HELD_OUT, TRAIN
@@ -61,6 +62,8 @@ class CacheWriter:
         self.n_tokens, self.shard_tokens = n_tokens, shard_tokens
         lm_dtype: torch.dtype = next(data.lm.model.parameters()).dtype
         self.dtype = lm_dtype if dtype == "auto" else getattr(torch, dtype)
+        shard = min(shard_tokens, n_tokens) * len(data.lm.sites) * data.d_in * self.dtype.itemsize
+        check_memory_of(torch.device("cpu"), shard, "a shard in memory takes {size}: lower the tokens of a shard.")
         size = {"n_tokens": n_tokens, "dtype": str(self.dtype).removeprefix("torch.")}
         self.key = lm_key(data.lm) | data_key(data) | size
 
