@@ -69,7 +69,7 @@ def reason_of(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, or a tensor has more elements than can be counted."""
     named = isinstance(error, RuntimeError | ValueError | OverflowError) and re.search(TOO_LARGE, str(error))
-    return bool(named) or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return bool(named) or isinstance(error, MemoryError)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
