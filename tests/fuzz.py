@@ -23,14 +23,15 @@ from pathlib import Path
 from unittest import mock
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 from omegaconf import DictConfig
+from torch.optim import Optimizer
 
 from sae_lab.cli import entry
 from sae_lab.cli.help import CONF, list_choices
 from sae_lab.lm.base import LanguageModel
-from sae_lab.saes.base import BaseSAE
 from sae_lab.text.rows import TextRows
 
 STREAM = ["batch_size=64", "seq_len=16", "data.n_eval_tokens=64"]
@@ -107,10 +108,12 @@ class Draw:
 
 @cache
 def keys_of(command: str, *choice: str) -> list[str]:
-    """Every key of a command's config, at any depth, with one choice of a group."""
+    """Every key of a command's config, at any depth; with a choice of a group, those that it has there."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return list(keys_below(hydra.compose(command, overrides=list(choice)), ""))
+        keys = list(keys_below(hydra.compose(command, overrides=list(choice)), ""))
+    group = choice[0].partition("=")[0] if choice else "experiment"
+    return keys if group == "experiment" else [key for key in keys if key.startswith(f"{group}.")]
 
 
 def keys_below(node: DictConfig, parent: str) -> Iterator[str]:
@@ -141,8 +144,8 @@ def draw(seed: int) -> Draw:
     groups = groups_of(command)
     chosen = [choose(rng, g, groups[g]) for g in rng.sample([*groups], min(len(groups), rng.choice([0, 0, 1, 1, 2])))]
     choices = [part for parts in chosen for part in parts]
-    keys = sorted({key for parts in chosen or [[]] for key in keys_of(command, *parts[:1])})
-    settings = [set_wrongly(rng, rng.choice(keys)) for _ in range(rng.choice([1, 1, 2, 3]))]
+    keys = [found for found in (keys_of(command), *(keys_of("train", *parts[:1]) for parts in chosen)) if found]
+    settings = [set_wrongly(rng, rng.choice(rng.choice(keys))) for _ in range(rng.choice([1, 1, 2, 3]))]
     return Draw(command, [*choices, *settings])
 
 
@@ -194,6 +197,7 @@ def outcome(drawn: Draw) -> str:
     with (
         mock.patch.object(entry, "_leave", leave),
         mock.patch.object(entry, "_override", ""),
+        mock.patch.object(Hydra, "get_mode", return_value=None),  # composes a second time
         mock.patch.object(sys, "argv", arguments),
         mock.patch.dict(os.environ, {"HOME": os.getcwd()}),  # noqa: PTH109
         fuel(120),
@@ -217,7 +221,7 @@ def outcome(drawn: Draw) -> str:
 
 @contextlib.contextmanager
 def fuel(n: int) -> Iterator[None]:
-    """Raise Enough at the n-th row of text, pass of a language model or pass of an SAE."""
+    """Raise Enough at the n-th row of text, pass of a language model or training step."""
     burnt = [0]
 
     def burning(function):
@@ -229,7 +233,7 @@ def fuel(n: int) -> Iterator[None]:
 
         return burn
 
-    slow = [(TextRows, "__next__"), (LanguageModel, "activations"), (LanguageModel, "logits"), (BaseSAE, "__call__")]
+    slow = [(TextRows, "__next__"), (LanguageModel, "activations"), (LanguageModel, "logits"), (Optimizer, "zero_grad")]
     with contextlib.ExitStack() as stack:
         for owner, name in slow:
             stack.enter_context(mock.patch.object(owner, name, burning(getattr(owner, name))))

@@ -6,6 +6,7 @@ import re
 import sysconfig
 import warnings
 import zlib
+from functools import cache
 from pathlib import Path
 
 from sae_lab.text.documents import HELD_OUT, TRAIN, IndexedDocuments, digest_of
@@ -16,6 +17,16 @@ def is_held_out(name: str, every: int) -> bool:
     return zlib.crc32(name.encode()) % every == 0
 
 
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "lib2to3"}
+
+
+@cache  # a run lists them six times, of a quarter of a second each
+def module_names(root: Path) -> tuple[str, ...]:
+    """Return the paths of the modules below a folder, without those in the folders of LEFT_OUT."""
+    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
+    return tuple(n for n in names if not LEFT_OUT & set(n.split("/")[:-1]))
+
+
 class StdlibDocuments(IndexedDocuments):
     """The source of the running Python's standard library; one document per module.
 
@@ -23,14 +34,10 @@ class StdlibDocuments(IndexedDocuments):
     One module in `held_out_every` belongs to the split `held_out`, the others to `train`.
     """
 
-    LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "lib2to3"}
-
     def __init__(self, split: str = TRAIN, seed: int = 0, held_out_every: int = 10):
         super().__init__(seed, split)
         root = Path(sysconfig.get_paths()["stdlib"])
-        names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
-        names = [n for n in names if not self.LEFT_OUT & set(n.split("/")[:-1])]
-        self.paths = [root / n for n in names if is_held_out(n, held_out_every) == (split == HELD_OUT)]
+        self.paths = [root / n for n in module_names(root) if is_held_out(n, held_out_every) == (split == HELD_OUT)]
 
     def digest(self, thorough: bool = True) -> str:
         return digest_of(self.paths, thorough)

@@ -86,3 +86,4 @@ class OptimizerSettings(TypedDict):
     eps: Annotated[float, Ge(0)]
     weight_decay: Annotated[float, Ge(0)]
     betas: Betas
+    fused: bool | None

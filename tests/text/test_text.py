@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_lab.cli.help import CONF
 from sae_lab.runtime.errors import UserError
-from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments, disassemble, is_held_out
+from sae_lab.text.bundled import LEFT_OUT, DisassembledStdlib, StdlibDocuments, disassemble, is_held_out
 from sae_lab.text.corpora import FileDocuments, HubDocuments
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, Piece
 from sae_lab.text.rows import TextRows
@@ -261,7 +261,7 @@ def test_stdlib_splits():
     assert not set(train.paths) & set(kept.paths)
     share = len(kept) / (len(train) + len(kept))
     assert 0.07 < share < 0.13
-    assert not StdlibDocuments.LEFT_OUT & {part for path in train.paths for part in path.relative_to(STDLIB).parts}
+    assert not LEFT_OUT & {part for path in train.paths for part in path.relative_to(STDLIB).parts}
     assert "def " in train[0] + train[1] + train[2]
 
 
