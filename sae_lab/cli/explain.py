@@ -16,12 +16,12 @@ from sae_lab.runtime.build import user_mistake
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.os_errors import explain_os_error
 
-# Packages behind the presets of conf/hydra/, each with the extra of this package that installs it.
 TOO_LARGE = (
     r"(?i)out of memory|can't allocate memory|not enough memory|overflow when unpacking|calculation overflowed|"
     r"multiplication overflow|too large to convert|invalid sizes"
 )
 """What torch and Python say of a tensor that does not fit."""
+# Packages behind the presets of conf/hydra/, each with the extra of this package that installs it.
 EXTRAS = {"launcher/ray": "ray", "launcher/submitit_slurm": "slurm", "sweeper/optuna": "optuna"}
 
 

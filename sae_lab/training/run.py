@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.activations.data import ActivationData
@@ -26,7 +27,7 @@ from sae_lab.runs.provenance import provenance
 from sae_lab.runs.results import write_results
 from sae_lab.runtime.build import build
 from sae_lab.runtime.device import check_memory_of
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.private import keys_from_environment, public
 from sae_lab.runtime.screen import print_files, print_metrics
@@ -146,15 +147,27 @@ def fit(member: Member, data: ActivationData) -> None:
     if run.step:
         log.info("continuing from step %d of %s", run.step, run.checkpoint)
     if rank() == 0:
-        trainer.loggers = [build(member.cfg, f"logger.{name}") for name in member.cfg.logger]
-        for logger in trainer.loggers:
-            config = OmegaConf.to_container(member.cfg, resolve=True)
-            logger.log_hyperparams(public(config, read_environment_keys(run.folder)))
+        trainer.loggers = [start_logger(member, name) for name in member.cfg.logger]
     trainer.fit(member.module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
     if trainer.global_step < data.n_steps:
         log.warning("the text ended at step %d of %d (data.repeat=false)", trainer.global_step, data.n_steps)
     if rank() == 0:
         trainer.save_checkpoint(run.last_checkpoint)
+
+
+def start_logger(member: Member, name: str) -> Logger:
+    """Build a logger of the config, and log the config.
+
+    Raises:
+        UserError: the logger is of another library, and fails at a setting when it opens its file.
+    """
+    logger: Logger = build(member.cfg, f"logger.{name}")
+    config = OmegaConf.to_container(member.cfg, resolve=True)
+    try:
+        logger.log_hyperparams(public(config, read_environment_keys(member.run.folder)))
+    except (TypeError, ValueError) as e:
+        raise UserError(f"logger.{name} does not start: {first_line(e.__cause__ or e)}") from e
+    return logger
 
 
 def finish(members: Sequence[Member], data: ActivationData) -> list[dict[str, Any]]:
