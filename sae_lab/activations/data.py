@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.digests import check_unchanged, digest_of_rows, tokenizer_digest, weights_digest
 from sae_lab.activations.prefetch import PrefetchedSource
-from sae_lab.activations.source import LMSource, SharedSource, Source
+from sae_lab.activations.source import LMSource, SharedSource, Source, kept_activations
 from sae_lab.lm.base import LanguageModel
 from sae_lab.parallel.collectives import rank, rank_share, world_size
 from sae_lab.runtime.checks import check_arguments
@@ -149,6 +149,14 @@ class ActivationData(L.LightningDataModule):
         kept[:, : self.exclude_first] = False
         return kept & (tokens != self.lm.bos_id) if self.exclude_bos else kept
 
+    def kept_activations(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "m s d"]:
+        """Return the activations at the positions on which an SAE is trained and evaluated.
+
+        Raises:
+            UserError: they are not finite.
+        """
+        return kept_activations(self.lm, tokens, self.keep_mask(tokens))
+
     def text(self, split: str, repeat: bool) -> TextRows:
         """Return the text rows of a split, from the beginning."""
         assert self.documents is not None
@@ -190,8 +198,7 @@ class ActivationData(L.LightningDataModule):
 
     def probe_rows(self, n: int = 16) -> Float[Tensor, "n s d"]:
         """Return activations at n positions spread over one held-out text row, on which a saved SAE is verified."""
-        tokens = self.held_out_rows(self.seq_len)
-        x = self.lm.activations(tokens)[self.keep_mask(tokens)]
+        x = self.kept_activations(self.held_out_rows(self.seq_len))
         return x[:: max(1, len(x) // n)][:n]
 
     def train_dataloader(self) -> Batches:
@@ -201,7 +208,7 @@ class ActivationData(L.LightningDataModule):
         if self._validation is None:
             chunks = self.held_out_rows(self.n_val_tokens).split(self.lm_batch_rows)
             with self.lm_lock:
-                rows = torch.cat([self.lm.activations(tokens)[self.keep_mask(tokens)] for tokens in chunks])
+                rows = torch.cat([self.kept_activations(tokens) for tokens in chunks])
             rows = rows.tensor_split(world_size())[rank()]
             self._validation = list(rows.split(self.batch_size))
         return DataLoader(self._validation, batch_size=None)  # type: ignore[arg-type]

@@ -7,9 +7,10 @@ from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_lab.activations.finite import check_finite, remedy_for
 from sae_lab.lm.base import LanguageModel
 from sae_lab.parallel.collectives import broadcast_from, rank, world_size
 from sae_lab.text.rows import TextRows, take_rows
@@ -31,6 +32,19 @@ class Source(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def kept_activations(
+    lm: LanguageModel, tokens: Int[Tensor, "r t"], keep: Bool[Tensor, "r t"]
+) -> Float[Tensor, "n s d"]:
+    """Return the activations at the positions to keep.
+
+    Raises:
+        UserError: they are not finite.
+    """
+    activations = lm.activations(tokens)
+    rows = activations[keep.to(activations.device)]
+    return check_finite(rows, lm.sites, remedy_for(lm, rows.dtype))
 
 
 class LMSource:
@@ -65,8 +79,7 @@ class LMSource:
 
     def _activations(self, tokens: Int[Tensor, "r t"]) -> Float[Tensor, "n s d"]:
         with self.lock:
-            activations = self.lm.activations(tokens)
-            return activations[self.keep(tokens).to(activations.device)]
+            return kept_activations(self.lm, tokens, self.keep(tokens))
 
     def _other_rank_rows(self, tokens: Int[Tensor, "r t"]) -> Float[Tensor, "n s d"]:
         """Return a meta tensor that stands in for the rows that another rank computes."""

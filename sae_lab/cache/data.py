@@ -56,7 +56,7 @@ class CachedData(ActivationData):
         """Compute the cache's first rows again and compare: this finds differences that the key does not cover."""
         shard = self.cache.shard(0)
         tokens = shard.tokens[: self.lm_batch_rows].long()
-        x = self.lm.activations(tokens)[self.keep_mask(tokens).to(self.lm.device)].float().cpu()
+        x = self.kept_activations(tokens).float().cpu()
         x, cached = x[: len(shard.activations)], shard.activations[: len(x)].float()
         distance = ((x - cached).norm() / cached.norm()).item()
         key = self.cache.manifest.key

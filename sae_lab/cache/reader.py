@@ -12,6 +12,7 @@ import xxhash
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lab.activations.finite import check_finite
 from sae_lab.activations.source import Chunk
 from sae_lab.cache.shards import FORMAT, PIECE, Manifest, MappedShard, read_held_out
 from sae_lab.cache.store import Store
@@ -19,6 +20,8 @@ from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.seeds import nth_generator
 
 log = logging.getLogger(__name__)
+
+BAD_CACHE = "that cache was not written by sae_lab.harvest, so harvest into another cache_dir."
 
 
 class Cache:
@@ -90,6 +93,7 @@ class CachedSource:
         self.epoch, self.next_piece = state["epoch"], state["piece"]
 
     def __iter__(self) -> Generator[Chunk, None, None]:
+        sites = self.cache.manifest.key["lm.sites"]
         while True:
             order = torch.randperm(self.cache.n_pieces, generator=nth_generator(self.seed, self.epoch))
             while self.next_piece < len(order):
@@ -98,7 +102,7 @@ class CachedSource:
                 pieces = pieces.sort().values  # read in the order of the disk
                 self.next_piece += len(pieces)
                 rows = torch.cat([self.cache.piece(i) for i in pieces.tolist()])
-                yield Chunk(state, rows.to(self.device))
+                yield Chunk(state, check_finite(rows.to(self.device), sites, BAD_CACHE))
             if not self.repeat:
                 return
             self.epoch, self.next_piece = self.epoch + 1, 0

@@ -9,6 +9,7 @@ import torch
 from annotated_types import Ge
 
 from sae_lab.activations.data import ActivationData
+from sae_lab.activations.finite import check_finite
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Chunk, Source
 from sae_lab.cache.key import data_key, lm_key
@@ -171,10 +172,8 @@ class CacheWriter:
         return rows.state_dict()
 
     def write_shard(self, file: str, chunks: list[Chunk], limit: int) -> Shard:
-        if not all(chunk.rows.isfinite().all() for chunk in chunks):
-            raise UserError(
-                f"activations of {list(self.data.lm.sites)} are not finite in {self.dtype}: use dtype=bfloat16."
-            )
+        for chunk in chunks:  # finite in the language model's dtype; the cache's may hold less
+            check_finite(chunk.rows, self.data.lm.sites, "give dtype=bfloat16.")
         return write_shard(self.store, file, chunks, limit)
 
     def _rewrite_damaged(self, manifest: Manifest) -> None:

@@ -80,9 +80,7 @@ def gather_activations(sae: BaseSAE, data: ActivationData, latents: Int[Tensor, 
     parts, n_positions = [], 0
     for start, tokens in with_offsets(track(rows.split(data.lm_batch_rows), "reading")):
         keep = data.keep_mask(tokens).flatten()
-        x = data.lm.activations(tokens).flatten(0, 1)
-        x = x[keep.to(x.device)]
-        row, latent, value = active_entries(sae.autoencode(x)[1])
+        row, latent, value = active_entries(sae.autoencode(data.kept_activations(tokens))[1])
         chosen = place[latent] >= 0
         positions = start + keep.nonzero().squeeze(-1)[row[chosen]]
         parts.append((place[latent[chosen]], positions, value[chosen].float()))
