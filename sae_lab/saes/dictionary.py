@@ -90,7 +90,7 @@ class DictionarySAE(BaseSAE):
         self.d_in, self.n_latents, self.n_sources, self.n_inputs = d_in, n_latents, n_sources, n_inputs
         self.normalize, self.skip, self.seed = normalize, skip, seed
         self.dead_after, self.decoder_norm = dead_after, decoder_norm
-        self.sources = Sources(n_sources, n_inputs, normalize)
+        self.sources = Sources(d_in, n_sources, n_inputs, normalize)
         n_read, n_written = self.sources.n_read, self.sources.n_written
         check_memory_of(torch.device("cpu"), 4 * n_latents * n_written * d_in, TOO_MANY_LATENTS)
         self.W_dec = nn.Parameter(self.draw_weights(n_written, torch.Generator().manual_seed(seed)))

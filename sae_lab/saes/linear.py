@@ -150,7 +150,7 @@ class LinearSAE(DictionarySAE):
         x, residual = (inputs - center).detach().flatten(1), (out.target - out.x_hat).detach().flatten(1)
         W_enc, W_dec = self.layers.encoder_rows(W, dead), self.W_dec.flatten(1).index_select(0, dead)
         b_enc = None if self.b_enc is None else self.b_enc[dead]
-        k_aux = self.sources.n_written * self.d_in // 2 if self.k_aux is None else self.k_aux
+        k_aux = self.k_aux or max(1, self.sources.n_written * self.d_in // 2)
         return auxk_loss(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch=self.auxk_selection == "batch")
 
     def after_step(self) -> None:

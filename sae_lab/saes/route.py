@@ -73,7 +73,7 @@ class RouteSAE(BaseSAE):
         super().__init__()
         self.d_in, self.n_latents, self.n_sources = d_in, n_latents, n_sources
         self.aggre, self.routing, self.seed, self.normalize = aggre, routing, seed, normalize
-        self.sources = Sources(n_sources, normalize=normalize)
+        self.sources = Sources(d_in, n_sources, normalize=normalize)
         if isinstance(inner, Mapping):
             self.inner = BaseSAE.from_config(inner["class"], inner["config"])
         else:
@@ -109,7 +109,7 @@ class RouteSAE(BaseSAE):
         return self.inner(weighted_sum(rows, r if self.training and self.routing == "soft" else self.site_weights(r)))
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
-        mean_square = mean_over_ranks(out.target.float().square().mean())
+        mean_square = mean_over_ranks(out.target.float().square().mean()).clamp_min(1e-20)  # rows of zeros have loss 0
         return {name: mean_over_ranks(term) / mean_square for name, term in self.inner.losses(out).items()}
 
     def route(self, x: Tensor) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b s"], Context]:

@@ -15,17 +15,20 @@ class Sources(nn.Module):
     predicts the w = s - r others; each of the two groups has its own normalizer.
 
     Args:
+        d_in: d.
         n_sources: s.
         n_inputs: the first n_inputs sources are only read. 0: every source is read and predicted.
         normalize: a key of NORMALIZERS.
 
     Raises:
-        UserError: no source is left to predict, or undoing the normalization would need the predicted rows themselves.
+        UserError: no source is left to predict, undoing the normalization would need the predicted rows themselves, or
+            the normalization leaves nothing of rows of width d.
     """
 
-    def __init__(self, n_sources: int = 1, n_inputs: int = 0, normalize: Normalization = "per_token"):
+    def __init__(self, d_in: int, n_sources: int = 1, n_inputs: int = 0, normalize: Normalization = "per_token"):
         super().__init__()
         check_inputs(n_inputs, n_sources, normalize)
+        check_width(d_in, normalize)
         self.n_sources, self.n_inputs = n_sources, n_inputs
         self.n_read, self.n_written = n_inputs or n_sources, n_sources - n_inputs
         self.normalizer = NORMALIZERS[normalize](self.n_read)
@@ -73,5 +76,14 @@ def check_inputs(n_inputs: int, n_sources: int, normalize: Normalization) -> Non
     if n_inputs and NORMALIZERS[normalize].by_row:
         raise SettingError(
             f"{{normalize}}={normalize} is impossible for a transcoder, since undoing it needs the row to predict: "
+            "give {normalize}=mean_norm or none."
+        )
+
+
+def check_width(d_in: int, normalize: Normalization) -> None:
+    """Raise a SettingError if every normalized row would be the same up to its sign."""
+    if d_in == 1 and NORMALIZERS[normalize].by_row:
+        raise SettingError(
+            f"{{normalize}}={normalize} leaves nothing of activations of width 1, since it scales each row by itself: "
             "give {normalize}=mean_norm or none."
         )
