@@ -22,6 +22,7 @@ from sae_lab.evaluation.metrics import (
 )
 from sae_lab.ops.sparse import Code, l0_per_row
 from sae_lab.runtime.device import synchronized_time
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.screen import track
 from sae_lab.saes.base import BaseSAE
 
@@ -76,11 +77,16 @@ class EvaluatedSAE:
         """Compute all metrics from the totals."""
         return self.reconstruction.compute() | self.downstream.compute()
 
+    def undefined(self) -> dict[str, str]:
+        """Return the metrics that the data leave undefined, each with the reason."""
+        return self.reconstruction.undefined() | self.downstream.undefined()
+
 
 def evaluate(sae: BaseSAE, data: ActivationData) -> Evaluation:
     """Evaluate an SAE on held-out text: the metrics of metrics.py under the deployed rule.
 
-    `metrics["train_mode"]` holds the same metrics under the training rule.
+    `metrics["train_mode"]` holds the same metrics under the training rule. `metrics["left_out"]` names the metrics that
+    the data leave undefined, with the reason; there is no such key if there are none.
     """
     return evaluate_all({"": sae}, data)[""]
 
@@ -101,25 +107,33 @@ def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str,
     splice_all(subjects, data, batches)
     evaluations = {}
     for name, subject in deployed.items():
-        metrics = subject.metrics()
+        metrics: dict[str, Any] = subject.metrics()
         train_mode = trained[name].metrics() if name in trained else dict(metrics)
         tables = build_tables(subject, bos)
         if data.lm.models and not subject.sae.n_inputs:
             tables["relative_norm"] = diffing.latent_table(subject.sae.directions(), subject.reconstruction.density())
             metrics |= diffing.class_counts(tables["relative_norm"])
-        evaluations[name] = Evaluation(metrics | {"train_mode": train_mode}, tables, subject.n_rows / subject.seconds)
+        metrics |= {"train_mode": train_mode}
+        if left_out := trained.get(name, subject).undefined() | subject.undefined():
+            metrics |= {"left_out": left_out}
+        evaluations[name] = Evaluation(metrics, tables, subject.n_rows / subject.seconds)
     return evaluations
 
 
 def reconstruct_all(
     subjects: list[EvaluatedSAE], data: ActivationData, batches: tuple[Tensor, ...]
 ) -> Bool[Tensor, " n"]:
-    """Run the first pass: reconstruction metrics and L0. Returns a mask of the BOS tokens among the n tokens."""
+    """Run the first pass: reconstruction metrics and L0. Returns a mask of the BOS tokens among the n tokens.
+
+    Raises:
+        UserError: the activations are not finite, or every position is left out.
+    """
+    if not any(data.keep_mask(tokens).any() for tokens in batches):
+        raise UserError("data.exclude_* leaves out every held-out token: raise data.n_eval_tokens.")
     bos = []
     for tokens in track(batches, "evaluating reconstruction"):
         keep = data.keep_mask(tokens)
-        x = data.lm.activations(tokens)
-        x = x[keep.to(x.device)]
+        x = data.kept_activations(tokens)
         for subject in subjects:
             for batch, x_hat, code in subject.autoencode(x):
                 subject.reconstruction.update(batch, x_hat, code, subject.sae.predicted_mask(batch))

@@ -27,8 +27,11 @@ theirs.
     ce_zero, ce_mean   x replaced by 0, by the mean activation of the data set, at all sources but a transcoder's inputs
     ce_degradation     ce_spliced - ce_clean: positive is worse
     loss_recovered     (ce_zero - ce_spliced) / (ce_zero - ce_clean): 1 is perfect, 0 is as bad as zero-ablation.
-                       Missing if zero-ablation costs nothing, for example if the target belongs to another model
+                       Undefined if zero-ablation costs nothing, for example if the target belongs to another model
     kl                 mean KL(clean || spliced) of the next-token distributions, in nats
+
+**Undefined metrics.** What the data leave undefined, such as the fvu of rows that are all the same, is left out, never
+NaN: `undefined()` names it with the reason.
 """
 
 from collections.abc import Callable
@@ -43,16 +46,23 @@ from torchmetrics import Metric
 from sae_lab.ops.sparse import Code, fire_counts, l0_per_row
 from sae_lab.parallel.collectives import mean_over_ranks, sum_over_ranks
 
+CONSTANT = 1e-13
+"""Ratio of sum (x - mean x)² to sum x² up to which rows count as the same: what rounding leaves of it is smaller."""
+SAME_ROWS = "the held-out activations are the same in every row"
+
 
 def batch_fvu(x: Float[Tensor, "b s d"], x_hat: Float[Tensor, "b s d"]) -> Tensor:
-    """Compute the fvu of one batch, for training curves."""
+    """Compute the fvu of one batch, for training curves; NaN if all rows are the same."""
     mean = mean_over_ranks(x.mean(dim=0))
-    return sum_over_ranks((x - x_hat).float().square().sum()) / sum_over_ranks((x - mean).float().square().sum())
+    variance = sum_over_ranks((x - mean).float().square().sum())
+    constant = variance <= CONSTANT * sum_over_ranks(x.float().square().sum())
+    return (sum_over_ranks((x - x_hat).float().square().sum()) / variance).masked_fill(constant, torch.nan)
 
 
 def nmse(x: Float[Tensor, "b s d"], x_hat: Float[Tensor, "b s d"]) -> Float[Tensor, "b s"]:
     """Compute mean_d ((x - x_hat) / (std_d x + 1e-5))² of each row and source."""
-    error, scale = (x - x_hat).double(), x.std(dim=-1, keepdim=True) + 1e-5
+    correction = min(1, x.shape[-1] - 1)  # a width of 1 has no unbiased std, and no nmse: see `undefined`
+    error, scale = (x - x_hat).double(), x.std(dim=-1, correction=correction, keepdim=True) + 1e-5
     return (error / scale).square().mean(dim=-1)
 
 
@@ -146,9 +156,7 @@ class ReconstructionMetrics(Metric):
 
     def compute(self) -> dict[str, float]:
         """Return the metrics by name."""
-        mean = self.sum_x / self.n_rows
-        centering = mean * (self.n_predicted.unsqueeze(-1) * mean - 2 * self.predicted_x)
-        variance = self.squared_norm + centering.sum(dim=-1)
+        variance = self.variance()
         l0 = self.l0_sum / self.n_rows
         values = {name: getattr(self, row_total(name)).sum() / self.n_predicted.sum() for name in self.row_metrics}
         values |= {
@@ -158,12 +166,33 @@ class ReconstructionMetrics(Metric):
             "dead_fraction": (self.fires == 0).double().mean(),
         }
         values = {name: values[name] for name in (*ORDER, *values) if name in values}
-        predicted = self.n_predicted.nonzero().flatten().tolist()
-        if len(predicted) > 1:
-            values |= {f"fvu_{i}": self.squared_error[i] / variance[i] for i in predicted}
+        values |= {f"fvu_{i}": self.squared_error[i] / variance[i] for i in self.compared_sources()}
         if ((self.n_predicted > 0) & (self.n_predicted < self.n_rows)).any():
             values |= {f"share_{i}": share for i, share in enumerate(self.n_predicted / self.n_rows)}
-        return {name: value.item() for name, value in values.items()} | {"n_eval_tokens": int(self.n_rows)}
+        undefined = self.undefined()
+        defined = {name: value.item() for name, value in values.items() if name not in undefined}
+        return defined | {"n_eval_tokens": int(self.n_rows)}
+
+    def variance(self) -> Float[Tensor, " s"]:
+        """Return sum (x - mean x)² of each source over the rows on which it counts."""
+        mean = self.sum_x / self.n_rows
+        centering = mean * (self.n_predicted.unsqueeze(-1) * mean - 2 * self.predicted_x)
+        return self.squared_norm + centering.sum(dim=-1)
+
+    def undefined(self) -> dict[str, str]:
+        """Return the metrics that these rows leave undefined, each with the reason."""
+        variance, scale = self.variance(), CONSTANT * self.squared_norm
+        reasons = {}
+        if self.sum_x.shape[-1] == 1:
+            reasons["nmse"] = "activations of width 1 have no standard deviation"
+        if variance.sum() <= scale.sum():
+            reasons["fvu"] = SAME_ROWS
+        return reasons | {f"fvu_{i}": SAME_ROWS for i in self.compared_sources() if variance[i] <= scale[i]}
+
+    def compared_sources(self) -> list[int]:
+        """Return the sources that have an fvu of their own: those that count, if there are several."""
+        predicted = self.n_predicted.nonzero().flatten().tolist()
+        return predicted if len(predicted) > 1 else []
 
 
 def row_total(name: str) -> str:
@@ -201,6 +230,8 @@ class DownstreamMetrics(Metric):
     full_state_update = False
 
     n_predictions: Tensor
+    ce_clean: Tensor
+    ce_zero: Tensor
 
     TOTALS = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl")
 
@@ -219,8 +250,15 @@ class DownstreamMetrics(Metric):
         """Return the metrics by name."""
         values = {name: (getattr(self, name) / self.n_predictions).item() for name in self.TOTALS}
         values["ce_degradation"] = values["ce_spliced"] - values["ce_clean"]
-        cost = values["ce_zero"] - values["ce_clean"]
-        return values | {"loss_recovered": (values["ce_zero"] - values["ce_spliced"]) / cost} if cost else values
+        if not self.undefined():
+            cost = values["ce_zero"] - values["ce_clean"]
+            values["loss_recovered"] = (values["ce_zero"] - values["ce_spliced"]) / cost
+        return values
+
+    def undefined(self) -> dict[str, str]:
+        """Return the metrics that these predictions leave undefined, each with the reason."""
+        free = self.ce_zero / self.n_predictions == self.ce_clean / self.n_predictions
+        return {"loss_recovered": "setting the activations to zero does not change the cross-entropy"} if free else {}
 
 
 def l0_histogram(counts: Int[Tensor, " n"], bos: Bool[Tensor, " n"]) -> list[dict[str, Any]]:

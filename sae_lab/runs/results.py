@@ -1,17 +1,26 @@
 """Write the results of an evaluation: metrics.json, tables and figures."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from sae_lab import plots
 from sae_lab.evaluation.evaluator import Evaluation
+from sae_lab.evaluation.findings import check_metrics, find_problems
 from sae_lab.runs.tables import read_numbers
 from sae_lab.runtime.files import write_json
 from sae_lab.saes.base import BaseSAE
 
+log = logging.getLogger(__name__)
+
 
 def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[Path]:
-    """Write the tables and figures into `figures/`, then metrics.json, which marks the run as complete."""
+    """Write the tables and figures into `figures/`, then metrics.json, which marks the run as complete.
+
+    Raises:
+        UserError: a metric is not finite; nothing is written.
+    """
+    check_metrics(evaluation.metrics)
     figures = run_dir / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for name, table in evaluation.tables.items():
@@ -28,14 +37,29 @@ def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[P
 
 
 def write_metrics(metrics: dict[str, Any], sae: BaseSAE, path: Path) -> Path:
-    """Write the metrics, with the sizes of the SAE, as JSON."""
-    sizes = {"n_latents": sae.n_latents, "d_in": sae.d_in, "n_sources": sae.n_sources}
-    write_json(path, metrics | sizes)
+    """Write the metrics, with the sizes of the SAE, as JSON. Warnings say what is left out or looks wrong.
+
+    Raises:
+        UserError: a metric is not finite; nothing is written.
+    """
+    check_metrics(metrics)
+    metrics = metrics | {"n_latents": sae.n_latents, "d_in": sae.d_in, "n_sources": sae.n_sources}
+    write_json(path, metrics)
+    for problem in find_problems(metrics):
+        log.warning("%s: %s.", path.parent, problem)
     return path
 
 
 def write_comparison(metrics: dict[str, Any], encoder: str, k: int | None, folder: Path) -> Path:
-    """Write the metrics of two encoders of one dictionary side by side, as JSON."""
+    """Write the metrics of two encoders of one dictionary side by side, as JSON.
+
+    Raises:
+        UserError: a metric is not finite; nothing is written.
+    """
+    check_metrics(metrics)
     path = folder / f"metrics_{encoder}{'' if k is None else f'_k{k}'}.json"
     write_json(path, metrics)
+    for name, of_encoder in metrics.items():
+        for problem in find_problems(of_encoder):
+            log.warning("%s with encoder %s: %s.", folder, name, problem)
     return path

@@ -45,8 +45,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON atomically."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    """Write indented JSON atomically; raise a ValueError if a number is NaN or infinite, which JSON does not have."""
+    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def digest_of_file(path: Path) -> str:

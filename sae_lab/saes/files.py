@@ -37,16 +37,21 @@ def save_sae(
         folder: the folder to write into; created if needed.
         provenance: where the SAE comes from, written into config.json.
         probe_rows: raw activations. They are saved with the SAE's outputs in probe.safetensors, which loading checks.
+
+    Raises:
+        UserError: a parameter or a buffer is not finite, such as a threshold of infinity; nothing is written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     description = {"class": type(sae).__name__, "config": sae.config, "provenance": provenance or {}}
     # Copied, because safetensors refuses two names for the same memory, which tied weights have.
     tensors = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in sae.state_dict().items()}
+    if bad := not_finite(tensors):
+        raise UserError(f"{', '.join(bad)} of the {type(sae).__name__} not finite, so it is not saved: train it again.")
     files = {WEIGHTS: save(tensors)}
     if probe_rows is not None:
         description["probe"] = PROBE
         files[PROBE] = make_probe(sae, probe_rows)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)
     digests = {name: xxhash.xxh3_128_hexdigest(content) for name, content in files.items()}
@@ -82,9 +87,8 @@ def load_sae_folder(folder: str | Path, device: str | torch.device = "cpu") -> B
         check_digests(folder, description)
         check_shapes(folder / WEIGHTS, description)
         tensors = load_file(folder / WEIGHTS)
-        not_finite = [name for name, t in tensors.items() if not t.isfinite().all()]
-        if not_finite:
-            raise ValueError(f"{', '.join(not_finite)} not finite")
+        if bad := not_finite(tensors):
+            raise ValueError(f"{', '.join(bad)} not finite")
         sae = BaseSAE.from_config(description["class"], description["config"])
         sae.load_state_dict(tensors)
         if description.get("probe") == PROBE:
@@ -94,6 +98,11 @@ def load_sae_folder(folder: str | Path, device: str | torch.device = "cpu") -> B
     except RuntimeError as e:  # load_state_dict: missing, unexpected or misshapen tensors
         raise UserError(f"the tensors of {folder / WEIGHTS} do not fit its {CONFIG}: {' '.join(str(e).split())}") from e
     return sae.eval().to(device)
+
+
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold a NaN or an infinity."""
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 
 
 def digest_of_description(description: dict[str, Any]) -> str:

@@ -11,9 +11,9 @@ import yaml
 from sae_lab.sweeps.status import read_json, read_status
 
 
-def search_score(metrics: dict[str, Any], goal_l0: float | None) -> float:
-    """Return the score that a search minimizes: fvu, or the distance of l0 to its goal."""
-    return metrics["fvu"] if goal_l0 is None else abs(metrics["l0"] - goal_l0)
+def search_score(metrics: dict[str, Any], goal_l0: float | None) -> float | None:
+    """Return the score that a search minimizes: fvu, or the distance of l0 to its goal. None if fvu is left out."""
+    return metrics.get("fvu") if goal_l0 is None else abs(metrics["l0"] - goal_l0)
 
 
 def next_guess(tried: dict[float, float], goal: float, low: float, high: float) -> float | None:
@@ -50,11 +50,13 @@ def secant(nearest: list[tuple[float, float]]) -> float:
 def describe_best(folders: list[Path], goal_l0: float | None) -> str | None:
     """Return a sentence about the run with the lowest score and the command that trains it; None if none is done."""
     done = {f: read_json(f / "metrics.json") for f in folders if read_status(f)[0] == "complete"}
-    if not done:
+    scores = {f: score for f in done if (score := search_score(done[f], goal_l0)) is not None}
+    if not scores:
         return None
-    folder = min(done, key=lambda f: search_score(done[f], goal_l0))
+    folder = min(scores, key=scores.__getitem__)
     overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
     command = shlex.join(o for o in overrides if not o.startswith("goal_l0="))
     best = "lowest fvu" if goal_l0 is None else f"closest to goal_l0={goal_l0}"
-    l0, fvu = done[folder]["l0"], done[folder]["fvu"]
-    return f"Best run ({best}), with l0 {l0:.1f} and fvu {fvu:.4f}:\npython -m sae_lab.train {command}"
+    forms = {"l0": ".1f", "fvu": ".4f"}
+    numbers = " and ".join(f"{m} {done[folder][m]:{form}}" for m, form in forms.items() if m in done[folder])
+    return f"Best run ({best}), with {numbers}:\npython -m sae_lab.train {command}"

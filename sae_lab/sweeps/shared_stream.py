@@ -9,7 +9,8 @@ step joins when the stream reaches that step.
 
 import json
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -156,15 +157,22 @@ def has_room(members: list[Member], free: int, max_members: int | None) -> bool:
 
 
 def finish_together(members: list[Member], data: ActivationData) -> None:
-    """Calibrate, save and evaluate the members that did not fail, in one pass. An error here fails all of them."""
+    """Calibrate, save and evaluate the members that did not fail, in one pass. An error of the pass fails them all."""
     alive = drop_failed(members)
     if not alive:
         return
     try:
-        finish(alive, data)
+        finish(alive, data, member_scope)
     except Exception as e:
-        for member in alive:
+        for member in drop_failed(alive):
             record_failure(member.run.folder, e)
+
+
+@contextmanager
+def member_scope(folder: Path) -> Iterator[None]:
+    """Log what happens inside the block for one member, and record its failure instead of raising it."""
+    with logging_for(folder), failure_recorded(folder):
+        yield
 
 
 def drop_failed(members: list[Member]) -> list[Member]:

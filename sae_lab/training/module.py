@@ -1,5 +1,6 @@
 """The training step as a LightningModule, independent of the architecture."""
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,11 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae_lab.activations.finite import check_finite
 from sae_lab.evaluation.metrics import ReconstructionMetrics, batch_fvu
 from sae_lab.ops.sparse import l0_per_row
 from sae_lab.parallel.collectives import average_gradients, mean_over_ranks, world_size
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE, SAEOutput
+
+log = logging.getLogger(__name__)
 
 NO_AUTOCAST = nullcontext()
 
@@ -47,6 +51,7 @@ class SAEModule(L.LightningModule):
         self.sae, self.validation = sae, ReconstructionMetrics(sae.n_latents)
         self.register_buffer("tokens", torch.zeros((), dtype=torch.long))
         self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
+        self._left_out: set[str] = set()
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(list(self.sae.parameters()))
@@ -62,9 +67,9 @@ class SAEModule(L.LightningModule):
         self.tokens += len(x) * world_size()
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             row = training_row(self.sae, out, terms, loss)
-            self.raise_if_diverged(row["loss"])
+            self.raise_if_diverged(row["loss"], x)
             lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-            self.log_dict(row | {"tokens": self.tokens.float(), "lr": lr})
+            self.log_dict(self.finite(row) | {"tokens": self.tokens.float(), "lr": lr})
         return loss
 
     def on_after_backward(self) -> None:
@@ -73,16 +78,30 @@ class SAEModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.raise_if_diverged(torch.stack([p.detach().abs().max() for p in self.sae.parameters()]).max())
 
-    def raise_if_diverged(self, value: Tensor) -> None:
-        """Raise a UserError if `value` is not finite.
+    def raise_if_diverged(self, value: Tensor, x: Float[Tensor, "b s d"] | None = None) -> None:
+        """Raise a UserError if `value` is not finite, about the batch x if that is the cause.
 
         Called only when something is logged or saved, because reading the value makes the host wait for the GPU.
         """
         if not value.isfinite():
+            if x is not None:
+                check_finite(x, [f"source {i}" for i in range(x.shape[1])], "give batches of finite numbers.")
             raise UserError(
                 f"training has diverged by step {self.trainer.global_step} (a loss or a weight is {value.item()}): "
                 "lower optimizer.lr, or set max_grad_norm."
             )
+
+    def finite(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the finite values of a row to log. The first time that one is left out, a warning names it."""
+        known = torch.stack([torch.as_tensor(value).float() for value in row.values()]).isfinite().tolist()
+        left_out = {name for name, is_finite in zip(row, known, strict=True) if not is_finite}
+        if new := sorted(left_out - self._left_out):
+            log.warning(
+                "step %d: %s left out of the log: not finite, as where all rows of a batch are the same.",
+                *(self.trainer.global_step, ", ".join(new)),
+            )
+        self._left_out |= left_out
+        return {name: value for name, value in row.items() if name not in left_out}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.sae.before_step()
@@ -100,7 +119,8 @@ class SAEModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         values = self.validation.compute()
-        self.log_dict({f"val/{key}": values[key] for key in ("nmse", "fvu", "l0", "dead_fraction")})
+        chosen = {f"val/{key}": values.get(key, torch.nan) for key in ("nmse", "fvu", "l0", "dead_fraction")}
+        self.log_dict(self.finite(chosen))
         self.validation.reset()
 
 

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lab.activations.data import ActivationData
 from sae_lab.evaluation.calibration import calibrate
 from sae_lab.evaluation.evaluator import evaluate_all
+from sae_lab.evaluation.findings import check_metrics, find_problems
 from sae_lab.interop.load import load_sae
 from sae_lab.parallel.collectives import rank
 from sae_lab.parallel.launch import launch_ranks
@@ -170,23 +172,37 @@ def start_logger(member: Member, name: str) -> Logger:
     return logger
 
 
-def finish(members: Sequence[Member], data: ActivationData) -> list[dict[str, Any]]:
-    """Calibrate, save and evaluate members that share a stream. Returns the metrics of each."""
+def finish(
+    members: Sequence[Member],
+    data: ActivationData,
+    scope: Callable[[Path], AbstractContextManager] = lambda folder: nullcontext(),
+) -> list[dict[str, Any]]:
+    """Calibrate, save and evaluate members that share a stream. Returns the metrics of those that succeed.
+
+    Args:
+        scope: context around what belongs to the member of one folder: its log, and what its failure means. A member
+            whose failure the context does not raise is left out from there on.
+    """
     saes = [member.sae.to(data.lm.device) for member in members]  # Lightning moved them to the CPU after training
     calibrate(saes, data, members[0].cfg.calibration_batches)
     probe_rows = data.probe_rows()
+    saved, metrics = list[Member](), list[dict[str, Any]]()
     for member, sae in zip(members, saes, strict=True):
-        config = OmegaConf.to_container(member.cfg, resolve=True)
-        assert isinstance(config, dict)
-        said = provenance(config, data.lm, read_environment_keys(member.run.folder))
-        save_sae(sae, member.run.folder / "sae", said, probe_rows)
-    evaluations = evaluate_all({str(member.run.folder): member.sae for member in members}, data)
-    for member, evaluation in zip(members, evaluations.values(), strict=True):
-        files = write_results(evaluation, member.sae, member.run.folder)
-        finish_loggers(member.trainer.loggers, evaluation.metrics)
-        print_metrics(evaluation.metrics, member.run.folder)
-        print_files([member.run.folder / "sae", *files])
-    return [evaluation.metrics for evaluation in evaluations.values()]
+        with scope(member.run.folder):
+            config = OmegaConf.to_container(member.cfg, resolve=True)
+            assert isinstance(config, dict)
+            said = provenance(config, data.lm, read_environment_keys(member.run.folder))
+            save_sae(sae, member.run.folder / "sae", said, probe_rows)
+            saved.append(member)
+    evaluations = evaluate_all({str(member.run.folder): member.sae for member in saved}, data) if saved else {}
+    for member, evaluation in zip(saved, evaluations.values(), strict=True):
+        with scope(member.run.folder):
+            files = write_results(evaluation, member.sae, member.run.folder)
+            finish_loggers(member.trainer.loggers, evaluation.metrics)
+            print_metrics(evaluation.metrics, member.run.folder)
+            print_files([member.run.folder / "sae", *files])
+            metrics.append(evaluation.metrics)
+    return metrics
 
 
 def hydra_files(cfg: DictConfig) -> dict[str, str]:
@@ -205,8 +221,11 @@ def hydra_files(cfg: DictConfig) -> dict[str, str]:
 
 
 def show_complete(run: Run) -> dict[str, Any]:
-    """Print the metrics of a complete run, and how to train it again."""
+    """Print the metrics of a complete run, and how to train it again; raise a UserError if one is not finite."""
     metrics = json.loads((run.folder / "metrics.json").read_text())
+    check_metrics(metrics)  # earlier versions wrote NaN
     print_metrics(metrics, run.folder)
+    for problem in find_problems(metrics):
+        log.warning("%s: %s.", run.folder, problem)
     log.info("%s is complete: type resume=never to train it again.", run.folder)
     return metrics
