@@ -21,7 +21,7 @@ def main(cfg: DictConfig) -> None:
     jobs = job_statuses(folder, all_jobs(folder))
     table = collect_table(folder)
     jobs = mark_unreadable(jobs, table)
-    if {job.status for job in jobs} != {"complete"}:
+    if any(job.status != "complete" or job.detail for job in jobs):
         show_statuses(jobs)
     if table.empty:
         return

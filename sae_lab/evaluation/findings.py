@@ -13,12 +13,16 @@ def check_metrics(metrics: Mapping[str, Any]) -> None:
     Raises:
         UserError: a number is NaN or infinite; the message names all that are.
     """
-    wrong = [f"{name} is {value}" for name, value in numbers(metrics) if not math.isfinite(value)]
-    if wrong:
+    if wrong := not_finite(metrics):
         raise UserError(
             f"{', '.join(wrong)}, although the activations are finite, so the SAE's weights or the language model "
             "with x_hat in it overflow: lower optimizer.lr, or give lm.dtype=float32."
         )
+
+
+def not_finite(metrics: Mapping[str, Any]) -> list[str]:
+    """Return a phrase for each number that is NaN or infinite, such as `fvu is nan`."""
+    return [f"{name} is {value}" for name, value in numbers(metrics) if not math.isfinite(value)]
 
 
 def numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -62,7 +62,7 @@ def _rounded(value: float, form: str) -> str:
 
 
 def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[JobStatus], folder: Path, figures: list[Path]) -> str:
-    """Return report.md: the jobs that are missing, the settings that all jobs share, the table and the figures."""
+    """Return report.md: the jobs whose status has a detail, the settings that all share, the table and the figures."""
     texts = [[for_markdown(str(cell)) for cell in row] for row in [list(cells.columns), *cells.to_numpy().tolist()]]
     rows = [texts[0], ["---"] * len(cells.columns), *texts[1:]]
     same = [
@@ -70,7 +70,7 @@ def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[JobStatus], fo
     ]
     shared = ", ".join(f"`{for_code_span(f'{c}={cell_text(table[c].iloc[0])}')}`" for c in same)
     parts = [f"# {for_markdown(folder.resolve().name)}", count_statuses(jobs)]
-    left = [job for job in jobs if job.status != "complete"]
+    left = [job for job in jobs if job.status != "complete" or job.detail]
     names = label_jobs([job.job for job in left])
     is_single = (folder / ".hydra").is_dir()
     details = [hide_values(folder if is_single else folder / job.job, f"{job.status} {job.detail}") for job in left]

@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Table
 
 from sae_lab.cli.folder_names import split_overrides
+from sae_lab.evaluation.findings import find_problems, not_finite
 from sae_lab.runs.checkpoint import checkpoint_content
 from sae_lab.runs.config import config_file, read_config
 from sae_lab.runs.folder import FAILED, Run, is_running
@@ -99,7 +100,7 @@ def _natural_order(folder: Path) -> list[tuple[bool, float, str]]:
 class JobStatus(NamedTuple):
     """Status of a job: complete, failed, running, interrupted, waiting, or unreadable if its files are damaged.
 
-    `detail` is the reason or the progress.
+    `detail` is the reason, the progress, or what is left out of the metrics of a complete job or looks wrong in them.
     """
 
     job: str
@@ -118,7 +119,7 @@ def job_name(root: Path, folder: Path) -> str:
 
 
 def read_status(folder: Path) -> tuple[str, str]:
-    """Return the status of the run in this folder, with a detail: the reason, or the step and the time left."""
+    """Return the status of the run in this folder, with its detail (see JobStatus)."""
     try:
         return _read_status(folder)
     except Exception as e:  # damage may raise anything; it must not end the report on the other jobs
@@ -129,8 +130,7 @@ def _read_status(folder: Path) -> tuple[str, str]:
     if (folder / FAILED).is_file():
         return "failed", (folder / FAILED).read_text(errors="replace").partition("\n")[0]
     if (folder / "metrics.json").is_file():
-        read_json(folder / "metrics.json")
-        return "complete", ""
+        return "complete", "; ".join(find_problems(read_json(folder / "metrics.json")))
     if not has_config(folder):
         return "waiting", ""
     config = read_config(folder)
@@ -146,7 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a metrics.json.
 
     Raises:
-        UserError: it is not JSON, or what must be a number in it is not.
+        UserError: it is not JSON, or what must be a number in it is not, or not finite.
     """
     remedy = "evaluate that run again, or move its folder away."
     try:
@@ -158,6 +158,8 @@ def read_json(path: Path) -> dict[str, Any]:
     for name in NUMBERS & metrics.keys():
         if type(metrics[name]) not in (int, float):
             raise UserError(f"{path} has {name}={metrics[name]}, which must be a number: {remedy}")
+    if wrong := not_finite(metrics):  # earlier versions wrote them
+        raise UserError(f"{path} holds numbers that are not finite ({', '.join(wrong)}): {remedy}")
     return metrics
 
 

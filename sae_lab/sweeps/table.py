@@ -1,6 +1,5 @@
 """Collect the jobs of a sweep into one table with one row per job."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pandas as pd
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from sae_lab.evaluation.findings import numbers
 from sae_lab.runs.config import config_file, read_config, read_environment_keys, read_yaml
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_atomically
@@ -183,15 +183,7 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
 
 def read_metrics(path: Path) -> dict[str, float]:
     """Return the numbers in a metrics.json, nested ones as outer/inner; empty if there is no file."""
-    return dict(_numbers(read_json(path))) if path.is_file() else {}
-
-
-def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            yield prefix + name, value
+    return dict(numbers(read_json(path))) if path.is_file() else {}
 
 
 def _plain(value: Any) -> Any:
