@@ -30,7 +30,7 @@ def config(folder: Path, *overrides: str):
 
 
 def stop_at_batch(monkeypatch, n: int) -> None:
-    """A SIGTERM to this process while the n-th batch is drawn."""
+    """A SIGTERM to this process where the n-th batch is asked for, which stops it after n - 1 steps."""
     draw, drawn = ShuffledBlocks.__next__, []
 
     def stopping(self):

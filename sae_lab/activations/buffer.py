@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae_lab.activations.source import Chunk, Source
 from sae_lab.runtime.seeds import nth_generator
+from sae_lab.runtime.signals import raise_if_stopped
 
 
 class Filling:
@@ -27,6 +28,9 @@ class ShuffledBlocks:
 
     Block number n is permuted by a generator seeded with (seed, n), so the batches are a function of (source, seed).
     At the end of the source, the last batch may be smaller. All blocks reuse the same memory.
+
+    A stop (SafeStop) is raised where a batch is asked for, or between two chunks of a block that is being filled. The
+    state is then that after the last batch.
 
     The state is where the block begins (the state of the chunk with its first row, and the number of earlier rows in
     that chunk), the number of the block, and how many of its batches were given.
@@ -78,6 +82,7 @@ class ShuffledBlocks:
         return self
 
     def __next__(self) -> Float[Tensor, "b s d"]:
+        raise_if_stopped()
         if self._block is None:
             self._refill()
         assert self._block is not None
@@ -103,6 +108,7 @@ class ShuffledBlocks:
             filled += len(rows)
             if self.filling.watch is not None:
                 self.filling.watch(filled, self.block_rows)
+            raise_if_stopped()
         self.filling.rows += filled
         self.filling.seconds += time.perf_counter() - start
         if self._memory is None or filled == 0:

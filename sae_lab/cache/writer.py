@@ -28,6 +28,7 @@ from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.device import check_memory_of
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.screen import TokenProgress
+from sae_lab.runtime.signals import deferred_signals, raise_if_stopped
 from sae_lab.text.documents import HELD_OUT, TRAIN
 from sae_lab.text.rows import take_rows
 
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class CacheWriter:
-    """Writes a cache, shard by shard. If it is stopped, it continues after the last complete shard.
+    """Writes a cache, shard by shard. If it is stopped, it finishes the current shard, and continues after it.
 
     Args:
         data: the language model, the text and the excluded positions; `data.n_eval_tokens` of held-out text are stored
@@ -69,16 +70,21 @@ class CacheWriter:
         self.key = lm_key(data.lm) | data_key(data) | size
 
     def build(self, rebuild: bool = False) -> Manifest:
-        """Write the missing shards; with `rebuild`, first verify all shards and rewrite damaged ones."""
+        """Write the missing shards; with `rebuild`, first verify all shards and rewrite damaged ones.
+
+        Raises:
+            SafeStop: a signal arrived, and the shard that was then being filled is written.
+        """
         manifest = self._read(start_over=rebuild)
         if manifest is None or rebuild or not manifest.complete:
             with self.store.locked():
                 self.store.remove_partial_files()
                 manifest = self._read(start_over=rebuild) or self._start()
-                if rebuild:
-                    self._rewrite_damaged(manifest)
-                if not manifest.complete:
-                    self._write_missing(manifest)
+                with deferred_signals():
+                    if rebuild:
+                        self._rewrite_damaged(manifest)
+                    if not manifest.complete:
+                        self._write_missing(manifest)
         log.info("%s is complete: %s tokens in %d shards.", self.store.url, f"{manifest.rows:,}", len(manifest.shards))
         return manifest
 
@@ -151,6 +157,7 @@ class CacheWriter:
                 manifest.shards.append(self.write_shard(shard_name(len(manifest.shards)), chunks, left))
                 manifest.complete = manifest.rows == self.n_tokens
                 manifest.write(self.store)
+                raise_if_stopped()
         if not manifest.complete:
             self._finish_early(manifest)
 
@@ -185,6 +192,7 @@ class CacheWriter:
             manifest.held_out_whole, manifest.held_out_checksum = self._write_held_out()
             manifest.write(self.store)
         for i, shard in enumerate(manifest.shards):
+            raise_if_stopped()
             if shard.file in bad:
                 source = self.data.source()
                 source.load_state_dict(shard.begin)

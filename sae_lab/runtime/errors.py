@@ -42,14 +42,19 @@ class FolderInUse(UserError):
 
 
 class Interrupted(BaseException):
-    """A signal stopped the run, after a checkpoint was saved. The exit code is 128 + the signal's number.
+    """A signal stopped the command. The exit code is 128 + the signal's number.
 
     Not an Exception, like KeyboardInterrupt, so that a sweep does not record a failed job and start the next.
     """
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
+        self.signum = signum
         self.exit_code = 128 + signum
+
+
+class SafeStop(Interrupted):
+    """An interruption raised where nothing is half done, so that the state can be saved."""
 
 
 def first_line(error: BaseException) -> str:

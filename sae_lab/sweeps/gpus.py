@@ -11,8 +11,8 @@ from hydra.core.utils import configure_log
 from omegaconf import OmegaConf
 
 from sae_lab.runs.folder import FAILED
-from sae_lab.runtime.errors import Interrupted, UserError, first_line
-from sae_lab.runtime.signals import Signals
+from sae_lab.runtime.errors import Interrupted, SafeStop, UserError, first_line
+from sae_lab.runtime.signals import deferred_signals, received_signal
 from sae_lab.sweeps.failures import record_failure
 from sae_lab.sweeps.member_logs import log_files
 from sae_lab.sweeps.shared_stream import Job, group_by_stream, train_jobs
@@ -97,29 +97,26 @@ def run_on_ray(parts: list[list[Job]], slots: int, max_members: int | None, job_
 
 
 def wait_for(runs: dict[Any, list[Job]]) -> None:
-    """Wait until every process has ended. After SIGINT or SIGTERM each saves checkpoints and ends.
+    """Wait until every process has ended. After a signal each saves checkpoints and ends.
 
     Raises:
-        Interrupted: a signal arrived.
+        SafeStop: a signal arrived.
     """
     import ray
 
-    signals, waiting, cancelled = Signals(), list(runs), False
-    signals.listen()  # a flag is polled below, because Ray hides exceptions that a signal handler raises
+    waiting, cancelled = list(runs), False
     try:
-        while waiting:
-            done, waiting = ray.wait(waiting, timeout=0.5)
-            for run in done:
-                collect_result(run, runs[run])
-            if signals.received is not None and not cancelled:
-                cancelled = True
-                for run in waiting:
-                    ray.cancel(run)  # sends SIGINT to the process
-    finally:
-        signals.restore()
-    if signals.received is not None:
-        name = signal.Signals(signals.received).name
-        raise Interrupted(f"Stopped by {name}, all groups are saved", signals.received)
+        with deferred_signals():  # polled below, because Ray hides exceptions that a signal handler raises
+            while waiting:
+                done, waiting = ray.wait(waiting, timeout=0.5)
+                for run in done:
+                    collect_result(run, runs[run])
+                if received_signal() is not None and not cancelled:
+                    cancelled = True
+                    for run in waiting:
+                        ray.cancel(run)  # sends SIGINT to the process
+    except SafeStop as stop:
+        raise SafeStop(f"{stop}, all groups are saved", stop.signum) from None
 
 
 def collect_result(run: Any, part: list[Job]) -> None:

@@ -1,6 +1,6 @@
 """Train several runs on one stream: each Trainer runs in a greenlet that pauses when it asks for a batch."""
 
-import signal
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sae_lab.activations.buffer import Filling, ShuffledBlocks
 from sae_lab.activations.data import ActivationData
-from sae_lab.runtime.errors import Interrupted
-from sae_lab.runtime.signals import Signals
+from sae_lab.runtime.errors import SafeStop
+from sae_lab.runtime.signals import deferred_signals
 from sae_lab.sweeps.failures import failure_recorded
 from sae_lab.sweeps.member_logs import MEMBER
 from sae_lab.training.run import Member, fit
@@ -55,39 +55,50 @@ class SharedStream:
         return batch
 
 
-def train_in_lockstep(members: list[Member], data: ActivationData, signals: Signals) -> None:
+def train_in_lockstep(members: list[Member], data: ActivationData) -> None:
     """Call `fit` for all members on the same batches. A member that fails drops out, and the others go on.
 
     Args:
         members: sorted by the step from which they resume. A member joins when the stream reaches its step.
 
     Raises:
-        Interrupted: a signal arrived, and all members that had joined saved a checkpoint at the same step.
+        SafeStop: a signal arrived, and all members that had joined saved a checkpoint at the same step.
     """
     stream = data.stream
     data.stream = SharedStream(stream)  # type: ignore[assignment]
-    waiting, alive = list(members), list[greenlet]()
     try:
-        while signals.due is None:
-            alive = [run for run in alive if not run.dead]
-            if waiting and (not alive or waiting[0].run.step <= stream.n_batches_given):
-                alive.append(greenlet(partial(fit_member, waiting.pop(0), data)))
-                alive[-1].switch()  # runs until it asks for its first batch
-                continue
-            if not alive:
-                break
-            signals.listen()  # in every step: a Trainer that fails restores the handlers that it found
-            batch = next(stream, None)
-            signals.due = signals.received
-            for run in alive:
-                run.switch(batch)
+        with deferred_signals():
+            take_turns(members, data, stream)
+    except SafeStop as stop:
+        raise SafeStop(f"{stop}, {len(members)} SAEs are saved", stop.signum) from None
     finally:
-        signals.restore()
         stream.close()
         data.stream = stream
-    if signals.received is not None:
-        name, saved = signal.Signals(signals.received).name, f"{len(members)} SAEs are saved"
-        raise Interrupted(f"Stopped by {name}, {saved}", signals.received)
+
+
+def take_turns(members: list[Member], data: ActivationData, stream: ShuffledBlocks) -> None:
+    """Run the members in greenlets until all have ended; on a stop, where all wait for a batch, let each of them save."""
+    waiting, alive = list(members), list[greenlet]()
+    while waiting or alive:
+        if waiting and (not alive or waiting[0].run.step <= stream.n_batches_given):
+            alive.append(greenlet(partial(fit_member, waiting.pop(0), data)))
+            alive[-1].switch()  # runs until it asks for its first batch
+        else:
+            try:
+                batch = next(stream, None)
+            except SafeStop as stop:
+                save_all(alive, stop)
+                raise
+            for run in alive:
+                run.switch(batch)
+        alive = [run for run in alive if not run.dead]
+
+
+def save_all(alive: list[greenlet], stop: SafeStop) -> None:
+    """Raise `stop` in members that wait for a batch. Each of them saves a checkpoint and raises it again."""
+    for run in alive:
+        with suppress(SafeStop):
+            run.throw(stop)
 
 
 def fit_member(member: Member, data: ActivationData) -> None:

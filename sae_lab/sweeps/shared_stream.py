@@ -23,12 +23,10 @@ from sae_lab.activations.data import ActivationData
 from sae_lab.runs.folder import FAILED
 from sae_lab.runtime.build import typed_keys
 from sae_lab.runtime.errors import UserError, report_typed_keys
-from sae_lab.runtime.signals import Signals
 from sae_lab.sweeps.failures import failure_recorded, record_failure
 from sae_lab.sweeps.lockstep import train_in_lockstep
 from sae_lab.sweeps.member_logs import log_files, logging_for
 from sae_lab.sweeps.search import search_score
-from sae_lab.training.callbacks import SaveWhenDue
 from sae_lab.training.progress import Throughput, TrainingProgress
 from sae_lab.training.run import (
     Member,
@@ -110,12 +108,12 @@ def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
         for job in jobs:
             record_failure(job.folder, e)
         return []
-    waiting, members, signals, free = list(jobs), list[Member](), Signals(), free_memory(data.lm.device)
+    waiting, members, free = list(jobs), list[Member](), free_memory(data.lm.device)
     with ExitStack() as folders:
         while waiting and has_room(members, free, max_members):
             job = waiting.pop(0)
             with logging_for(job.folder), failure_recorded(job.folder):
-                member = open_member(job, data, signals, first=not members)
+                member = open_member(job, data, first=not members)
                 if member.run.complete:
                     log.info("%s was completed by another process", job.folder)
                     continue
@@ -123,7 +121,7 @@ def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
                 members.append(member)
         log.info("%d SAEs share one pass over %s", len(members), data.lm.name)
         try:
-            train_in_lockstep(members, data, signals)
+            train_in_lockstep(members, data)
         except Exception as e:  # an error of the stream; errors of a member are recorded in `fit_member`
             for member in drop_failed(members):
                 record_failure(member.run.folder, e)
@@ -131,12 +129,12 @@ def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
     return waiting
 
 
-def open_member(job: Job, data: ActivationData, signals: Signals, first: bool) -> Member:
+def open_member(job: Job, data: ActivationData, first: bool) -> Member:
     """Build a run that reads from a shared stream. The first one shows the progress."""
     run = open_run(job.cfg)
-    callbacks = [SaveWhenDue(run.last_checkpoint, signals), TrainingProgress() if first else Throughput()]
+    progress = TrainingProgress() if first else Throughput()
     with report_typed_keys(job.typed):
-        return build_member(job.cfg, run, build_sae(job.cfg, data), data, callbacks)
+        return build_member(job.cfg, run, build_sae(job.cfg, data), data, [progress])
 
 
 def free_memory(device: torch.device) -> int:

@@ -29,14 +29,14 @@ from sae_lab.runs.provenance import provenance
 from sae_lab.runs.results import write_results
 from sae_lab.runtime.build import build
 from sae_lab.runtime.device import check_memory_of
-from sae_lab.runtime.errors import UserError, first_line
+from sae_lab.runtime.errors import SafeStop, UserError, first_line
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.private import keys_from_environment, public
 from sae_lab.runtime.screen import print_files, print_metrics
+from sae_lab.runtime.signals import deferred_signals
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.dictionary import TOO_MANY_LATENTS
 from sae_lab.saes.files import save_sae
-from sae_lab.training.callbacks import StopOnSignal
 from sae_lab.training.loggers import finish_loggers
 from sae_lab.training.module import SAEModule
 from sae_lab.training.options import check_options
@@ -62,10 +62,10 @@ def train_run(cfg: DictConfig) -> dict[str, Any]:
     if run.complete:
         return show_complete(run)
     data = build_data(cfg)
-    callbacks = [StopOnSignal(run.last_checkpoint), TrainingProgress()]
-    member = build_member(cfg, run, build_sae(cfg, data), data, callbacks)
+    member = build_member(cfg, run, build_sae(cfg, data), data, [TrainingProgress()])
     with run.begin(hydra_files(cfg)):  # after everything is built, so that an invalid config leaves no folder
-        with launch_ranks(run.folder, cfg.trainer.devices, f"{__name__}:{train_as_follower.__name__}"):
+        ranks = launch_ranks(run.folder, cfg.trainer.devices, f"{__name__}:{train_as_follower.__name__}")
+        with ranks, deferred_signals():
             fit(member, data)
         [metrics] = finish([member], data)
     return metrics
@@ -98,7 +98,6 @@ def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, 
     schedule = partial(build(cfg, "schedule"), n_steps=data.n_steps)
     module = SAEModule(sae, build(cfg, "optimizer"), schedule, cfg.max_grad_norm)
     module.configure_optimizers()  # raises on invalid arguments before the run begins
-    # The config's callbacks come first: on a signal, those after StopOnSignal would miss the last step.
     observers = [build(cfg, f"callbacks.{name}") for name in cfg.callbacks or {}]
     trainer = build(cfg, "trainer")(run_dir=run.folder, n_steps=data.n_steps, callbacks=[*observers, *callbacks])
     return Member(cfg, run, sae, module, trainer)
@@ -143,14 +142,21 @@ def has_frozen_dictionary(sae: BaseSAE) -> bool:
 
 
 def fit(member: Member, data: ActivationData) -> None:
-    """Train to the end of the stream, from the folder's checkpoint if there is one; save a checkpoint at the end."""
+    """Train to the end of the stream, from the folder's checkpoint if there is one; save a checkpoint at the end.
+
+    Raises:
+        SafeStop: a signal arrived, and a checkpoint of the last step is saved.
+    """
     run, trainer = member.run, member.trainer
     log.info("training %d steps of %d tokens in %s", data.n_steps, data.batch_size, run.folder)
     if run.step:
         log.info("continuing from step %d of %s", run.step, run.checkpoint)
     if rank() == 0:
         trainer.loggers = [start_logger(member, name) for name in member.cfg.logger]
-    trainer.fit(member.module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
+    try:
+        trainer.fit(member.module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
+    except SafeStop as e:
+        raise save_at_stop(member, data, e) from None
     if trainer.global_step < data.n_steps:
         log.warning("the text ended at step %d of %d (data.repeat=false)", trainer.global_step, data.n_steps)
     if rank() == 0:
@@ -170,6 +176,15 @@ def start_logger(member: Member, name: str) -> Logger:
     except (TypeError, ValueError) as e:
         raise UserError(f"logger.{name} does not start: {first_line(e.__cause__ or e)}") from e
     return logger
+
+
+def save_at_stop(member: Member, data: ActivationData, stop: SafeStop) -> SafeStop:
+    """Save a checkpoint if a step was taken since the last start. Returns the exception that says so."""
+    run, step = member.run, member.trainer.global_step
+    if step > run.step:
+        member.trainer.save_checkpoint(run.last_checkpoint)
+    saved = f", saved as {run.last_checkpoint}" if step else ""
+    return SafeStop(f"{stop} at step {step} of {data.n_steps}{saved}", stop.signum)
 
 
 def finish(

@@ -11,6 +11,7 @@ from annotated_types import Ge
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from sae_lab.parallel.collectives import rank
 from sae_lab.runtime.checks import check_arguments
@@ -25,6 +26,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         with atomic_file(Path(path)) as f:
             torch.save(checkpoint, f)
+
+
+class NoSignalHandlers(_SignalConnector):
+    """Installs no signal handlers.
+
+    Lightning's would replace those of runtime/signals.py during `fit`, and end a run without a checkpoint.
+    """
+
+    def register_signal_handlers(self) -> None:
+        """Do nothing."""
 
 
 GPU = ("cuda", "gpu")
@@ -63,7 +74,7 @@ def build_trainer(
     checkpoints = run_dir / "checkpoints"
     saving = ModelCheckpoint(checkpoints, "last", every_n_train_steps=checkpoint_every, enable_version_counter=False)
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             accelerator=device,
             devices=[rank()] if device in GPU else 1,
             precision=precision,
@@ -83,6 +94,8 @@ def build_trainer(
         )
     except (MisconfigurationException, ValueError) as e:
         raise UserError(f"the trainer cannot be built: {' '.join(str(e).split())}") from e
+    trainer._signal_connector = NoSignalHandlers(trainer)
+    return trainer
 
 
 def quiet_lightning() -> None:

@@ -82,7 +82,7 @@ def test_members_at_different_steps_share_a_pass(alone, tmp_path, monkeypatch):
     """One complete, two stopped at the same step, one new, which the two wait for."""
     together(tmp_path, "topk")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "topk").rglob("*") if p.is_file() and p.suffix != ".log"}
-    stop_at_batch(monkeypatch, 6)
+    stop_at_batch(monkeypatch, 7)
     with pytest.raises(Interrupted, match="Stopped by SIGTERM, 2 SAEs are saved"):
         together(tmp_path, "batch_topk", "vanilla")
     monkeypatch.undo()
