@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, configure_log, env_override, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -24,6 +24,10 @@ class SharedStreamLauncher(Launcher):
         self.max_members, self.parallel = max_members, parallel
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from sae_lab.sweeps.composition import SharedComposition
+
+        # The sweeper has the same context, and composes every job before the first starts.
+        hydra_context.config_loader = SharedComposition(hydra_context.config_loader)
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -43,23 +47,34 @@ class SharedStreamLauncher(Launcher):
         return returns
 
     def compose(self, overrides: list[str], number: int) -> JobReturn:
-        """Run Hydra's part of a job. The return value is the job to train, or None if its config is invalid."""
+        """Run Hydra's part of a job. The return value is the job to train, or None if its config is invalid.
+
+        Does what Hydra's `run_job` does, without its four copies of the config: 20 of 40 ms per job.
+        """
+        from sae_lab.sweeps.composition import hydra_config
         from sae_lab.sweeps.failures import failure_recorded
         from sae_lab.sweeps.shared_stream import read_job
-
-        def read(cfg: DictConfig):
-            with failure_recorded(Path(cfg.run_dir)):
-                return read_job(cfg)
 
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         log.info("\t#%d : %s", number, " ".join(filter_overrides(overrides)))
         config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-        with open_dict(config):
+        with open_dict(config), hydra_config(config), env_override(config.hydra.job.env_set):
             config.hydra.job.id = config.hydra.job.num = number
-        return run_job(
-            hydra_context=self.hydra_context,
-            task_function=read,
-            config=config,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-        )
+            folder = Path(config.hydra.sweep.dir, str(config.hydra.sweep.subdir)).absolute()
+            config.hydra.runtime.output_dir = str(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            configure_log(config.hydra.job_logging, config.hydra.verbose)
+            job = JobReturn(overrides, hydra_cfg=config, task_name=config.hydra.job.name)
+            self.hydra_context.callbacks.on_job_start(config=config, task_function=read_job)
+            with failure_recorded(folder):
+                job.return_value = read_job(without_hydra(config))
+            job.status = JobStatus.COMPLETED
+            self.hydra_context.callbacks.on_job_end(config=config, job_return=job)
+        return job
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """Return the config that the task sees."""
+    task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    OmegaConf.copy_cache(config, task)
+    return task

@@ -1,6 +1,6 @@
 """Signals that stop a run: recorded when they arrive, acted upon where nothing is half done.
 
-Outside of `deferred_signals`, where a stop loses nothing that the same command would not repeat, a command ends at once.
+Outside of `deferred_signals` a command ends at once: there the same command repeats what a stop loses.
 """
 
 import signal

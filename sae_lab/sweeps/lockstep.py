@@ -77,7 +77,7 @@ def train_in_lockstep(members: list[Member], data: ActivationData) -> None:
 
 
 def take_turns(members: list[Member], data: ActivationData, stream: ShuffledBlocks) -> None:
-    """Run the members in greenlets until all have ended; on a stop, where all wait for a batch, let each of them save."""
+    """Run the members in greenlets until all have ended. A stop comes where all wait for a batch: each saves then."""
     waiting, alive = list(members), list[greenlet]()
     while waiting or alive:
         if waiting and (not alive or waiting[0].run.step <= stream.n_batches_given):

@@ -6,7 +6,6 @@ from typing import Any
 
 from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -15,6 +14,7 @@ from sae_lab.cli.entry import remember_folder
 from sae_lab.runtime.files import write_atomically
 from sae_lab.runtime.os_errors import reason_of
 from sae_lab.runtime.screen import console
+from sae_lab.sweeps.composition import hydra_config
 from sae_lab.sweeps.search import describe_best
 from sae_lab.sweeps.status import PLAN, UNREADABLE, job_folders, job_statuses, planned_jobs, show_statuses
 
@@ -56,14 +56,11 @@ def plan_job_names(config: DictConfig) -> list[str]:
     named = dict(config.hydra.job.config.override_dirname)
     names, job_config = [], config.copy()
     OmegaConf.set_readonly(job_config.hydra.job, False)
-    before = HydraConfig.instance().cfg
-    for i, job in enumerate(jobs):
-        with open_dict(job_config):
+    with open_dict(job_config), hydra_config(job_config):
+        for i, job in enumerate(jobs):
             job_config.hydra.job.override_dirname = get_overrides_dirname(parser.parse_overrides(job), **named)
             job_config.hydra.job.num = job_config.hydra.job.id = i
-        HydraConfig.instance().set_config(job_config)
-        names.append(str(OmegaConf.select(job_config, "hydra.sweep.subdir")))
-    HydraConfig.instance().cfg = before
+            names.append(str(OmegaConf.select(job_config, "hydra.sweep.subdir")))
     return names
 
 

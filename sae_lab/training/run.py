@@ -11,10 +11,12 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_omega_conf_dumper
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.evaluation.calibration import calibrate
@@ -230,7 +232,8 @@ def hydra_files(cfg: DictConfig) -> dict[str, str]:
         files[environment_file(Path()).name] = "".join(f"{key}\n" for key in keys)
     if HydraConfig.initialized():
         hydra = HydraConfig.get()
-        files["hydra.yaml"] = OmegaConf.to_yaml(OmegaConf.masked_copy(OmegaConf.create({"hydra": hydra}), "hydra"))
+        tree = {"hydra": OmegaConf.to_container(hydra, enum_to_str=True)}
+        files["hydra.yaml"] = yaml.dump(tree, Dumper=get_omega_conf_dumper(), sort_keys=False, allow_unicode=True)
         files["overrides.yaml"] = OmegaConf.to_yaml(hydra.overrides.task)
     return files
 

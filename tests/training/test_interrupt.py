@@ -27,12 +27,16 @@ def test_a_signal_waits_until_nothing_is_half_done():
 
 
 def test_an_echo_is_the_same_wish_and_a_later_signal_another(monkeypatch):
-    with pytest.raises(Interrupted, match="second signal") as stopped, deferred_signals():
-        for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-            os.kill(os.getpid(), signum)
-        assert received_signal() == signal.SIGTERM
-        monkeypatch.setattr(signals, "ECHO", -1.0)
-        os.kill(os.getpid(), signal.SIGINT)
+    def send_all() -> None:
+        with deferred_signals():
+            for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), signum)
+            assert received_signal() == signal.SIGTERM
+            monkeypatch.setattr(signals, "ECHO", -1.0)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="second signal") as stopped:
+        send_all()
     assert stopped.value.exit_code == 130
     assert not isinstance(stopped.value, SafeStop)  # in the middle of a step: nothing may be saved
 
