@@ -1,21 +1,21 @@
 """Run folders: their config, the state of the run, and whether it can be resumed."""
 
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from sae_lab.runs.checkpoint import check_readable
 from sae_lab.runs.config import config_file, read_config
-from sae_lab.runtime.errors import FolderInUse, UserError
+from sae_lab.runs.lock import lock_folder
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import remove_unfinished, write_atomically
 
-LOCK, FAILED = ".lock", "failed.txt"
+FAILED = "failed.txt"
 
 # Files of a run besides `.hydra/`. A run that starts again in the same folder removes them.
 RUN_FILES = ("checkpoints", "sae", "steps", "figures", "tensorboard", "wandb", "metrics.json", "metrics.csv")
@@ -61,21 +61,18 @@ class Run:
         return self.last_checkpoint if self.step else None
 
     @contextmanager
-    def begin(self, files: dict[str, str]) -> Iterator[None]:
+    def begin(self, files: dict[str, str], leader: Path | None = None) -> Iterator[None]:
         """Lock the folder, write `.hydra/`, and remove the files of an earlier run unless this one resumes it.
 
         Args:
             files: content of `.hydra/` by file name.
+            leader: folder of a run of the same group that has begun before this one and ends after it.
 
         Raises:
-            Busy: another process is training in the folder.
+            FolderInUse: another process is training in the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOCK).open("wb") as lock:
-            if not try_lock(lock):
-                raise FolderInUse(
-                    f"another process trains in {self.folder}: wait for it, or choose another hydra.run.dir."
-                )
+        with lock_folder(self.folder, leader):
             if self.checkpoint is None:
                 clear_folder(self.folder)
             for name in ("checkpoints", "sae", ".hydra"):
@@ -83,23 +80,6 @@ class Run:
             for name, text in files.items():
                 write_atomically(self.folder / ".hydra" / name, text.encode())
             yield
-
-
-def try_lock(lock: BinaryIO) -> bool:
-    """Try to lock an open file until it is closed or this process exits. Returns False if another process holds it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def is_running(folder: Path) -> bool:
-    """Return whether a process is training in this folder."""
-    if not (folder / LOCK).is_file():
-        return False
-    with (folder / LOCK).open("rb") as lock:
-        return not try_lock(lock)
 
 
 def examine_folder(folder: Path, config: Any, resume: str) -> Run:

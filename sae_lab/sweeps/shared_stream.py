@@ -117,7 +117,8 @@ def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
                 if member.run.complete:
                     log.info("%s was completed by another process", job.folder)
                     continue
-                folders.enter_context(member.run.begin(job.hydra))
+                leader = members[0].run.folder if members else None
+                folders.enter_context(member.run.begin(job.hydra, leader))
                 members.append(member)
         log.info("%d SAEs share one pass over %s", len(members), data.lm.name)
         try:

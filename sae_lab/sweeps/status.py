@@ -18,7 +18,8 @@ from sae_lab.cli.folder_names import split_overrides
 from sae_lab.evaluation.findings import find_problems, not_finite
 from sae_lab.runs.checkpoint import checkpoint_content
 from sae_lab.runs.config import config_file, read_config
-from sae_lab.runs.folder import FAILED, Run, is_running
+from sae_lab.runs.folder import FAILED, Run
+from sae_lab.runs.lock import is_running
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.os_errors import reason_of
 from sae_lab.runtime.plain_text import for_terminal

@@ -1,11 +1,16 @@
 """What a run folder is taken for."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import compose
 from omegaconf import OmegaConf
 
-from sae_lab.runs.folder import Run, examine_folder, flatten, is_running
+from sae_lab.runs.folder import Run, examine_folder, flatten
+from sae_lab.runs.lock import is_running
 from sae_lab.runtime.errors import FolderInUse, UserError
 from sae_lab.training.run import hydra_files
 
@@ -125,3 +130,36 @@ def test_a_job_that_failed_before_it_began_may_be_run_by_itself(tmp_path):
 
 def test_flat():
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1, 2]}) == {"a.b": 1, "a.c": {}, "d": [1, 2]}
+
+
+def test_the_folders_of_a_group_share_one_open_file_and_not_their_next_runs(tmp_path):
+    """Locked together, by one descriptor; afterwards two processes may each train in one of them."""
+    runs = [Run(tmp_path / name, 0, False) for name in "abc"]
+
+    def n_open() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    for _ in range(2):  # the second time the folders share the file of the first
+        before = n_open()
+        with runs[0].begin({}), runs[1].begin({}, runs[0].folder), runs[2].begin({}, runs[0].folder):
+            assert n_open() == before + 1
+            assert all(is_running(run.folder) for run in runs)
+            with pytest.raises(FolderInUse), runs[2].begin({}):
+                pass
+        assert not any(is_running(run.folder) for run in runs)
+    with runs[1].begin({}):
+        assert [is_running(run.folder) for run in runs] == [False, True, False]
+        with runs[2].begin({}):
+            assert is_running(runs[2].folder)
+    assert [path.name for path in runs[0].folder.iterdir()] == [".lock"]
+
+
+def test_a_file_system_without_hard_links_locks_each_folder_by_itself(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    runs = [Run(tmp_path / name, 0, False) for name in "ab"]
+    with runs[0].begin({}), runs[1].begin({}, runs[0].folder):
+        assert all(is_running(run.folder) for run in runs)
+    assert not any(is_running(run.folder) for run in runs)
