@@ -21,7 +21,7 @@ from sae_lab.runtime.build import build as build_node
 from sae_lab.saes.base import BaseSAE
 
 torch.set_num_threads(1)
-pytest.register_assert_rewrite("small_runs")
+pytest.register_assert_rewrite("small_runs", "groups")
 pytest_plugins = ["process_guard"]
 
 SAE_NAMES = sorted(p.stem for p in (CONF / "sae").glob("*.yaml") if not p.stem.startswith("_"))

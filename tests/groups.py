@@ -4,7 +4,9 @@ import os
 import signal
 from pathlib import Path
 
-from conftest import compose
+import pandas as pd
+import torch
+from conftest import compose, equal
 
 from sae_lab.activations.buffer import ShuffledBlocks
 
@@ -29,14 +31,26 @@ def config(folder: Path, *overrides: str):
     return compose(*SMALL, *overrides, f"run_dir={folder}")
 
 
-def stop_at_batch(monkeypatch, n: int) -> None:
-    """A SIGTERM to this process where the n-th batch is asked for, which stops it after n - 1 steps."""
+def stop_at_batch(monkeypatch, n: int, signum: signal.Signals = signal.SIGTERM) -> None:
+    """A signal to this process where the n-th batch is asked for, which stops it after n - 1 steps."""
     draw, drawn = ShuffledBlocks.__next__, []
 
     def stopping(self):
         drawn.append(None)
         if len(drawn) == n:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signum)
         return draw(self)
 
     monkeypatch.setattr(ShuffledBlocks, "__next__", stopping)
+
+
+def assert_same_run(theirs: Path, ours: Path) -> None:
+    """Weights, metrics, the whole checkpoint but for paths, and the training log but for speed."""
+    for file in ("metrics.json", "sae/sae.safetensors", "figures/l0_per_token.csv"):
+        assert (theirs / file).read_bytes() == (ours / file).read_bytes(), file
+    a, b = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (theirs, ours))
+    assert a.keys() == b.keys()
+    for key in a.keys() - {"callbacks"}:
+        assert equal(a[key], b[key]), key
+    logs = [pd.read_csv(f / "metrics.csv").drop(columns="tokens_per_second") for f in (theirs, ours)]
+    pd.testing.assert_frame_equal(*logs)

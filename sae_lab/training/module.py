@@ -58,6 +58,11 @@ class SAEModule(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        # The count that numbers the rows of the log. Lightning 2.6 counts one step too many when it resumes from a
+        # checkpoint of between a validation and the next batch, and skips that validation.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+
     def training_step(self, x: Float[Tensor, "b s d"], batch_idx: int) -> Tensor:
         for parameter, rows in self.sae.resample(x):
             reset_optimizer_rows(self.trainer.optimizers[0], parameter, rows)

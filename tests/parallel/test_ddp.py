@@ -337,8 +337,8 @@ def others() -> list[psutil.Process]:
 
 def test_alone_stopped_by_a_signal_and_continued_by_the_command(alone, tmp_path, monkeypatch):
     folder = tmp_path / "batch_topk"
-    stop_at_batch(monkeypatch, 8)
-    with pytest.raises(Interrupted, match="Stopped by SIGTERM at step 7 of 12"):
+    stop_at_batch(monkeypatch, 8, signal.SIGUSR1)
+    with pytest.raises(Interrupted, match="Stopped by SIGUSR1 at step 7 of 12"):
         train_run(config(folder, *MEMBERS["batch_topk"], *SETTINGS))
     monkeypatch.undo()
     assert others() == []

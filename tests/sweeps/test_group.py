@@ -4,11 +4,9 @@ import json
 import logging
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
-from conftest import equal
-from groups import N_STEPS, config, stop_at_batch
+from groups import N_STEPS, assert_same_run, config, stop_at_batch
 
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.lm.base import LanguageModel
@@ -38,18 +36,6 @@ def alone(tmp_path_factory) -> Path:
     for name, overrides in MEMBERS.items():
         train_run(config(root / name, *overrides))
     return root
-
-
-def assert_same_run(theirs: Path, ours: Path) -> None:
-    """Weights, metrics, the whole checkpoint but for paths, and the training log but for speed."""
-    for file in ("metrics.json", "sae/sae.safetensors", "figures/l0_per_token.csv"):
-        assert (theirs / file).read_bytes() == (ours / file).read_bytes(), file
-    a, b = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (theirs, ours))
-    assert a.keys() == b.keys()
-    for key in a.keys() - {"callbacks"}:
-        assert equal(a[key], b[key]), key
-    logs = [pd.read_csv(f / "metrics.csv").drop(columns="tokens_per_second") for f in (theirs, ours)]
-    pd.testing.assert_frame_equal(*logs)
 
 
 def test_a_member_equals_the_same_run_alone(alone, tmp_path):
