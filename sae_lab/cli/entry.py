@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.cli.explain import explain
-from sae_lab.cli.folder_names import folder_name
+from sae_lab.cli.folder_names import folder_name, new_folder
 from sae_lab.cli.help import CONF, config_text, list_choices
 from sae_lab.runtime.errors import Interrupted, UserError
 from sae_lab.runtime.os_errors import AGAIN
@@ -24,6 +24,8 @@ from sae_lab.runtime.plain_text import for_terminal
 from sae_lab.runtime.signals import raise_interrupted, stopping_signals
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+# Cached in the config, which Hydra copies with its cache into jobs and processes: so one command makes one folder.
+OmegaConf.register_new_resolver("new_folder", new_folder, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("choices", list_choices, replace=True)
 OmegaConf.register_new_resolver("config_text", config_text, replace=True)
 

@@ -1,7 +1,24 @@
-"""Names of a sweep's job folders, made from the overrides of each job."""
+"""Names of folders: a new one for each command, and a sweep's job folders, named by the overrides of each job."""
 
+import itertools
 import re
 import zlib
+from pathlib import Path
+
+
+def new_folder(path: str) -> str:
+    """Create a folder and return its path, with -2, -3, ... at the end if there is one of that name.
+
+    Commands that start in the same second get the same name from the time; only one of them can create the folder.
+    """
+    for number in itertools.count(1):
+        name = path if number == 1 else f"{path}-{number}"
+        try:
+            Path(name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return name
+    raise AssertionError
 
 
 def folder_name(overrides: str) -> str:

@@ -36,7 +36,8 @@ NUMBERS = {"fvu", "nmse", "l0", "dead_fraction", "ce_degradation", "loss_recover
 def planned_jobs(sweep_dir: Path) -> list[Path]:
     """Return the job folders of the sweep's last command, in its order."""
     file = sweep_dir / PLAN
-    return [sweep_dir / name for name in file.read_text(errors="replace").splitlines()] if file.is_file() else []
+    names = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    return [sweep_dir / name for name in dict.fromkeys(names)]  # a search may try the same values twice
 
 
 def all_jobs(root: Path) -> list[Path]:

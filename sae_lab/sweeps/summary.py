@@ -8,6 +8,7 @@ from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sae_lab.cli.entry import remember_folder
@@ -16,23 +17,33 @@ from sae_lab.runtime.os_errors import reason_of
 from sae_lab.runtime.screen import console
 from sae_lab.sweeps.composition import hydra_config
 from sae_lab.sweeps.search import describe_best
-from sae_lab.sweeps.status import PLAN, UNREADABLE, job_folders, job_statuses, planned_jobs, show_statuses
+from sae_lab.sweeps.status import PLAN, UNREADABLE, job_statuses, planned_jobs, show_statuses
 
 
 class SweepSummary(Callback):
-    """Writes `jobs.txt`, the planned jobs; at the end prints a table, and exits with 1 if any job failed."""
+    """Writes the planned jobs to `jobs.txt`; at the end prints a table of them, and exits with 1 if any job failed.
+
+    A search plans no jobs: each is added to the file when it starts, in whichever process that is.
+    """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         remember_folder(f"hydra.sweep.dir={config.hydra.sweep.dir}")
-        names = plan_job_names(config)
+        self.names = plan_job_names(config)
+        plan = Path(config.hydra.sweep.dir) / PLAN
         try:
-            write_atomically(Path(config.hydra.sweep.dir) / PLAN, "".join(f"{name}\n" for name in names).encode())
+            write_atomically(plan, "".join(f"{name}\n" for name in self.names).encode())
         except OSError as e:  # Hydra would warn of an exception of a callback, with its place in the code, and go on
             sys.exit(f"train: {reason_of(e)}")
 
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.hydra.mode == RunMode.MULTIRUN and not is_grid(config):
+            with (Path(config.hydra.sweep.dir) / PLAN).open("a") as plan:
+                plan.write(f"{config.hydra.sweep.subdir}\n")
+
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         root = Path(config.hydra.sweep.dir)
-        folders = planned_jobs(root) or job_folders(root)
+        # A grid's from memory: another sweep may have written its own plan into the folder meanwhile.
+        folders = [root / name for name in self.names] or planned_jobs(root)
         jobs = job_statuses(root, folders)
         show_statuses(jobs)
         if not is_grid(config) and (sentence := describe_best(folders, config.get("goal_l0"))):
