@@ -8,6 +8,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from sae_lab.runs.config import config_file, read_config, read_environment_keys
+from sae_lab.runs.digests import METRICS
+from sae_lab.runs.results import read_metrics
 from sae_lab.runtime.private import public
 from sae_lab.runtime.screen import format_number
 from sae_lab.saes.base import BaseSAE
@@ -39,7 +41,7 @@ def write_card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: 
     ]
     for name in ("model", "data", "bos", "versions", "commit"):
         lines += [f"{name}: `{provenance.get(name)}`", ""]
-    lines += [*metrics_table(run_dir / "metrics.json"), ""]
+    lines += [*metrics_table(run_dir), ""]
     lines += [f"![{file.stem}](figures/{file.name})" for file in sorted((run_dir / "figures").glob("*.png"))]
     if config_file(run_dir).is_file():
         config = public(OmegaConf.to_container(read_config(run_dir)), read_environment_keys(run_dir))
@@ -57,10 +59,10 @@ def describe_roles(sae: BaseSAE, sites: list[str]) -> list[str]:
     return [f"A transcoder: from activations at {read} it predicts those at {predicted}, `sae.predict(x)`.", ""]
 
 
-def metrics_table(file: Path) -> list[str]:
+def metrics_table(run_dir: Path) -> list[str]:
     """Return metrics.json as a Markdown table (names as in sae_lab/evaluation/metrics.py); empty if it is missing."""
-    if not file.is_file():
+    if not (run_dir / METRICS).is_file():
         return []
-    metrics = json.loads(file.read_text())
-    rows = [f"| {name} | {format_number(value)} |" for name, value in metrics.items() if isinstance(value, int | float)]
+    metrics = read_metrics(run_dir).items()
+    rows = [f"| {name} | {format_number(value)} |" for name, value in metrics if isinstance(value, int | float)]
     return ["## Metrics on held-out text", "", "| metric | value |", "|---|---|", *rows]

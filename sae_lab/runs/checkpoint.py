@@ -1,38 +1,79 @@
 """Reading and verifying Lightning checkpoints."""
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sae_lab.runs.digests import CHECKPOINT, check_unaltered
 from sae_lab.runtime.errors import UserError
 
 
 def checkpoint_content(checkpoint: Path) -> dict[str, Any]:
     """Load a checkpoint without reading its tensors (they are on the meta device)."""
+    with zipfile.ZipFile(checkpoint) as archive:  # torch does not compare the checksum of what it unpickles
+        [archive.read(part) for part in archive.namelist() if part.endswith("/data.pkl")]
     content: dict[str, Any] = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
     return content
 
 
-def check_readable(checkpoint: Path, remedy: str) -> int:
+def check_checkpoint(folder: Path) -> int:
+    """Verify the checkpoint of a run folder and return the step at which it was saved.
+
+    Raises:
+        UserError: it is damaged, missing, or of another run or step.
+    """
+    known = check_unaltered(folder, CHECKPOINT)
+    return check_readable(folder / CHECKPOINT, "type resume=never to start again.", every_part=not known)
+
+
+def check_readable(checkpoint: Path, remedy: str, every_part: bool = True) -> int:
     """Verify a checkpoint and return the step at which it was saved.
 
-    Reads the whole file to verify the checksums of its parts, which torch does not do.
+    Args:
+        every_part: read the whole file to verify the checksums of its parts, which torch does not do.
 
     Raises:
         UserError: it is damaged, or not a checkpoint of this library. The message ends with `remedy`.
     """
-    try:
-        with zipfile.ZipFile(checkpoint) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"its part {damaged} is damaged")
+    with explain_errors(checkpoint, remedy):
+        if every_part:
+            check_parts(checkpoint)
         content = checkpoint_content(checkpoint)
-        missing = {"state_dict", "pytorch-lightning_version"} - content.keys()
-        if missing:
+        if missing := {"state_dict", "pytorch-lightning_version", "global_step"} - content.keys():
             raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
-        return content["global_step"]
-    except Exception as e:  # zipfile and torch raise BadZipFile, RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        return int(content["global_step"])
+
+
+def origin_of(checkpoint: Path, data: str) -> dict[str, str]:
+    """Return the digests of model and text that a run began with; empty if its checkpoint has none.
+
+    Args:
+        data: class name of the run's DataModule.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    with explain_errors(checkpoint, "restore it, or delete it to do without its digests of model and text."):
+        return dict(checkpoint_content(checkpoint).get(data, {}).get("origin", {}))
+
+
+@contextmanager
+def explain_errors(checkpoint: Path, remedy: str) -> Iterator[None]:
+    """Turn all that zipfile and torch raise on a damaged file into a UserError."""
+    try:
+        yield
+    except Exception as e:  # BadZipFile, RuntimeError, UnpicklingError, EOFError, KeyError, ...
         reason = " ".join(str(e).split())[:160]
         raise UserError(f"the checkpoint {checkpoint} cannot be read ({type(e).__name__}: {reason}): {remedy}") from e
+
+
+def check_parts(checkpoint: Path) -> None:
+    """Raise a ValueError if the checksum of a part of the archive is wrong."""
+    with zipfile.ZipFile(checkpoint) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"its part {damaged} is damaged")

@@ -8,7 +8,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sae_lab.runs.digests import SETTINGS, check_unaltered
 from sae_lab.runtime.errors import UserError, first_line
+from sae_lab.runtime.files import read_small
 
 UNWANTED = (yaml.AliasToken, yaml.AnchorToken, yaml.TagToken)
 MOVED = {
@@ -47,8 +49,10 @@ def read_config(folder: Path) -> DictConfig:
     """Read the config of a run folder, which must have one.
 
     Raises:
-        UserError: the file is damaged, or holds what no run writes: YAML anchors, tags, or calls of resolvers.
+        UserError: the file, overrides.yaml or metrics.json changed since the run wrote them, or the file holds what no
+            run writes: YAML anchors, tags, or calls of resolvers.
     """
+    check_unaltered(folder, *SETTINGS)
     config = OmegaConf.create(update_targets(read_plain(config_file(folder))))
     assert isinstance(config, DictConfig)
     return config
@@ -74,7 +78,7 @@ def read_plain(file: Path) -> dict[Any, Any]:
 def read_yaml(file: Path) -> Any:
     """Read a YAML file of a run folder as dicts, lists and values. Interpolations and resolvers stay strings."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_small(file, limit=2**20)
         if any(isinstance(token, UNWANTED) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
             raise ValueError("it holds YAML anchors or tags, which no run writes")
         return OmegaConf.to_container(OmegaConf.create(text))

@@ -1,5 +1,6 @@
 """Run folders: their config, the state of the run, and whether it can be resumed."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from omegaconf import OmegaConf
 
-from sae_lab.runs.checkpoint import check_readable
+from sae_lab.runs.checkpoint import check_checkpoint
 from sae_lab.runs.config import config_file, read_config
+from sae_lab.runs.digests import CHECKPOINT, DIGESTS, METRICS, digest_in, is_recorded, recorded, warn_if_unchecked
 from sae_lab.runs.lock import lock_folder
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import remove_unfinished, write_atomically
@@ -18,7 +21,7 @@ from sae_lab.runtime.files import remove_unfinished, write_atomically
 FAILED = "failed.txt"
 
 # Files of a run besides `.hydra/`. A run that starts again in the same folder removes them.
-RUN_FILES = ("checkpoints", "sae", "steps", "figures", "tensorboard", "wandb", "metrics.json", "metrics.csv")
+RUN_FILES = ("checkpoints", "sae", "steps", "figures", "tensorboard", "wandb", METRICS, "metrics.csv")
 
 # Keys that may change when a run is resumed: they decide where and how it runs, not what it computes.
 MAY_CHANGE = (
@@ -53,7 +56,7 @@ class Run:
 
     @property
     def last_checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / "last.ckpt"
+        return self.folder / CHECKPOINT
 
     @property
     def checkpoint(self) -> Path | None:
@@ -77,38 +80,60 @@ class Run:
                 clear_folder(self.folder)
             for name in ("checkpoints", "sae", ".hydra"):
                 remove_unfinished(self.folder / name)
-            for name, text in files.items():
-                write_atomically(self.folder / ".hydra" / name, text.encode())
+            self._write_settings(files)
             yield
+
+    def _write_settings(self, files: dict[str, str]) -> None:
+        """Write `.hydra/`, and record its files and the checkpoint (or that there is none) in digests.json."""
+        contents = {f".hydra/{name}": text.encode() for name, text in files.items()}
+        digests = {name: xxhash.xxh3_128_hexdigest(content) for name, content in contents.items()}
+        with recorded(self.folder, digests | {CHECKPOINT: digest_in(self.folder, CHECKPOINT)}, begin=True):
+            for name, content in contents.items():
+                write_atomically(self.folder / name, content)
 
 
 def examine_folder(folder: Path, config: Any, resume: str) -> Run:
     """Return the state of `folder` for a run with this (resolved) config. Writes nothing.
 
     Raises:
-        UserError: the folder holds a run of another config or a damaged checkpoint, or `resume` is unknown.
+        UserError: the folder holds a run of another config or damaged files, or `resume` is unknown.
     """
     if resume not in ("auto", "never"):
         raise UserError(f"resume={resume} is not known: choose auto (continue the run in this folder) or never.")
-    checkpoint = Run(folder, 0, False).last_checkpoint
-    complete = (folder / "metrics.json").is_file()
-    if resume == "never" or not (checkpoint.is_file() or complete):  # no checkpoint: any config may start
+    check_links(folder)
+    complete = (folder / METRICS).is_file()
+    if resume == "never" or not (complete or has_checkpoint(folder)):  # no checkpoint: any config may start
         found = [name for name in RUN_FILES if (folder / name).exists()]
         if found and not config_file(folder).is_file():
             raise UserError(
                 f"{folder} is not a run folder, but holds {', '.join(found)}: choose another hydra.run.dir."
             )
         return Run(folder, 0, False)
-    step = 0 if complete else check_readable(checkpoint, "delete it to start again, or type resume=never.")
+    step = 0 if complete else check_checkpoint(folder)
     if not config_file(folder).is_file():
         raise UserError(f"{folder} has lost its .hydra/config.yaml: put it back, or type resume=never to start again.")
     raise_if_config_differs(folder, OmegaConf.to_container(read_config(folder)), config)
+    warn_if_unchecked(folder)
     return Run(folder, step, complete)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether the run has saved a checkpoint, even if it is missing now."""
+    return (folder / CHECKPOINT).is_file() or is_recorded(folder, CHECKPOINT)
+
+
+def check_links(folder: Path) -> None:
+    """Raise a UserError if the folder holds a link that leads out of it: what is written there would land elsewhere."""
+    inside = folder.resolve()
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise UserError(f"{path} is a link that leads out of {folder}: replace it by what it points to.")
 
 
 def clear_folder(folder: Path) -> None:
     """Remove the files of an earlier run, and nothing else."""
-    named = [folder / name for name in (*RUN_FILES, ".hydra", FAILED)]
+    named = [folder / name for name in (DIGESTS, *RUN_FILES, ".hydra", FAILED)]
     for path in (*named, *folder.glob("metrics_*.json"), *folder.glob("rank_*.log")):
         if path.is_dir():
             shutil.rmtree(path)

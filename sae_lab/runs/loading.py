@@ -10,8 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.digests import check_unchanged
-from sae_lab.runs.checkpoint import checkpoint_content
+from sae_lab.runs.checkpoint import origin_of
 from sae_lab.runs.config import config_file, read_config
+from sae_lab.runs.digests import CHECKPOINT, warn_if_unchecked
+from sae_lab.runs.folder import check_links
 from sae_lab.runs.trust import check_trusted
 from sae_lab.runtime.build import build
 from sae_lab.runtime.checks import check_arguments
@@ -38,20 +40,24 @@ def load_run(
         trust: modules outside this package whose classes the run's config may name (see runs/trust.py).
 
     Raises:
-        UserError: there is no run in `run_dir` or no SAE, its config names code that is not trusted, `n_eval_tokens` is
-            not a positive integer, or the language model or the text is not the one of the run.
+        UserError: there is no run in `run_dir` or no SAE, one of its files is damaged or a link out of the folder, its
+            config names code that is not trusted, `n_eval_tokens` is not a positive integer, or the language model or
+            the text is not the one of the run.
     """
-    if not config_file(Path(run_dir)).is_file():
+    folder = Path(run_dir)
+    if not config_file(folder).is_file():
         raise UserError(f"{run_dir} is not a run folder (no .hydra/config.yaml): give run_dir=<folder of a run>.")
-    run = read_config(Path(run_dir))
-    check_trusted(OmegaConf.to_container(run), config_file(Path(run_dir)), trust)
+    for written in (folder, Path(sae_dir or folder)):
+        check_links(written)
+    run = read_config(folder)
+    check_trusted(OmegaConf.to_container(run), config_file(folder), trust)
+    warn_if_unchecked(folder)
     if n_eval_tokens is not None:
         run.data.n_eval_tokens = n_eval_tokens
     run.lm.device = device
     get_class(run.sae._target_)  # imports an SAE class from outside this package, which registers it
     data = build(run, "data", lm=build(run, "lm"))
-    checkpoint = Path(run_dir) / "checkpoints" / "last.ckpt"
-    if checkpoint.is_file():
-        began_with = checkpoint_content(checkpoint).get(type(data).__name__, {}).get("origin", {})
+    if (folder / CHECKPOINT).is_file():
+        began_with = origin_of(folder / CHECKPOINT, type(data).__name__)
         check_unchanged(began_with, data.source_digests, "put back what it was trained with.")
     return load_sae_folder(sae_dir or run_dir, data.lm.device), data, run

@@ -4,11 +4,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from sae_lab import plots
 from sae_lab.evaluation.evaluator import Evaluation
 from sae_lab.evaluation.findings import check_metrics, find_problems
+from sae_lab.runs.digests import METRICS, check_unaltered, recorded
 from sae_lab.runs.tables import read_numbers
-from sae_lab.runtime.files import write_json
+from sae_lab.runtime.errors import UserError, first_line
+from sae_lab.runtime.files import format_json, read_json, write_atomically, write_json
 from sae_lab.saes.base import BaseSAE
 
 log = logging.getLogger(__name__)
@@ -33,7 +37,7 @@ def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[P
         written.append(plots.relative_norm(evaluation.tables["relative_norm"], figures / "relative_norm.png"))
     if (logged := read_numbers(run_dir / "metrics.csv", [])) is not None:
         written.append(plots.training_curves(logged, figures / "training.png"))
-    return [write_metrics(evaluation.metrics, sae, run_dir / "metrics.json"), *written]
+    return [write_metrics(evaluation.metrics, sae, run_dir / METRICS), *written]
 
 
 def write_metrics(metrics: dict[str, Any], sae: BaseSAE, path: Path) -> Path:
@@ -44,10 +48,25 @@ def write_metrics(metrics: dict[str, Any], sae: BaseSAE, path: Path) -> Path:
     """
     check_metrics(metrics)
     metrics = metrics | {"n_latents": sae.n_latents, "d_in": sae.d_in, "n_sources": sae.n_sources}
-    write_json(path, metrics)
+    content = format_json(metrics)
+    with recorded(path.parent, {path.name: xxhash.xxh3_128_hexdigest(content)}):
+        write_atomically(path, content)
     for problem in find_problems(metrics):
         log.warning("%s: %s.", path.parent, problem)
     return path
+
+
+def read_metrics(run_dir: Path) -> dict[str, Any]:
+    """Read the metrics.json of a run folder.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    check_unaltered(run_dir, METRICS)
+    try:
+        return read_json(run_dir / METRICS)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{run_dir / METRICS} is damaged ({first_line(e)}): evaluate that run again.") from e
 
 
 def write_comparison(metrics: dict[str, Any], encoder: str, k: int | None, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Atomic file writes, and digests of files."""
+"""Atomic file writes, small files that are read with a limit, and digests of files."""
 
 import json
 import mmap
@@ -46,7 +46,47 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write indented JSON atomically; raise a ValueError if a number is NaN or infinite, which JSON does not have."""
-    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(path, format_json(content))
+
+
+def format_json(content: Mapping[str, Any]) -> bytes:
+    """Return the bytes that `write_json` writes."""
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def read_small(path: Path, limit: int = 64 * 2**20) -> str:
+    """Read a text file of at most `limit` bytes.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is larger, or not UTF-8.
+    """
+    with path.open("rb") as f:
+        content = f.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it is larger than {limit / 2**20:g} MiB")
+    return content.decode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a small file.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is too large, or not a JSON object.
+    """
+    return parse_json(read_small(path))
+
+
+def parse_json(text: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object; raise a ValueError for anything else, including one that is nested too deeply."""
+    try:
+        content = json.loads(text)
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
 
 
 def digest_of_file(path: Path) -> str:

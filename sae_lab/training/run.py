@@ -1,6 +1,5 @@
 """A run from its config to its metrics: build, fit, calibrate, save, evaluate."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,7 +27,7 @@ from sae_lab.parallel.launch import launch_ranks
 from sae_lab.runs.config import environment_file, read_config, read_environment_keys
 from sae_lab.runs.folder import Run, examine_folder
 from sae_lab.runs.provenance import provenance
-from sae_lab.runs.results import write_results
+from sae_lab.runs.results import read_metrics, write_results
 from sae_lab.runtime.build import build
 from sae_lab.runtime.device import check_memory_of
 from sae_lab.runtime.errors import SafeStop, UserError, first_line
@@ -240,7 +239,7 @@ def hydra_files(cfg: DictConfig) -> dict[str, str]:
 
 def show_complete(run: Run) -> dict[str, Any]:
     """Print the metrics of a complete run, and how to train it again; raise a UserError if one is not finite."""
-    metrics = json.loads((run.folder / "metrics.json").read_text())
+    metrics = read_metrics(run.folder)
     check_metrics(metrics)  # earlier versions wrote NaN
     print_metrics(metrics, run.folder)
     for problem in find_problems(metrics):

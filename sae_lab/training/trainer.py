@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,18 +15,32 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from sae_lab.parallel.collectives import rank
+from sae_lab.runs.digests import recorded
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.device import Precision, resolve_device
 from sae_lab.runtime.errors import SettingError, UserError
-from sae_lab.runtime.files import atomic_file
+from sae_lab.runtime.files import atomic_file, digest_of_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Saves checkpoints atomically. Lightning moves a file from /tmp, which is not atomic across file systems."""
+    """Saves checkpoints atomically. Lightning moves a file from /tmp, which is not atomic across file systems.
+
+    Args:
+        run_dir: the folder whose digests.json records the checkpoints that are saved in it.
+    """
+
+    def __init__(self, run_dir: Path):
+        super().__init__()
+        self.run_dir = run_dir.resolve()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        with atomic_file(Path(path)) as f:
+        path = Path(path).resolve()
+        with ExitStack() as replaced, atomic_file(path) as f:
             torch.save(checkpoint, f)
+            f.flush()
+            if path.is_relative_to(self.run_dir):
+                name = path.relative_to(self.run_dir).as_posix()
+                replaced.enter_context(recorded(self.run_dir, {name: digest_of_file(Path(f.name))}))
 
 
 class NoSignalHandlers(_SignalConnector):
@@ -86,7 +101,7 @@ def build_trainer(
             logger=False,
             callbacks=[saving, *callbacks] if rank() == 0 else callbacks,
             enable_checkpointing=rank() == 0,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(run_dir)],
             default_root_dir=run_dir,
             enable_progress_bar=False,
             enable_model_summary=False,

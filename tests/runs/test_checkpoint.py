@@ -69,7 +69,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_checkpoints_load_without_running_code(tmp_path):
-    AtomicCheckpointIO().save_checkpoint({"global_step": 3, "w": torch.ones(2)}, tmp_path / "last.ckpt")
+    AtomicCheckpointIO(tmp_path).save_checkpoint({"global_step": 3, "w": torch.ones(2)}, tmp_path / "last.ckpt")
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
@@ -91,7 +91,7 @@ def flip(path, at: float) -> None:
 def test_a_damaged_checkpoint_is_refused(tmp_path, damage, reason):
     path = tmp_path / "last.ckpt"
     content = {"global_step": 3, "state_dict": {"w": torch.ones(5000)}, "pytorch-lightning_version": "2.6.6"}
-    AtomicCheckpointIO().save_checkpoint(content, path)
+    AtomicCheckpointIO(tmp_path).save_checkpoint(content, path)
     assert check_readable(path, "delete it.") == 3
     damage(path)
     with pytest.raises(UserError, match=f"{reason}.*delete it"):

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import compose
 from omegaconf import OmegaConf
 
@@ -13,6 +12,7 @@ from sae_lab.runs.folder import Run, examine_folder, flatten
 from sae_lab.runs.lock import is_running
 from sae_lab.runtime.errors import FolderInUse, UserError
 from sae_lab.training.run import hydra_files
+from sae_lab.training.trainer import AtomicCheckpointIO
 
 
 def open_run(folder, *overrides) -> Run:
@@ -26,9 +26,8 @@ def open_run(folder, *overrides) -> Run:
 
 
 def leave_checkpoint(folder) -> None:
-    (folder / "checkpoints").mkdir(parents=True)
     content = {"global_step": 7, "state_dict": {}, "pytorch-lightning_version": "2.6.6"}
-    torch.save(content, folder / "checkpoints" / "last.ckpt")
+    AtomicCheckpointIO(folder).save_checkpoint(content, folder / "checkpoints" / "last.ckpt")
 
 
 def test_a_new_folder_starts(tmp_path):
@@ -98,7 +97,7 @@ def test_never_clears_what_the_earlier_run_left_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("{}")
     run = open_run(tmp_path, "k=3", "resume=never")
     assert (run.checkpoint, run.complete) == (None, False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".hydra", ".lock", "notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".hydra", ".lock", "digests.json", "notes.txt"]
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
