@@ -25,6 +25,7 @@ from sae_lab.activations.digests import as_bytes
 from sae_lab.activations.source import Chunk
 from sae_lab.cache.store import Store
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.files import parse_json
 from sae_lab.runtime.screen import track
 
 FORMAT = 2
@@ -82,7 +83,7 @@ class Manifest:
         if not store.exists(MANIFEST):
             return None
         try:
-            content = json.loads(store.read(MANIFEST))
+            content = parse_json(store.read(MANIFEST))
             shards = [Shard(**shard) for shard in content.pop("shards")]
             if [shard.file for shard in shards] != [shard_name(i) for i in range(len(shards))]:
                 raise ValueError("files of other names")

@@ -1,12 +1,12 @@
 """Read Gemma Scope SAEs: params.npz."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from sae_lab.interop.tensors import Tensors, add_input_bias, build
+from sae_lab.runtime.archives import check_numpy
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 
@@ -32,9 +32,12 @@ def read(folder: Path) -> BaseSAE:
             "environment, and load that folder."
         )
     try:
+        check_numpy(file)
         with np.load(file, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
-    except (OSError, ValueError, zipfile.BadZipFile) as e:  # ValueError: an object array, which is a pickle
+    except UserError:
+        raise
+    except Exception as e:  # the type depends on what is broken
         reason = " ".join(str(e).split())
         raise UserError(f"{file} cannot be read as plain arrays ({reason}): download it again.") from e
     names = {"w_enc": "W_enc", "w_dec": "W_dec"}

@@ -1,5 +1,6 @@
 """Load an SAE of ours or of another library from a file, a folder, a hub repository or a SAELens release."""
 
+import logging
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,8 @@ from sae_lab.interop.tensors import untie
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder
+
+log = logging.getLogger(__name__)
 
 FORMATS = {
     "sae_lens": sae_lens,
@@ -58,14 +61,22 @@ def load_sae(
 def read(source: str | Path, sae_id: str | None) -> BaseSAE:
     path = Path(source).expanduser()
     if path.exists():
-        return read_path(path / (sae_id or ""))
+        return read_path(path / stay_inside(sae_id or ""))
     if str(source).startswith(("/", ".", "~")):
         raise UserError(f"{source} is not a folder or file: give an SAE folder, such as <run folder>/sae.")
     entry = download.find_entry(str(source), sae_id)
+    stay_inside(entry.path)
     folder = download.download(entry)
     if is_format(folder, sae_lens.FILES):
         return read_format(sae_lens, folder, entry.overrides, entry.scale)
     return read_path(folder)
+
+
+def stay_inside(name: str) -> str:
+    """Return the path of an SAE in its folder; raise a UserError if it leads out of it."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"sae_id={name} leads out of its folder: give a file or folder in it.")
+    return name
 
 
 def read_path(path: Path) -> BaseSAE:
@@ -82,6 +93,7 @@ def read_folder(folder: Path) -> BaseSAE:
 
 
 def read_format(format: ModuleType, folder: Path, *arguments: Any) -> BaseSAE:
+    log.warning("%s has no digests: damage to its numbers cannot be noticed.", folder)
     try:
         return format.read(folder, *arguments)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as e:  # e.g. a list for a name, scale=0

@@ -17,7 +17,6 @@ is x W_encᵀ + b_enc, without b_dec. A cross-layer transcoder has one r and one
 On export, `check_exportable` folds the scale of a normalizer that uses one scale for all rows.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime import files
+from sae_lab.runtime.archives import check_torch
+from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.files import atomic_file, write_atomically
+from sae_lab.runtime.memory import check_memory
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.parts.normalize import NORMALIZERS
 
@@ -263,11 +265,9 @@ def has_unit_rows(sae: Any) -> bool:
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
-        assert isinstance(content, dict)
-    except (OSError, ValueError, AssertionError) as e:
-        raise UserError(f"{file} cannot be read as a JSON object ({type(e).__name__}): download it again.") from e
-    return content
+        return files.read_json(file)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file} cannot be read as a JSON object ({first_line(e)}): download it again.") from e
 
 
 def require(config: Mapping[str, Any], key: str, file: Any) -> Any:
@@ -278,6 +278,7 @@ def require(config: Mapping[str, Any], key: str, file: Any) -> Any:
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
+        check_memory(file, file.stat().st_size)  # safetensors itself compares its header with the size of the file
         return load_file(file)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{file} cannot be read as safetensors ({' '.join(str(e).split())}): download it again.") from e
@@ -286,7 +287,11 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 def read_pickle(file: Path) -> dict[str, Any]:
     """Load a dictionary written by torch.save, with `weights_only=True`, so that no code runs."""
     try:
+        check_memory(file, file.stat().st_size)
+        check_torch(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as e:  # the type depends on what is broken
         raise UserError(
             f"{file} cannot be loaded ({type(e).__name__}): it is broken, or a pickle that would run code. Download it "
@@ -294,7 +299,15 @@ def read_pickle(file: Path) -> dict[str, Any]:
         ) from e
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, expected a dictionary of tensors.")
+    if hollow := [name for name, value in content.items() if isinstance(value, Tensor) and not is_stored(value)]:
+        raise UserError(f"{hollow[0]!r} of {file} declares more numbers than the file holds: download it again.")
     return content
+
+
+def is_stored(tensor: Tensor) -> bool:
+    """Return whether every element of a tensor has memory of its own: a short file can declare 10¹⁸ that share one."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

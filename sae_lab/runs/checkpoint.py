@@ -1,6 +1,5 @@
 """Reading and verifying Lightning checkpoints."""
 
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +8,14 @@ from typing import Any
 import torch
 
 from sae_lab.runs.digests import CHECKPOINT, check_unaltered
+from sae_lab.runtime.archives import check_torch
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.memory import check_memory
 
 
-def checkpoint_content(checkpoint: Path) -> dict[str, Any]:
-    """Load a checkpoint without reading its tensors (they are on the meta device)."""
-    with zipfile.ZipFile(checkpoint) as archive:  # torch does not compare the checksum of what it unpickles
-        [archive.read(part) for part in archive.namelist() if part.endswith("/data.pkl")]
+def checkpoint_content(checkpoint: Path, every_part: bool = False) -> dict[str, Any]:
+    """Load a checkpoint without its tensors (they are on the meta device); `every_part` verifies them on disk."""
+    check_torch(checkpoint, every_part=every_part)
     content: dict[str, Any] = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
     return content
 
@@ -40,9 +40,8 @@ def check_readable(checkpoint: Path, remedy: str, every_part: bool = True) -> in
         UserError: it is damaged, or not a checkpoint of this library. The message ends with `remedy`.
     """
     with explain_errors(checkpoint, remedy):
-        if every_part:
-            check_parts(checkpoint)
-        content = checkpoint_content(checkpoint)
+        check_memory(checkpoint, checkpoint.stat().st_size)
+        content = checkpoint_content(checkpoint, every_part)
         if missing := {"state_dict", "pytorch-lightning_version", "global_step"} - content.keys():
             raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
         return int(content["global_step"])
@@ -66,14 +65,8 @@ def explain_errors(checkpoint: Path, remedy: str) -> Iterator[None]:
     """Turn all that zipfile and torch raise on a damaged file into a UserError."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as e:  # BadZipFile, RuntimeError, UnpicklingError, EOFError, KeyError, ...
         reason = " ".join(str(e).split())[:160]
         raise UserError(f"the checkpoint {checkpoint} cannot be read ({type(e).__name__}: {reason}): {remedy}") from e
-
-
-def check_parts(checkpoint: Path) -> None:
-    """Raise a ValueError if the checksum of a part of the archive is wrong."""
-    with zipfile.ZipFile(checkpoint) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"its part {damaged} is damaged")

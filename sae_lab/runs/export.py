@@ -1,12 +1,11 @@
 """Export a run's SAE in the files of this or another library, with figures and a model card; push it to the hub."""
 
-import json
 from pathlib import Path
 
 from sae_lab.interop.load import FORMATS, load_sae
 from sae_lab.runs.card import write_card
 from sae_lab.runtime.errors import UserError
-from sae_lab.runtime.files import write_atomically
+from sae_lab.runtime.files import read_json, write_atomically
 from sae_lab.runtime.hub import hub_errors
 from sae_lab.runtime.private import public
 from sae_lab.saes.files import CONFIG, copy_sae, sae_folder
@@ -30,7 +29,7 @@ def export_run(run_dir: Path, format: str, out: Path) -> list[Path]:
         raise UserError(f"format={format} is not known: choose one of {', '.join((*WRITERS, OURS))}.")
     source, before = sae_folder(run_dir), inodes(out)
     sae = load_sae(source)
-    provenance = public(json.loads((source / CONFIG).read_text())["provenance"])
+    provenance = public(read_json(source / CONFIG)["provenance"])
     sae_id: str | None = None
     if format == OURS:
         copy_sae(source, out, provenance)

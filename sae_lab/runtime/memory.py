@@ -1,7 +1,12 @@
-"""Allocator settings. Without them, page faults take a third of a training step on a CPU."""
+"""Allocator settings, without which page faults take a third of a training step on a CPU; and whether a size fits."""
 
 import ctypes
 import sys
+from pathlib import Path
+
+import psutil
+
+from sae_lab.runtime.errors import UserError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 
@@ -20,3 +25,13 @@ def keep_freed_memory() -> None:
         mallopt(M_ARENA_MAX, 1)  # arenas of threads come in 64 MB heaps, of which a block over 32 MB wastes the rest
         mallopt(M_TRIM_THRESHOLD, -1)
         mallopt(M_TOP_PAD, 256 * 2**20)
+
+
+def check_memory(file: Path, n_bytes: int) -> None:
+    """Raise a UserError if a file declares more bytes than this machine has free. To be called before they are read."""
+    free = psutil.virtual_memory().available
+    if n_bytes > free:
+        raise UserError(
+            f"{file} declares {n_bytes / 2**30:,.1f} GiB of tensors, but {free / 2**30:,.1f} GiB of memory are free: "
+            "free some, or check where the file comes from."
+        )

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sae_lab.runtime.errors import UserError
-from sae_lab.runtime.files import digest_of_file, write_atomically, write_json
+from sae_lab.runtime.files import digest_of_file, read_json, write_atomically, write_json
+from sae_lab.runtime.memory import check_memory
 from sae_lab.saes.base import BaseSAE, rename_old_tensors
 from sae_lab.saes.probe import check_probe, make_probe
 
@@ -83,8 +84,9 @@ def load_sae_folder(folder: str | Path, device: str | torch.device = "cpu") -> B
     """
     folder = sae_folder(folder)
     try:
-        description = json.loads((folder / CONFIG).read_text())
+        description = read_json(folder / CONFIG)
         check_digests(folder, description)
+        check_memory(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size)
         check_shapes(folder / WEIGHTS, description)
         tensors = load_file(folder / WEIGHTS)
         if bad := not_finite(tensors):
@@ -117,8 +119,6 @@ def check_digests(folder: Path, description: dict[str, Any]) -> None:
     Raises:
         ValueError: a file has changed since it was saved.
     """
-    if not isinstance(description, dict):
-        raise ValueError(f"{CONFIG} is not a mapping")
     if unknown := sorted(description.keys() - KEYS):
         raise ValueError(f"{CONFIG} holds {', '.join(unknown)}, which no SAE has")
     digests = description.get("digests")
