@@ -48,6 +48,8 @@ class Cache:
                 "run the same `python -m sae_lab.harvest` command again to continue it."
             )
         self.manifest = manifest
+        if not all(shard.index_checksum for shard in manifest.shards):
+            log.warning("%s was harvested without digests: swapped files cannot be noticed.", path)
         self.identity = xxhash.xxh3_64_hexdigest(json.dumps(manifest.key).encode())
         self._first = [0, *accumulate(shard.pieces for shard in manifest.shards)]
         self._mapped: dict[int, MappedShard] = {}

@@ -25,7 +25,7 @@ from sae_lab.activations.digests import as_bytes
 from sae_lab.activations.source import Chunk
 from sae_lab.cache.store import Store
 from sae_lab.runtime.errors import UserError
-from sae_lab.runtime.files import parse_json
+from sae_lab.runtime.files import digest_of_json, parse_json
 from sae_lab.runtime.screen import track
 
 FORMAT = 2
@@ -71,6 +71,7 @@ class Manifest:
 
     def write(self, store: Store) -> None:
         content = asdict(self) | {"shards": [shard._asdict() for shard in self.shards]}
+        content["digest"] = digest_of_json(content)
         store.write(MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod
@@ -84,6 +85,8 @@ class Manifest:
             return None
         try:
             content = parse_json(store.read(MANIFEST))
+            if content.pop("digest", None) not in (digest_of_json(content), None):
+                raise ValueError("its digest differs")
             shards = [Shard(**shard) for shard in content.pop("shards")]
             if [shard.file for shard in shards] != [shard_name(i) for i in range(len(shards))]:
                 raise ValueError("files of other names")

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sae_lab.runs.digests import CHECKPOINT, check_unaltered
 from sae_lab.runtime.archives import check_torch
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.memory import check_memory
+from sae_lab.saes.base import rename_old_tensors
 
 
 def checkpoint_content(checkpoint: Path, every_part: bool = False) -> dict[str, Any]:
@@ -45,6 +47,26 @@ def check_readable(checkpoint: Path, remedy: str, every_part: bool = True) -> in
         if missing := {"state_dict", "pytorch-lightning_version", "global_step"} - content.keys():
             raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
         return int(content["global_step"])
+
+
+def check_fits(checkpoint: Path, module: nn.Module, data: str) -> None:
+    """Raise a UserError unless a checkpoint has all that a run resumes: a run without digests may hold another's.
+
+    Args:
+        module: the LightningModule, whose SAE is its attribute `sae`.
+        data: class name of the run's DataModule.
+    """
+    content = checkpoint_content(checkpoint)
+    there = {name: tuple(tensor.shape) for name, tensor in content["state_dict"].items()}
+    rename_old_tensors(module, there, "sae.")
+    here = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    parts = ("optimizer_states", "lr_schedulers", "loops", data)
+    wrong = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    if wrong := [*wrong, *(part for part in parts if not content.get(part))]:
+        raise UserError(
+            f"the checkpoint {checkpoint} is not of this run ({wrong[0]} differs): put back its own, or type "
+            "resume=never to start again."
+        )
 
 
 def origin_of(checkpoint: Path, data: str) -> dict[str, str]:

@@ -4,16 +4,13 @@ A file is recorded before it is replaced and again afterwards. In between, its o
 accepted, so a run that is killed at any moment still fits its record.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import xxhash
-
 from sae_lab.runtime.errors import UserError
-from sae_lab.runtime.files import digest_of_file, read_json, write_json
+from sae_lab.runtime.files import digest_of_file, digest_of_json, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +40,7 @@ def recorded(folder: Path, digests: Mapping[str, str], begin: bool = False) -> I
 
 
 def write_digests(folder: Path, accepted: Mapping[str, list[str]]) -> None:
-    write_json(folder / DIGESTS, {**accepted, DIGESTS: digest_of(accepted)})
+    write_json(folder / DIGESTS, {**accepted, DIGESTS: digest_of_json(accepted)})
 
 
 def read_digests(folder: Path) -> dict[str, list[str]]:
@@ -57,15 +54,11 @@ def read_digests(folder: Path) -> dict[str, list[str]]:
         return {}
     try:
         accepted = read_json(file)
-        if accepted.pop(DIGESTS, None) != digest_of(accepted):
+        if accepted.pop(DIGESTS, None) != digest_of_json(accepted):
             raise ValueError("its own digest differs")
     except (OSError, ValueError) as e:
         raise UserError(f"{file} is damaged ({e}): restore it, or delete it to use the run unchecked.") from e
     return accepted
-
-
-def digest_of(accepted: Mapping[str, list[str]]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(accepted, sort_keys=True).encode())
 
 
 def check_unaltered(folder: Path, *names: str) -> bool:

@@ -96,3 +96,8 @@ def digest_of_file(path: Path) -> str:
             return xxhash.xxh3_128_hexdigest(b"")
         with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return xxhash.xxh3_128_hexdigest(content)
+
+
+def digest_of_json(content: Any) -> str:
+    """Return the xxh3-128 digest of plain values, whatever the order of their keys."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())

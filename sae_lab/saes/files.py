@@ -1,6 +1,5 @@
 """Save and load SAE folders: config.json, sae.safetensors and probe.safetensors."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sae_lab.runtime.errors import UserError
-from sae_lab.runtime.files import digest_of_file, read_json, write_atomically, write_json
+from sae_lab.runtime.files import digest_of_file, digest_of_json, read_json, write_atomically, write_json
 from sae_lab.runtime.memory import check_memory
 from sae_lab.saes.base import BaseSAE, rename_old_tensors
 from sae_lab.saes.probe import check_probe, make_probe
@@ -62,7 +61,7 @@ def save_sae(
 
 def copy_sae(source: Path, folder: Path, provenance: dict[str, Any]) -> None:
     """Copy an SAE folder, with another provenance."""
-    description = json.loads((source / CONFIG).read_text()) | {"provenance": provenance}
+    description = read_json(source / CONFIG) | {"provenance": provenance}
     for name in (WEIGHTS, PROBE):
         if (source / name).is_file():
             write_atomically(folder / name, (source / name).read_bytes())
@@ -110,7 +109,7 @@ def not_finite(tensors: dict[str, Tensor]) -> list[str]:
 def digest_of_description(description: dict[str, Any]) -> str:
     """Return the digest of config.json without its digests, whatever the order of its keys."""
     said = {name: value for name, value in description.items() if name != "digests"}
-    return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
+    return digest_of_json(said)
 
 
 def check_digests(folder: Path, description: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from sae_lab.evaluation.findings import check_metrics, find_problems
 from sae_lab.interop.load import load_sae
 from sae_lab.parallel.collectives import rank
 from sae_lab.parallel.launch import launch_ranks
+from sae_lab.runs.checkpoint import check_fits
 from sae_lab.runs.config import environment_file, read_config, read_environment_keys
 from sae_lab.runs.folder import Run, examine_folder
 from sae_lab.runs.provenance import provenance
@@ -151,6 +152,7 @@ def fit(member: Member, data: ActivationData) -> None:
     run, trainer = member.run, member.trainer
     log.info("training %d steps of %d tokens in %s", data.n_steps, data.batch_size, run.folder)
     if run.step:
+        check_fits(run.last_checkpoint, member.module, type(data).__name__)
         log.info("continuing from step %d of %s", run.step, run.checkpoint)
     if rank() == 0:
         trainer.loggers = [start_logger(member, name) for name in member.cfg.logger]
