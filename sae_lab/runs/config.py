@@ -12,6 +12,14 @@ from sae_lab.runs.digests import SETTINGS, check_unaltered
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.files import read_small
 
+OPENING = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+DEEPEST = 100
 UNWANTED = (yaml.AliasToken, yaml.AnchorToken, yaml.TagToken)
 MOVED = {
     "sae_lab.data.CachedData": "sae_lab.cache.data.CachedData",
@@ -79,11 +87,21 @@ def read_yaml(file: Path) -> Any:
     """Read a YAML file of a run folder as dicts, lists and values. Interpolations and resolvers stay strings."""
     try:
         text = read_small(file, limit=2**20)
-        if any(isinstance(token, UNWANTED) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
-            raise ValueError("it holds YAML anchors or tags, which no run writes")
+        check_tokens(text)
         return OmegaConf.to_container(OmegaConf.create(text))
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as e:
         raise UserError(f"{file} cannot be read ({first_line(e)}): restore it, or train again.") from e
+
+
+def check_tokens(text: str) -> None:
+    """Raise a ValueError if a YAML text holds what no run writes. Cheap: the first such token ends the look."""
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+        if isinstance(token, UNWANTED):
+            raise ValueError("it holds YAML anchors or tags, which no run writes")
+        if depth > DEEPEST:  # the time to scan grows with the square of the depth
+            raise ValueError("it is nested too deeply")
 
 
 def strings(node: Any) -> Iterator[str]:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from conftest import build, planted
+from damage import KINDS, damage
 from fakes import SETTINGS, Echo, data
 
 from sae_lab.cache.data import CachedData
 from sae_lab.cache.reader import Cache
-from sae_lab.cache.shards import MANIFEST
+from sae_lab.cache.shards import HELD_OUT_FILE, MANIFEST
 from sae_lab.cache.writer import CacheWriter
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.files import CONFIG, PROBE, WEIGHTS, load_sae_folder, save_sae
@@ -87,6 +88,36 @@ def test_a_declared_size_is_compared_before_memory_is_taken(saved, tmp_path):
 def cache(tmp_path) -> Path:
     CacheWriter(data(), str(tmp_path / "cache"), 96, 24).build()
     return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [MANIFEST, "shard-00001.safetensors", HELD_OUT_FILE])
+def test_a_damaged_file_of_a_cache_is_told(caches, tmp_path, name, kind):
+    ours, other = caches
+    folder = shutil.copytree(ours, tmp_path / "cache")
+    damage(folder / name, kind, (other / name).read_bytes())
+    with pytest.raises(UserError) as told:
+        use_all(folder)
+    assert "\n" not in str(told.value)
+
+
+def use_all(folder: Path) -> None:
+    """Read every row and the held-out text, as a run does."""
+    CachedData(Echo(), str(folder), **SETTINGS).new_stream()
+    cache = Cache(str(folder))
+    for i in range(cache.n_pieces):
+        cache.piece(i)
+    cache.held_out()
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory) -> tuple[Path, Path]:
+    """A cache, and one of other rows."""
+    parent = tmp_path_factory.mktemp("caches")
+    for name, settings in (("cache", {}), ("other", {"seq_len": 5})):
+        CacheWriter(data(**settings), str(parent / name), 96, 24).build()
+    use_all(parent / "cache")
+    return parent / "cache", parent / "other"
 
 
 def test_two_shards_of_one_size_cannot_be_swapped(cache):
