@@ -131,6 +131,11 @@ def sparse_file(file: Path, gigabytes: int) -> None:
         f.truncate(8 + len(header) + n)
 
 
+def hollow() -> torch.Tensor:
+    """A sparse tensor of 10^12 numbers."""
+    return torch.sparse_coo_tensor(torch.zeros(1, 1), torch.ones(1), (10**12,), check_invariants=False)
+
+
 def nested(depth: int = 200_000) -> str:
     return "[" * depth + "]" * depth
 
@@ -160,10 +165,7 @@ HOSTILE = {
     "pt: compressed": (DL, lambda f: deflated(f / "ae.pt")),
     "pt: 10^12 elements that share one": (DL, lambda f: repickle(f / "ae.pt", b_dec=torch.ones(1).expand(10**12))),
     "pt: no memory at all": (DL, lambda f: repickle(f / "ae.pt", b_dec=torch.ones(10**12, device="meta"))),
-    "pt: sparse": (
-        DL,
-        lambda f: repickle(f / "ae.pt", b_dec=torch.sparse_coo_tensor(torch.zeros(1, 1), torch.ones(1), (10**12,), check_invariants=False)),
-    ),
+    "pt: sparse": (DL, lambda f: repickle(f / "ae.pt", b_dec=hollow())),
     "pt: module": (DL, lambda f: torch.save(torch.nn.Linear(2, 2), f / "ae.pt")),
     "openai: a pickle": (OA, lambda f: torch.save({"activation": Canary()}, f)),
     "openai: 10^12 elements that share one": (OA, lambda f: repickle(f, latent_bias=torch.ones(1).expand(10**12))),
