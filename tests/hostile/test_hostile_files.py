@@ -41,7 +41,14 @@ FOREIGN = {
     "params.npz": DL + "/ae.pt",
 }
 """A file of another library to put in the place of each file."""
-FILES = [(case, name) for case, names in SAES.items() for name in names]
+DAMAGED = [
+    (case, name, kind)
+    for case, names in SAES.items()
+    for name in names
+    for kind in KINDS
+    if not (kind.startswith("flip") and name.endswith((".json", ".safetensors")))
+]
+"""Archives have checksums. In safetensors and JSON, a flip in a number cannot be noticed without digests."""
 
 
 class Canary:
@@ -243,14 +250,10 @@ def state_of(sae) -> dict:
     return {"config": sae.config} | {name: tensor.tolist() for name, tensor in sae.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("case", "name"), FILES)
+@pytest.mark.parametrize(("case", "name", "kind"), DAMAGED)
 def test_damage_that_can_be_noticed_without_digests_is_told(case, name, kind):
-    """Archives have checksums. In safetensors and JSON only what does not fit the rest can be noticed."""
     source = copy(case)
     file = source if source.is_file() else source / name
-    if kind.startswith("flip") and file.suffix in (".json", ".safetensors"):
-        return
     before = state_of(load_sae(source))
     damage(file, kind, (FIXTURES / FOREIGN[name]).read_bytes())
     if kind.startswith("flip") or (kind == "longer" and file.suffix in (".pt", ".npz")):
