@@ -18,7 +18,8 @@ DIGESTS = "digests.json"
 MISSING = ""
 """The digest of a file that does not exist."""
 CHECKPOINT, METRICS = "checkpoints/last.ckpt", "metrics.json"
-SETTINGS = (".hydra/config.yaml", ".hydra/overrides.yaml", METRICS)
+HYDRA = ("config.yaml", "overrides.yaml", "hydra.yaml", "from_environment.txt")
+SETTINGS = (*(f".hydra/{name}" for name in HYDRA), METRICS)
 """Small files, which are checked together whenever the config is read. metrics.json may be deleted: an evaluation
 writes it again."""
 

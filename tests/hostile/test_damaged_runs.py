@@ -20,7 +20,7 @@ from sae_lab.saes.files import save_sae
 from sae_lab.training.run import hydra_files, show_complete
 from sae_lab.training.trainer import AtomicCheckpointIO
 
-CONFIG, OVERRIDES = ".hydra/config.yaml", ".hydra/overrides.yaml"
+CONFIG, OVERRIDES, SECRETS = ".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/from_environment.txt"
 
 
 def write_run(folder: Path, seed: int, step: int = 7) -> Path:
@@ -28,7 +28,8 @@ def write_run(folder: Path, seed: int, step: int = 7) -> Path:
     cfg = compose(f"seed={seed}", f"run_dir={folder}")
     run = Run(folder, 0, False)
     sae = build_sae("batch_topk", f"seed={seed}")
-    with run.begin(hydra_files(cfg) | {"overrides.yaml": f"- seed={seed}\n- k=16\n"}):
+    more = {"overrides.yaml": f"- seed={seed}\n- k=16\n", "from_environment.txt": f"data.{seed}\n"}
+    with run.begin(hydra_files(cfg) | more):
         save_checkpoint(run, sae.state_dict(), step)
         save_sae(sae, folder / "sae", {}, planted(8)[0])
         write_metrics({"fvu": 0.25 + seed, "l0": 16.0}, sae, folder / METRICS)
@@ -81,7 +82,7 @@ def test_an_undamaged_run_is_used(runs):
     ("name", "kind"),
     [
         (name, kind)
-        for name in (CONFIG, OVERRIDES, METRICS, DIGESTS)
+        for name in (CONFIG, OVERRIDES, SECRETS, METRICS, DIGESTS)
         for kind in KINDS
         # Without metrics.json the run is not complete, without digests.json it is as one of earlier versions.
         if not (kind == "missing" and name in (METRICS, DIGESTS))

@@ -89,7 +89,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_saved_leaves_the_one_before(tmp
 
 
 def _checkpoint_io(run_dir: Path) -> AtomicCheckpointIO:
-    return AtomicCheckpointIO()
+    return AtomicCheckpointIO(run_dir)
 
 
 def test_a_full_disk_names_metrics_csv_and_half_a_line_is_repeated(tmp_path, monkeypatch):
