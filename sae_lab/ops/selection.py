@@ -143,7 +143,7 @@ def row_bounds(piece: Float[Tensor, "n f"], k: int) -> Tensor:
     n_latents = piece.shape[1]
     size = max(n for n in (1, 2, 4, 8, 16, 32) if n_latents % n == 0 and (n == 1 or n_latents >= 8 * k * n))
     maxima = sortable(piece).unflatten(1, (-1, size)).amax(dim=-1)
-    return just_below(kth_largest(maxima, k)).clamp_min(0).unsqueeze(-1)
+    return just_below(kth_largest(maxima, k).clamp_min(0)).clamp_min(0).unsqueeze(-1)  # -0.0 has nothing below
 
 
 @one_thread()

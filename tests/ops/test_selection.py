@@ -74,6 +74,12 @@ def test_a_row_of_many_equal_entries_keeps_the_first():
     assert select_top_of_batch([h], 1).to_dense().nonzero().tolist() == [[0, 0], [0, 1], [1, 60]]
 
 
+def test_a_row_of_negative_zeros_keeps_its_positive_entries():
+    h = torch.tensor([[1.0, -0.0, -0.0, -0.0], [-0.0, -0.0, 0.0, 2.0]])
+    for dtype in DTYPES:
+        assert select_top_k([h.to(dtype)], 3).values.tolist() == [1, 2]
+
+
 def test_a_threshold_that_the_dtype_lacks_divides_as_it_stands():
     h = torch.tensor([[1.0, 1.0078125]], dtype=torch.bfloat16)  # neighbours in bfloat16
     for threshold, n in ((0.9999, 2), (1.0, 1), (1.006, 1), (1.0078125, 0), (-3.0, 2)):
