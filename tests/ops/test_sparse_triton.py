@@ -1,9 +1,5 @@
 """Triton's kernels against the torch path: on the GPU where there is one, else under Triton's interpreter."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -171,34 +167,6 @@ def test_an_saes_gradients_are_those_of_the_torch_path(sae_class, n_sources, pre
         assert mine.dtype == expected.dtype
         torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12 if precision == "float64" else 1e-6)
         assert torch.equal(mine, twice)
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from sae_lab.ops import sparse_triton as st
-
-def compile(kernel, floats, **constants):
-    types = {name: "i32" for name in ("n", "d", "per_segment")} | {"offsets": "*i64", "indices": "*i64"} | floats
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    source = triton.compiler.ASTSource(kernel, signature, constexprs=constants)
-    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
-
-sums = {"out": "*fp32", "parts": "*fp32"}
-for x in ("*fp32", "*bf16"):
-    compile(st._sums.fn, sums | {"weights": x, "rows": x}, PART=128, **st.SUMS[0].kwargs)
-    compile(st._dots.fn, {"out": x, "left": x, "right": x}, PART=128, BLOCK=256, **st.DOTS[0].kwargs)
-compile(st._add_parts, sums, PART=128, BLOCK=512)
-"""
-
-
-@pytest.mark.process
-def test_the_kernels_compile_for_a_gpu(monkeypatch):
-    """What the interpreter lets through, a compiler may not; this one needs no GPU."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 class TestOnAGPU:
