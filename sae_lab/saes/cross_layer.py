@@ -5,12 +5,12 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge
 
+from sae_lab.ops.unit_norm import divide_by_norm
 from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.batch_topk import BatchTopKSAE
 from sae_lab.saes.jumprelu import JumpReLUSAE
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.saes.parts.layers import CrossLayers
-from sae_lab.saes.parts.unit_norm import divide_by_norm
 from sae_lab.saes.topk import TopKSAE
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from sae_lab.ops.pursuit import Dictionary, Method, pursue
 from sae_lab.ops.sparse import SparseCode
+from sae_lab.ops.unit_norm import divide_by_norm
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.saes.base import BaseSAE, check_sizes, check_units
 from sae_lab.saes.dictionary import DictionarySAE
-from sae_lab.saes.parts.unit_norm import divide_by_norm
 
 
 class PursuitSAE(DictionarySAE):
