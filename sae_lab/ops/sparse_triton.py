@@ -102,6 +102,20 @@ def _part(offsets, n, PART: tl.constexpr):
     return segment, first, tl.minimum(first + PART, end)
 
 
+@triton.jit
+def _add_entries(total, indices, weights, rows, first, stop, columns, d, UNROLL: tl.constexpr):
+    """Add weights_j rows[indices_j] to total, for first <= j < stop in this order."""
+    inside = columns < d
+    for entry in range(first, stop, UNROLL):
+        for i in tl.static_range(UNROLL):
+            here = entry + i < stop
+            row = tl.load(indices + entry + i, mask=here, other=0)
+            weight = tl.load(weights + entry + i, mask=here, other=0).to(total.dtype)
+            piece = tl.load(rows + row * d + columns, mask=inside & here, other=0)
+            total += weight * piece.to(total.dtype)
+    return total
+
+
 SUMS = [
     triton.Config({"BLOCK": block, "UNROLL": unroll}, num_warps=num_warps, num_stages=1)
     for block, num_warps in ((128, 1), (256, 1), (512, 4), (1024, 4))
@@ -120,13 +134,7 @@ def _sums(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d
     total = tl.zeros((BLOCK,), out.dtype.element_ty)
-    for entry in range(first, stop, UNROLL):
-        for i in tl.static_range(UNROLL):
-            here = entry + i < stop
-            row = tl.load(indices + entry + i, mask=here, other=0)
-            weight = tl.load(weights + entry + i, mask=here, other=0).to(total.dtype)
-            piece = tl.load(rows + row * d + columns, mask=inside & here, other=0)
-            total += weight * piece.to(total.dtype)
+    total = _add_entries(total, indices, weights, rows, first, stop, columns, d, UNROLL)
     program = tl.program_id(0).to(tl.int64)
     if program < n:
         tl.store(out + segment * d + columns, total, mask=inside)
