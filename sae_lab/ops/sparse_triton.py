@@ -109,7 +109,7 @@ def _add_entries(total, indices, weights, rows, first, stop, columns, d, UNROLL:
     for entry in range(first, stop, UNROLL):
         for i in tl.static_range(UNROLL):
             here = entry + i < stop
-            row = tl.load(indices + entry + i, mask=here, other=0)
+            row = tl.load(indices + entry + i, mask=here, other=0).to(tl.int64)
             weight = tl.load(weights + entry + i, mask=here, other=0).to(total.dtype)
             piece = tl.load(rows + row * d + columns, mask=inside & here, other=0)
             total += weight * piece.to(total.dtype)
