@@ -13,40 +13,14 @@ Torch needs an operation for each line, and each of them reads and writes matric
 kernel (adam_triton.py) does all of it with the latent's row in registers, and the gradient is never written to memory.
 """
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from sae_lab.ops.sparse import HAS_TRITON, weighted_sums
+from sae_lab.ops.sparse import HAS_TRITON, RowGradient
 from sae_lab.ops.unit_norm import divide_by_norm, project_gradient
-
-
-class RowGradient(NamedTuple):
-    """Factors of the gradient of a matrix W (f, d) with one row per latent.
-
-    dW_c = sum_{offsets_c <= j < offsets_{c+1}} weights_j rows[indices_j]
-
-    Entries from offsets[-1] on belong to no latent. They may hold anything.
-    """
-
-    offsets: Int[Tensor, " f+1"]
-    indices: Int[Tensor, " nnz"]
-    weights: Float[Tensor, " nnz"]
-    rows: Float[Tensor, "m d"]
-
-    def to_dense(self) -> Float[Tensor, "f d"]:
-        """Return the gradient as a matrix."""
-        n = len(self.indices)
-        # Without a question to the device of how many entries there are: the others get a segment of their own.
-        segments = F.pad(self.offsets, (0, 1), value=n)
-        entries = torch.arange(n, device=self.indices.device)
-        indices = self.indices.masked_fill(entries >= self.offsets[-1], 0)
-        return weighted_sums(segments, indices, self.weights, self.rows)[:-1]
 
 
 @torch.no_grad()
@@ -82,7 +56,7 @@ def adam_step(
         from sae_lab.ops import adam_triton  # here, because importing Triton takes a second
 
         adam_triton.adam_step(
-            W, exp_avg, exp_avg_sq, *gradient, lr, step, betas, eps, weight_decay, decoupled, unit_norm, copy
+            W, exp_avg, exp_avg_sq, *gradient[:4], lr, step, betas, eps, weight_decay, decoupled, unit_norm, copy
         )
         return
     g = gradient.to_dense()

@@ -58,7 +58,8 @@ def _has_kernels(h: Tensor) -> bool:
 def _nothing(h: Float[Tensor, "b f"], n: int) -> SparseCode:
     """Return a code of padding alone."""
     row_offsets = torch.zeros(len(h) + 1, dtype=torch.int64, device=h.device)
-    return SparseCode(Pattern(row_offsets, row_offsets.new_full((n,), h.shape[1]), h.shape[1]), h.new_zeros(n))
+    latents = row_offsets.new_full((n,), h.shape[1])
+    return SparseCode(Pattern(row_offsets, latents, h.shape[1], padded=True), h.new_zeros(n))
 
 
 @torch.no_grad()
@@ -99,7 +100,6 @@ def _compact(kept: Bool[Tensor, "b f"], h: Float[Tensor, "b f"], n: int) -> Spar
     place = torch.where(flat, flat.cumsum(dim=0) - 1, n)  # the entry n takes what is not kept, and is cut off
     latents = torch.arange(n_latents, device=h.device).expand(n_rows, -1).flatten()
     padding = torch.full((n + 1,), n_latents, dtype=torch.int64, device=h.device)
-    pattern = Pattern(
-        F.pad(kept.sum(dim=-1).cumsum(dim=0), (1, 0)), padding.scatter(0, place, latents)[:n].contiguous(), n_latents
-    )
+    row_offsets = F.pad(kept.sum(dim=-1).cumsum(dim=0), (1, 0))
+    pattern = Pattern(row_offsets, padding.scatter(0, place, latents)[:n].contiguous(), n_latents, padded=True)
     return SparseCode(pattern, h.new_zeros(n + 1).scatter(0, place, h.flatten())[:n].contiguous())

@@ -122,7 +122,7 @@ def _kept(
     """Return the entries to keep as a code. nth is one key for all rows; without n_larger, one for each row."""
     b, f = h.shape
     row_offsets, latents = (torch.empty(size, dtype=torch.int64, device=h.device) for size in (b + 1, n))
-    code = SparseCode(Pattern(row_offsets, latents, f), h.new_empty(n))
+    code = SparseCode(Pattern(row_offsets, latents, f, padded=True), h.new_empty(n))
     _offsets[(1,)](row_offsets, larger, tied, n_larger, b, n, BLOCK=ROWS_BLOCK, num_warps=16)
     _gather[(b,)](
         _bits(h), *table, nth, larger, row_offsets, latents, _bits(code.values), b, n, f, table[0].shape[1],

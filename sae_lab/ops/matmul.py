@@ -1,12 +1,30 @@
 """The dense product x Wᵀ + b, with the fastest kernel that torch offers."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Products: TypeAlias = Literal["highest", "high", "medium"]
+"""torch's precisions of float32 products on a GPU: float32, tf32 (10 bits of mantissa), bf16 (7 bits)."""
+
+
+@contextmanager
+def float32_products(precision: Products) -> Iterator[None]:
+    """Compute float32 products with this precision inside the block, in all threads."""
+    before = torch.get_float32_matmul_precision()
+    if precision != before:
+        torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        if precision != before:
+            torch.set_float32_matmul_precision(before)
 
 
 def linear(x: Float[Tensor, "b d"], W: Float[Tensor, "f d"], bias: Float[Tensor, " f"] | None = None) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_lab.ops.fixed_selection import top_of_batch, top_of_rows
+from sae_lab.ops.fixed_size import is_fixed_size, numpy_may_read
 from sae_lab.ops.matmul import linear_by_part
 from sae_lab.ops.sparse import Pattern, SparseCode
 from sae_lab.parallel.collectives import concatenate_ranks, min_over_ranks, world_size
@@ -49,6 +51,10 @@ class Preactivations:
         self.bias = None if b_enc is None else b_enc.to(dtype)
         self.n_parts = n_parts
 
+    def whole(self) -> Float[Tensor, "b f"]:
+        """Compute h in one piece."""
+        return linear_by_part(self.x, self.W, self.bias, self.n_parts)
+
     def __iter__(self) -> Iterator[Float[Tensor, "_ f"]]:
         n_pieces = math.ceil(len(self.x) / max(512, PIECE[self.x.device.type] // len(self.W)))
         for x in self.x.tensor_split(max(1, n_pieces)):
@@ -60,13 +66,25 @@ def select_above(h: Pieces, threshold: Tensor) -> SparseCode:
     return gather_candidates(h, lambda piece, _: sortable(round_down(threshold.clamp_min(0), piece.dtype))).code()
 
 
-def select_top_of_batch(h: Pieces, k: float) -> SparseCode:
+def whole(h: Pieces) -> Float[Tensor, "b f"]:
+    """Return h in one piece."""
+    return h.whole() if isinstance(h, Preactivations) else torch.cat(list(h))
+
+
+def select_top_of_batch(h: Pieces, k: float, lower: Float[Tensor, ""] | None = None) -> SparseCode:
     """Keep the floor(k·b) largest entries of relu(h) over the whole batch.
 
     Only entries above a bound are gathered. The bound is estimated on the first piece such that about 1.5·k entries
     per row exceed it; if fewer than k·b entries of the batch do, h is computed again with a lower bound. With several
     processes the choice is made over the batches of all ranks, and each rank keeps the chosen entries of its rows.
+
+    Args:
+        lower: in fixed-size mode, the bound that the last batch left; updated in place. It changes the speed only.
     """
+    if is_fixed_size():
+        all_h = whole(h)
+        lower = torch.zeros((), device=all_h.device) if lower is None else lower
+        return top_of_batch(all_h, min(int(k * len(all_h)), all_h.numel()), lower)
     for margin in (1.5, 12, 96, math.inf):
         found = gather_candidates(h, partial(estimate_batch_bound, m=margin * k))
         values, own = concatenate_ranks(found.values)
@@ -78,6 +96,9 @@ def select_top_of_batch(h: Pieces, k: float) -> SparseCode:
 
 def select_top_k(h: Pieces, k: int) -> SparseCode:
     """Keep the k largest entries of relu(h) on each row."""
+    if is_fixed_size():
+        all_h = whole(h)
+        return top_of_rows(all_h, min(k, all_h.shape[1]))
     found = gather_candidates(h, lambda piece, _: row_bounds(piece, k))
     return found.keep(largest_of_rows(found, k)).code()
 
@@ -207,7 +228,7 @@ def true_positions(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " true"]:
 
 def kth_largest(h: Tensor, k: int) -> Tensor:
     """Return the k-th largest entry along the last axis."""
-    if h.device.type == "cpu":
+    if numpy_may_read(h):
         at = h.shape[-1] - k
         return torch.from_numpy(np.partition(h.numpy(), at, axis=-1)[..., at].copy())
     return h.topk(k, dim=-1, sorted=False).values.amin(dim=-1)

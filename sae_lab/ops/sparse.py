@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae_lab.ops.fixed_size import numpy_may_read
 from sae_lab.runtime.threads import one_thread
 
 warnings.filterwarnings("ignore", message="Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
@@ -55,22 +56,29 @@ class ByLatent(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Sparsity pattern in CSR form: row r has the latents latents[row_offsets[r] : row_offsets[r + 1]], ascending."""
+    """Sparsity pattern in CSR form: row r has the latents latents[row_offsets[r] : row_offsets[r + 1]], ascending.
+
+    A padded pattern has a fixed number of entries, whatever the data (see ops/fixed_size.py). The entries after
+    row_offsets[-1] belong to no row: their latent is n_latents, their row is b and their value is zero.
+    """
 
     row_offsets: Int[Tensor, " b+1"]
     latents: Int[Tensor, " nnz"]
     n_latents: int
+    padded: bool = False
 
     @cached_property
     def rows(self) -> Int[Tensor, " nnz"]:
         """Row of each entry."""
+        if self.padded:
+            return segment_of_entry(self.row_offsets, len(self.latents))
         n_rows = len(self.row_offsets) - 1
         rows = torch.arange(n_rows, device=self.latents.device)
         return rows.repeat_interleave(self.row_offsets.diff(), output_size=len(self.latents))
 
     @cached_property
     def by_latent(self) -> ByLatent:
-        """The entries sorted by latent."""
+        """The entries sorted by latent; padding comes last."""
         with one_thread():
             order = stable_argsort(self.latents)
             offsets = F.pad(self.fire_counts().cumsum(0), (1, 0))
@@ -78,9 +86,9 @@ class Pattern:
 
     def fire_counts(self) -> Int[Tensor, " f"]:
         """Count the entries of each latent."""
-        counts = self.latents.new_zeros(self.n_latents)
+        counts = self.latents.new_zeros(self.n_latents + self.padded)
         # not bincount: on a GPU it makes the host wait
-        return counts.scatter_add_(0, self.latents, torch.ones_like(self.latents))
+        return counts.scatter_add_(0, self.latents, torch.ones_like(self.latents))[: self.n_latents]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +116,9 @@ class SparseCode:
 
     def to_dense(self) -> Float[Tensor, "b f"]:
         """Return the code as a dense matrix, with gradients to `values`."""
-        return self.values.new_zeros(self.shape).index_put((self.pattern.rows, self.latents), self.values)
+        b, f = self.shape
+        whole = self.values.new_zeros(b + self.pattern.padded, f + self.pattern.padded)
+        return whole.index_put((self.pattern.rows, self.latents), self.values)[:b, :f]
 
 
 Code: TypeAlias = SparseCode | Float[Tensor, "b f"]
@@ -142,6 +152,9 @@ def split_by_group(code: Code, sizes: Sequence[int]) -> list[Code]:
         return list(code.split(list(sizes), dim=-1))
     parts: list[Code] = []
     for stop, size in zip(accumulate(sizes), sizes, strict=True):
+        if code.pattern.padded:
+            parts.append(keep_entries(code, (code.latents >= stop - size) & (code.latents < stop), stop - size, size))
+            continue
         entries = ((code.latents >= stop - size) & (code.latents < stop)).nonzero().squeeze(-1)
         row_offsets = torch.searchsorted(entries, code.row_offsets)
         parts.append(
@@ -150,8 +163,20 @@ def split_by_group(code: Code, sizes: Sequence[int]) -> list[Code]:
     return parts
 
 
+def keep_entries(code: SparseCode, kept: Bool[Tensor, " nnz"], first: int, n_latents: int) -> SparseCode:
+    """Return a padded code of as many entries, with only those that are kept; their latents count from `first`."""
+    n, pattern = len(kept), code.pattern
+    counts = F.pad(kept.cumsum(0), (1, 0))
+    place = torch.where(kept, counts[1:] - 1, n)  # the others share a place that is cut off
+    latents = pattern.latents.new_full((n + 1,), n_latents).scatter(0, place, pattern.latents - first)[:n]
+    values = code.values.new_zeros(n + 1).scatter(0, place, code.values)[:n]
+    return SparseCode(Pattern(counts[pattern.row_offsets], latents, n_latents, padded=True), values)
+
+
 def keep_first_latents(code: Code, n: int) -> Code:
     """Set all latents but the first n to zero."""
+    if isinstance(code, SparseCode) and code.pattern.padded:
+        return keep_entries(code, code.latents < n, 0, code.n_latents)
     first = split_by_group(code, [n, code.shape[1] - n])[0]
     if isinstance(first, SparseCode):
         return SparseCode(replace(first.pattern, n_latents=code.shape[1]), first.values)
@@ -175,8 +200,8 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, W_dec: Tensor, b_dec: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(z, W_dec)
-        ctx.pattern, ctx.bias_by_row = pattern, b_dec.ndim > 2
-        x_hat = weighted_sums(pattern.row_offsets, pattern.latents, z, W_dec.flatten(1))
+        ctx.pattern, ctx.bias_by_row, ctx.factors = pattern, b_dec.ndim > 2, getattr(W_dec, "factors", None)
+        x_hat = weighted_sums(pattern.row_offsets, pattern.latents, z, W_dec.flatten(1), pattern.padded)
         return x_hat.add_(b_dec.flatten(-2)).unflatten(-1, W_dec.shape[1:])
 
     @staticmethod
@@ -184,15 +209,17 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, W_dec = ctx.saved_tensors
         needs_z, needs_W, needs_b, _ = ctx.needs_input_grad
-        entries = ctx.pattern.by_latent
+        entries, padded = ctx.pattern.by_latent, ctx.pattern.padded
         grad_z = grad_W = None
         g = grad.flatten(1).contiguous()
         if needs_z:  # sorted by latent: the rows of grad stay in cache, and each row of W_dec is read once
-            grad_z = entries.unsort(dot_products(entries.offsets, entries.rows, W_dec.flatten(1), g))
+            grad_z = entries.unsort(dot_products(entries.offsets, entries.rows, W_dec.flatten(1), g, padded))
         if needs_W:
-            grad_W = weighted_sums(entries.offsets, entries.rows, entries.sort(z), g).view_as(W_dec)
+            grad_W = gradient_or_factors(
+                ctx.factors, RowGradient(entries.offsets, entries.rows, entries.sort(z), g, padded)
+            )
         grad_b = (grad if ctx.bias_by_row else grad.sum(dim=0)) if needs_b else None
-        return grad_z, grad_W, grad_b, None
+        return grad_z, None if grad_W is None else grad_W.view_as(W_dec), grad_b, None
 
 
 def attach_encoder_gradient(
@@ -215,7 +242,7 @@ class _AttachEncoderGradient(torch.autograd.Function):
         ctx: Any, z: Tensor, x: Tensor, b_dec: Tensor, W_enc: Tensor, b_enc: Tensor | None, pattern: Pattern
     ) -> Tensor:
         ctx.save_for_backward(x, b_dec, W_enc)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.factors = pattern, getattr(W_enc, "factors", None)
         return z.to(x.dtype, copy=True)  # under autocast z is bf16
 
     @staticmethod
@@ -223,17 +250,46 @@ class _AttachEncoderGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, b_dec, W_enc = ctx.saved_tensors
         _, needs_x, needs_b_dec, needs_W, needs_b_enc, _ = ctx.needs_input_grad
-        entries = ctx.pattern.by_latent
+        pattern = ctx.pattern
+        entries, padded = pattern.by_latent, pattern.padded
         g, W = entries.sort(grad), W_enc.flatten(1)
         per_latent = torch.segment_reduce(g, "sum", offsets=entries.offsets, initial=0)
         grad_x = grad_b_dec = grad_W = None
         if needs_x:
-            grad_x = weighted_sums(ctx.pattern.row_offsets, ctx.pattern.latents, grad, W).view_as(x)
+            grad_x = weighted_sums(pattern.row_offsets, pattern.latents, grad, W, padded).view_as(x)
         if needs_b_dec:
             grad_b_dec = -(per_latent @ W).view_as(b_dec)
         if needs_W:
-            grad_W = weighted_sums(entries.offsets, entries.rows, g, (x - b_dec).flatten(1)).view_as(W_enc)
+            centered = (x - b_dec).flatten(1)
+            grad_W = gradient_or_factors(ctx.factors, RowGradient(entries.offsets, entries.rows, g, centered, padded))
+        grad_W = None if grad_W is None else grad_W.view_as(W_enc)
         return None, grad_x, grad_b_dec, grad_W, per_latent if needs_b_enc else None, None
+
+
+class RowGradient(NamedTuple):
+    """Factors of the gradient of a matrix W (f, d) with one row per latent.
+
+    dW_c = sum_{offsets_c <= j < offsets_{c+1}} weights_j rows[indices_j]
+    """
+
+    offsets: Int[Tensor, " f+1"]
+    indices: Int[Tensor, " nnz"]
+    weights: Float[Tensor, " nnz"]
+    rows: Float[Tensor, "m d"]
+    padded: bool = False
+    """Whether there may be entries after offsets[-1], which belong to no latent."""
+
+    def to_dense(self) -> Float[Tensor, "f d"]:
+        """Return the gradient as a matrix."""
+        return weighted_sums(*self)
+
+
+def gradient_or_factors(factors: list[RowGradient] | None, gradient: RowGradient) -> Float[Tensor, "f d"] | None:
+    """Return the gradient as a matrix; or hand its factors over, if the parameter collects them (see RowAdam)."""
+    if factors is None:
+        return gradient.to_dense()
+    factors.append(gradient)
+    return None
 
 
 def weighted_sums(
@@ -241,31 +297,57 @@ def weighted_sums(
     indices: Int[Tensor, " nnz"],
     weights: Float[Tensor, " nnz"],
     rows: Float[Tensor, "m d"],
+    padded: bool = False,
 ) -> Float[Tensor, "n d"]:
-    """Compute out_i = sum_{offsets_i <= j < offsets_{i+1}} weights_j rows[indices_j]: a sparse-dense matrix product."""
+    """Compute out_i = sum_{offsets_i <= j < offsets_{i+1}} weights_j rows[indices_j]: a sparse-dense matrix product.
+
+    Args:
+        padded: whether there may be entries after offsets[-1], which are left out.
+    """
     if rows.is_cuda and HAS_TRITON:
         from sae_lab.ops import sparse_triton  # here, because importing Triton takes a second
 
-        return sparse_triton.weighted_sums(offsets, indices, weights, rows)
+        return sparse_triton.weighted_sums(offsets, indices, weights, rows, padded)
+    if padded:  # the entries after the last offset are a segment of their own, of row 0
+        segments, n = F.pad(offsets, (0, 1), value=len(indices)), len(offsets) - 1
+        is_padding = torch.arange(len(indices), device=offsets.device) >= offsets[-1]
+        return weighted_sums(segments, indices.masked_fill(is_padding, 0), weights, rows)[:n]
     return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def dot_products(
-    offsets: Int[Tensor, " n+1"], indices: Int[Tensor, " nnz"], left: Float[Tensor, "n d"], right: Float[Tensor, "m d"]
+    offsets: Int[Tensor, " n+1"],
+    indices: Int[Tensor, " nnz"],
+    left: Float[Tensor, "n d"],
+    right: Float[Tensor, "m d"],
+    padded: bool = False,
 ) -> Float[Tensor, " nnz"]:
-    """Compute out_j = left_i · right[indices_j] for offsets_i <= j < offsets_{i+1}: a sampled dense-dense product."""
+    """Compute out_j = left_i · right[indices_j] for offsets_i <= j < offsets_{i+1}: a sampled dense-dense product.
+
+    Args:
+        padded: whether there may be entries after offsets[-1]. Their product is zero.
+    """
     if left.is_cuda and HAS_TRITON:
         from sae_lab.ops import sparse_triton
 
-        return sparse_triton.dot_products(offsets, indices, left, right)
+        return sparse_triton.dot_products(offsets, indices, left, right, padded)
+    if padded:
+        segment = segment_of_entry(offsets, len(indices))
+        products = left[segment.clamp_max(len(left) - 1)] * right[indices.clamp_max(len(right) - 1)]
+        return products.sum(-1).masked_fill(segment == len(left), 0)
     size = (len(left), len(right))
     sampled = torch.sparse_csr_tensor(offsets, indices, left.new_zeros(len(indices)), size, check_invariants=False)
     return torch.sparse.sampled_addmm(sampled, left, right.T).values()
 
 
+def segment_of_entry(offsets: Int[Tensor, " n+1"], nnz: int) -> Int[Tensor, " nnz"]:
+    """Return the segment i with offsets_i <= j < offsets_{i+1} of each entry j; n for entries after the last offset."""
+    return torch.searchsorted(offsets, torch.arange(nnz, device=offsets.device), right=True) - 1
+
+
 def stable_argsort(keys: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """Return the stable order that sorts the keys ascending."""
-    if keys.device.type != "cpu":
+    if not numpy_may_read(keys):
         return keys.int().argsort(stable=True)  # radix sort: int32 takes half the passes over half the bytes
     # numpy sorts integers with AVX-512, 100 x faster than torch: pack each key and its position into one integer.
     bits = len(keys).bit_length()

@@ -27,8 +27,13 @@ def weighted_sums(
     indices: Int[Tensor, " nnz"],
     weights: Float[Tensor, " nnz"],
     rows: Float[Tensor, "m d"],
+    padded: bool = False,
 ) -> Float[Tensor, "n d"]:
-    """Compute out_i = sum_{offsets_i <= j < offsets_{i+1}} weights_j rows[indices_j], in the dtype of the rows."""
+    """Compute out_i = sum_{offsets_i <= j < offsets_{i+1}} weights_j rows[indices_j], in the dtype of the rows.
+
+    Args:
+        padded: whether there may be entries after offsets[-1]. No program reads them.
+    """
     n, d, n_cuts = len(offsets) - 1, rows.shape[1], max_cuts(indices)
     out = rows.new_empty((n, d), dtype=accumulator(rows.dtype))
     parts = out.new_empty((n_cuts, d))
@@ -43,11 +48,19 @@ def weighted_sums(
 
 
 def dot_products(
-    offsets: Int[Tensor, " n+1"], indices: Int[Tensor, " nnz"], left: Float[Tensor, "n d"], right: Float[Tensor, "m d"]
+    offsets: Int[Tensor, " n+1"],
+    indices: Int[Tensor, " nnz"],
+    left: Float[Tensor, "n d"],
+    right: Float[Tensor, "m d"],
+    padded: bool = False,
 ) -> Float[Tensor, " nnz"]:
-    """Compute out_j = left_i · right[indices_j] for offsets_i <= j < offsets_{i+1}, in the dtype of the left rows."""
+    """Compute out_j = left_i · right[indices_j] for offsets_i <= j < offsets_{i+1}, in the dtype of the left rows.
+
+    Args:
+        padded: whether there may be entries after offsets[-1]. Their product is zero.
+    """
     n, d = left.shape
-    out = left.new_empty(len(indices))
+    out = left.new_zeros(len(indices)) if padded else left.new_empty(len(indices))
     with torch.cuda.device_of(left):
         _dots[(n + max_cuts(indices),)](
             out, offsets, indices.contiguous(), left.contiguous(), right.contiguous(),

@@ -22,6 +22,16 @@ LAUNCHES = {
         module.top_of_batch(h, 4 * len(h), torch.zeros(()), 0.5)
         module.top_of_rows(h, 4)
     """,
+    "adam_triton": """
+    if dtype != torch.float32:
+        return
+    one, entries = torch.ones(()), torch.zeros(200, dtype=torch.int64)
+    for d, decoupled, unit_norm, with_copy in ((200, False, True, 0), (200, True, False, 1), (9216, False, True, 1)):
+        W = torch.zeros(3, d)
+        gradient, copy = (torch.tensor([0, 5, 7, 150]), entries, torch.zeros(200), torch.zeros(2, d)), W.bfloat16()
+        kind = decoupled, unit_norm, copy if with_copy else None
+        module.adam_step(W, W.clone(), W.clone(), *gradient, one, one, (0.9, 0.99), 1e-8, 0.1, *kind)
+    """,
 }
 """Calls that launch every kernel of a module, for tensors of a dtype."""
 
