@@ -5,7 +5,7 @@ reads the first r sources and predicts the other w sources; for all other SAEs r
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -51,6 +51,9 @@ class BaseSAE(Registered, ABC):
     when the norms of W_dec are folded into it; a rule that compares latents would select different ones."""
     pre_activation_parameters: tuple[str, ...] = ("b_enc",)
     """Names of the parameters (one number per latent) that are added to h or compared with it, in the units of h."""
+
+    varying_size: str | None = None
+    """Why a training step has shapes that depend on data, even in fixed-size mode; None if it has none."""
 
     n_sources: int
     d_in: int
@@ -140,6 +143,22 @@ class BaseSAE(Registered, ABC):
         Returns the changed parameters, each with its changed rows. The optimizer must reset their moments.
         """
         return []
+
+    def plan_step(self) -> Hashable:
+        """Fix what determines the shapes of the next training step in fixed-size mode, and return it.
+
+        The only place where the host reads numbers of the SAE for a step (see ops/fixed_size.py). Steps on equal shapes
+        with equal plans run the same kernels, so one CUDA graph serves all of them.
+        """
+        return None
+
+    def row_parameters(self) -> dict[nn.Parameter, bool]:
+        """Return the parameters whose gradients are sums over the active entries of each latent.
+
+        Each with whether its rows are kept at (joint) unit norm and nothing else is done to their gradients. Training
+        on a GPU updates them latent by latent (see training/row_adam.py).
+        """
+        return {}
 
     def before_step(self) -> None:
         """Project gradients. Called between the backward pass and gradient clipping."""

@@ -46,6 +46,8 @@ class BatchTopKSAE(SparseLinearSAE):
 
     threshold: Tensor
     threshold_updates: Tensor
+    lower_bound: Tensor
+    """Where the selection of the next batch starts to look, in fixed-size mode. Changes no result; not saved."""
 
     RATE = 0.01
 
@@ -59,12 +61,16 @@ class BatchTopKSAE(SparseLinearSAE):
         super().__init__(k=k, **sparse)
         self.quantile, self.quantile_rate = quantile, quantile_rate
         self.batch_rule = quantile == "batch"
+        self.varying_size = None if self.batch_rule else "with quantile=running any number of latents may be active"
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
         self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.long))
+        self.register_buffer("lower_bound", torch.zeros((), dtype=torch.float32), persistent=False)
 
     def select(self, h: Pieces) -> SparseCode:
         batch_wise = self.training and (self.batch_rule or self.threshold_updates == 0)
-        return select_top_of_batch(h, self.current_k) if batch_wise else select_above(h, self.threshold)
+        if batch_wise:
+            return select_top_of_batch(h, self.current_k, self.lower_bound)
+        return select_above(h, self.threshold)
 
     @torch.no_grad()
     def observe(self, code: Code) -> None:

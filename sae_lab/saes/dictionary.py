@@ -204,4 +204,5 @@ class DictionarySAE(BaseSAE):
             project_gradient(self.W_dec.grad, self.W_dec, self.decoder_norm)
 
     def after_step(self) -> None:
-        divide_by_norm(self.W_dec, self.decoder_norm)
+        if not getattr(self.W_dec, "factors", None):  # else RowAdam has divided its rows
+            divide_by_norm(self.W_dec, self.decoder_norm)

@@ -1,7 +1,7 @@
 """Base class of all SAEs with a linear encoder and a linear decoder."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lab.ops.auxk import auxk_loss
+from sae_lab.ops.fixed_size import is_fixed_size, true_positions_padded
 from sae_lab.ops.matmul import linear_by_part
 from sae_lab.ops.sparse import Code
 from sae_lab.runtime.annotations import ErrorMessage
@@ -86,6 +87,7 @@ class LinearSAE(DictionarySAE):
         self.auxk_coefficient, self.k_aux, self.auxk_selection = auxk_coefficient, k_aux, auxk_selection
         for parameter in (self.W_dec, self.b_dec):
             parameter.requires_grad_(not frozen_decoder)
+        self.dead_slots = 0
         self.layers = self.build_layers()
         generator = torch.Generator().manual_seed(self.seed)
         W_enc = self.draw_weights(self.sources.n_written, generator)  # the same numbers as W_dec, from the same seed
@@ -143,15 +145,31 @@ class LinearSAE(DictionarySAE):
 
     def auxk_loss(self, out: SAEOutput) -> Tensor:
         """Compute the unweighted auxiliary loss. Only the encoder and decoder rows of dead latents get gradients."""
-        dead = self.dead().nonzero().squeeze(-1)
+        fixed = is_fixed_size()
+        dead = true_positions_padded(self.dead(), self.dead_slots) if fixed else self.dead().nonzero().squeeze(-1)
         if len(dead) == 0:
             return out.x_hat.new_zeros(())
         inputs, center, W = self.encoder(out.x)
         x, residual = (inputs - center).detach().flatten(1), (out.target - out.x_hat).detach().flatten(1)
-        W_enc, W_dec = self.layers.encoder_rows(W, dead), self.W_dec.flatten(1).index_select(0, dead)
-        b_enc = None if self.b_enc is None else self.b_enc[dead]
+        rows = dead.clamp_max(self.n_latents - 1)
+        W_enc, W_dec = self.layers.encoder_rows(W, rows), self.W_dec.flatten(1).index_select(0, rows)
+        b_enc = None if self.b_enc is None else self.b_enc.index_select(0, rows)
         k_aux = self.k_aux or max(1, self.sources.n_written * self.d_in // 2)
-        return auxk_loss(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch=self.auxk_selection == "batch")
+        if not fixed:
+            return auxk_loss(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch=self.auxk_selection == "batch")
+        real = (dead < self.n_latents).to(W_dec).unsqueeze(1)  # a latent with h = 0 is never selected
+        b_enc = None if b_enc is None else b_enc * real.squeeze(1)
+        loss = auxk_loss(x, residual, W_enc * real, b_enc, W_dec * real, k_aux, self.auxk_selection == "batch")
+        return loss * real[0, 0]  # zero without dead latents
+
+    def plan_step(self) -> Hashable:
+        """Fix the number of slots for dead latents: a power of two, so that few different steps are captured."""
+        self.dead_slots = 0
+        if self.auxk_coefficient:
+            # The losses see the counters after this batch, which adds at most one to each.
+            n = int((self.batches_since_fired >= self.dead_after - 1).sum())
+            self.dead_slots = min(self.n_latents, 1 << (n - 1).bit_length()) if n else 0
+        return self.dead_slots
 
     def after_step(self) -> None:
         if not self.frozen_decoder:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lab.ops import losses, sparse
 from sae_lab.ops.sparse import Code
@@ -89,6 +89,9 @@ class Nested(LinearSAE):
         nothing = torch.zeros_like(self.b_dec)
         levels = tuple(accumulate((sparse.decode(z, W, nothing) for z, W in groups), initial=self.decoder_offset(x)))
         return NestedOutput(x, target, levels[-1], code, h, levels)
+
+    def row_parameters(self) -> dict[nn.Parameter, bool]:
+        return {p: unit_norm for p, unit_norm in super().row_parameters().items() if p is not self.W_dec}  # split
 
     def reconstruction(self, out: SAEOutput) -> Tensor:
         assert isinstance(out, NestedOutput)

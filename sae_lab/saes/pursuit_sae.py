@@ -35,6 +35,8 @@ class PursuitSAE(DictionarySAE):
         UserError: the method is unknown, or k is not a whole number between 1 and n_latents.
     """
 
+    varying_size = "a pursuit keeps as many latents as it needs"
+
     def __init__(self, k: int, method: Method = "orthogonal_matching_pursuit", **dictionary: Any):
         super().__init__(**dictionary)
         if self.n_inputs:

@@ -1,6 +1,6 @@
 """RouteSAE: for each token, a learned router chooses the site to explain."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -81,7 +81,7 @@ class RouteSAE(BaseSAE):
                 self.inner = inner(d_in=d_in, n_latents=n_latents, n_sources=1)
         if self.inner.config.get("normalize", "none") != "none":
             raise SettingError("the rows of the inner SAE are normalized already: give {inner}.normalize=none.")
-        self.batch_rule = self.inner.batch_rule
+        self.batch_rule, self.varying_size = self.inner.batch_rule, self.inner.varying_size
         generator = nth_generator(seed, 1)  # other random numbers than the inner SAE's
         bound = d_in**-0.5
         self.W_router = nn.Parameter(torch.empty(n_sources, d_in).uniform_(-bound, bound, generator=generator))
@@ -140,6 +140,12 @@ class RouteSAE(BaseSAE):
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
         self.sources.observe(self.as_rows(x))  # routing needs the scale, which the first batch sets
         return self.inner.resample(self.route(x)[0])
+
+    def plan_step(self) -> Hashable:
+        return self.inner.plan_step()
+
+    def row_parameters(self) -> dict[nn.Parameter, bool]:
+        return self.inner.row_parameters()
 
     def before_step(self) -> None:
         self.inner.before_step()

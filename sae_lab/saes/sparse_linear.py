@@ -1,13 +1,15 @@
 """Base class of the top-k family: linear SAEs with a selection rule and sparse codes."""
 
 from abc import abstractmethod
+from collections.abc import Hashable
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from sae_lab.ops.fixed_size import is_fixed_size
 from sae_lab.ops.selection import Pieces, Preactivations
 from sae_lab.ops.sparse import Code, SparseCode
 from sae_lab.runtime.errors import SettingError
@@ -42,13 +44,32 @@ class SparseLinearSAE(LinearSAE):
         self.k, self.k_warmup, self.k_start = k, k_warmup, k_start
         self._k_start = min(self.sources.n_written * self.d_in, self.n_latents) if k_start is None else k_start
         check_active(self.n_latents, k=self.k, k_start=self._k_start)
+        self.planned_k = self.k
+
+    def plan_step(self) -> Hashable:
+        """Fix k as well, which changes by the step while it warms up."""
+        self.planned_k = self.scheduled_k()
+        return super().plan_step(), self.planned_k
 
     @property
     def current_k(self) -> float:
         """k of the current training batch; in `eval()` the final k."""
-        if not (self.training and self.k_warmup):
+        if not self.training:
+            return self.k
+        return self.planned_k if is_fixed_size() else self.scheduled_k()
+
+    def scheduled_k(self) -> float:
+        """Return k after as many training batches as this SAE has seen."""
+        if not self.k_warmup:
             return self.k
         return self.k + (self._k_start - self.k) * max(0.0, 1 - int(self.steps) / self.k_warmup)
+
+    def row_parameters(self) -> dict[nn.Parameter, bool]:
+        if self.tied or self.mlp is not None or self.layers.n_layers > 1:
+            return {}  # W_enc is W_dec, or multiplies the MLP's output in one product; or rows are masked
+        joint = self.decoder_norm == "joint" or self.sources.n_written == 1
+        trained = self.W_dec.requires_grad and joint
+        return ({self.W_dec: True} if trained else {}) | {self.W_enc: False}
 
     @abstractmethod
     def select(self, h: Pieces) -> SparseCode:

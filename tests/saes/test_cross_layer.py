@@ -9,7 +9,7 @@ from sae_lab.ops.sparse import l0_per_row
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.cross_layer import CrossLayer, CrossLayerTopKSAE
 from sae_lab.saes.files import load_sae_folder, save_sae
-from sae_lab.training.module import plain_step
+from sae_lab.training.step import TrainingStep
 
 SETTINGS = ("sae.encoder_bias=true", "sae.normalize=none")
 CLASSES = {"topk": "CrossLayerTopKSAE", "batch_topk": "CrossLayerBatchTopKSAE", "jumprelu": "CrossLayerJumpReLUSAE"}
@@ -77,16 +77,8 @@ def test_a_latent_reads_its_own_layer_alone(name):
 
 def test_nothing_is_written_backwards_however_long_it_trains(name):
     sae, x = cross_layer(name, "sae.dead_after=1"), rows()
-    adam = torch.optim.Adam(sae.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(60):
-        adam.zero_grad()
-        loss = torch.stack(list(sae.losses(sae(x)).values())).sum()
-        loss.backward()
-        sae.before_step()
-        adam.step()
-        sae.after_step()
-        losses.append(loss.item())
+    step = TrainingStep(sae, torch.optim.Adam(sae.parameters(), lr=1e-2))
+    losses = [step(x).loss.item() for _ in range(60)]
     norms = sae.W_dec.detach().norm(dim=2).view(3, PART, 3)
     written = torch.tensor([[True, True, True], [False, True, True], [False, False, True]])
     assert torch.equal(norms > 0, written.unsqueeze(1).expand(3, PART, 3))
@@ -130,10 +122,10 @@ def test_a_feature_that_two_layers_write_is_one_latent():
     sae = CrossLayerTopKSAE(
         k=3, d_in=16, n_latents=128, n_sources=4, normalize="none", encoder_bias=True, auxk_coefficient=1 / 32
     )
-    adam = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    step = TrainingStep(sae, torch.optim.Adam(sae.parameters(), lr=1e-2))
     for epoch in range(12):
         for batch in x[torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))].split(256):
-            plain_step(sae, adam, batch)
+            step(batch)
     written = F.normalize(directions[:, 1:].flatten(1), dim=-1)
     cosine, latent = (written @ sae.directions().flatten(1).T).max(dim=1)
     assert (cosine > 0.9).float().mean() >= 0.9

@@ -10,7 +10,7 @@ from sae_lab.runtime.errors import UserError
 from sae_lab.saes import PursuitSAE, TopKSAE, VanillaSAE
 from sae_lab.saes.files import load_sae_folder, save_sae
 from sae_lab.saes.linear import LinearSAE
-from sae_lab.training.module import plain_step
+from sae_lab.training.step import TrainingStep
 
 LINEAR = [name for name in SAE_NAMES if isinstance(build(name), LinearSAE)]
 SETTINGS = ("sae.n_inputs=1", "sae.skip=true", "sae.normalize=mean_norm", "sae.encoder_bias=true")
@@ -116,10 +116,10 @@ def test_it_finds_planted_pairs_of_directions():
     """y = sum z_i b_i where x = sum z_i a_i: latents write the b_i, and read what tells the a_i apart."""
     x, directions = planted(8192, n_sources=2)
     sae = build("topk", "k=3", "sae.n_inputs=1", "sae.encoder_bias=true", "sae.normalize=none", n_sources=2)
-    adam = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    step = TrainingStep(sae, torch.optim.Adam(sae.parameters(), lr=1e-2))
     for epoch in range(12):
         for batch in x[torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))].split(256):
-            plain_step(sae, adam, batch)
+            step(batch)
     written = F.normalize(directions[:, 1], dim=-1)
     cosine = (written @ sae.directions()[:, 0].T).amax(dim=1)
     assert (cosine > 0.9).float().mean() >= 0.9
@@ -133,9 +133,9 @@ def test_a_skip_connection_learns_what_is_linear():
     errors = {}
     for skip in (False, True):
         sae = TopKSAE(k=1, d_in=16, n_latents=64, n_sources=2, n_inputs=1, skip=skip, normalize="none")
-        adam = torch.optim.Adam(sae.parameters(), lr=1e-2)
+        step = TrainingStep(sae, torch.optim.Adam(sae.parameters(), lr=1e-2))
         for batch in both.split(256) * 20:
-            plain_step(sae, adam, batch)
+            step(batch)
         y_hat = sae.eval().predict(x)[:, 0].detach()
         errors[skip] = float((y_hat - both[:, 1]).square().sum() / both[:, 1].square().sum())
     assert errors[True] < 0.01 < 0.4 < errors[False]

@@ -61,11 +61,12 @@ class CrossLayers(OneLayer):
         pattern = code.pattern
         layer_rows = pattern.rows * self.n_layers + self.layer_of(pattern.latents)
         row_offsets = torch.searchsorted(layer_rows, torch.arange(len(x) * self.n_layers + 1, device=layer_rows.device))
-        by_layer = SparseCode(Pattern(row_offsets, pattern.latents, self.n_latents), code.values)
+        by_layer = SparseCode(Pattern(row_offsets, pattern.latents, self.n_latents, pattern.padded), code.values)
         attached = attach_encoder_gradient(by_layer, x.flatten(0, 1).unsqueeze(1), center[:1], W, b_enc)
         return SparseCode(pattern, attached.values)
 
     def encoder_rows(self, W: Float[Tensor, "f 1 n"], latents: Int[Tensor, " c"]) -> Float[Tensor, "c L*n"]:
         """Return the encoder rows of some latents, zero at all sources except that of their layer."""
         rows = W.new_zeros(len(latents), self.n_layers, W.shape[-1])
-        return rows.index_put((torch.arange(len(latents)), self.layer_of(latents)), W[latents, 0]).flatten(1)
+        at = torch.arange(len(latents), device=latents.device), self.layer_of(latents)
+        return rows.index_put(at, W.squeeze(1).index_select(0, latents)).flatten(1)

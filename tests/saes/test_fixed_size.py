@@ -1,0 +1,232 @@
+"""Training steps in fixed-size mode: the numbers of the other mode, no shape that depends on data, no host reads."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from conftest import build, dictionary, planted
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sae_lab.ops.fixed_size import fixed_size, true_positions_padded
+from sae_lab.ops.sparse import keep_first_latents, l0_per_row, split_by_group
+from sae_lab.training.step import TrainingStep
+
+HOST_READS = (DataDependentOutputException, DynamicOutputShapeException, RuntimeError)
+
+CROSS_LAYER = "sae._target_=sae_lab.saes.cross_layer.CrossLayer{}SAE"
+STEPS = {
+    "batch_topk": (1, "batch_topk"),
+    "topk": (1, "topk"),
+    "matryoshka": (1, "matryoshka", "sae.group_sizes=[8,24,32]"),
+    "vanilla": (1, "vanilla"),
+    "jumprelu": (1, "jumprelu"),
+    "gated": (1, "gated"),
+    "route": (2, "route"),
+    "crosscoder": (2, "batch_topk"),
+    "transcoder": (2, "topk", "sae.n_inputs=1", "sae.normalize=mean_norm", "sae.skip=true"),
+    "cross_layer": (4, "batch_topk", CROSS_LAYER.format("BatchTopK"), "sae.normalize=none"),
+    "cross_layer_jumprelu": (4, "jumprelu", CROSS_LAYER.format("JumpReLU"), "sae.normalize=none"),
+    "mlp": (1, "batch_topk", "sae.hidden=[8]"),
+    "tied": (1, "topk", "sae.tied=true"),
+    "auxk_of_batch": (1, "batch_topk", "sae.auxk_selection=batch", "sae.encoder_bias=true"),
+    "warmup": (1, "batch_topk", "sae.k_warmup=9"),
+}
+"""Number of sources and settings of each SAE."""
+
+
+def make(kind: str):
+    """An SAE with some latents dead, which has taken one step, so that it has a scale, and its step."""
+    n_sources, name, *settings = STEPS[kind]
+    sae = build(name, *settings, n_sources=n_sources).train()
+    step = TrainingStep(sae, torch.optim.Adam(sae.parameters(), lr=1e-2))
+    step(rows(sae, 99))
+    dictionary(sae).batches_since_fired[10:27] = 99
+    return step
+
+
+def rows(sae, seed: int):
+    return planted(48, n_sources=sae.n_sources, seed=seed)[0]
+
+
+def take(step: TrainingStep, x, mode: bool):
+    plan = step.sae.plan_step()
+    with fixed_size(mode):
+        return step.run(x, plan)
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_both_modes_take_the_same_steps(kind, monkeypatch):
+    """To rounding: sums over the entries of a latent and of the batch run in another order."""
+    steps = make(kind), make(kind)
+    for seed in range(6):
+        losses = [take(step, rows(step.sae, seed), mode).terms for step, mode in zip(steps, (False, True), strict=True)]
+        for name, term in losses[0].items():
+            torch.testing.assert_close(losses[1][name], term, rtol=1e-5, atol=1e-7)
+    mine, theirs = (step.sae.state_dict() for step in steps)
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=2e-6)
+
+
+def fake(step: TrainingStep, mode: FakeTensorMode) -> TrainingStep:
+    """The same step on tensors without numbers."""
+    known: dict[int, torch.Tensor] = {}
+
+    def convert(tensor):
+        if id(tensor) not in known:
+            without = mode.from_tensor(tensor.detach())
+            parameter = isinstance(tensor, nn.Parameter)
+            known[id(tensor)] = nn.Parameter(without, tensor.requires_grad) if parameter else without
+        return known[id(tensor)]
+
+    sae = copy.deepcopy(step.sae)
+    for part in sae.modules():
+        for tensors in (part._parameters, part._buffers):
+            tensors.update({name: convert(tensor) for name, tensor in tensors.items() if tensor is not None})
+    with mode:
+        return TrainingStep(sae, torch.optim.Adam(sae.parameters(), lr=torch.tensor(1e-2), capturable=False))
+
+
+def trace(step: TrainingStep) -> None:
+    """Take a step in fixed-size mode on tensors without numbers, in which nothing can be read."""
+    mode = FakeTensorMode()
+    step.sae.plan_step()
+    without = fake(step, mode)
+    x = mode.from_tensor(rows(step.sae, 0))
+    with mode:
+        take_planned(without, x)
+
+
+def take_planned(step: TrainingStep, x) -> None:
+    with fixed_size():
+        step.run(x, None)
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_step_reads_nothing_back_and_no_shape_depends_on_data(kind):
+    trace(make(kind))
+
+
+def read_a_number(out):
+    return out.x_hat.sum().item()
+
+
+def find_positions(out):
+    return out.x_hat.sum() + out.x_hat.nonzero().shape[0]
+
+
+def select_by_mask(out):
+    return out.x_hat[out.x_hat > 0].sum()
+
+
+def branch_on_data(out):
+    return out.x_hat.sum() if out.x_hat.sum() > 0 else -out.x_hat.sum()
+
+
+def leave_for_numpy(out):
+    return out.x_hat.sum() + float(out.x_hat.detach().numpy().sum())
+
+
+@pytest.mark.parametrize("fault", [read_a_number, find_positions, select_by_mask, branch_on_data, leave_for_numpy])
+@pytest.mark.parametrize("kind", ["batch_topk", "gated", "route"])
+def test_what_needs_the_host_does_not_pass_the_check(kind, fault):
+    step = make(kind)
+    losses = type(step.sae).losses
+
+    def with_fault(sae, out):
+        return losses(sae, out) | {"fault": 0 * fault(out) + out.x_hat.sum()}
+
+    step.sae.__class__ = type("Faulty", (type(step.sae),), {"losses": with_fault})
+    with pytest.raises(HOST_READS):
+        trace(step)
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that are dispatched, without those that only make a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+MOST_OPERATIONS = {
+    "batch_topk": 240,
+    "topk": 220,
+    "vanilla": 100,
+    "jumprelu": 205,
+    "gated": 150,
+    "matryoshka": 410,
+    "route": 275,
+}
+
+
+@pytest.mark.parametrize("kind", MOST_OPERATIONS)
+def test_a_step_dispatches_a_bounded_number_of_operations(kind):
+    """A launch costs a GPU's host microseconds, and a graph's replay about one. Torch's forms are counted here."""
+    step, count = make(kind), Count()
+    step.sae.plan_step()
+    x = rows(step.sae, 0)
+    with count:
+        take_planned(step, x)
+    n = count.counts.total()
+    print(f"{kind}: {n} operations")
+    assert n <= MOST_OPERATIONS[kind]
+
+
+def test_padded_codes_split_and_count_as_others_do():
+    sae, x = build("batch_topk").train(), planted(48)[0]
+    with torch.no_grad():
+        plain = sae(x).code
+        with fixed_size():
+            padded = sae(x).code
+    assert padded.pattern.padded
+    assert not plain.pattern.padded
+    assert torch.equal(padded.to_dense(), plain.to_dense())
+    assert torch.equal(l0_per_row(padded), l0_per_row(plain))
+    assert torch.equal(padded.pattern.fire_counts(), plain.pattern.fire_counts())
+    for mine, theirs in zip(split_by_group(padded, [8, 24, 32]), split_by_group(plain, [8, 24, 32]), strict=True):
+        assert len(mine.values) == len(padded.values)
+        assert torch.equal(mine.to_dense(), theirs.to_dense())
+    assert torch.equal(keep_first_latents(padded, 8).to_dense(), keep_first_latents(plain, 8).to_dense())
+
+
+def test_fewer_positive_entries_than_slots_leave_padding():
+    sae, x = build("batch_topk", "sae.encoder_bias=true").train(), planted(48)[0]
+    with torch.no_grad():
+        sae.b_enc.fill_(-3.0)
+        plain = sae(x).code
+        with fixed_size():
+            padded = sae(x).code
+    assert len(plain.values) < len(padded.values) == 4 * 48
+    assert torch.equal(padded.to_dense(), plain.to_dense())
+    assert (padded.latents[len(plain.values) :] == 64).all()
+    assert (padded.values[len(plain.values) :] == 0).all()
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 8])
+def test_true_positions_padded(n):
+    mask = torch.tensor([False, True, True, False, True, False])
+    assert true_positions_padded(mask, n).tolist() == ([1, 2, 4] + 5 * [6])[:n]
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_updates_by_latent_are_those_of_the_optimizer(kind, monkeypatch):
+    steps = make(kind), make(kind)
+    steps[1].row_adam.groups = {}
+    for seed in range(6):
+        for step in steps:
+            take(step, rows(step.sae, seed), mode=True)
+    mine, theirs = (step.sae.state_dict() for step in steps)
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=1e-6)
+    moments = [step.optimizer.state_dict()["state"] for step in steps]
+    for i, state in moments[1].items():
+        for name, value in state.items():
+            torch.testing.assert_close(moments[0][i][name], value, rtol=1e-4, atol=1e-7)
