@@ -136,6 +136,11 @@ class ActivationData(L.LightningDataModule):
         return len(self.train_dataloader())
 
     @property
+    def float32_forward_in_thread(self) -> bool:
+        """Whether a thread computes float32 products of the language model during training steps."""
+        return self.prefetch and next(self.lm.model.parameters()).dtype == torch.float32
+
+    @property
     def d_in(self) -> int:
         return self.lm.d
 

@@ -67,6 +67,10 @@ class CachedData(ActivationData):
                 "another cache_dir."
             )
 
+    @property
+    def float32_forward_in_thread(self) -> bool:
+        return False  # the thread reads files
+
     @cached_property
     def source_digests(self) -> dict[str, str]:
         return {}  # the state of CachedSource names the cache, whose key already includes model, tokenizer and text

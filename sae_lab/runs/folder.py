@@ -34,6 +34,8 @@ MAY_CHANGE = (
     "lm.device_map",
     "data.prefetch",
     "trainer.accelerator",
+    "trainer.capture",
+    "trainer.products",
     "trainer.devices",
     "trainer.checkpoint_every",
     "trainer.log_every",

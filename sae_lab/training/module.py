@@ -2,33 +2,32 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lab.activations.finite import check_finite
 from sae_lab.evaluation.metrics import ReconstructionMetrics, batch_fvu
 from sae_lab.ops.sparse import l0_per_row
-from sae_lab.parallel.collectives import average_gradients, mean_over_ranks, world_size
+from sae_lab.parallel.collectives import mean_over_ranks, world_size
 from sae_lab.runtime.errors import UserError
-from sae_lab.saes.base import BaseSAE, SAEOutput
+from sae_lab.saes.base import BaseSAE
+from sae_lab.training.step import StepResult, TrainingStep
 
 log = logging.getLogger(__name__)
 
-NO_AUTOCAST = nullcontext()
+AUTOMATIC = "epoch_loop.automatic_optimization.optim_progress"
+MANUAL = "epoch_loop.manual_optimization.optim_step_progress"
 
 
 class SAEModule(L.LightningModule):
-    """Trains one SAE. A training step is
+    """Trains one SAE by `TrainingStep`. With several processes, each takes it on its share of the batch.
 
-        resample -> forward -> backward -> project gradients -> clip -> optimizer step -> project parameters
-
-    With several processes, each takes this step on its share of the batch. Gradients are averaged right after the
-    backward pass.
+    Lightning's manual optimization leaves the whole step to `TrainingStep`, which can thus be captured as one CUDA
+    graph, and calls no hooks between its parts.
 
     Args:
         sae: the SAE to train.
@@ -48,6 +47,7 @@ class SAEModule(L.LightningModule):
         max_grad_norm: float | None = None,
     ):
         super().__init__()
+        self.automatic_optimization = False
         self.sae, self.validation = sae, ReconstructionMetrics(sae.n_latents)
         self.register_buffer("tokens", torch.zeros((), dtype=torch.long))
         self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
@@ -56,6 +56,7 @@ class SAEModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(list(self.sae.parameters()))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
+        self.step = TrainingStep(self.sae, optimizer, self.max_grad_norm)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
@@ -63,22 +64,28 @@ class SAEModule(L.LightningModule):
         # checkpoint of between a validation and the next batch, and skips that validation.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
-    def training_step(self, x: Float[Tensor, "b s d"], batch_idx: int) -> Tensor:
-        for parameter, rows in self.sae.resample(x):
-            reset_optimizer_rows(self.trainer.optimizers[0], parameter, rows)
-        out = self.sae(x)
-        terms = self.sae.losses(out)
-        loss = torch.stack(list(terms.values())).sum()
+    def training_step(self, x: Float[Tensor, "b s d"], batch_idx: int) -> None:
+        result = self.step(x)
         self.tokens += len(x) * world_size()
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            row = training_row(self.sae, out, terms, loss)
+            row = training_row(self.sae, result)
             self.raise_if_diverged(row["loss"], x)
-            lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+            lr = float(self.step.optimizer.param_groups[0]["lr"])
             self.log_dict(self.finite(row) | {"tokens": self.tokens.float(), "lr": lr})
-        return loss
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self.count_step()
 
-    def on_after_backward(self) -> None:
-        average_gradients(self.sae.parameters())
+    def count_step(self) -> None:
+        """Raise `trainer.global_step` by one, which Lightning does where it wraps an optimizer's step."""
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the step count of a checkpoint that was saved under Lightning's automatic optimization."""
+        loop = checkpoint["loops"]["fit_loop"]
+        if loop[AUTOMATIC]["optimizer"]["step"]["total"]["completed"]:
+            loop[MANUAL] = loop[AUTOMATIC]["optimizer"]["step"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.raise_if_diverged(torch.stack([p.detach().abs().max() for p in self.sae.parameters()]).max())
@@ -108,17 +115,6 @@ class SAEModule(L.LightningModule):
         self._left_out |= left_out
         return {name: value for name, value in row.items() if name not in left_out}
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.sae.before_step()
-
-    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.sae.parameters(), self.max_grad_norm)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        self.sae.after_step()
-
     def validation_step(self, x: Float[Tensor, "b s d"], batch_idx: int) -> None:
         self.validation.update(x, *self.sae.autoencode(x), self.sae.predicted_mask(x))
 
@@ -129,36 +125,12 @@ class SAEModule(L.LightningModule):
         self.validation.reset()
 
 
-def plain_step(
-    sae: BaseSAE,
-    optimizer: torch.optim.Optimizer,
-    x: Float[Tensor, "b s d"],
-    forward: Callable[[Any, Tensor], SAEOutput] = nn.Module.__call__,
-    autocast: AbstractContextManager = NO_AUTOCAST,
-) -> None:
-    """Take the training step of SAEModule without Lightning."""
-    for parameter, rows in sae.resample(x):
-        reset_optimizer_rows(optimizer, parameter, rows)
-    optimizer.zero_grad()
-    with autocast:
-        loss = torch.stack(list(sae.losses(forward(sae, x)).values())).sum()
-    loss.backward()
-    sae.before_step()
-    optimizer.step()
-    sae.after_step()
-
-
-def reset_optimizer_rows(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: Int[Tensor, " n"]) -> None:
-    """Reset the optimizer's moments for some rows of a parameter. Its step count stays."""
-    for value in optimizer.state.get(parameter, {}).values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value[rows] = 0
-
-
 @torch.no_grad()
-def training_row(sae: BaseSAE, out: SAEOutput, terms: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+def training_row(sae: BaseSAE, result: StepResult) -> dict[str, Tensor]:
     """Return the values to log for one SAE at one step."""
-    row = {"loss": mean_over_ranks(loss)} | {f"loss/{name}": mean_over_ranks(term) for name, term in terms.items()}
+    out, terms = result.out, result.terms
+    row = {"loss": mean_over_ranks(result.loss)}
+    row |= {f"loss/{name}": mean_over_ranks(term) for name, term in terms.items()}
     row |= {"fvu": batch_fvu(out.target, out.x_hat), "l0": mean_over_ranks(l0_per_row(out.code).float().mean())}
     if out.target.shape[1] > 1:
         sources = zip(out.target.split(1, dim=1), out.x_hat.split(1, dim=1), strict=True)

@@ -14,12 +14,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from sae_lab.ops.matmul import Products
 from sae_lab.parallel.collectives import rank
 from sae_lab.runs.digests import recorded
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.device import Precision, resolve_device
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.runtime.files import atomic_file, digest_of_file
+from sae_lab.training.capture import Capture, PrepareSteps
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -54,7 +56,10 @@ class NoSignalHandlers(_SignalConnector):
 
 
 GPU = ("cuda", "gpu")
-NOISE = "does not have many workers|dataloader is not resumable|LeafSpec|sync_dist|Checkpoint directory .* exists"
+NOISE = (
+    "does not have many workers|dataloader is not resumable|LeafSpec|sync_dist|Checkpoint directory .* exists|"
+    "ModelCheckpoint with manual optimization"
+)
 """Warnings of Lightning about what is so on purpose."""
 
 
@@ -69,6 +74,8 @@ def build_trainer(
     checkpoint_every: Annotated[int, Ge(1)],
     validate_every: Annotated[int, Ge(1)],
     log_every: Annotated[int, Ge(1)],
+    capture: Capture = "auto",
+    products: Literal["auto"] | Products = "auto",
 ) -> L.Trainer:
     """Build a Lightning Trainer for one pass over a stream of n_steps batches.
 
@@ -79,6 +86,7 @@ def build_trainer(
         run_dir: checkpoints go into its folder `checkpoints`.
         devices: number of processes; see conf/trainer/ddp.yaml.
         checkpoint_every, validate_every, log_every: intervals in steps.
+        capture, products: see training/capture.py.
 
     Raises:
         UserError: there are fewer devices, the precision is unknown, or an interval is not positive.
@@ -99,7 +107,7 @@ def build_trainer(
             log_every_n_steps=min(log_every, n_steps),
             num_sanity_val_steps=0,
             logger=False,
-            callbacks=[saving, *callbacks] if rank() == 0 else callbacks,
+            callbacks=[*([saving] if rank() == 0 else []), PrepareSteps(capture, products), *callbacks],
             enable_checkpointing=rank() == 0,
             plugins=[AtomicCheckpointIO(run_dir)],
             default_root_dir=run_dir,

@@ -1,0 +1,97 @@
+"""Adam's steps on W_enc and W_dec, latent by latent, without their gradients in memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sae_lab.ops.adam import adam_step
+from sae_lab.saes.base import BaseSAE
+
+
+class RowAdam:
+    """Takes the optimizer's step on the parameters whose gradients are sums over the active entries of each latent.
+
+    The backward pass leaves the factors of such a gradient at its parameter (`collect`). If nothing else contributes to
+    the gradient, one pass over the parameter forms it, projects it, takes Adam's step and restores the norms of its
+    rows (ops/adam.py); otherwise the gradient is formed, and the optimizer takes its step as for any parameter
+    (`settle`). Adam's state stays where the optimizer keeps it, so checkpoints do not change.
+
+    Only for Adam and AdamW, and only if gradients are not clipped: clipping needs the norm of all gradients first.
+
+    Args:
+        sae: the SAE to train. Its `row_parameters` are the candidates.
+        optimizer: its optimizer.
+        max_grad_norm: see TrainingStep.
+    """
+
+    def __init__(self, sae: BaseSAE, optimizer: torch.optim.Optimizer, max_grad_norm: float | None):
+        known = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        groups = {p: known.get(id(p), {}) for p in sae.row_parameters()} if max_grad_norm is None else {}
+        self.optimizer = optimizer
+        self.groups = {p: g for p, g in groups.items() if p.dtype == torch.float32 and is_plain_adam(optimizer, g)}
+        self.unit_norm = sae.row_parameters()
+
+    @contextmanager
+    def collect(self, on: bool) -> Iterator[None]:
+        """Let backward passes inside the block leave factors of gradients at the parameters, if `on`."""
+        for parameter in self.groups if on else ():
+            parameter.factors = []  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for parameter in self.groups:
+                parameter.factors = None  # type: ignore[attr-defined]
+
+    def settle(self) -> None:
+        """Form the gradients to which something else contributed as well."""
+        for parameter in self.groups:
+            factors = getattr(parameter, "factors", None) or []
+            if factors and (parameter.grad is not None or len(factors) > 1):
+                for gradient in factors:
+                    add_to_gradient(parameter, gradient.to_dense())
+                factors.clear()
+
+    def step(self) -> None:
+        """Take the step of the parameters whose gradients are still factors."""
+        for parameter, group in self.groups.items():
+            for gradient in getattr(parameter, "factors", None) or []:
+                state = adam_state(self.optimizer, parameter)
+                state["step"] += 1
+                W, m, v = (t.detach().flatten(1) for t in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+                adam_step(
+                    W,
+                    m,
+                    v,
+                    gradient,
+                    lr=torch.as_tensor(group["lr"], device=parameter.device),
+                    step=state["step"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    decoupled=group.get("decoupled_weight_decay", False),
+                    unit_norm=self.unit_norm[parameter],
+                )
+
+
+def is_plain_adam(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Return whether the optimizer's step on a group is the one of ops/adam.py."""
+    kinds = (torch.optim.Adam, torch.optim.AdamW)
+    return type(optimizer) in kinds and bool(group) and not (group["amsgrad"] or group["maximize"])
+
+
+def adam_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return Adam's state of a parameter, as Adam makes it before its first step if there is none."""
+    state: dict[str, Tensor] = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return state
+
+
+def add_to_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add to `parameter.grad`."""
+    gradient = gradient.view_as(parameter)
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -1,0 +1,116 @@
+"""The training step of one SAE, the same in Lightning's loop, in a group, in measurements and in one's own loop."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sae_lab.ops.fixed_size import fixed_size, is_fixed_size
+from sae_lab.ops.matmul import Products, float32_products
+from sae_lab.ops.sparse import HAS_TRITON
+from sae_lab.parallel.collectives import average_gradients, world_size
+from sae_lab.saes.base import BaseSAE, SAEOutput
+from sae_lab.training.row_adam import RowAdam
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step computed: the SAE's output, the named loss terms and their sum."""
+
+    out: SAEOutput
+    terms: dict[str, Tensor]
+    loss: Tensor
+
+    def detach(self) -> "StepResult":
+        """Return the same numbers without autograd's graph."""
+        return _detach(self)
+
+
+def _detach(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, tuple):
+        return tuple(map(_detach, value))
+    if isinstance(value, dict):
+        return {name: _detach(item) for name, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _detach(getattr(value, field.name)) for field in fields(value)})
+    return value
+
+
+class TrainingStep:
+    """A training step is
+
+        resample -> plan -> forward -> backward -> average gradients over ranks -> project gradients -> clip
+        -> optimizer step -> project parameters
+
+    On a GPU everything after `plan` is free of questions from the host (see ops/fixed_size.py), so that it can be
+    captured as a CUDA graph (see training/capture.py).
+
+    Autocast, if it is on, applies to the forward pass and the losses alone.
+
+    Args:
+        sae: the SAE to train.
+        optimizer: an optimizer of its parameters.
+        max_grad_norm: clip the gradient to this norm; None does not clip.
+        forward: the forward pass; the SAE's own by default.
+    """
+
+    def __init__(
+        self,
+        sae: BaseSAE,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float | None = None,
+        forward: Callable[[BaseSAE, Tensor], SAEOutput] = nn.Module.__call__,
+    ):
+        self.sae, self.optimizer, self.max_grad_norm, self.forward = sae, optimizer, max_grad_norm, forward
+        self.row_adam = RowAdam(sae, optimizer, max_grad_norm)
+        self.products: Products = "highest"
+        """Precision of float32 products. Parameters and their updates are float32 in any case."""
+
+    def __call__(self, x: Float[Tensor, "b s d"]) -> StepResult:
+        for parameter, rows in self.sae.resample(x):
+            reset_optimizer_rows(self.optimizer, parameter, rows)
+        with fixed_size(has_fixed_size(x)), float32_products(self.products):
+            return self.run(x, self.sae.plan_step())
+
+    def run(self, x: Float[Tensor, "b s d"], plan: Hashable) -> StepResult:
+        """Take the part of the step that can be captured."""
+        self.optimizer.zero_grad()
+        with self.row_adam.collect(is_fixed_size()):
+            out = self.forward(self.sae, x)
+            terms = self.sae.losses(out)
+            loss = torch.stack(list(terms.values())).sum()
+            with torch.autocast(x.device.type, enabled=False):
+                loss.backward()
+                self.update()
+        return StepResult(out, terms, loss)
+
+    def update(self) -> None:
+        """Update the parameters by the gradients of a backward pass."""
+        average_gradients(self.sae.parameters())
+        self.row_adam.settle()
+        self.sae.before_step()
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.sae.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.row_adam.step()
+        self.sae.after_step()
+
+
+def has_fixed_size(x: Tensor) -> bool:
+    """Return whether a step on x has shapes that do not depend on data: on a GPU, with Triton, in one process.
+
+    Several ranks exchange tensors whose sizes depend on data.
+    """
+    return x.is_cuda and HAS_TRITON and world_size() == 1
+
+
+def reset_optimizer_rows(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: Int[Tensor, " n"]) -> None:
+    """Reset the optimizer's moments for some rows of a parameter. Its step count stays."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value[rows] = 0

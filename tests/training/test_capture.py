@@ -1,0 +1,166 @@
+"""Captured steps: what is recorded, what is taken eagerly, and that both are the same step.
+
+Where there is no GPU, a graph is stood in for by the recorded function, called again at each replay.
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import build, planted
+from fitting import BATCHES, fit
+
+from sae_lab.runtime.errors import UserError
+from sae_lab.training import capture
+from sae_lab.training.capture import WARM, CapturedStep, PrepareSteps, set_capturable, why_not_captured
+from sae_lab.training.step import TrainingStep
+
+
+class Again:
+    """A recorded step that is taken again from Python."""
+
+    recorded = 0
+
+    def __init__(self, run, x):
+        self.run, self.x, Again.recorded = run, x.clone(), Again.recorded + 1
+
+    def replay(self, x):
+        self.x.copy_(x)
+        return self.run(self.x)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    Again.recorded = 0
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    """Steps on a CPU in fixed-size mode, as on a GPU."""
+    monkeypatch.setattr("sae_lab.training.step.has_fixed_size", lambda x: True)
+
+
+def adam(sae, **options):
+    return torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True, **options)
+
+
+def weights_after(step: TrainingStep, batches=BATCHES):
+    for x in batches:
+        step(x)
+    return {name: value.clone() for name, value in step.sae.state_dict().items()}
+
+
+def test_captured_steps_are_the_eager_ones(sae_name, fixed):
+    sae = build(sae_name, *([] if sae_name in ("pursuit", "route") else ["sae.dead_after=2"]))
+    eager = weights_after(TrainingStep(other := copy.deepcopy(sae), adam(other)))
+    captured = weights_after(CapturedStep(TrainingStep(sae, adam(sae)), record=Again))
+    assert all(torch.equal(captured[name], value) for name, value in eager.items())
+    assert Again.recorded >= 1
+
+
+def test_one_graph_per_shape_and_plan(fixed):
+    sae = build("topk", "sae.k_warmup=6", "sae.auxk_coefficient=0")
+    step = CapturedStep(TrainingStep(sae, adam(sae)), record=Again)
+    for x in BATCHES:  # k changes in each of the first six steps
+        step(x)
+    assert Again.recorded == 1
+    assert sum(n for key, n in step.seen.items() if key[-1][1] == 4) == len(BATCHES) - 6
+    step(BATCHES[0][:20])  # the last batch of a run: rare, so eager
+    assert Again.recorded == 1
+    assert sae.steps == len(BATCHES) + 1
+
+
+def test_the_number_of_dead_latents_chooses_the_graph(fixed):
+    sae = build("batch_topk", "sae.dead_after=1000")
+    step = CapturedStep(TrainingStep(sae, adam(sae)), record=Again)
+    for n_dead, n_graphs in ((0, 1), (3, 2), (4, 2), (5, 3), (0, 3)):
+        for x in BATCHES[: WARM + 1]:
+            sae.batches_since_fired.zero_()
+            sae.batches_since_fired[:n_dead] = 10**6
+            step(x)
+        assert Again.recorded == n_graphs
+
+
+def test_a_step_that_cannot_be_recorded_is_taken_eagerly_and_said(caplog):
+    def refuse(run, x):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    sae = build("batch_topk")
+    eager = weights_after(TrainingStep(other := copy.deepcopy(sae), adam(other)))
+    captured = weights_after(CapturedStep(TrainingStep(sae, adam(sae)), record=refuse))
+    assert all(torch.equal(captured[name], value) for name, value in eager.items())
+    assert caplog.text.count("recording one failed (operation not permitted when stream is capturing)") == 1
+    with pytest.raises(RuntimeError):
+        weights_after(CapturedStep(TrainingStep(sae, adam(sae)), required=True, record=refuse))
+
+
+def test_what_cannot_be_captured_says_why(monkeypatch):
+    sae = build("batch_topk")
+    monkeypatch.setattr(capture, "HAS_TRITON", True)
+    good = adam(sae, capturable=True) if torch.cuda.is_available() else adam(sae)
+    good.param_groups[0]["capturable"] = True
+    assert why_not_captured(sae, good) is None
+    assert why_not_captured(build("route"), good) is None
+    assert why_not_captured(build("pursuit"), good) == "a pursuit keeps as many latents as it needs"
+    running = build("batch_topk", "sae.quantile=running")
+    assert why_not_captured(running, good) == "with quantile=running any number of latents may be active"
+    sgd = torch.optim.SGD(sae.parameters(), lr=0.1)
+    assert why_not_captured(sae, sgd) == "SGD has no capturable form"
+    monkeypatch.setattr(capture, "HAS_TRITON", False)
+    assert why_not_captured(sae, good) == "Triton is not installed"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"capture": True, "products": "auto"}, r"capture=true is impossible, since there is no GPU"),
+        ({"capture": "auto", "products": "high"}, r"products=high needs a GPU: give products=auto"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_without_one(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        fit(build("topk"), callbacks=[PrepareSteps(**settings)])
+
+
+def test_products_are_rounded_only_where_no_language_model_computes_beside(caplog):
+    caplog.set_level("INFO")
+    data = type("Data", (), {"float32_forward_in_thread": True})()
+    choose = capture.choose_products
+    assert (choose("auto", False, None), choose("auto", True, None), choose("auto", True, data)) == (
+        "highest",
+        "high",
+        "highest",
+    )
+    assert choose("medium", True, None) == "medium"
+    assert choose("highest", False, data) == "highest"
+    with pytest.raises(UserError, match=r"lm\.dtype=bfloat16 or data\.prefetch=false"):
+        choose("high", True, data)
+    assert "float32 products of training steps: high (tf32)" in caplog.text
+
+
+def test_a_step_leaves_the_products_of_others_alone():
+    sae = build("topk")
+    step = TrainingStep(sae, adam(sae))
+    step.products, seen = "high", []
+    step.forward = lambda sae, x: (seen.append(torch.get_float32_matmul_precision()), sae(x))[1]
+    step(BATCHES[0])
+    assert seen == ["high"]
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_an_optimizer_that_was_on_a_gpu_goes_on_on_a_cpu():
+    """What a checkpoint of a GPU holds: the rate as a tensor, and `capturable`."""
+    sae, x = build("topk"), planted(32)[0]
+    optimizer = adam(sae)
+    TrainingStep(sae, optimizer)(x)
+    optimizer.param_groups[0] |= {"lr": torch.tensor(1e-2), "capturable": True}
+    set_capturable(optimizer, False)
+    group = optimizer.param_groups[0]
+    assert group["lr"] == pytest.approx(1e-2)
+    assert isinstance(group["lr"], float)
+    assert group["capturable"] is False
+    TrainingStep(sae, optimizer)(x)
+    set_capturable(optimizer, True)
+    assert isinstance(group["lr"], torch.Tensor)
+    assert group["capturable"] is True
