@@ -1,17 +1,20 @@
 """The benchmark runs at a tiny size and writes what it says; how fast anything is, is not tested."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import compose
+from omegaconf import OmegaConf
 
 from sae_lab.ops.sparse import SparseCode
 from sae_lab.runtime.errors import UserError
 from sae_lab.studies import step_cost
 from sae_lab.studies.pursuit_cost import benchmark_pursuit
+from sae_lab.studies.step_table import StepTable
 
 TINY = ["d_in=16", "n_latents=64", "k=4", "batch_size=32", "repeats=2", "device=cpu"]
 
@@ -86,3 +89,20 @@ def test_a_step_of_the_reference_is_a_step_of_ours():
         trained.append(sae.state_dict())
     for name, ours in trained[0].items():
         torch.testing.assert_close(ours, trained[1][name])
+
+
+def test_a_sweep_of_sizes_ends_in_one_table(capsys, tmp_path):
+    for i, size in enumerate(("gpt2_x4", "gemma2_2b_x16")):
+        cfg = compose(f"size={size}", config_name="benchmark")
+        figures = {"floor_ms": 2.0, "step_ms": 3.0, "lightning_step_ms": 3.5, "peak_memory_mb": 2048.0}
+        figures |= {"tokens_per_second": 1e6 + i, "device": "a GPU", "config": OmegaConf.to_container(cfg)}
+        folder = tmp_path / size
+        folder.mkdir()
+        (folder / "benchmark.json").write_text(json.dumps(figures))
+    StepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    shown = capsys.readouterr().out
+    rows = [re.findall(r"[\w.,]+", line) for line in shown.splitlines() if "BatchTopK" in line]
+    assert rows == [
+        ["BatchTopK", "768", "3,072", "16", "2.000", "3.000", "1.50", "3.500", "1,000,000", "2.0"],
+        ["BatchTopK", "2,304", "36,864", "64", "2.000", "3.000", "1.50", "3.500", "1,000,001", "2.0"],
+    ]

@@ -23,7 +23,7 @@ from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError
 from sae_lab.runtime.screen import track
 from sae_lab.saes.base import BaseSAE
-from sae_lab.training.module import plain_step
+from sae_lab.training.step import TrainingStep
 
 FOUND = 0.9
 """A feature counts as found if a latent's direction has a cosine above this with it."""
@@ -112,9 +112,9 @@ def train_on_planted(
 ) -> None:
     """Train on newly drawn rows without Lightning, then calibrate."""
     generator = torch.Generator().manual_seed(seed)
-    sae.train()
+    step = TrainingStep(sae.train(), optimizer)
     for _ in track(range(n_steps), "training on planted features"):
-        plain_step(sae, optimizer, planted.rows(batch_size, generator).x)
+        step(planted.rows(batch_size, generator).x)
         schedule.step()
     for i in range(20):
         sae.calibrate(planted.rows(batch_size, generator).x, i)

@@ -4,7 +4,9 @@
                     fastest product (ops/matmul.py)
     torch_floor     the same with torch's own `x @ W`
     dense           a step by plain autograd of the dense formula: the whole h, torch.topk, five dense products
-    step            our step: forward, losses, backward, projection, optimizer, renormalization
+    step            our step: forward, losses, backward, projection, optimizer, renormalization; on a GPU as a CUDA
+                    graph where possible
+    eager_step      on a GPU, our step launched kernel by kernel
     lightning_step  our step as `train` runs it: SAEModule in its Trainer, on batches in memory
 
 All are measured in one process and alternate, so that other load on the machine slows all of them equally. The ratios
@@ -28,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import Tensor, nn
 
-from sae_lab.ops.matmul import linear
+from sae_lab.ops.matmul import float32_products, linear
 from sae_lab.ops.sparse import Code
 from sae_lab.runtime.build import build
 from sae_lab.runtime.checks import check_arguments
@@ -38,16 +40,20 @@ from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import console
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.linear import LinearSAE
-from sae_lab.training.module import SAEModule, plain_step
+from sae_lab.training import capture
+from sae_lab.training.capture import Capture, choose_products, prepare_step
+from sae_lab.training.module import SAEModule
+from sae_lab.training.step import TrainingStep
 
-WARM = 2
-
+WARM = {"cpu": 2, "cuda": 2 + capture.WARM}
+"""Untimed steps of each kind by device; on a GPU the first ones come before the capture."""
 
 NAMES = {
     "floor": "floor: encoder product + fused Adam",
     "torch_floor": "the same by torch's x @ W",
     "dense": "dense reference step",
     "step": "our step",
+    "eager_step": "our step, not captured",
     "lightning_step": "our step in the Lightning loop",
 }
 
@@ -64,13 +70,15 @@ def benchmark_step(cfg: DictConfig) -> dict[str, Any]:
     make = partial(build_sae, cfg, device)
     sae = make()
     ours = training_step(sae, cfg, x)
-    for _ in range(WARM):
+    for _ in range(WARM[device]):
         ours()
     peak = peak_memory_mb(device)  # before the other steps: on a CPU it is the peak of the whole process
     read = x[:, : sae.n_inputs or cfg.n_sources]
     steps = {"floor": floor_step(cfg, read, linear), "torch_floor": floor_step(cfg, read, F.linear), "step": ours}
     if cfg.dense and isinstance(sae, LinearSAE) and sae.layers.n_layers == 1:  # others have no single dense formula
-        steps["dense"] = training_step(make(), cfg, x, dense_forward)
+        steps["dense"] = training_step(make(), cfg, x, dense_forward, capturing=False)
+    if device == "cuda":
+        steps["eager_step"] = training_step(make(), cfg, x, capturing=False)
     times = time_interleaved(steps, make(), cfg, x)
     figures: dict[str, Any] = {f"{name}_ms": times.get(name) for name in NAMES}
     figures["peak_memory_mb"] = peak
@@ -113,11 +121,21 @@ def build_sae(cfg: DictConfig, device: str) -> BaseSAE:
 
 
 def training_step(
-    sae: BaseSAE, cfg: DictConfig, x: Tensor, forward: Callable[[Any, Tensor], SAEOutput] = nn.Module.__call__
+    sae: BaseSAE,
+    cfg: DictConfig,
+    x: Tensor,
+    forward: Callable[[Any, Tensor], SAEOutput] = nn.Module.__call__,
+    capturing: Capture = "auto",
 ) -> Step:
     """Return a function that takes a whole training step, as SAEModule does."""
-    optimizer = build_optimizer(cfg)([{"params": list(sae.parameters())}])
-    return partial(plain_step, sae, optimizer, x, forward, autocast(cfg.precision, x))
+    step = TrainingStep(sae, build_optimizer(cfg)(list(sae.parameters())), forward=forward)
+    step = prepare_step(step, x.is_cuda, capturing, cfg.trainer.products)
+
+    def take() -> None:
+        with autocast(cfg.precision, x):
+            step(x)
+
+    return take
 
 
 def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
@@ -153,9 +171,11 @@ def floor_step(cfg: DictConfig, x: Tensor, product: Callable[[Tensor, Tensor], T
     parameters = nn.Parameter(torch.randn(2 * W.numel(), device=x.device))
     parameters.grad = torch.randn_like(parameters)
     adam = torch.optim.Adam([parameters], lr=1e-4, fused=True)
+    products = choose_products(cfg.trainer.products, x.is_cuda, None)
 
     def step() -> None:
-        product(rows, W)
+        with float32_products(products):
+            product(rows, W)
         adam.step()
 
     return step
@@ -179,7 +199,9 @@ class Stream:
         self.seconds: dict[str, list[float]] = {name: [] for name in (*others, "lightning_step")}
 
     def __iter__(self) -> Iterator[Tensor]:
-        for _ in range(WARM + self.repeats + 1):  # Lightning fetches two batches before the first step
+        for _ in range(
+            WARM[self.x.device.type] + self.repeats + 1
+        ):  # Lightning fetches two batches before the first step
             for name, step in self.others.items():
                 start = synchronized_time(self.x.device)
                 step()
@@ -193,12 +215,13 @@ def time_interleaved(steps: dict[str, Step], sae: BaseSAE, cfg: DictConfig, x: T
     """Return the median milliseconds of each step, and of a training step of `sae` in the Lightning loop."""
     stream = Stream(x, steps, cfg.repeats)
     module = SAEModule(sae, build_optimizer(cfg), partial(build(cfg, "schedule"), n_steps=10**6))
-    n_steps = WARM + cfg.repeats + 1
+    warm = WARM[x.device.type]
+    n_steps = warm + cfg.repeats + 1
     accelerator = "cuda" if x.is_cuda else "cpu"
     options = {"accelerator": accelerator, "precision": cfg.precision, "checkpoint_every": 10**9}
     trainer = build(cfg, "trainer")(run_dir=Path(cfg.run_dir), n_steps=n_steps, callbacks=[], **options)
     trainer.fit(module, stream)
-    return {name: 1e3 * statistics.median(seconds[WARM:]) for name, seconds in stream.seconds.items()}
+    return {name: 1e3 * statistics.median(seconds[warm:]) for name, seconds in stream.seconds.items()}
 
 
 def peak_memory_mb(device: str) -> float:
