@@ -4,7 +4,7 @@ Every run must end with the bits of one that was never stopped: parameters, buff
 stream, metrics.json and SAE file. Its training log may lack a row (where it was stopped between a checkpoint and the
 log of the same step) but hold none that the other does not. Runs take turns in data (streamed, cached), prefetch (on,
 off), signal (SIGKILL, SIGTERM, SIGINT) and place: any moment, or within a refill of the block, the writing of a
-checkpoint, a validation, the calibration, the evaluation. Runs are forked from a process that has imported all, so
+checkpoint, a validation, the calibration, the evaluation. Runs are forked from a server that has imported all, so
 that most of their time is work.
 """
 
@@ -18,13 +18,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from shell import FORKS
 
 import sae_lab.evaluate
 import sae_lab.harvest
@@ -79,21 +79,23 @@ class Kill(NamedTuple):
         timer.start()
 
 
-def command(module: Any, overrides: list[str], log: Path, kill: Kill | None) -> None:
+def command(module: str, overrides: list[str], log: Path, kill: Kill | None) -> None:
     """The body of a forked process: an entry point, as the shell would start it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("a") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
-    sys.argv = [module.__file__, *overrides]
+    main = sys.modules[module].main
+    sys.argv = [str(sys.modules[module].__file__), *overrides]
     torch.set_num_threads(1)
     if kill is not None:
         kill.arm()
-    module.main()
+    main()
 
 
 def start(module: Any, overrides: list[str], log: Path, kill: Kill | None = None) -> BaseProcess:
-    process = get_context("fork").Process(target=command, args=(module, overrides, log, kill))
+    # Not a fork of this process: one that has used CUDA cannot be forked.
+    process = FORKS.Process(target=command, args=(module.__name__, overrides, log, kill))
     process.start()
     return process
 

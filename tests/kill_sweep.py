@@ -58,7 +58,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 def plain(tree):
     """Tensors as their bytes."""
     if isinstance(tree, torch.Tensor):
-        return tree.view(-1).view(torch.uint8).numpy().tobytes() if tree.numel() else b""
+        return tree.cpu().view(-1).view(torch.uint8).numpy().tobytes() if tree.numel() else b""
     if isinstance(tree, dict):
         return {key: plain(value) for key, value in tree.items()}
     return [plain(value) for value in tree] if isinstance(tree, list | tuple) else tree
