@@ -20,8 +20,8 @@ from sae_lab.activations.source import LMSource, SharedSource, Source, kept_acti
 from sae_lab.lm.base import LanguageModel
 from sae_lab.parallel.collectives import rank, rank_share, world_size
 from sae_lab.runtime.checks import check_arguments
-from sae_lab.runtime.device import check_memory_of
 from sae_lab.runtime.errors import SettingError, UserError
+from sae_lab.runtime.memory import check_memory_of
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents
 from sae_lab.text.rows import TextRows, take_rows
 

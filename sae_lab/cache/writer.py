@@ -25,8 +25,8 @@ from sae_lab.cache.shards import (
 )
 from sae_lab.cache.store import Store
 from sae_lab.runtime.checks import check_arguments
-from sae_lab.runtime.device import check_memory_of
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.memory import check_memory_of
 from sae_lab.runtime.screen import TokenProgress
 from sae_lab.runtime.signals import deferred_signals, raise_if_stopped
 from sae_lab.text.documents import HELD_OUT, TRAIN

@@ -1,9 +1,8 @@
-"""The device and its memory, the precision, and a clock that waits for the device."""
+"""The device, the precision, and a clock that waits for the device."""
 
 import time
 from typing import Annotated, Literal, TypeAlias
 
-import psutil
 import torch
 
 from sae_lab.runtime.annotations import ErrorMessage
@@ -26,18 +25,6 @@ def resolve_device(device: str, setting: str = "device") -> str:
     if device.startswith(("cuda", "gpu")) and not found:
         raise SettingError(f"{{{setting}}}={device} is not available, because torch finds no GPU: give auto or cpu.")
     return ("cuda" if found else "cpu") if device == "auto" else device
-
-
-def check_memory_of(device: torch.device, n_bytes: int, sentence: str) -> None:
-    """Raise a SettingError if a tensor exceeds the whole memory of the device. To be called before it is allocated.
-
-    The system would grant it and end the process when it is filled. The sentence has a place for `{size}`.
-    """
-    on_gpu = device.type == "cuda"
-    total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
-    if n_bytes > total:
-        size = f"{n_bytes / 2**30:.3g} GiB, and the memory has {total / 2**30:.3g}"
-        raise SettingError(sentence.replace("{size}", size))
 
 
 def synchronized_time(device: torch.device) -> float:

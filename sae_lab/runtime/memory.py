@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import psutil
+import torch
 
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import SettingError, UserError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 
@@ -35,3 +36,15 @@ def check_memory(file: Path, n_bytes: int) -> None:
             f"{file} declares {n_bytes / 2**30:,.1f} GiB of tensors, but {free / 2**30:,.1f} GiB of memory are free: "
             "free some, or check where the file comes from."
         )
+
+
+def check_memory_of(device: torch.device, n_bytes: int, sentence: str) -> None:
+    """Raise a SettingError if a tensor exceeds the whole memory of the device. To be called before it is allocated.
+
+    The system would grant it and end the process when it is filled. The sentence has a place for `{size}`.
+    """
+    on_gpu = device.type == "cuda"
+    total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
+    if n_bytes > total:
+        size = f"{n_bytes / 2**30:.3g} GiB, and the memory has {total / 2**30:.3g}"
+        raise SettingError(sentence.replace("{size}", size))

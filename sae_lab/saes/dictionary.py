@@ -14,8 +14,8 @@ from sae_lab.ops.matmul import linear
 from sae_lab.ops.sparse import Code, SparseCode, fired_latents
 from sae_lab.ops.unit_norm import divide_by_norm, project_gradient
 from sae_lab.parallel.collectives import on_any_rank
-from sae_lab.runtime.device import check_memory_of
 from sae_lab.runtime.errors import SettingError
+from sae_lab.runtime.memory import check_memory_of
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
 from sae_lab.saes.parts.normalize import Context, Normalization
 from sae_lab.saes.parts.sources import Sources

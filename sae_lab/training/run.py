@@ -30,9 +30,8 @@ from sae_lab.runs.folder import Run, examine_folder
 from sae_lab.runs.provenance import provenance
 from sae_lab.runs.results import read_metrics, write_results
 from sae_lab.runtime.build import build
-from sae_lab.runtime.device import check_memory_of
 from sae_lab.runtime.errors import SafeStop, UserError, first_line
-from sae_lab.runtime.memory import keep_freed_memory
+from sae_lab.runtime.memory import check_memory_of, keep_freed_memory
 from sae_lab.runtime.private import keys_from_environment, public
 from sae_lab.runtime.screen import print_files, print_metrics
 from sae_lab.runtime.signals import deferred_signals
