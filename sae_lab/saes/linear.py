@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sae_lab.ops.auxk import auxk_loss
 from sae_lab.ops.fixed_size import is_fixed_size, true_positions_padded
 from sae_lab.ops.matmul import linear_by_part
+from sae_lab.ops.row_gradients import select_rows
 from sae_lab.ops.sparse import Code
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.errors import SettingError, UserError
@@ -145,22 +147,17 @@ class LinearSAE(DictionarySAE):
 
     def auxk_loss(self, out: SAEOutput) -> Tensor:
         """Compute the unweighted auxiliary loss. Only the encoder and decoder rows of dead latents get gradients."""
-        fixed = is_fixed_size()
-        dead = true_positions_padded(self.dead(), self.dead_slots) if fixed else self.dead().nonzero().squeeze(-1)
+        # In fixed-size mode, f stands for no latent: its rows are zero, so that it is never selected.
+        dead = true_positions_padded(self.dead(), self.dead_slots) if is_fixed_size() else self.dead().nonzero()[:, 0]
         if len(dead) == 0:
             return out.x_hat.new_zeros(())
         inputs, center, W = self.encoder(out.x)
         x, residual = (inputs - center).detach().flatten(1), (out.target - out.x_hat).detach().flatten(1)
-        rows = dead.clamp_max(self.n_latents - 1)
-        W_enc, W_dec = self.layers.encoder_rows(W, rows), self.W_dec.flatten(1).index_select(0, rows)
-        b_enc = None if self.b_enc is None else self.b_enc.index_select(0, rows)
+        W_enc, W_dec = self.layers.encoder_rows(W, dead), select_rows(self.W_dec.flatten(1), dead, self.W_dec)
+        b_enc = None if self.b_enc is None else F.pad(self.b_enc, (0, 1)).index_select(0, dead)
         k_aux = self.k_aux or max(1, self.sources.n_written * self.d_in // 2)
-        if not fixed:
-            return auxk_loss(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch=self.auxk_selection == "batch")
-        real = (dead < self.n_latents).to(W_dec).unsqueeze(1)  # a latent with h = 0 is never selected
-        b_enc = None if b_enc is None else b_enc * real.squeeze(1)
-        loss = auxk_loss(x, residual, W_enc * real, b_enc, W_dec * real, k_aux, self.auxk_selection == "batch")
-        return loss * real[0, 0]  # zero without dead latents
+        loss = auxk_loss(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch=self.auxk_selection == "batch")
+        return loss * (dead[0] < self.n_latents)
 
     def plan_step(self) -> Hashable:
         """Fix the number of slots for dead latents: a power of two, so that few different steps are captured."""

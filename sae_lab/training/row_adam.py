@@ -2,22 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sae_lab.ops.adam import adam_step
+from sae_lab.ops.row_gradients import SomeRows, add_rows
+from sae_lab.ops.sparse import RowGradient
 from sae_lab.saes.base import BaseSAE
 
 
 class RowAdam:
     """Takes the optimizer's step on the parameters whose gradients are sums over the active entries of each latent.
 
-    The backward pass leaves the factors of such a gradient at its parameter (`collect`). If nothing else contributes to
-    the gradient, one pass over the parameter forms it, projects it, takes Adam's step and restores the norms of its
-    rows (ops/adam.py); otherwise the gradient is formed, and the optimizer takes its step as for any parameter
-    (`settle`). Adam's state stays where the optimizer keeps it, so checkpoints do not change.
+    The backward pass leaves the factors of such a gradient, and the rows that the auxiliary loss adds, at its parameter
+    (`collect`). If nothing else contributes to the gradient, one pass over the parameter forms it, projects it, takes
+    Adam's step and restores the norms of its rows (ops/adam.py); otherwise the gradient is formed, and the optimizer
+    takes its step as for any parameter (`settle`). Adam's state stays where the optimizer keeps it, so checkpoints do
+    not change.
 
     Only for Adam and AdamW, and only if gradients are not clipped: clipping needs the norm of all gradients first.
 
@@ -46,13 +50,17 @@ class RowAdam:
                 parameter.factors = None  # type: ignore[attr-defined]
 
     def settle(self) -> None:
-        """Form the gradients to which something else contributed as well."""
+        """Join the parts of each gradient; form it where something that leaves no factors contributed as well."""
         for parameter in self.groups:
-            factors = getattr(parameter, "factors", None) or []
-            if factors and (parameter.grad is not None or len(factors) > 1):
-                for gradient in factors:
-                    add_to_gradient(parameter, gradient.to_dense())
-                factors.clear()
+            parts: list[Any] = getattr(parameter, "factors", None) or []
+            factors = [part for part in parts if isinstance(part, RowGradient)]
+            rows = [part for part in parts if isinstance(part, SomeRows)]
+            if parameter.grad is None and len(factors) == 1:
+                parts[:] = [reduce(add_rows, rows, factors[0])]
+            else:
+                for gradient in [*(f.to_dense() for f in factors), *(r.to_dense(len(parameter)) for r in rows)]:
+                    add_to_gradient(parameter, gradient)
+                parts.clear()
 
     def step(self) -> None:
         """Take the step of the parameters whose gradients are still factors."""

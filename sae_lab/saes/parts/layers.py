@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae_lab.ops.row_gradients import select_rows
 from sae_lab.ops.sparse import Pattern, SparseCode, attach_encoder_gradient
 
 
@@ -24,8 +25,8 @@ class OneLayer(nn.Module):
         return attach_encoder_gradient(code, x, center, W, b_enc)
 
     def encoder_rows(self, W: Float[Tensor, "f _ n"], latents: Int[Tensor, " c"]) -> Float[Tensor, "c r*n"]:
-        """Return the encoder rows of some latents, flattened over all r sources."""
-        return W.flatten(1).index_select(0, latents)
+        """Return the encoder rows of some latents, flattened over all r sources; zeros for the number f."""
+        return select_rows(W.flatten(1), latents, W)
 
 
 class CrossLayers(OneLayer):
@@ -68,5 +69,6 @@ class CrossLayers(OneLayer):
     def encoder_rows(self, W: Float[Tensor, "f 1 n"], latents: Int[Tensor, " c"]) -> Float[Tensor, "c L*n"]:
         """Return the encoder rows of some latents, zero at all sources except that of their layer."""
         rows = W.new_zeros(len(latents), self.n_layers, W.shape[-1])
-        at = torch.arange(len(latents), device=latents.device), self.layer_of(latents)
-        return rows.index_put(at, W.squeeze(1).index_select(0, latents)).flatten(1)
+        layer = self.layer_of(latents).clamp_max(self.n_layers - 1)  # of a latent f: any, since its row is zero
+        at = torch.arange(len(latents), device=latents.device), layer
+        return rows.index_put(at, select_rows(W.flatten(1), latents, W)).flatten(1)
