@@ -12,6 +12,7 @@ WHOLE = "must be a whole number of at least"
 MISTAKES = [
     ([*ROUTE, "sae.inner.k_warmup=-1"], f"sae.inner.k_warmup=-1 {WHOLE} 0."),
     ([*ROUTE, "sae.inner.seed=-1"], f"sae.inner.seed=-1 {WHOLE} 0."),
+    ([*ROUTE, "sae.inner=10"], "sae.inner=10 must be a part of the config with a sae.inner._target_: leave out this"),
     ([*ROUTE, "k=0"], "k=0 must lie between 1 and the dictionary's 1024 latents."),
     (
         [*ROUTE, "+sae.inner.bogus=1"],
@@ -86,7 +87,7 @@ MISTAKES = [
     (["init_from=3"], "init_from=3 must be null or a string."),
     (
         ["lm=paired", "lm.base.name=tiny", "lm.base.sites=[transformer.h.1]", "lm.tuned=tiny"],
-        "lm.tuned=tiny must be a part of the config that builds a LanguageModel: leave out this override, and set the",
+        "lm.tuned=tiny must be a part of the config with a lm.tuned._target_: leave out this override, and set",
     ),
     (["n_latents=1_000_000_000_000"], "the decoder of that many latents takes 4.77e+05 GiB, and the memory has"),
     (["n_tokens=1e15", "data.block_tokens=1e15"], "a block takes 4.77e+08 GiB, and the memory has"),

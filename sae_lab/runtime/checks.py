@@ -4,11 +4,11 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from omegaconf import Container, DictConfig, OmegaConf
 
-from sae_lab.runtime.annotations import describe_mistake, is_setting, validator
+from sae_lab.runtime.annotations import describe_mistake, is_setting, union_members, validator
 from sae_lab.runtime.errors import SettingError
 
 PLAIN = (str, int, float, list, dict, Container, type(None))
@@ -74,20 +74,25 @@ def check_values(function: Callable[..., Any], values: Mapping[str, Any]) -> dic
 
 
 def check_objects(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Raise a SettingError for a plain value of YAML where the function takes an object of a class."""
-    for name, cls in classes_of(function).items():
-        if name in values and isinstance(values[name], PLAIN) and not isinstance(values[name], cls):
+    """Raise a SettingError for a plain value of YAML where the function takes an object of a class, or a function."""
+    for name, classes in classes_of(function).items():
+        if name in values and isinstance(values[name], PLAIN) and not isinstance(values[name], classes):
             raise SettingError(
-                f"{{{name}}}={show(values[name])} must be a part of the config that builds a {cls.__name__}: "
-                f"leave out this override, and set the keys below {{{name}}}."
+                f"{{{name}}}={show(values[name])} must be a part of the config with a {{{name}}}._target_: leave out "
+                f"this override, and set the keys below {{{name}}}."
             )
 
 
 @functools.cache
-def classes_of(function: Callable[..., Any]) -> dict[str, type]:
-    """Return the arguments of a function that are objects of a class, and no settings: their names and classes."""
-    hints = {name: hint for name, hint in get_type_hints(function).items() if name != "return" and hint is not Any}
-    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and not is_setting(hint)}
+def classes_of(function: Callable[..., Any]) -> dict[str, tuple[type, ...]]:
+    """Return the arguments of a function that are objects or functions, never settings: their names and classes."""
+    hints = {name: union_members(hint) for name, hint in get_type_hints(function).items() if name != "return"}
+    classes = {name: [get_origin(member) or member for member in members] for name, members in hints.items()}
+    return {
+        name: tuple(classes[name])
+        for name, members in hints.items()
+        if all(isinstance(cls, type) and cls is not Any for cls in classes[name]) and not any(map(is_setting, members))
+    }
 
 
 def check_value(name: str, value: Any, annotation: Any) -> Any:

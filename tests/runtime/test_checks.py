@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
@@ -80,7 +80,8 @@ def test_what_fits_is_passed_on_as_it_is_meant(annotation, value, meant):
         *((hint, 1e30, "is too large: a whole number is at most 9223372036854775807") for hint in (COUNT, int | None)),
         (COUNT, 10**25, "is too large: a whole number is at most 9223372036854775807"),
         (str | Path, 3, "must be a string or a path"),
-        (TopKSAE, "anything", "must be a part of the config that builds a TopKSAE: leave out .* below setting"),
+        (TopKSAE, "anything", r"must be a part of the config with a setting\._target_: leave out .* below setting"),
+        (Callable[..., TopKSAE] | Mapping[str, Any], 3, r"must be a part of the config with a setting\._target_: .*"),
     ],
 )
 def test_what_does_not_fit_is_told(annotation, value, sentence):
