@@ -105,10 +105,9 @@ def misplaced(error: OmegaConfBaseException | RecursionError, overrides: Sequenc
         typed = next((o for o in overrides if "${" in o and (not key or o.lstrip("+~").startswith(f"{key}="))), key)
         return f"{typed} cannot be resolved ({reason}): correct what stands in ${{...}}, or give a value."
     if isinstance(error, ConfigAttributeError | ConfigKeyError) and key:
-        taken = next(
-            (o for o in overrides if o.startswith("~") and f"{key}.".startswith(f"{o[1:].partition('=')[0]}.")), ""
-        )
-        return f"{key} is not in the config: {f'leave out {taken}' if taken else f'give {key}=...'}."
+        removals = (o for o in overrides if f"{key}.".startswith(f"{o.lstrip('~').partition('=')[0]}."))
+        taken = next(removals, None)  # without one, a command reads a key that no config has: a bug
+        return None if taken is None else f"{key} is not in the config: leave out {taken}."
     return f"{key}: {reason}" if key else reason
 
 
