@@ -144,9 +144,15 @@ def draw(seed: int) -> Draw:
     groups = groups_of(command)
     chosen = [choose(rng, g, groups[g]) for g in rng.sample([*groups], min(len(groups), rng.choice([0, 0, 1, 1, 2])))]
     choices = [part for parts in chosen for part in parts]
-    keys = [found for found in (keys_of(command), *(keys_of("train", *parts[:1]) for parts in chosen)) if found]
+    parts_of_choices = [keys_of(owner(command, parts[0]), parts[0]) for parts in chosen]
+    keys = [found for found in (keys_of(command), *parts_of_choices) if found]
     settings = [set_wrongly(rng, rng.choice(rng.choice(keys))) for _ in range(rng.choice([1, 1, 2, 3]))]
     return Draw(command, [*choices, *settings])
+
+
+def owner(command: str, choice: str) -> str:
+    """The command whose config shows the keys of a choice: train's, composed once for all, if it has the group."""
+    return "train" if choice.partition("=")[0] in groups_of("train") else command
 
 
 def choose(rng: random.Random, group: str, choices: list[str]) -> list[str]:

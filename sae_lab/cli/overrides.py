@@ -55,7 +55,7 @@ def explain_override(error: BaseException, overrides: Sequence[str]) -> str | No
                 return sentence.format(*found.groups(), choices=list_choices(found[1]) if found.groups() else "")
     if isinstance(error, OmegaConfBaseException | RecursionError):
         return misplaced(error, overrides)
-    return of_wrong_type(overrides) if raised_in_hydra(error) else None
+    return of_wrong_type(overrides) or being_applied(error) if raised_in_hydra(error) else None
 
 
 def unreadable(override: str) -> str:
@@ -92,6 +92,13 @@ def of_wrong_type(overrides: Sequence[str]) -> str | None:
             group = override.key_or_group
             return f"{override.input_line} names no choice of {group}: type {group}=NAME, one of {', '.join(known)}."
     return None
+
+
+def being_applied(error: BaseException) -> str | None:
+    """Return the sentence about the override that Hydra was applying when the error arose; None if it was at none."""
+    found = [frame.f_locals.get("override") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    applied = [override for override in found if isinstance(override, Override)]
+    return f"{applied[-1].input_line} does not fit there: `--cfg job` prints what is there." if applied else None
 
 
 def misplaced(error: OmegaConfBaseException | RecursionError, overrides: Sequence[str]) -> str | None:
