@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import Tensor, nn
 
-from sae_lab.ops.matmul import float32_products, linear
+from sae_lab.ops.matmul import Products, float32_products, linear
 from sae_lab.ops.sparse import Code
 from sae_lab.runtime.build import build
 from sae_lab.runtime.checks import check_arguments
@@ -69,16 +69,16 @@ def benchmark_step(cfg: DictConfig) -> dict[str, Any]:
     x = superposed_rows(cfg.batch_size, cfg.n_sources, cfg.d_in).to(device)
     make = partial(build_sae, cfg, device)
     sae = make()
-    ours = training_step(sae, cfg, x)
+    ours = training_step(sae, cfg, x, products=cfg.trainer.products)
     for _ in range(WARM[device]):
         ours()
     peak = peak_memory_mb(device)  # before the other steps: on a CPU it is the peak of the whole process
     read = x[:, : sae.n_inputs or cfg.n_sources]
     steps = {"floor": floor_step(cfg, read, linear), "torch_floor": floor_step(cfg, read, F.linear), "step": ours}
     if cfg.dense and isinstance(sae, LinearSAE) and sae.layers.n_layers == 1:  # others have no single dense formula
-        steps["dense"] = training_step(make(), cfg, x, dense_forward, capturing=False)
+        steps["dense"] = training_step(make(), cfg, x, dense_forward, False, cfg.trainer.products)
     if device == "cuda":
-        steps["eager_step"] = training_step(make(), cfg, x, capturing=False)
+        steps["eager_step"] = training_step(make(), cfg, x, capturing=False, products=cfg.trainer.products)
     times = time_interleaved(steps, make(), cfg, x)
     figures: dict[str, Any] = {f"{name}_ms": times.get(name) for name in NAMES}
     figures["peak_memory_mb"] = peak
@@ -126,10 +126,11 @@ def training_step(
     x: Tensor,
     forward: Callable[[Any, Tensor], SAEOutput] = nn.Module.__call__,
     capturing: Capture = "auto",
+    products: Literal["auto"] | Products = "auto",
 ) -> Step:
     """Return a function that takes a whole training step, as SAEModule does."""
     step = TrainingStep(sae, build_optimizer(cfg)(list(sae.parameters())), forward=forward)
-    step = prepare_step(step, x.is_cuda, capturing, cfg.trainer.products)
+    step = prepare_step(step, x.is_cuda, capturing, products)
 
     def take() -> None:
         with autocast(cfg.precision, x):

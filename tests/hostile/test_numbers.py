@@ -31,7 +31,7 @@ from sae_lab.sweeps import shared_stream
 from sae_lab.sweeps.status import read_status
 from sae_lab.sweeps.table import collect_table, complete_jobs
 from sae_lab.training import run
-from sae_lab.training.module import plain_step
+from sae_lab.training.step import TrainingStep
 
 
 class Words(WordIds):
@@ -130,9 +130,9 @@ def no_figures(monkeypatch):
 
 def train_and_evaluate(sae, data: ActivationData, folder: Path) -> None:
     """The steps of a run without Lightning."""
-    adam = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    step = TrainingStep(sae.train(), torch.optim.Adam(sae.parameters(), lr=1e-3))
     for x in islice(data.new_stream(), data.n_steps):
-        plain_step(sae.train(), adam, x)
+        step(x)
     calibrate([sae], data, 3)
     save_sae(sae.eval(), folder / "sae", {}, data.probe_rows())
     write_results(evaluate(sae, data), sae, folder)
@@ -281,6 +281,7 @@ def test_metrics_of_earlier_versions_that_are_not_finite_are_no_result(tmp_path,
         train(config_of("topk", folder), bad_data(lambda x: x))
     metrics = json.loads((bad / "metrics.json").read_text()) | {"fvu": math.nan}
     (bad / "metrics.json").write_text(json.dumps(metrics))
+    (bad / "digests.json").unlink()  # which earlier versions did not write
     assert read_status(bad)[0] == "unreadable"
     assert "holds numbers that are not finite (fvu is nan): evaluate that run again" in read_status(bad)[1]
     table = collect_table(tmp_path)

@@ -52,6 +52,14 @@ def _no_figures():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _hangup():
+    """SIGHUP as a shell leaves it, also for a suite that runs under nohup, where it is ignored."""
+    before = signal.signal(HUP, signal.SIG_DFL)
+    yield
+    signal.signal(HUP, before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """The group, never stopped. (A run alone ends in the same bits: see test_group.)"""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import build, dictionary, planted
 from fitting import BATCHES, N_STEPS, fit
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
@@ -33,6 +34,11 @@ def test_the_step_is_project_clip_adam_renormalise(sae_name, max_grad_norm):
         w /= w.flatten(1).norm(dim=1)[:, None, None]
     for name, value in sae.named_parameters():
         torch.testing.assert_close(trained.get_parameter(name), value, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_not_accumulated():
+    with pytest.raises(MisconfigurationException, match="accumulation is not supported for manual optimization"):
+        fit(build("topk"), accumulate_grad_batches=3)
 
 
 STATEFUL = [
