@@ -1,5 +1,6 @@
 """Text -> frozen language model -> shuffled batches of activations, as a LightningDataModule that can resume."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -24,6 +25,8 @@ from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.runtime.memory import check_memory_of
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents
 from sae_lab.text.rows import TextRows, take_rows
+
+log = logging.getLogger(__name__)
 
 
 class Batches:
@@ -117,7 +120,7 @@ class ActivationData(L.LightningDataModule):
         self.n_eval_tokens, self.n_val_tokens = n_eval_tokens, n_val_tokens
         self.prefetch = prefetch is True or (prefetch == "auto" and lm.device.type == "cuda")
         self._check_memory()
-        self.lm_lock = Lock()
+        self.lm_lock, self._described = Lock(), False
         self.stream = self.new_stream(self.prefetch)
         self._validation: list[Tensor] | None = None
 
@@ -165,7 +168,11 @@ class ActivationData(L.LightningDataModule):
     def text(self, split: str, repeat: bool) -> TextRows:
         """Return the text rows of a split, from the beginning."""
         assert self.documents is not None
-        return TextRows(self.documents(split), self.lm.tokenizer, self.seq_len, self.lm.bos_id, repeat, self.pack)
+        documents = self.documents(split)
+        if not self._described and (line := documents.describe()):
+            log.info("%s", line)
+        self._described = True
+        return TextRows(documents, self.lm.tokenizer, self.seq_len, self.lm.bos_id, repeat, self.pack)
 
     def text_rows(self, n: int) -> Int[Tensor, "n t"]:
         """Return the first n rows of the training text, or as many as one pass has."""

@@ -38,7 +38,7 @@ def text_files(
     held_out_every: Annotated[int, Ge(2)],
     **stream: Any,
 ) -> ActivationData:
-    """Return activations on local files: txt, md, jsonl, csv or parquet (`data=text_files`)."""
+    """Return activations on local files or folders of `save_to_disk` (`data=text_files`)."""
     documents = partial(FileDocuments, paths, column=column, seed=seed, held_out_every=held_out_every)
     return ActivationData(lm, documents, seed=seed, **stream)
 

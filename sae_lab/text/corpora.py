@@ -1,9 +1,9 @@
 """Documents from local files and from the Hugging Face hub, read with `datasets`."""
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape, glob
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,38 +13,38 @@ from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, first_line
 from sae_lab.runtime.hub import HUB_TIMEOUT, hub_errors
+from sae_lab.text.columns import SAMPLE, Column, choose_columns, escaped, excerpt, features_of, text_of
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, Place, Window, digest_of, take_window
-
-log = logging.getLogger(__name__)
-
-# Usual names of the text columns, in order of preference. Several columns are joined by blank lines.
-TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
-    *(("text",), ("content",), ("document",), ("body",), ("markdown",)),
-    *(("instruction", "input", "output"), ("instruction", "output"), ("instruction", "response")),
-    *(("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response")),
-    *(("problem", "solution"), ("output",), ("completion",)),
-)
-
+from sae_lab.text.saved import is_saved, load_saved, with_split
 
 Globs = Annotated[Sequence[str] | str, ErrorMessage("must be a list of globs, such as ['corpus/**/*.txt']")]
 
 
+def description(columns: Sequence[Column], n_documents: str, first: str) -> str:
+    """Return the line that tells the user which text is read."""
+    names = " + ".join(column.path for column in columns)
+    return f"text: column {names} of {n_documents} documents; the first begins {excerpt(first, 80)!r}"
+
+
 class FileDocuments(IndexedDocuments):
-    """Local files that match globs: txt and md (one document per file); json, jsonl, csv and parquet (one per row).
+    """Local files that match globs: txt and md (one document per file); json, jsonl, csv, parquet, arrow (one per row).
 
     `datasets` copies the files to its cache and memory-maps the copy, so they may be larger than memory. Bytes of txt
-    and md that are not UTF-8 become U+FFFD.
+    and md that are not UTF-8 become U+FFFD. A folder written by `save_to_disk` is memory-mapped where it is.
 
     Every `held_out_every`-th document belongs to the split `held_out`. If there are fewer documents, the last one is
     held out; if there is only one, its last tenth is.
 
     Raises:
         UserError: no file matches, the files are of an unknown type or of several types, a file cannot be read, or
-            there is no text column.
+            no column is plainly the text.
     """
 
     WHOLE = {"sample_by": "document", "encoding_errors": "replace"}
-    BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv"} | {
+        ".parquet": "parquet",
+        ".arrow": "arrow",
+    }
 
     @check_arguments
     def __init__(
@@ -56,23 +56,30 @@ class FileDocuments(IndexedDocuments):
         held_out_every: Annotated[int, Ge(2)] = 10,
     ):
         super().__init__(seed, split)
-        files, builder = self._find([paths] if isinstance(paths, str) else [*paths])
-        options = self.WHOLE if builder == "text" else {}
-        self.files = [Path(f) for f in files]
-        self.rows = load_rows(builder, data_files=[escape(f) for f in files], split="train", **options)
-        self.columns = text_columns(self.rows.features, column)
+        self.files, self.rows = self._load([paths] if isinstance(paths, str) else [*paths])
+        self.columns = choose_columns(self.rows.features, column, self._sample())
         self.split = split
         n = len(self.rows)
         every = min(held_out_every, n)
         self.numbers = [i for i in range(n) if n == 1 or (i % every == every - 1) == (split == HELD_OUT)]
 
+    def _load(self, globs: list[str]) -> tuple[list[Path], Any]:
+        """Return the files that the globs match, and their rows."""
+        found = sorted({f for g in globs for f in glob(str(Path(g).expanduser()), recursive=True)})  # noqa: PTH207 (no root)
+        folders = [f for f in map(Path, found) if is_saved(f)]
+        files = [f for f in map(Path, found) if f.is_file() and not set(folders) & set(f.parents)]
+        if folders and not files:
+            saved = [with_split(f) for f in folders if not set(folders) & set(f.parents)]
+            return sorted(f for folder in saved for f in folder.glob("*.arrow")), load_saved(saved)
+        builder = self._builder(globs, [*folders, *files])
+        options = self.WHOLE if builder == "text" else {}
+        return files, load_rows(builder, data_files=[escape(str(f)) for f in files], split="train", **options)
+
     @classmethod
-    def _find(cls, globs: list[str]) -> tuple[list[str], str]:
-        found = {f for g in globs for f in glob(str(Path(g).expanduser()), recursive=True)}  # noqa: PTH207 (no root)
-        files = sorted(f for f in found if Path(f).is_file())
+    def _builder(cls, globs: list[str], files: list[Path]) -> str:
         if not files:
             raise SettingError(f"no file matches {{paths}}={globs}: give globs, such as ['corpus/**/*.txt'].")
-        suffixes = sorted({Path(f).suffix.lower() for f in files})
+        suffixes = sorted({f.suffix.lower() if f.is_file() else "a folder of save_to_disk" for f in files})
         builders = {cls.BUILDERS.get(suffix) for suffix in suffixes}
         builder = builders.pop()
         if builders or builder is None:
@@ -80,7 +87,16 @@ class FileDocuments(IndexedDocuments):
                 f"{{paths}}={globs} match files of types {suffixes}: all files must be of one type, "
                 f"which must be one of {list(cls.BUILDERS)}."
             )
-        return files, builder
+        return builder
+
+    def _sample(self) -> list[dict[str, Any]]:
+        """Return the first rows, undecoded; none of txt and md, whose documents are whole files and may be large."""
+        n = 0 if self.files and self.BUILDERS[self.files[0].suffix.lower()] == "text" else min(SAMPLE, len(self.rows))
+        return self.rows.with_format("arrow")[:n].to_pylist()
+
+    def describe(self) -> str:
+        first = text_of(self.rows[0], self.columns) if len(self.rows) else ""
+        return description(self.columns, f"{len(self.rows):,}", first)
 
     def digest(self, thorough: bool = True) -> str:
         return digest_of(self.files, thorough)
@@ -89,7 +105,7 @@ class FileDocuments(IndexedDocuments):
         return len(self.numbers)
 
     def __getitem__(self, i: int) -> str:
-        text = join_columns(self.rows[self.numbers[i]], self.columns)
+        text = text_of(self.rows[self.numbers[i]], self.columns)
         if len(self.rows) > 1:
             return text
         cut = len(text) * 9 // 10
@@ -105,7 +121,7 @@ class HubDocuments(Documents):
     `revision` (a branch, a tag or a commit) pins the text. The digest of the text is the commit on the hub.
 
     Raises:
-        UserError: the data set or its revision cannot be reached or read, or it has no text column.
+        UserError: the data set or its revision cannot be reached or read, or no column is plainly the text.
     """
 
     @check_arguments
@@ -121,18 +137,31 @@ class HubDocuments(Documents):
         revision: str | None = None,
     ):
         super().__init__(seed, split)
+        if is_saved(Path(path).expanduser()):
+            path = escaped(path)
+            raise SettingError(
+                f"{{path}}={path} was written by save_to_disk: type data=text_files data.paths=[{path}]."
+            )
         self.commit = commit_on_hub(path, revision)
         rows = load_rows(path, name=name, split=hub_split, streaming=True, revision=self.commit or revision)
-        self.columns = text_columns(rows.features or next(iter(rows), {}), column)
+        sample = first_rows(rows, SAMPLE, path) if column is None or rows.features is None else []
+        self.columns = choose_columns(rows.features or features_of(sample), column, sample)
+        self.n_documents = getattr((rows.info.splits or {}).get(hub_split), "num_examples", None)
+        self.path, self.whole = path, rows
         self.rows = rows.take(held_out_documents) if split == HELD_OUT else rows.skip(held_out_documents)
 
     def digest(self, thorough: bool = True) -> str:
         return self.commit or ""
 
+    def describe(self) -> str:
+        first = first_rows(self.whole, 1, self.path)
+        n_documents = f"{self.n_documents:,}" if self.n_documents else "an unknown number of"
+        return description(self.columns, n_documents, text_of(first[0], self.columns) if first else "")
+
     def windows(self, epoch: int, place: Place | None) -> Iterator[Window]:
         place = place or {"window": 0, "rows": None}
         self.rows.load_state_dict(place["rows"])
-        texts = (join_columns(row, self.columns) for row in self.rows)
+        texts = (text_of(row, self.columns) for row in self.rows)
         while window := take_window(texts):
             yield Window(place, window)
             place = {"window": place["window"] + 1, "rows": self.rows.state_dict()}
@@ -145,6 +174,12 @@ def load_rows(path: str, **options: Any):
     sentence = f"the files of data.paths cannot be read as {path}: {{reason}}"
     with hub_errors(sentence if "data_files" in options else unreachable_sentence(path), root_cause), quiet():
         return datasets.load_dataset(path, **options)
+
+
+def first_rows(rows: Any, n: int, path: str) -> list[dict[str, Any]]:
+    """Return the first n rows of a stream, or as many as there are; raise a UserError if they cannot be read."""
+    with hub_errors(unreachable_sentence(path), root_cause), quiet():
+        return list(islice(rows, n))
 
 
 def commit_on_hub(path: str, revision: str | None) -> str | None:
@@ -191,32 +226,3 @@ def quiet() -> Iterator[None]:
         datasets.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
-
-
-def text_columns(columns: Mapping[str, Any], named: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the columns that hold the text.
-
-    Args:
-        columns: the features of a data set, or one of its rows.
-        named: the user's choice; None takes the first match in TEXT_COLUMNS, else the only column of strings.
-    """
-    strings = [name for name, kind in columns.items() if kind is None or is_text(kind)]
-    if named is not None:
-        chosen = (named,) if isinstance(named, str) else tuple(named)
-        if not chosen or not set(chosen) <= set(strings):
-            raise SettingError(f"{{column}}={named} is not a text column of the data: it must be among {strings}.")
-        return chosen
-    usual = [choice for choice in TEXT_COLUMNS if set(choice) <= set(strings)]
-    if not usual and len(strings) != 1:
-        raise SettingError(f"no text column among {list(columns)}: name it with {{column}}=...")
-    return usual[0] if usual else (strings[0],)
-
-
-def is_text(kind: Any) -> bool:
-    """Whether a feature of `datasets`, or a value, is of type string."""
-    return isinstance(kind, str) or getattr(kind, "dtype", None) in ("string", "large_string")
-
-
-def join_columns(row: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """Return the text of a row: its non-empty text columns, joined by blank lines."""
-    return "\n\n".join(row[c] for c in columns if row[c])

@@ -55,6 +55,10 @@ class Documents(ABC):
         """
         return ""
 
+    def describe(self) -> str:
+        """Return one line that tells the user what is read; empty if there is nothing to tell."""
+        return ""
+
     def pieces(self, epoch: int, place: Place | None = None, first: int = 0) -> Iterator[Piece]:
         """Yield the pieces of pass `epoch`, starting with number `first` of the window at `place`."""
         for window in self.windows(epoch, place):

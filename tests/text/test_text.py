@@ -335,7 +335,9 @@ def test_the_text_column_is_found(column, tmp_path):
 def test_columns_may_be_named_and_must_be_when_nothing_tells_them_apart(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"q": "a", "r": "b"}\n{"q": "c", "r": null}\n{"q": "", "r": ""}')
     paths = str(tmp_path / "rows.jsonl")
-    with pytest.raises(UserError, match=r"no text column among \['q', 'r'\]: name it with column"):
+    with pytest.raises(
+        UserError, match=r"no column .* the text: q \(string, 'a'\); r \(string, 'b'\): type column=NAME"
+    ):
         FileDocuments(paths)
     assert read(FileDocuments(paths, column="r")) == ["b", ""]
     assert read(FileDocuments(paths, column=["q", "r"])) == ["a\n\nb", "c"]

@@ -1,0 +1,180 @@
+"""Choose the columns that hold the text: those with a usual name, the only one of strings, or those the user names."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sae_lab.runtime.errors import SettingError
+from sae_lab.runtime.plain_text import for_terminal
+
+# Usual names of the text columns, in order of preference. Several columns are joined by blank lines.
+USUAL: tuple[tuple[str, ...], ...] = (
+    *(("text",), ("content",), ("document",), ("body",), ("markdown",)),
+    *(("instruction", "input", "output"), ("instruction", "output"), ("instruction", "response")),
+    *(("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response")),
+    ("problem", "solution"),
+)
+CHATS_OR_TOKENS = {"messages", "conversations", "conversation", "input_ids", "tokens"}
+STRINGS = {"string", "large_string", "string_view"}
+SAMPLE = 20  # rows that are looked at
+LISTED = 20  # columns that an error message lists
+
+# Values that are no text, whatever the name of their column.
+REFERENCES = {
+    "URLs": r"([a-z][a-z0-9+.-]*://|www\.)\S+",
+    "UUIDs": r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+    "hashes": r"(\w+:)?[0-9a-f]{16,}",
+}
+# Values that may be text, if a name says so.
+DOUBTFUL = REFERENCES | {
+    "numbers": r"(?=.*\d)[\d\s.,:;/+%TZ-]+",
+    "ids": r"[!-~]{0,99}[\d_/\\@:][!-~]{0,99}",
+    "JSON": r"\s*(\[.*\]|\{.*\})\s*",
+}
+WORD = r"[!-~]{1,40}"
+
+
+class Column(NamedTuple):
+    """A value inside a row: `path` as the user types it; `steps` to it (a key, or None for each part of a list)."""
+
+    path: str
+    steps: tuple[str | None, ...]
+    kind: str
+
+    @property
+    def is_text(self) -> bool:
+        return self.kind in STRINGS
+
+    def __str__(self) -> str:
+        return ("string" if self.is_text else self.kind) + " in a list" * (None in self.steps)
+
+    def values(self, rows: Sequence[Any]) -> list[Any]:
+        """Return the values of the rows that are not missing or empty."""
+        return [v for row in rows for v in values_at(row, self.steps) if v not in (None, "")]
+
+
+def values_at(value: Any, steps: Sequence[str | None]) -> Iterator[Any]:
+    """Yield the values at the end of the steps: one, or one for each part of the lists on the way."""
+    if value is None or not steps:
+        yield value
+    elif steps[0] is None:
+        for part in value:
+            yield from values_at(part, steps[1:])
+    else:
+        yield from values_at(value.get(steps[0]), steps[1:])
+
+
+def text_of(row: Mapping[str, Any], columns: Sequence[Column]) -> str:
+    """Return the text of a row: its non-empty columns, joined by blank lines; the parts of a list, by line breaks."""
+    return "\n\n".join(text for column in columns if (text := "\n".join(column.values([row]))))
+
+
+def columns_of(feature: Any, path: str = "", steps: tuple[str | None, ...] = ()) -> Iterator[Column]:
+    """Yield the columns of a data set's features, down to the values inside structs and lists."""
+    import datasets
+
+    if isinstance(feature, datasets.Translation | datasets.TranslationVariableLanguages):
+        feature = feature.flatten()
+    if isinstance(feature, Mapping):
+        for name, inner in feature.items():
+            yield from columns_of(inner, f"{path}.{name}" if path else name, (*steps, name))
+    elif isinstance(feature, datasets.List | datasets.LargeList):
+        yield from columns_of(feature.feature, path, (*steps, None))
+    else:
+        plain = isinstance(feature, datasets.Value)
+        yield Column(path, steps, feature.dtype if plain else type(feature).__name__)
+
+
+def features_of(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return the features of rows that come without."""
+    import datasets
+    import pyarrow as pa
+
+    return datasets.Features.from_arrow_schema(pa.schema(pa.array(rows).type)) if rows else {}
+
+
+def choose_columns(
+    features: Mapping[str, Any], named: str | Sequence[str] | None, rows: Sequence[Mapping[str, Any]]
+) -> tuple[Column, ...]:
+    """Return the columns that hold the text.
+
+    A column is taken by itself if it has a usual name, or if it is the only one of strings and nothing beside it could
+    be the text: no list, no struct, no bytes, no chat and no token ids.
+
+    Args:
+        features: the features of the data set.
+        named: the user's choice, as paths such as `body`, `data.text` or `messages.content`.
+        rows: the first rows. If all their values are URLs, hashes, ids or the like, the column is not taken by itself.
+
+    Raises:
+        SettingError: nothing is plainly the text, or `named` is no text.
+    """
+    columns = {column.path: column for column in columns_of(features)}
+    if named is not None:
+        return named_columns(columns, [named] if isinstance(named, str) else named)
+    strings = {path for path, column in columns.items() if column.is_text and len(column.steps) == 1}
+    usual = next((names for names in USUAL if set(names) <= strings), ())
+    if usual and not all(kind_of_values(columns[name].values(rows), REFERENCES) for name in usual):
+        return tuple(columns[name] for name in usual)
+    if not usual and len(strings) == 1 and not any(may_be_text(c) for p, c in columns.items() if p not in strings):
+        (only,) = strings
+        if only not in CHATS_OR_TOKENS and not kind_of_values(columns[only].values(rows), DOUBTFUL):
+            return (columns[only],)
+    raise SettingError(question([*columns.values()], rows))
+
+
+def named_columns(columns: Mapping[str, Column], names: Sequence[str]) -> tuple[Column, ...]:
+    """Return the columns of these paths. `[]` after a list's name may be left out."""
+    chosen = [columns.get(name, columns.get(name.replace("[]", ""))) for name in names]
+    found = tuple(column for column in chosen if column is not None and (column.is_text or column.kind == "null"))
+    if not found or len(found) < len(chosen):
+        text = [path for path, column in columns.items() if column.is_text]
+        given = names[0] if len(names) == 1 else list(names)
+        raise SettingError(
+            f"{{column}}={escaped(given)} is not a text column of the data: it must be among {escaped(text)}."
+        )
+    return found
+
+
+def may_be_text(column: Column) -> bool:
+    """Whether the text could be in this column instead of the only one of strings."""
+    return len(column.steps) > 1 or column.path in CHATS_OR_TOKENS or column.kind in ("binary", "large_binary", "Json")
+
+
+def kind_of_values(values: Sequence[Any], kinds: Mapping[str, str]) -> str | None:
+    """Return what the strings are, if all of them are URLs, ids or the like; None for text and for no strings."""
+    strings = [value for value in values if isinstance(value, str)]
+    for name, pattern in kinds.items():
+        if strings and all(re.fullmatch(pattern, s, re.IGNORECASE | re.DOTALL) for s in strings):
+            return name
+    words = kinds is DOUBTFUL and len(strings) >= 10 and all(re.fullmatch(WORD, s) for s in strings)
+    return "single words" if words else None
+
+
+def question(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the sentence that lists the columns, with types and samples, and says what to type."""
+    lengths: dict[str, int] = {}
+    listed = []
+    for column in columns:
+        values = column.values(rows)
+        kind = kind_of_values(values, DOUBTFUL)
+        if column.is_text and values and not kind:
+            lengths[column.path] = max(map(len, values))
+        sample = f", {excerpt(values[0], 30)!r}" if values else ""
+        listed.append(f"{column.path} ({column}{f' of {kind}' if kind else ''}{sample})")
+    more = f" and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
+    name = max(lengths, key=lambda path: lengths[path], default="NAME")
+    typed = f"{{column}}={escaped(name)}" if re.fullmatch(r"[\w./-]+", name) else f"""'{{column}}="{escaped(name)}"'"""
+    answer = f"if one of them is, type {typed}" if name == "NAME" else f"type {{column}}=NAME, such as {typed}"
+    return f"no column of the data is plainly the text: {escaped('; '.join(listed[:LISTED]))}{more}: {answer}."
+
+
+def excerpt(value: Any, n: int) -> str:
+    """Return the first n characters of a value as plain text in one line."""
+    text = " ".join(for_terminal(str(value)[: 4 * n]).split())
+    return text[:n] + "…" * (len(text) > n or len(str(value)) > 4 * n)
+
+
+def escaped(value: Any) -> str:
+    """Return the value as it stands in the sentence of a SettingError, where braces mean keys."""
+    return str(value).replace("{", "{{").replace("}", "}}")
