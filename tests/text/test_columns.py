@@ -188,7 +188,7 @@ def test_text_files_are_never_asked_about(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    """`one` is a Dataset; `two` has a split train and another; `three` has two, neither of them train; `four` has one."""
+    """`one` is a Dataset; `two` has the splits train and test; `three` has two others; `four` has one other."""
     set_of = {n: datasets.Dataset.from_list([{"text": f"{n} {i}", "i": i} for i in range(12)]) for n in "abc"}
     set_of["a"].save_to_disk(tmp_path / "one")
     datasets.DatasetDict(test=set_of["b"], train=set_of["a"]).save_to_disk(tmp_path / "two")
