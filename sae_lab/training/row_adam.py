@@ -32,11 +32,15 @@ class RowAdam:
     """
 
     def __init__(self, sae: BaseSAE, optimizer: torch.optim.Optimizer, max_grad_norm: float | None):
-        known = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        groups = {p: known.get(id(p), {}) for p in sae.row_parameters()} if max_grad_norm is None else {}
-        self.optimizer = optimizer
-        self.groups = {p: g for p, g in groups.items() if p.dtype == torch.float32 and is_plain_adam(optimizer, g)}
-        self.unit_norm = sae.row_parameters()
+        candidates = sae.row_parameters() if max_grad_norm is None else {}
+        self.optimizer, self.unit_norm = optimizer, candidates
+        # Numbers of groups, not groups: loading a checkpoint replaces these.
+        self.groups = {
+            p: i
+            for p in candidates
+            for i, group in enumerate(optimizer.param_groups)
+            if p.dtype == torch.float32 and any(p is q for q in group["params"]) and is_plain_adam(optimizer, group)
+        }
 
     @contextmanager
     def collect(self, on: bool) -> Iterator[None]:
@@ -64,7 +68,8 @@ class RowAdam:
 
     def step(self) -> None:
         """Take the step of the parameters whose gradients are still factors."""
-        for parameter, group in self.groups.items():
+        for parameter, i in self.groups.items():
+            group = self.optimizer.param_groups[i]
             for gradient in getattr(parameter, "factors", None) or []:
                 state = adam_state(self.optimizer, parameter)
                 state["step"] += 1
@@ -87,7 +92,7 @@ class RowAdam:
 def is_plain_adam(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     """Return whether the optimizer's step on a group is the one of ops/adam.py."""
     kinds = (torch.optim.Adam, torch.optim.AdamW)
-    return type(optimizer) in kinds and bool(group) and not (group["amsgrad"] or group["maximize"])
+    return type(optimizer) in kinds and not (group["amsgrad"] or group["maximize"])
 
 
 def adam_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:

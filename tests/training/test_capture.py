@@ -110,6 +110,27 @@ def test_what_cannot_be_captured_says_why(monkeypatch):
     assert why_not_captured(sae, good) == "Triton is not installed"
 
 
+def test_a_resumed_run_follows_the_schedule_in_updates_by_latent(fixed, tmp_path):
+    """Loading a checkpoint replaces the optimizer's groups."""
+    options = {"callbacks": [PrepareSteps("auto", "auto")], "enable_checkpointing": False}
+    whole = fit(build("topk"), **options)
+    fit(build("topk"), batches=BATCHES[:6], **options).trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fit(build("topk"), batches=BATCHES[6:], ckpt=tmp_path / "half.ckpt", max_epochs=2, **options)
+    assert whole.step.row_adam.groups
+    mine, theirs = resumed.state_dict(), whole.state_dict()
+    assert [key for key in theirs if not torch.equal(mine[key], theirs[key])] == []
+
+
+def test_there_are_never_many_graphs(fixed):
+    sae = build("topk", "sae.auxk_coefficient=0")
+    step = CapturedStep(TrainingStep(sae, adam(sae)), record=Again)
+    for size in (*range(10, 10 + capture.MOST + 2), 10 + capture.MOST + 1):
+        for _ in range(WARM + 1):
+            step(BATCHES[0][:size])
+    assert Again.recorded == capture.MOST + 2
+    assert len(step.graphs) == capture.MOST
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize(
     ("settings", "sentence"),
