@@ -86,7 +86,7 @@ class ShuffledBlocks:
         if self._block is None:
             self._refill()
         assert self._block is not None
-        batch = self._block[self._batches[self._given].to(self._block.device)]
+        batch = self._block[self._batches[self._given]]
         self._given += 1
         if self._given == len(self._batches):
             self._begin, self._number, self._given = self._place(), self._number + 1, 0
@@ -115,7 +115,8 @@ class ShuffledBlocks:
             raise StopIteration
         self._block = self._memory[:filled]
         order = torch.randperm(filled, generator=nth_generator(self.seed, self._number))
-        self._batches = order.split(self.batch_size)
+        # On the block's device at once: a copy for each batch would make the host wait for the GPU each time.
+        self._batches = order.to(self._block.device).split(self.batch_size)
 
     def _open_chunk(self) -> Chunk | None:
         """Return the chunk that holds the next row; None at the end of the source, where the last chunk is kept."""

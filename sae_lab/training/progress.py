@@ -13,6 +13,9 @@ from sae_lab.activations.buffer import Filling, ShuffledBlocks
 from sae_lab.parallel.collectives import world_size
 from sae_lab.runtime.screen import console, format_duration
 
+BAR_SECONDS = 0.2
+"""Between two states of the bar."""
+
 
 class Throughput(L.Callback):
     """Logs `tokens_per_second`."""
@@ -42,7 +45,7 @@ class TrainingProgress(Throughput):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._last_print, self._step, self._steps = time.perf_counter(), trainer.global_step, trainer.max_steps
+        self._last_shown, self._step, self._steps = time.perf_counter(), trainer.global_step, trainer.max_steps
         self._stream = trainer.datamodule.stream  # type: ignore[attr-defined]
         assert self._stream is not None
         self._stream.filling.watch = self._on_filling
@@ -58,6 +61,8 @@ class TrainingProgress(Throughput):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, i)
         assert self._stream is not None
         self._step = trainer.global_step
+        if not self._is_due():
+            return  # the text below reads numbers, for which the host waits for the GPU
         rows = (trainer.max_steps - trainer.global_step) * len(batch) * world_size()
         elapsed = time.perf_counter() - self._start
         left = seconds_left(rows, self._tokens, elapsed, self._stream.n_rows_left, self._stream.filling)
@@ -66,12 +71,17 @@ class TrainingProgress(Throughput):
     def _on_filling(self, rows: int, of: int) -> None:
         self._show(f"filling the block  {rows:,}/{of:,} activations")
 
+    def _is_due(self) -> bool:
+        return time.perf_counter() - self._last_shown > (self.seconds if self._bar is None else BAR_SECONDS)
+
     def _show(self, state: str) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._step, state=state)
-        elif time.perf_counter() - self._last_print > self.seconds:
-            self._last_print = time.perf_counter()
+        if not self._is_due():
+            return
+        self._last_shown = time.perf_counter()
+        if self._bar is None:
             print(f"step {self._step}/{self._steps}  {state}", flush=True)
+        else:
+            self._bar.update(self._task, completed=self._step, state=state)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()
@@ -80,6 +90,8 @@ class TrainingProgress(Throughput):
         self._close()
 
     def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._step)
         if self._stream is not None:
             self._stream.filling.watch = None
         if self._bar is not None:

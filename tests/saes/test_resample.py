@@ -9,7 +9,7 @@ from sae_lab.runtime.seeds import nth_generator
 from sae_lab.saes.parts.resample import draw_badly_reconstructed
 from sae_lab.saes.vanilla import VanillaSAE
 
-RESAMPLED = [name for name in SAE_NAMES if hasattr(build(name), "resample_every")]
+RESAMPLED = [name for name in SAE_NAMES if "resample_every" in build(name).config]
 X = planted(64)[0] + 0.1
 
 
