@@ -33,6 +33,10 @@ WARM = 3
 optimizer makes its state, which must not be recorded; and a key that is seen less often is not worth a capture."""
 
 
+MOST = 8
+"""Graphs at a time. Each keeps its batch and its result; the one that was not used for longest makes room."""
+
+
 class Graph(Protocol):
     """A recorded step. `replay` takes it again on another batch."""
 
@@ -61,7 +65,7 @@ class CudaGraph:
         """Take the step on the batch x. The result's tensors are overwritten by the next replay."""
         self.x.copy_(x)
         self.graph.replay()
-        return self.result
+        return self.result.detach()  # the same memory, without what was derived from an earlier replay (Pattern.rows)
 
 
 class CapturedStep(TrainingStep):
@@ -88,16 +92,17 @@ class CapturedStep(TrainingStep):
         self.graphs: dict[Hashable, Graph] = {}
         self.seen: Counter[Hashable] = Counter()
         self.record = record or self.record_cuda
-        self.stream = None if record else torch.cuda.Stream()
+        self.device = next(step.sae.parameters()).device
+        self.stream = None if record else torch.cuda.Stream(self.device)
         self.pool = None if record else torch.cuda.graph_pool_handle()
 
     def __call__(self, x: Float[Tensor, "b s d"]) -> StepResult:
         if self.stream is None:
             return super().__call__(x)
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             result = super().__call__(x)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return result
 
     def run(self, x: Float[Tensor, "b s d"], plan: Hashable) -> StepResult:
@@ -107,12 +112,15 @@ class CapturedStep(TrainingStep):
             return super().run(x, plan)
         if key not in self.graphs and not self.try_to_record(key, x, plan):
             return super().run(x, plan)
-        return self.graphs[key].replay(x)
+        self.graphs[key] = graph = self.graphs.pop(key)  # the one last used comes last
+        return graph.replay(x)
 
     def try_to_record(self, key: Hashable, x: Tensor, plan: Hashable) -> bool:
         """Record a graph for the key. Returns False, from then on for all keys, if that is impossible here."""
+        while len(self.graphs) >= MOST:
+            del self.graphs[next(iter(self.graphs))]
         try:
-            self.graphs[key] = self.record(lambda batch: super(CapturedStep, self).run(batch, plan).detach(), x)
+            self.graphs[key] = self.record(lambda batch: super(CapturedStep, self).run(batch, plan).for_the_log(), x)
         except RuntimeError as e:  # of CUDA, or of a tensor operation that needs the host
             if self.required:
                 raise
@@ -132,6 +140,10 @@ class PrepareSteps(L.Callback):
 
     def __init__(self, capture: Capture, products: Literal["auto"] | Products):
         self.capture, self.products = capture, products
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(pl_module.step, CapturedStep):
+            pl_module.step.graphs.clear()  # their memory is for the evaluation
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         on_gpu, data = pl_module.device.type == "cuda", trainer.datamodule  # type: ignore[attr-defined]

@@ -28,6 +28,10 @@ class StepResult:
         """Return the same numbers without autograd's graph."""
         return _detach(self)
 
+    def for_the_log(self) -> "StepResult":
+        """Return what the log needs, without autograd's graph and without h, which a graph would keep in memory."""
+        return replace(self, out=replace(self.out, h=None)).detach()
+
 
 def _detach(value: Any) -> Any:
     if isinstance(value, Tensor):

@@ -156,6 +156,57 @@ def test_no_tensor_is_made_on_another_device(kind):
         take_planned(step, x)
 
 
+class NoCopies(TorchDispatchMode):
+    """Raises where numbers are copied from the host to a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.lift_fresh.default:
+            raise AssertionError("a tensor is made of the host's numbers")
+        return func(*args, **(kwargs or {}))
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("a tensor is copied to the host")
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_nothing_is_copied_between_host_and_gpu(kind, monkeypatch):
+    step = make(kind)
+    step.sae.plan_step()
+    x = rows(step.sae, 0)
+    step.optimizer.param_groups[0]["lr"] = torch.tensor(1e-2)  # as on a GPU
+    monkeypatch.setattr(torch.Tensor, "cpu", refuse)
+    monkeypatch.setattr(torch.Tensor, "cuda", refuse)
+    with NoCopies():
+        take_planned(step, x)
+
+
+@pytest.mark.parametrize("fault", [lambda x: torch.tensor([2.0]), lambda x: x.new_tensor([2.0]), lambda x: x.cpu()])
+def test_a_copy_does_not_pass(fault, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cpu", refuse)
+    with pytest.raises(AssertionError), NoCopies():
+        fault(torch.zeros(2))
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_step_changes_nothing_but_numbers_in_their_places(kind):
+    """A replay changes no Python attribute and reads and writes the addresses that were recorded."""
+    step = make(kind)
+    take(step, rows(step.sae, 0), mode=True)
+    plan = step.sae.plan_step()
+
+    def places():
+        tensors = [*step.sae.parameters(), *step.sae.buffers()]
+        tensors += [value for state in step.optimizer.state.values() for value in state.values()]
+        plain = [vars(part)[name] for part in step.sae.modules() for name in sorted(vars(part))]
+        return [t.data_ptr() for t in tensors], [v for v in plain if isinstance(v, int | float | str)]
+
+    before = places()
+    with fixed_size():
+        step.run(rows(step.sae, 1), plan)
+    assert places() == before
+
+
 class Count(TorchDispatchMode):
     """Counts the operations that are dispatched, without those that only make a view.
 
