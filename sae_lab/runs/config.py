@@ -122,4 +122,6 @@ def update_targets(tree: Any) -> Any:
         return [update_targets(node) for node in tree]
     if not isinstance(tree, dict):
         return tree
-    return {k: MOVED.get(v, v) if k == "_target_" else update_targets(v) for k, v in tree.items()}
+    return {
+        k: MOVED.get(v, v) if k == "_target_" and isinstance(v, str) else update_targets(v) for k, v in tree.items()
+    }

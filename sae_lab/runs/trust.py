@@ -9,27 +9,25 @@ import torch
 from sae_lab.runtime.errors import UserError, join_keys
 from sae_lab.saes.base import BaseSAE
 
-TRUSTED = frozenset(
-    {
-        "sae_lab.activations.from_text.disassembly",
-        "sae_lab.activations.from_text.hub",
-        "sae_lab.activations.from_text.stdlib",
-        "sae_lab.activations.from_text.text_files",
-        "sae_lab.cache.data.CachedData",
-        "sae_lab.lm.nnsight.NnsightLM",
-        "sae_lab.lm.paired.PairedLM",
-        "sae_lab.lm.transformer_lens.TransformerLensLM",
-        "sae_lab.lm.transformers.TransformersLM",
-        "sae_lab.training.callbacks.KeepSAEs",
-        "sae_lab.training.loggers.CSVLog",
-        "sae_lab.training.loggers.WandbLog",
-        "sae_lab.training.schedule.warmup_decay",
-        "sae_lab.training.trainer.build_trainer",
+TEXT, LM, TRAINING = "sae_lab.activations.from_text", "sae_lab.lm", "sae_lab.training"
+TRUSTED = {
+    "data": {f"{TEXT}.{name}" for name in ("disassembly", "hub", "stdlib", "text_files")}
+    | {"sae_lab.cache.data.CachedData"},
+    "lm": {
+        *(f"{LM}.nnsight.NnsightLM", f"{LM}.paired.PairedLM"),
+        *(f"{LM}.transformer_lens.TransformerLensLM", f"{LM}.transformers.TransformersLM"),
+    },
+    "callbacks": {f"{TRAINING}.callbacks.KeepSAEs"},
+    "logger": {
+        *(f"{TRAINING}.loggers.CSVLog", f"{TRAINING}.loggers.WandbLog"),
         "lightning.pytorch.loggers.TensorBoardLogger",
-    }
-)
-"""The `_target_`s of conf/ but for SAEs and optimizers. Whole names and no prefix: a module of this package has others'
-names in it, as `sae_lab.runs.provenance.subprocess.run` shows."""
+    },
+    "schedule": {f"{TRAINING}.schedule.warmup_decay"},
+    "trainer": {f"{TRAINING}.trainer.build_trainer"},
+}
+"""The `_target_`s of conf/ but for SAEs and optimizers, by the top-level key below which each may stand. (A logger below
+`data` would start where data are built.) Whole names and no prefix: a module of this package has others' names in it,
+as `sae_lab.runs.provenance.subprocess.run` shows."""
 
 
 def check_trusted(config: Any, source: Path, trust: Sequence[str] | str = ()) -> None:
@@ -46,12 +44,13 @@ def check_trusted(config: Any, source: Path, trust: Sequence[str] | str = ()) ->
     """
     trusted = [trust] if isinstance(trust, str) else [*trust]
     for key, target in targets(config):
-        if not (isinstance(target, str) and (is_ours(target) or is_within(target, trusted))):
-            module = target.rpartition(".")[0] if isinstance(target, str) else "..."
-            raise UserError(
-                f"{source} asks to run {target} ({key}), which is not part of this package: look at the code, and if "
-                f"you trust it, add trust={module}."
-            )
+        if isinstance(target, str) and (is_ours(target, key.partition(".")[0]) or is_within(target, trusted)):
+            continue
+        module = target.rpartition(".")[0] or target if isinstance(target, str) else "..."
+        raise UserError(
+            f"{source} asks to run {target} ({key}), which is not part of this package in that place: look at the "
+            f"code, and if you trust it, add trust={module}."
+        )
 
 
 def targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -67,14 +66,15 @@ def targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from targets(child, f"{key}[{i}]")
 
 
-def is_ours(target: str) -> bool:
-    """Whether this is a name of this package that conf/ uses, one of its SAEs, or an optimizer of torch."""
+def is_ours(target: str, place: str) -> bool:
+    """Whether conf/ uses the name below this top-level key, or it is an SAE or an optimizer of torch in its place."""
     module, _, name = target.rpartition(".")
-    if module == "torch.optim":
+    if place == "optimizer" and module == "torch.optim":
         found = getattr(torch.optim, name, None)
         return isinstance(found, type) and issubclass(found, torch.optim.Optimizer)
     sae = BaseSAE.registry.get(name)
-    return target in TRUSTED or (sae is not None and sae.__module__ == module and module.startswith("sae_lab.saes."))
+    is_sae = place == "sae" and sae is not None and sae.__module__ == module and module.startswith("sae_lab.saes.")
+    return is_sae or target in TRUSTED.get(place, ())
 
 
 def is_within(target: str, trusted: Sequence[str]) -> bool:

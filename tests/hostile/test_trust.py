@@ -9,7 +9,7 @@ import yaml
 from sae_lab.cli.help import CONF
 from sae_lab.runs.config import MOVED, read_config
 from sae_lab.runs.loading import load_run
-from sae_lab.runs.trust import check_trusted, targets
+from sae_lab.runs.trust import TRUSTED, check_trusted, targets
 from sae_lab.runtime.errors import UserError
 
 RUN = Path(__file__).parents[1] / "runs" / "fixtures" / "eac9ea5"
@@ -114,10 +114,36 @@ def test_what_the_user_trusts_may_run(folder):
 def test_every_target_of_conf_is_trusted(file):
     if file.parent.name == "hydra":
         return
-    check_trusted(yaml.safe_load(file.read_text()), file)
+    content = yaml.safe_load(file.read_text())
+    check_trusted(content if "# @package _global_" in file.read_text() else {file.parent.name: content}, file)
 
 
 def test_so_are_the_names_that_moved():
     for new in MOVED.values():
-        check_trusted({"_target_": new}, Path("x"))
+        places = (place for place, names in TRUSTED.items() if new in names)
+        check_trusted({next(places, "sae"): {"_target_": new}}, Path("x"))
     assert read_config(RUN / "finished").optimizer._target_ == "torch.optim.Adam"
+
+
+@pytest.mark.parametrize(
+    ("key", "target"),
+    [
+        ("data.zzz", "sae_lab.training.loggers.WandbLog"),
+        ("data.zzz", "sae_lab.training.callbacks.KeepSAEs"),
+        ("sae.inner", "sae_lab.training.schedule.warmup_decay"),
+        ("lm", "torch.optim.Adam"),
+        ("data", "sae_lab.training.trainer.build_trainer"),
+    ],
+)
+def test_a_trusted_name_is_trusted_in_its_place_only(key, target):
+    """W&B's logger below `data` would start a run, and send it, before anything refuses it."""
+    config: dict = {"_target_": target}
+    for name in reversed(key.split(".")):
+        config = {name: config}
+    with pytest.raises(UserError, match=f"asks to run {target} .* in that place"):
+        check_trusted(config, Path("config.yaml"))
+
+
+def test_a_target_that_is_no_name_is_refused():
+    with pytest.raises(UserError, match="is not part of this package"):
+        check_trusted({"sae": {"_target_": ["os.system"]}}, Path("config.yaml"))
