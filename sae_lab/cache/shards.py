@@ -74,6 +74,18 @@ class Manifest:
         content["digest"] = digest_of_json(content)
         store.write(MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
+    def check_types(self, sealed: bool) -> None:
+        """Raise a ValueError if a value has a type or a size that no cache has, or if the digest was taken out."""
+        sizes = [size for shard in self.shards for size in (shard.rows, shard.text_rows + 1, shard.size)]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError("sizes")
+        if not (isinstance(self.key, dict) and isinstance(self.key.get("dtype"), str)):
+            raise ValueError("key")
+        if type(self.complete) is not bool or (self.complete and not self.shards):
+            raise ValueError("no rows")
+        if not sealed and any(shard.index_checksum for shard in self.shards):
+            raise ValueError("no digest")
+
     @classmethod
     def read(cls, store: Store) -> "Manifest | None":
         """Read the manifest of a folder; None if it has none.
@@ -85,12 +97,15 @@ class Manifest:
             return None
         try:
             content = parse_json(store.read(MANIFEST))
+            sealed = "digest" in content
             if content.pop("digest", None) not in (digest_of_json(content), None):
                 raise ValueError("its digest differs")
             shards = [Shard(**shard) for shard in content.pop("shards")]
             if [shard.file for shard in shards] != [shard_name(i) for i in range(len(shards))]:
                 raise ValueError("files of other names")
-            return cls(**content, shards=shards)
+            manifest = cls(**content, shards=shards)
+            manifest.check_types(sealed)
+            return manifest
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise UserError(f"{store.url}/{MANIFEST} is damaged ({type(e).__name__}): {REBUILD}.") from e
 

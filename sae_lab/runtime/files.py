@@ -61,6 +61,8 @@ def read_small(path: Path, limit: int = 64 * 2**20) -> str:
         OSError: it cannot be opened.
         ValueError: it is larger, or not UTF-8.
     """
+    if path.is_fifo():  # it would wait for a writer
+        raise ValueError("it is a pipe")
     with path.open("rb") as f:
         content = f.read(limit + 1)
     if len(content) > limit:

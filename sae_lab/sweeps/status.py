@@ -21,6 +21,7 @@ from sae_lab.runs.config import config_file, read_config
 from sae_lab.runs.folder import FAILED, Run
 from sae_lab.runs.lock import is_running
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.files import read_small
 from sae_lab.runtime.os_errors import reason_of
 from sae_lab.runtime.plain_text import for_terminal
 from sae_lab.runtime.screen import console, format_duration
@@ -37,7 +38,8 @@ def planned_jobs(sweep_dir: Path) -> list[Path]:
     """Return the job folders of the sweep's last command, in its order."""
     file = sweep_dir / PLAN
     names = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    return [sweep_dir / name for name in dict.fromkeys(names)]  # a search may try the same values twice
+    inside = [name for name in names if name and not Path(name).is_absolute() and ".." not in Path(name).parts]
+    return [sweep_dir / name for name in dict.fromkeys(inside)]  # a search may try the same values twice
 
 
 def all_jobs(root: Path) -> list[Path]:
@@ -152,7 +154,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     remedy = "evaluate that run again, or move its folder away."
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = json.loads(read_small(path))
     except ValueError as e:
         raise UserError(f"{path} is not JSON ({e}): {remedy}") from e
     if not isinstance(metrics, dict):

@@ -15,6 +15,7 @@ from sae_lab.cache.reader import Cache
 from sae_lab.cache.shards import HELD_OUT_FILE, MANIFEST
 from sae_lab.cache.writer import CacheWriter
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.files import digest_of_json
 from sae_lab.saes.files import CONFIG, PROBE, WEIGHTS, load_sae_folder, save_sae
 
 
@@ -157,3 +158,33 @@ def test_a_link_is_not_followed(cache, tmp_path):
 
 def test_a_cache_still_trains(cache):
     assert len(next(CachedData(Echo(), str(cache), **SETTINGS).new_stream())) == SETTINGS["batch_size"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["shards"][0].update(rows=-5),
+        lambda m: m["shards"][0].update(rows="x"),
+        lambda m: m["shards"][0].update(size=1.5),
+        lambda m: m.update(shards=[]),
+        lambda m: m.update(key=[]),
+        lambda m: m["key"].pop("dtype"),
+        lambda m: m.update(complete="no"),
+    ],
+)
+def test_a_manifest_with_values_that_no_cache_has_is_damaged(cache, change):
+    """Also where its digest fits."""
+    manifest = json.loads((cache / MANIFEST).read_text())
+    del manifest["digest"]
+    change(manifest)
+    (cache / MANIFEST).write_text(json.dumps(manifest | {"digest": digest_of_json(manifest)}))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        Cache(str(cache))
+
+
+def test_a_manifest_without_its_digest_is_damaged(cache):
+    manifest = json.loads((cache / MANIFEST).read_text())
+    del manifest["digest"]
+    (cache / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        Cache(str(cache))
