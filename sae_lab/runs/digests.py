@@ -5,6 +5,7 @@ accepted, so a run that is killed at any moment still fits its record.
 """
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from sae_lab.runtime.files import digest_of_file, digest_of_json, read_json, wri
 log = logging.getLogger(__name__)
 
 DIGESTS = "digests.json"
+SAE = "sae/config.json"
+"""It holds the digests of the other files of its folder."""
 MISSING = ""
 """The digest of a file that does not exist."""
 CHECKPOINT, METRICS = "checkpoints/last.ckpt", "metrics.json"
@@ -40,6 +43,21 @@ def recorded(folder: Path, digests: Mapping[str, str], begin: bool = False) -> I
     write_digests(folder, before | {name: [digest] for name, digest in digests.items()})
 
 
+@contextmanager
+def recorded_when_written(folder: Path, name: str) -> Iterator[None]:
+    """Record the digest of a file that the block writes; inside the block it is not recorded.
+
+    Does nothing in a folder without a record.
+    """
+    if not (folder / DIGESTS).is_file():
+        yield
+        return
+    accepted = {known: digests for known, digests in read_digests(folder).items() if known != name}
+    write_digests(folder, accepted)
+    yield
+    write_digests(folder, accepted | {name: [digest_in(folder, name)]})
+
+
 def write_digests(folder: Path, accepted: Mapping[str, list[str]]) -> None:
     write_json(folder / DIGESTS, {**accepted, DIGESTS: digest_of_json(accepted)})
 
@@ -51,12 +69,14 @@ def read_digests(folder: Path) -> dict[str, list[str]]:
         UserError: digests.json is damaged.
     """
     file = folder / DIGESTS
-    if not file.is_file():
+    if not os.path.lexists(file):
         return {}
     try:
         accepted = read_json(file)
         if accepted.pop(DIGESTS, None) != digest_of_json(accepted):
             raise ValueError("its own digest differs")
+        if not all(isinstance(known, list) for known in accepted.values()):
+            raise ValueError("it holds no lists")
     except (OSError, ValueError) as e:
         raise UserError(f"{file} is damaged ({e}): restore it, or delete it to use the run unchecked.") from e
     return accepted

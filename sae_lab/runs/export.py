@@ -4,6 +4,8 @@ from pathlib import Path
 
 from sae_lab.interop.load import FORMATS, load_sae
 from sae_lab.runs.card import write_card
+from sae_lab.runs.digests import SAE, check_unaltered
+from sae_lab.runs.folder import check_links
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import read_json, write_atomically
 from sae_lab.runtime.hub import hub_errors
@@ -27,6 +29,8 @@ def export_run(run_dir: Path, format: str, out: Path) -> list[Path]:
     """
     if format not in (*WRITERS, OURS):
         raise UserError(f"format={format} is not known: choose one of {', '.join((*WRITERS, OURS))}.")
+    check_links(run_dir)
+    check_unaltered(run_dir, SAE)
     source, before = sae_folder(run_dir), inodes(out)
     sae = load_sae(source)
     provenance = public(read_json(source / CONFIG)["provenance"])

@@ -12,7 +12,7 @@ from sae_lab.activations.data import ActivationData
 from sae_lab.activations.digests import check_unchanged
 from sae_lab.runs.checkpoint import origin_of
 from sae_lab.runs.config import config_file, read_config
-from sae_lab.runs.digests import CHECKPOINT, warn_if_unchecked
+from sae_lab.runs.digests import CHECKPOINT, SAE, check_unaltered, warn_if_unchecked
 from sae_lab.runs.folder import check_links
 from sae_lab.runs.trust import check_trusted
 from sae_lab.runtime.build import build
@@ -60,4 +60,6 @@ def load_run(
     if (folder / CHECKPOINT).is_file():
         began_with = origin_of(folder / CHECKPOINT, type(data).__name__)
         check_unchanged(began_with, data.source_digests, "put back what it was trained with.")
+    if sae_dir is None:
+        check_unaltered(Path(run_dir), SAE)
     return load_sae_folder(sae_dir or run_dir, data.lm.device), data, run

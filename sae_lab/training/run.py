@@ -26,6 +26,7 @@ from sae_lab.parallel.collectives import rank
 from sae_lab.parallel.launch import launch_ranks
 from sae_lab.runs.checkpoint import check_fits
 from sae_lab.runs.config import environment_file, read_config, read_environment_keys
+from sae_lab.runs.digests import SAE, recorded_when_written
 from sae_lab.runs.folder import Run, examine_folder
 from sae_lab.runs.provenance import provenance
 from sae_lab.runs.results import read_metrics, write_results
@@ -209,7 +210,8 @@ def finish(
             config = OmegaConf.to_container(member.cfg, resolve=True)
             assert isinstance(config, dict)
             said = provenance(config, data.lm, read_environment_keys(member.run.folder))
-            save_sae(sae, member.run.folder / "sae", said, probe_rows)
+            with recorded_when_written(member.run.folder, SAE):
+                save_sae(sae, member.run.folder / "sae", said, probe_rows)
             saved.append(member)
     evaluations = evaluate_all({str(member.run.folder): member.sae for member in saved}, data) if saved else {}
     for member, evaluation in zip(saved, evaluations.values(), strict=True):

@@ -11,7 +11,7 @@ from conftest import compose, planted
 from damage import KINDS, damage, flipped
 from omegaconf import OmegaConf
 
-from sae_lab.runs.digests import CHECKPOINT, DIGESTS, METRICS
+from sae_lab.runs.digests import CHECKPOINT, DIGESTS, METRICS, SAE, check_unaltered, recorded_when_written
 from sae_lab.runs.folder import Run, examine_folder
 from sae_lab.runs.loading import load_run
 from sae_lab.runs.results import read_metrics, write_metrics
@@ -169,3 +169,15 @@ def test_a_link_out_of_a_run_folder_is_told(runs, tmp_path, name):
     (folder / name).symlink_to(victim)
     assert_told(folder, lambda f: resume(f, runs[0]), lambda f: load_run(f, device="cpu"))
     assert victim.read_text() == "mine"
+
+
+def test_the_sae_of_another_run_is_told(tmp_path):
+    folder = write_run(tmp_path / "run", seed=0)
+    for seed in (1, 2):  # trained again: the record follows
+        with recorded_when_written(folder, SAE):
+            save_sae(build_sae("topk", f"seed={seed}"), folder / "sae")
+        check_unaltered(folder, SAE)
+    shutil.rmtree(folder / "sae")
+    save_sae(build_sae("topk", "seed=3"), folder / "sae")
+    with pytest.raises(UserError, match=r"sae/config\.json changed since the run wrote it"):
+        check_unaltered(folder, SAE)
