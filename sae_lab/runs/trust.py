@@ -25,9 +25,9 @@ TRUSTED = {
     "schedule": {f"{TRAINING}.schedule.warmup_decay"},
     "trainer": {f"{TRAINING}.trainer.build_trainer"},
 }
-"""The `_target_`s of conf/ but for SAEs and optimizers, by the top-level key below which each may stand. (A logger below
-`data` would start where data are built.) Whole names and no prefix: a module of this package has others' names in it,
-as `sae_lab.runs.provenance.subprocess.run` shows."""
+"""The `_target_`s of conf/ but for SAEs and optimizers, by the top-level key below which each may stand. (A logger
+below `data` would start where data are built.) Whole names and no prefix: a module of this package has others' names in
+it, as `sae_lab.runs.provenance.subprocess.run` shows."""
 
 
 def check_trusted(config: Any, source: Path, trust: Sequence[str] | str = ()) -> None:

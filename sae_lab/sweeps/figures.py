@@ -7,6 +7,7 @@ import pandas as pd
 
 from sae_lab import plots
 from sae_lab.runs.tables import read_numbers
+from sae_lab.runtime.errors import UserError
 from sae_lab.sweeps.labels import label_jobs
 from sae_lab.sweeps.status import drop_shared_overrides
 from sae_lab.sweeps.table import RESOLVED, cell_text, named_after_settings, setting_columns
@@ -33,8 +34,14 @@ def line_names(table: pd.DataFrame) -> pd.Series:
 
 
 def draw_sweep(done: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw every figure for which the complete jobs have data, as PNG files in folder/figures."""
+    """Draw every figure for which the complete jobs have data, as PNG files in folder/figures.
+
+    Raises:
+        UserError: folder/figures is a link, which may lead anywhere.
+    """
     figures = folder / "figures"
+    if figures.is_symlink():
+        raise UserError(f"{figures} is a link: replace it by a folder.")
     if len(done) == 1 and (folder / ".hydra").is_dir():
         return draw_run(folder)
     if len(done) < 2:

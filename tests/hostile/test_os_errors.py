@@ -20,8 +20,9 @@ from sae_lab.runs.tables import read_numbers
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import atomic_file, write_atomically
 from sae_lab.runtime.os_errors import REMEDIES, explain_os_error
+from sae_lab.sweeps.figures import draw_sweep
 from sae_lab.sweeps.search import describe_best
-from sae_lab.sweeps.status import all_jobs, job_statuses
+from sae_lab.sweeps.status import all_jobs, job_statuses, planned_jobs
 from sae_lab.sweeps.table import collect_table
 from sae_lab.training.loggers import CSVLog
 from sae_lab.training.trainer import AtomicCheckpointIO
@@ -317,3 +318,17 @@ def test_a_damaged_config_is_one_sentence(module, sweep):
     for text in (b"\xff", b"{", b""):
         swap(sweep / "k=2" / HYDRA, text)
         assert_one_sentence(run(f"run_dir='{sweep / 'k=2'}'", module=module), "config.yaml cannot be read (")
+
+
+def test_figures_are_not_written_through_a_link(tmp_path):
+    sweep, elsewhere = tmp_path / "sweep", tmp_path / "elsewhere"
+    sweep.mkdir()
+    elsewhere.mkdir()
+    (sweep / "figures").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="figures is a link"):
+        draw_sweep(pd.DataFrame({"job": ["a", "b"]}), sweep)
+
+
+def test_planned_jobs_stay_in_their_folder(tmp_path):
+    (tmp_path / "jobs.txt").write_text("/etc\n../outside\nk=8\n\n")
+    assert planned_jobs(tmp_path) == [tmp_path / "k=8"]
