@@ -51,6 +51,7 @@ def load_run(
         check_links(written)
     run = read_config(folder)
     check_trusted(OmegaConf.to_container(run), config_file(folder), trust)
+    check_parts(run, config_file(folder))
     warn_if_unchecked(folder)
     if n_eval_tokens is not None:
         run.data.n_eval_tokens = n_eval_tokens
@@ -63,3 +64,11 @@ def load_run(
     if sae_dir is None:
         check_unaltered(Path(run_dir), SAE)
     return load_sae_folder(sae_dir or run_dir, data.lm.device), data, run
+
+
+def check_parts(run: DictConfig, source: Path) -> None:
+    """Raise a UserError unless the config says how to build the language model, the data and the SAE."""
+    for name in ("lm", "data", "sae"):
+        node = OmegaConf.to_container(run).get(name)  # type: ignore[union-attr]
+        if not (isinstance(node, dict) and isinstance(node.get("_target_"), str)) or {"_args_", "_partial_"} & {*node}:
+            raise UserError(f"{source} is damaged ({name} does not say what to build): restore it, or train again.")

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from sae_lab.cli.help import CONF
 from sae_lab.runs.config import MOVED, read_config
-from sae_lab.runs.loading import load_run
+from sae_lab.runs.loading import check_parts, load_run
 from sae_lab.runs.trust import TRUSTED, check_trusted, targets
 from sae_lab.runtime.errors import UserError
 
@@ -147,3 +148,13 @@ def test_a_trusted_name_is_trusted_in_its_place_only(key, target):
 def test_a_target_that_is_no_name_is_refused():
     with pytest.raises(UserError, match="is not part of this package"):
         check_trusted({"sae": {"_target_": ["os.system"]}}, Path("config.yaml"))
+
+
+@pytest.mark.parametrize(
+    "node", [None, "x", [1], {}, {"_target_": "a.b", "_args_": [1]}, {"_target_": "a.b", "_partial_": True}]
+)
+@pytest.mark.parametrize("part", ["lm", "data", "sae"])
+def test_a_part_that_says_nothing_to_build_is_damage(part, node):
+    config = {name: {"_target_": "a.b"} for name in ("lm", "data", "sae")} | {part: node}
+    with pytest.raises(UserError, match=rf"config\.yaml is damaged \({part} does not say what to build\)"):
+        check_parts(OmegaConf.create(config), Path("config.yaml"))
