@@ -181,16 +181,18 @@ def test_provenance_and_what_loggers_send_are_public(at_run):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_export_and_its_card_are_public(format, at_run, tmp_path):
-    description = at_run / "sae" / "config.json"
-    before = description.read_text()
+    description, record = at_run / "sae" / "config.json", at_run / "digests.json"
+    before, recorded = description.read_text(), record.read_text()
     old = json.loads(before)  # of a version that wrote provenance as it was
     old["provenance"]["lm"] |= {"name": "/home/zalice/models/mymodel", "token": "named-s3cret"}
     del old["digests"]
     description.write_text(json.dumps(old))
+    record.unlink()  # nor did it write one
     try:
         files = export_run(at_run, format, tmp_path / "out")
     finally:
         description.write_text(before)
+        record.write_text(recorded)
     assert_public(*files)
     card = (tmp_path / "out" / "README.md").read_text()
     shown = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
