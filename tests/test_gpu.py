@@ -3,6 +3,7 @@
 import copy
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ N = 24
 def trained(sae, capture, precision=None, x_of=lambda i: planted(256, seed=i)[0]):
     """The step and the SAE's and optimizer's tensors after N steps."""
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
-    step = prepare_step(TrainingStep(sae, optimizer), True, capture)
+    step = prepare_step(TrainingStep(sae, optimizer), capture)
     for i in range(N):
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
             step(x_of(i).cuda())
@@ -54,8 +55,8 @@ def test_a_captured_step_is_the_step_of_a_cpu(name):
     for i in range(N):
         step(planted(256, seed=i)[0])
     sae = sae.cuda()
-    on_gpu = TrainingStep(sae, torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True))
-    captured = prepare_step(on_gpu, True, True, "highest")
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
+    captured = prepare_step(TrainingStep(sae, optimizer), True, "highest")
     for i in range(N):
         captured(planted(256, seed=i)[0].cuda())
     for key, value in on_cpu.state_dict().items():
@@ -88,25 +89,33 @@ def whole(tmp_path_factory):
 def test_a_run_is_the_same_captured_or_not(whole, tmp_path):
     done = run(*SMALL, "trainer.capture=false", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    for file in ("metrics.json", "sae/sae.safetensors"):
-        assert (tmp_path / file).read_bytes() == (whole / file).read_bytes(), file
+    assert_same_result(tmp_path, whole)
 
 
 def test_a_stopped_run_continues_to_the_same_bits(whole, tmp_path):
     assert_continues_to_the_bits_of(whole, tmp_path / "run", SMALL, signal.SIGTERM, N_STEPS)
 
 
-def test_a_killed_run_continues_to_the_same_bits(whole, tmp_path):
-    folder = tmp_path / "run"
+def stop_and_continue(folder: Path, signum: signal.Signals, *changes: str) -> None:
+    """Stop a run by a signal after its first checkpoint, and start it again with changed settings."""
     forked = Forked(*SMALL, f"hydra.run.dir={folder}")
     while not (folder / "checkpoints" / "last.ckpt").is_file():
         assert forked.running
-    forked.send_signal(signal.SIGKILL)
+    forked.send_signal(signum)
     forked.communicate()
-    again = run(*SMALL, f"hydra.run.dir={folder}")
+    again = run(*SMALL, *changes, f"hydra.run.dir={folder}")
     assert again.returncode == 0, again.stderr
+
+
+def assert_same_result(folder: Path, whole: Path) -> None:
     for file in ("metrics.json", "sae/sae.safetensors"):
         assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("changes", [[], ["trainer.capture=false"]], ids=["captured", "then eager"])
+def test_a_killed_run_continues_to_the_same_bits(whole, tmp_path, changes):
+    stop_and_continue(tmp_path / "run", signal.SIGKILL, *changes)
+    assert_same_result(tmp_path / "run", whole)
 
 
 def test_evaluation_again_gives_the_same_metrics(whole):
@@ -119,18 +128,10 @@ def test_evaluation_again_gives_the_same_metrics(whole):
 def test_members_of_a_group_are_what_they_are_alone(whole, tmp_path):
     done = run("-m", *SMALL, "k=8,16", "hydra/launcher=shared_stream", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    member = next(tmp_path.glob("*k=16*"))
-    for file in ("metrics.json", "sae/sae.safetensors"):
-        assert (member / file).read_bytes() == (whole / file).read_bytes(), file
+    assert_same_result(next(tmp_path.glob("*k=16*")), whole)
 
 
 def test_a_run_of_a_gpu_continues_on_a_cpu(tmp_path):
     folder = tmp_path / "run"
-    forked = Forked(*SMALL, f"hydra.run.dir={folder}")
-    while not (folder / "checkpoints" / "last.ckpt").is_file():
-        assert forked.running
-    forked.send_signal(signal.SIGTERM)
-    forked.communicate()
-    again = run(*SMALL, "trainer=cpu", f"hydra.run.dir={folder}")
-    assert again.returncode == 0, again.stderr
+    stop_and_continue(folder, signal.SIGTERM, "trainer=cpu")
     assert json.loads((folder / "metrics.json").read_text())["fvu"] < 1

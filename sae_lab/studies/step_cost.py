@@ -130,7 +130,7 @@ def training_step(
 ) -> Step:
     """Return a function that takes a whole training step, as SAEModule does."""
     step = TrainingStep(sae, build_optimizer(cfg)(list(sae.parameters())), forward=forward)
-    step = prepare_step(step, x.is_cuda, capturing, products)
+    step = prepare_step(step, capturing, products)
 
     def take() -> None:
         with autocast(cfg.precision, x):

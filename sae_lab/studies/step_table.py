@@ -1,6 +1,5 @@
 """One table of all jobs of a benchmark sweep."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from sae_lab.runtime.files import read_json
 from sae_lab.runtime.screen import console
 
 COLUMNS = ("SAE", "d", "latents", "k", "floor", "step", "x floor", "eager", "in loop", "tokens/s", "peak GB")
@@ -22,7 +22,7 @@ class StepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         files = sorted(Path(config.hydra.sweep.dir).glob("*/benchmark.json"), key=lambda file: file.stat().st_mtime)
-        steps = [figures for file in files if "step_ms" in (figures := json.loads(file.read_text()))]
+        steps = [figures for file in files if "step_ms" in (figures := read_json(file))]
         if steps:
             Console(width=max(WIDTH, console.width)).print(step_table(steps))
 

@@ -146,23 +146,21 @@ class PrepareSteps(L.Callback):
             pl_module.step.graphs.clear()  # their memory is for the evaluation
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        on_gpu, data = pl_module.device.type == "cuda", trainer.datamodule  # type: ignore[attr-defined]
         step: Any = pl_module.step
-        pl_module.step = prepare_step(step, on_gpu, self.capture, self.products, data)  # type: ignore[assignment]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        pl_module.step = prepare_step(step, self.capture, self.products, data)  # type: ignore[assignment]
 
 
 def prepare_step(
     step: TrainingStep,
-    on_gpu: bool,
     capture: Capture = "auto",
     products: Literal["auto"] | Products = "auto",
     data: L.LightningDataModule | None = None,
 ) -> TrainingStep:
-    """Return the step in the form for the device.
+    """Return the step in the form for the device that its SAE is on.
 
     Args:
-        step: a step of an SAE on that device.
-        on_gpu: whether the device is a GPU.
+        step: the step. Its optimizer is prepared in place.
         capture: `auto` captures what can be captured, `true` raises an error where nothing can, `false` never captures.
             Changes no bit.
         products: the precision of float32 products on a GPU; see `choose_products`.
@@ -171,6 +169,7 @@ def prepare_step(
     Raises:
         SettingError: `capture` or `products` asks for what is impossible.
     """
+    on_gpu = next(step.sae.parameters()).is_cuda
     set_capturable(step.optimizer, on_gpu)
     step.products = choose_products(products, on_gpu, data)
     reason = why_not_captured(step.sae, step.optimizer) if on_gpu else "there is no GPU"
