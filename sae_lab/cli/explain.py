@@ -46,7 +46,7 @@ def explain(error: BaseException, config_name: str, overrides: list[str]) -> str
             return refusal
         if is_out_of_memory(e):
             return (
-                f"not enough memory ({reason_of(e)}): lower what multiplies it, such as n_latents, expansion, "
+                f"not enough memory ({refused_size(e)}): lower what multiplies it, such as n_latents, expansion, "
                 "batch_size, data.block_tokens, data.lm_batch_rows or a width of sae.hidden."
             )
         if isinstance(e, ValueError) and str(e) == "No trials are completed yet.":  # raised by Optuna
@@ -60,7 +60,7 @@ def explain(error: BaseException, config_name: str, overrides: list[str]) -> str
     return _one_line(error) if isinstance(error, HydraException) else None
 
 
-def reason_of(error: BaseException) -> str:
+def refused_size(error: BaseException) -> str:
     """Return the size that could not be allocated, or what else the error says."""
     asked = re.search(r"tried to allocate (\d+) bytes", str(error))
     return f"{int(asked[1]) / 2**30:.3g} GiB for one tensor" if asked else first_line(error)

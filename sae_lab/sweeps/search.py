@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from sae_lab.sweeps.status import read_json, read_status
+from sae_lab.sweeps.status import read_finite_metrics, read_status
 
 
 def search_score(metrics: dict[str, Any], goal_l0: float | None) -> float | None:
@@ -49,7 +49,7 @@ def secant(nearest: list[tuple[float, float]]) -> float:
 
 def describe_best(folders: list[Path], goal_l0: float | None) -> str | None:
     """Return a sentence about the run with the lowest score and the command that trains it; None if none is done."""
-    done = {f: read_json(f / "metrics.json") for f in folders if read_status(f)[0] == "complete"}
+    done = {f: read_finite_metrics(f / "metrics.json") for f in folders if read_status(f)[0] == "complete"}
     scores = {f: score for f in done if (score := search_score(done[f], goal_l0)) is not None}
     if not scores:
         return None

@@ -134,7 +134,7 @@ def _read_status(folder: Path) -> tuple[str, str]:
     if (folder / FAILED).is_file():
         return "failed", (folder / FAILED).read_text(errors="replace").partition("\n")[0]
     if (folder / "metrics.json").is_file():
-        return "complete", "; ".join(find_problems(read_json(folder / "metrics.json")))
+        return "complete", "; ".join(find_problems(read_finite_metrics(folder / "metrics.json")))
     if not has_config(folder):
         return "waiting", ""
     config = read_config(folder)
@@ -146,7 +146,7 @@ def _read_status(folder: Path) -> tuple[str, str]:
     return "running", f"step {step}/{n_steps}{left}"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_finite_metrics(path: Path) -> dict[str, Any]:
     """Read a metrics.json.
 
     Raises:

@@ -16,7 +16,15 @@ from sae_lab.runtime.os_errors import reason_of
 from sae_lab.runtime.plain_text import for_csv
 from sae_lab.runtime.private import public
 from sae_lab.sweeps.labels import hide_values, label_jobs, label_settings
-from sae_lab.sweeps.status import UNREADABLE, JobStatus, has_config, job_folders, job_name, read_json, read_status
+from sae_lab.sweeps.status import (
+    UNREADABLE,
+    JobStatus,
+    has_config,
+    job_folders,
+    job_name,
+    read_finite_metrics,
+    read_status,
+)
 
 RESOLVED = ("sae", "k", "expansion", "n_latents", "seed")
 
@@ -183,7 +191,7 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
 
 def read_metrics(path: Path) -> dict[str, float]:
     """Return the numbers in a metrics.json, nested ones as outer/inner; empty if there is no file."""
-    return dict(numbers(read_json(path))) if path.is_file() else {}
+    return dict(numbers(read_finite_metrics(path))) if path.is_file() else {}
 
 
 def _plain(value: Any) -> Any:
