@@ -1,4 +1,4 @@
-"""The config of a run folder, `.hydra/config.yaml`. A `_target_` that has moved is replaced by its new name."""
+"""The config of a run folder, `.hydra/config.yaml`, brought up to date: moved `_target_`s, settings added since."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +35,8 @@ MOVED = {
     "sae_lab.train.build_trainer": "sae_lab.training.trainer.build_trainer",
 }
 """Old → new `_target_`. Keep an entry as long as runs with the old name must open."""
+ADDED: dict[str, dict[str, Any]] = {}
+"""Beginning of a `_target_` → settings that it has got since, with the values that mean "as before"."""
 
 
 def config_file(folder: Path) -> Path:
@@ -61,7 +63,7 @@ def read_config(folder: Path) -> DictConfig:
             run writes: YAML anchors, tags, or calls of resolvers.
     """
     check_unaltered(folder, *SETTINGS)
-    config = OmegaConf.create(update_targets(read_plain(config_file(folder))))
+    config = OmegaConf.create(bring_up_to_date(read_plain(config_file(folder))))
     assert isinstance(config, DictConfig)
     return config
 
@@ -116,12 +118,16 @@ def strings(node: Any) -> Iterator[str]:
         yield node
 
 
-def update_targets(tree: Any) -> Any:
-    """Replace every `_target_` that has moved, at any depth."""
+def bring_up_to_date(tree: Any) -> Any:
+    """Replace every `_target_` that has moved, and fill in the settings that were added since, at any depth."""
     if isinstance(tree, list):
-        return [update_targets(node) for node in tree]
+        return [bring_up_to_date(node) for node in tree]
     if not isinstance(tree, dict):
         return tree
-    return {
-        k: MOVED.get(v, v) if k == "_target_" and isinstance(v, str) else update_targets(v) for k, v in tree.items()
-    }
+    node = {name: bring_up_to_date(child) for name, child in tree.items()}
+    if isinstance(target := node.get("_target_"), str):
+        node["_target_"] = target = MOVED.get(target, target)
+        for beginning, settings in ADDED.items():
+            if target.startswith(beginning):
+                node = settings | node
+    return node

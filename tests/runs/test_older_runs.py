@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sae_lab import load_sae
 from sae_lab.evaluation.evaluator import evaluate
-from sae_lab.runs.config import MOVED, read_config
+from sae_lab.runs.config import ADDED, MOVED, bring_up_to_date, read_config
 from sae_lab.runs.folder import raise_if_config_differs
 from sae_lab.runs.loading import load_run
 from sae_lab.runtime.errors import UserError
@@ -91,3 +91,10 @@ def test_another_target_is_still_refused(folder):
     theirs = {"schedule": {"_target_": MOVED["sae_lab.schedule.warmup_decay"]}}
     with pytest.raises(UserError, match=r"schedule\._target_ is sae_lab\.training\.schedule\S+ there and mine"):
         raise_if_config_differs(folder, theirs, {"schedule": {"_target_": "mine"}})
+
+
+def test_settings_added_since_have_the_value_that_means_as_before(monkeypatch):
+    monkeypatch.setitem(ADDED, "sae_lab.activations.from_text.", {"order": "as_read", "seed": 7})
+    old = {"data": {"_target_": "sae_lab.data.stdlib", "seed": 1}, "sae": {"_target_": "a.B", "seed": 0}}
+    data = {"_target_": "sae_lab.activations.from_text.stdlib", "order": "as_read", "seed": 1}
+    assert bring_up_to_date(old) == {"data": data, "sae": old["sae"]}
