@@ -15,6 +15,7 @@ from sae_lab.ops.sparse import Code, SparseCode
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.screen import track
 from sae_lab.saes.base import BaseSAE
+from sae_lab.text.spelling import spell
 
 N_BINS = 30
 
@@ -206,7 +207,7 @@ def choose_latents(sae: BaseSAE, latents: Any, n_latents: int) -> Int[Tensor, " 
 
 
 def spell_tokens(tokenizer: Any, found: list[dict[str, Any]]) -> dict[int, str]:
-    """Decode every token id in the descriptions."""
+    """Spell every token id in the descriptions."""
     ids = {t for row in found for name in ("top", "random") for e in row[name] for t in e["tokens"]}
     ids |= {p["token"] for row in found for name in ("promoted", "suppressed") for p in row.get(name, [])}
-    return {i: tokenizer.decode([i]) for i in sorted(ids)}
+    return {i: spell(tokenizer, i) for i in sorted(ids)}
