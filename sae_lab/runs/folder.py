@@ -1,5 +1,6 @@
 """Run folders: their config, the state of the run, and whether it can be resumed."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ from omegaconf import OmegaConf
 from sae_lab.runs.checkpoint import check_checkpoint
 from sae_lab.runs.config import config_file, read_config
 from sae_lab.runs.digests import CHECKPOINT, DIGESTS, METRICS, digest_in, is_recorded, recorded, warn_if_unchecked
+from sae_lab.runs.growth import SIZES, ends_with_smaller_batch, reason_not_to_grow
 from sae_lab.runs.lock import lock_folder
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import remove_unfinished, write_atomically
+
+log = logging.getLogger(__name__)
 
 FAILED = "failed.txt"
 
@@ -80,6 +84,7 @@ class Run:
         with lock_folder(self.folder, leader):
             if self.checkpoint is None:
                 clear_folder(self.folder)
+            (self.folder / METRICS).unlink(missing_ok=True)  # of a complete run whose n_tokens has grown
             for name in ("checkpoints", "sae", ".hydra"):
                 remove_unfinished(self.folder / name)
             self._write_settings(files)
@@ -111,10 +116,14 @@ def examine_folder(folder: Path, config: Any, resume: str) -> Run:
                 f"{folder} is not a run folder, but holds {', '.join(found)}: choose another hydra.run.dir."
             )
         return Run(folder, 0, False)
-    step = 0 if complete else check_checkpoint(folder)
     if not config_file(folder).is_file():
         raise UserError(f"{folder} has lost its .hydra/config.yaml: put it back, or type resume=never to start again.")
-    raise_if_config_differs(folder, OmegaConf.to_container(read_config(folder)), config)
+    there = OmegaConf.to_container(read_config(folder))
+    raise_if_config_differs(folder, there, config)
+    complete = complete and flatten(there)["n_tokens"] == flatten(config)["n_tokens"]
+    step = 0 if complete else check_checkpoint(folder)
+    if ends_with_smaller_batch(flatten(there), step):
+        log.warning("the last batch of %s was smaller: a run of the full length in one go differs a little.", folder)
     warn_if_unchecked(folder)
     return Run(folder, step, complete)
 
@@ -144,12 +153,18 @@ def clear_folder(folder: Path) -> None:
 
 
 def raise_if_config_differs(folder: Path, there: Any, here: Any) -> None:
-    """Raise a UserError that names the keys that differ, unless all of them may differ (FREE)."""
+    """Raise a UserError that names the keys that differ, unless all of them may differ (MAY_CHANGE, or more tokens)."""
     theirs, ours = flatten(there), flatten(here)
     by_depth = sorted(theirs | ours, key=lambda k: (k.count("."), k))
     keys = [k for k in by_depth if not any(k == f or k.startswith(f"{f}.") for f in MAY_CHANGE)]
     differing = [k for k in keys if theirs.get(k) != ours.get(k)]
-    if differing:
+    if differing and set(differing) <= set(SIZES):
+        if reason := reason_not_to_grow(theirs, ours):
+            raise UserError(
+                f"{folder} is a run of n_tokens={theirs['n_tokens']} and cannot continue to {ours['n_tokens']} "
+                f"({reason}): start another run from its weights with init_from={folder}."
+            )
+    elif differing:
         shown = ", ".join(f"{k} is {theirs.get(k)} there and {ours.get(k)} here" for k in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UserError(

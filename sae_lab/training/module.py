@@ -82,8 +82,15 @@ class SAEModule(L.LightningModule):
         progress.increment_completed()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the step count of a checkpoint that was saved under Lightning's automatic optimization."""
+        """Take over the step count of a checkpoint that was saved under Lightning's automatic optimization.
+
+        If the run has grown since its end, its one epoch is open again.
+        """
         loop = checkpoint["loops"]["fit_loop"]
+        if checkpoint["global_step"] < self.trainer.max_steps:
+            loop["epoch_loop.batch_progress"]["is_last_batch"] = False
+            for counts in loop["epoch_progress"].values():
+                counts["processed"] = counts["completed"] = 0
         if loop[AUTOMATIC]["optimizer"]["step"]["total"]["completed"]:
             loop[MANUAL] = loop[AUTOMATIC]["optimizer"]["step"]
 

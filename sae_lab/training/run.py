@@ -161,7 +161,8 @@ def fit(member: Member, data: ActivationData) -> None:
     except SafeStop as e:
         raise save_at_stop(member, data, e) from None
     if trainer.global_step < data.n_steps:
-        log.warning("the text ended at step %d of %d (data.repeat=false)", trainer.global_step, data.n_steps)
+        reason = "a callback stopped the run" if trainer.should_stop else "the text ended (data.repeat=false)"
+        log.warning("%s at step %d of %d", reason, trainer.global_step, data.n_steps)
     if rank() == 0:
         trainer.save_checkpoint(run.last_checkpoint)
 
