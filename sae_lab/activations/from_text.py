@@ -10,7 +10,8 @@ from sae_lab.activations.data import ActivationData
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments
-from sae_lab.text.corpora import FileDocuments, Globs, HubDocuments
+from sae_lab.text.corpora import FileDocuments, Format, Globs
+from sae_lab.text.streams import HubDocuments
 
 
 @check_arguments
@@ -33,13 +34,14 @@ def disassembly(
 def text_files(
     lm: LanguageModel,
     paths: Globs,
+    format: Format,
     column: Sequence[str] | str | None,
     seed: int,
     held_out_every: Annotated[int, Ge(2)],
     **stream: Any,
 ) -> ActivationData:
     """Return activations on local files or folders of `save_to_disk` (`data=text_files`)."""
-    documents = partial(FileDocuments, paths, column=column, seed=seed, held_out_every=held_out_every)
+    documents = partial(FileDocuments, paths, format=format, column=column, seed=seed, held_out_every=held_out_every)
     return ActivationData(lm, documents, seed=seed, **stream)
 
 
@@ -52,6 +54,7 @@ def hub(
     column: Sequence[str] | str | None,
     seed: int,
     held_out_documents: Annotated[int, Ge(1)],
+    held_out_every: Annotated[int, Ge(2)] | None,
     revision: str | None,
     **stream: Any,
 ) -> ActivationData:
@@ -61,6 +64,7 @@ def hub(
         "hub_split": hub_split,
         "column": column,
         "held_out_documents": held_out_documents,
+        "held_out_every": held_out_every,
         "revision": revision,
     }
     return ActivationData(lm, partial(HubDocuments, path, seed=seed, **options), seed=seed, **stream)

@@ -35,7 +35,10 @@ MOVED = {
     "sae_lab.train.build_trainer": "sae_lab.training.trainer.build_trainer",
 }
 """Old → new `_target_`. Keep an entry as long as runs with the old name must open."""
-ADDED: dict[str, dict[str, Any]] = {}
+ADDED: dict[str, dict[str, Any]] = {
+    "sae_lab.activations.from_text.hub": {"held_out_every": None},
+    "sae_lab.activations.from_text.text_files": {"format": "auto"},
+}
 """Beginning of a `_target_` → settings that it has got since, with the values that mean "as before"."""
 
 

@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from sae_lab.runtime.errors import SettingError
+from sae_lab.runtime.errors import SettingError, UserError, first_line
 from sae_lab.runtime.plain_text import for_terminal
 
 # Usual names of the text columns, in order of preference. Several columns are joined by blank lines.
@@ -58,15 +59,36 @@ def values_at(value: Any, steps: Sequence[str | None]) -> Iterator[Any]:
     if value is None or not steps:
         yield value
     elif steps[0] is None:
+        if isinstance(value, str):
+            raise TypeError("but a string in the place of a list")
         for part in value:
             yield from values_at(part, steps[1:])
     else:
         yield from values_at(value.get(steps[0]), steps[1:])
 
 
-def text_of(row: Mapping[str, Any], columns: Sequence[Column]) -> str:
-    """Return the text of a row: its non-empty columns, joined by blank lines; the parts of a list, by line breaks."""
-    return "\n\n".join(text for column in columns if (text := "\n".join(column.values([row]))))
+def text_of(row: Mapping[str, Any], columns: Sequence[Column], where: str = "a row of the data") -> str:
+    """Return the text of a row: its non-empty columns, joined by blank lines; the parts of a list, by line breaks.
+
+    Raises:
+        UserError: a value is neither a string nor a number; `where` names the row.
+    """
+    try:
+        parts = ["\n".join(map(as_text, column.values([row]))) for column in columns]
+    except (TypeError, AttributeError) as e:
+        paths = " and ".join(column.path for column in columns)
+        raise UserError(
+            f"{where} has no text at {paths} ({first_line(e)}): leave it out, or give another data.column."
+        ) from e
+    return "\n\n".join(filter(None, parts))
+
+
+def as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise TypeError(f"but {excerpt(value, 30)!r}")
 
 
 def columns_of(feature: Any, path: str = "", steps: tuple[str | None, ...] = ()) -> Iterator[Column]:
@@ -85,12 +107,26 @@ def columns_of(feature: Any, path: str = "", steps: tuple[str | None, ...] = ())
         yield Column(path, steps, feature.dtype if plain else type(feature).__name__)
 
 
-def features_of(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Return the features of rows that come without."""
+def features_of(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the features of rows that come without: types as `datasets` infers them from JSON."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: feature_of([row.get(name) for row in rows]) for name in names}
+
+
+def feature_of(values: Sequence[Any]) -> Any:
+    """Return the feature of a column: a timestamp if all strings are such; string for strings and numbers."""
     import datasets
     import pyarrow as pa
 
-    return datasets.Features.from_arrow_schema(pa.schema(pa.array(rows).type)) if rows else {}
+    try:
+        array = pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        nested = any(isinstance(value, dict | list) for value in values)
+        return datasets.Json() if nested else datasets.Value("string")
+    if pa.types.is_string(array.type) and array.null_count < len(array):
+        with suppress(pa.ArrowInvalid):
+            array = array.cast(pa.timestamp("s"))
+    return datasets.Features.from_arrow_schema(pa.schema({"x": array.type}))["x"]
 
 
 def choose_columns(
@@ -167,6 +203,12 @@ def question(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> st
     typed = f"{{column}}={escaped(name)}" if re.fullmatch(r"[\w./-]+", name) else f"""'{{column}}="{escaped(name)}"'"""
     answer = f"if one of them is, type {typed}" if name == "NAME" else f"type {{column}}=NAME, such as {typed}"
     return f"no column of the data is plainly the text: {escaped('; '.join(listed[:LISTED]))}{more}: {answer}."
+
+
+def described(columns: Sequence[Column], n_documents: str, first: str) -> str:
+    """Return the line that tells the user which text is read."""
+    names = " + ".join(column.path for column in columns)
+    return f"text: column {names} of {n_documents} documents; the first begins {excerpt(first, 80)!r}"
 
 
 def excerpt(value: Any, n: int) -> str:

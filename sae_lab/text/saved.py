@@ -1,11 +1,13 @@
 """Folders written by `save_to_disk` of `datasets`: which they are, and their rows, memory-mapped where they lie."""
 
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.runtime.hub import hub_errors
+from sae_lab.text.columns import Column, escaped
 
 
 def is_saved(folder: Path) -> bool:
@@ -32,16 +34,41 @@ def with_split(folder: Path) -> Path:
     return folder / ("train" if "train" in splits else splits[0])
 
 
-def load_saved(folders: Sequence[Path]) -> Any:
-    """Return the rows of the folders, one after another.
+def saved_folders(globs: Sequence[str]) -> list[Path]:
+    """Return the folders written by save_to_disk that the globs match, each that of a Dataset.
 
     Raises:
-        UserError: a folder is damaged, or the folders have different columns.
+        SettingError: the globs match other files too.
     """
+    found = sorted({Path(f) for g in globs for f in glob(str(Path(g).expanduser()), recursive=True)})  # noqa: PTH207
+    folders = [f for f in found if is_saved(f)]
+    files = [f for f in found if f.is_file() and not set(folders) & set(f.parents)]
+    if folders and files:
+        raise SettingError(
+            f"{{paths}}={escaped([*globs])} match a folder of save_to_disk and {escaped(files[0].name)}: "
+            "all files must be of one type."
+        )
+    return [with_split(f) for f in folders if not set(folders) & set(f.parents)]
+
+
+def load_saved(folders: Sequence[Path]) -> list[Any]:
+    """Return the rows of each folder; raise a UserError if one is damaged."""
     import datasets
 
     with hub_errors(f"{[str(f) for f in folders]} cannot be read as written by save_to_disk: {{reason}}"):
-        parts = [datasets.load_from_disk(str(folder)) for folder in folders]
-        if len({str(part.features) for part in parts}) > 1:
-            raise UserError(f"the columns of {[str(f) for f in folders]} differ: give folders of the same columns.")
-        return datasets.concatenate_datasets(parts)
+        return [datasets.load_from_disk(str(folder)) for folder in folders]
+
+
+def joined(parts: Sequence[Any], columns: Sequence[Column]) -> Any:
+    """Return the wanted columns of all parts, one after another; the parts may differ in other columns.
+
+    Raises:
+        UserError: a part has not these columns, or of other types.
+    """
+    import datasets
+
+    names = list(dict.fromkeys(str(column.steps[0]) for column in columns))
+    wanted = parts[0].select_columns(names).features
+    if any({name: part.features.get(name) for name in names} != wanted for part in parts):
+        raise UserError(f"the columns {names} of the folders of data.paths differ: give folders of the same columns.")
+    return datasets.concatenate_datasets([part.select_columns(names) for part in parts])

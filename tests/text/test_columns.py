@@ -17,7 +17,8 @@ from fakes import SETTINGS, Echo
 from sae_lab.activations.data import ActivationData
 from sae_lab.runtime.errors import UserError
 from sae_lab.text.columns import text_of
-from sae_lab.text.corpora import FileDocuments, HubDocuments
+from sae_lab.text.corpora import FileDocuments
+from sae_lab.text.streams import HubDocuments
 
 N = 100
 CHAT = [{"from": "human", "value": "How do I open a file?"}, {"from": "gpt", "value": "Use open()."}]
@@ -230,7 +231,9 @@ def test_what_is_read_is_said(tmp_path):
     line = FileDocuments(write(tmp_path, "parquet", rows)).describe()
     shown = ("line 0 \N{REPLACEMENT CHARACTER}[31m" + "long " * 40)[:80] + "\N{HORIZONTAL ELLIPSIS}"
     assert line == f"text: column text of 1,200 documents; the first begins {shown!r}"
-    assert HubDocuments(str(tmp_path)).describe() == line.replace("1,200", "an unknown number of")
+    assert HubDocuments(str(tmp_path)).describe() == (
+        line.replace("1,200", "an unknown number of") + "; held out: the first 1,000"
+    )
 
 
 def test_what_is_read_is_said_once(tmp_path, caplog):

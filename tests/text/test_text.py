@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from sae_lab.cli.help import CONF
 from sae_lab.runtime.errors import UserError
 from sae_lab.text.bundled import LEFT_OUT, DisassembledStdlib, StdlibDocuments, disassemble, is_held_out
-from sae_lab.text.corpora import FileDocuments, HubDocuments
+from sae_lab.text.corpora import FileDocuments
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, Piece
 from sae_lab.text.rows import TextRows
+from sae_lab.text.streams import HubDocuments
 
 BOS = 0
 STDLIB = sysconfig.get_paths()["stdlib"]
@@ -368,11 +369,11 @@ def test_changed_files_are_read_again(tmp_path):
 
 MISTAKES = [
     ({"paths": "*.nothing"}, "no file matches"),
-    ({"paths": ""}, "no file matches"),
+    ({"paths": ""}, r"types \['.jsonl', '.parquet', '.txt'\]"),
     ({"paths": "*"}, r"types \['.docx', '.jsonl', '.parquet', '.txt'\]"),
     ({"paths": "*.docx"}, r"types \['.docx'\]"),
     ({"paths": "*.jsonl", "column": "txet"}, r"column=txet .*\['text'\]"),
-    ({"paths": "*.parquet"}, "cannot be read as parquet: .*magic bytes"),
+    ({"paths": "*.parquet"}, "broken.parquet cannot be read as parquet after row 0 .*magic bytes"),
     ({"paths": "*.jsonl", "held_out_every": 1}, "^held_out_every=1 must be a whole number of at least 2"),
 ]
 
@@ -438,7 +439,7 @@ def test_hub_streams_do_not_open_the_files_that_came_before(hub_folder, small_wi
     for file in sorted(Path(hub_folder).iterdir())[:2]:
         file.unlink()
     assert next(documents.pieces(0, last.place, last.n)) == last
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match=r"the shard train-0\.\w+ of data\.path=\S+ cannot be read .* same command"):
         next(documents.pieces(0))
 
 
@@ -510,12 +511,12 @@ def test_a_hub_data_set_is_read_at_the_commit_that_its_revision_names(hub_folder
 
     read_at = {}
 
-    def load_dataset(path, revision, **options):
+    def load_dataset_builder(path, revision, **options):
         read_at[path] = revision
         return real(hub_folder, **options)
 
-    real = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    real = datasets.load_dataset_builder
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     commits = {None: "c0ffee", "v1": "beef"}
     monkeypatch.setattr(
