@@ -95,11 +95,15 @@ def evaluate(sae: BaseSAE, data: ActivationData) -> Evaluation:
 def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str, Evaluation]:
     """Evaluate several SAEs of the same sites with the same two passes over the language model.
 
+    If there is less held-out text than `data.n_eval_tokens`, the metrics hold both numbers.
+
     The training rule sees batches of about the training size, made of whole text rows from all over the held-out text.
     The state and mode of the SAEs do not change.
     """
     rows_at_once = max(data.lm_batch_rows, math.ceil(data.batch_size / data.seq_len))
-    batches = data.held_out_rows(data.n_eval_tokens).split(rows_at_once)
+    rows = data.held_out_rows(data.n_eval_tokens)
+    batches = rows.split(rows_at_once)
+    shorter = {"n_held_out_tokens": rows.numel(), "n_eval_tokens_wanted": data.n_eval_tokens}
     deployed = {name: EvaluatedSAE(sae, False, data.batch_size) for name, sae in saes.items()}
     trained = {name: EvaluatedSAE(sae, True, data.batch_size) for name, sae in saes.items() if sae.batch_rule}
     subjects = [*deployed.values(), *trained.values()]
@@ -116,6 +120,8 @@ def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str,
         metrics |= {"train_mode": train_mode}
         if left_out := trained.get(name, subject).undefined() | subject.undefined():
             metrics |= {"left_out": left_out}
+        if len(rows) < data.n_eval_tokens // data.seq_len:
+            metrics |= shorter
         evaluations[name] = Evaluation(metrics, tables, subject.n_rows / subject.seconds)
     return evaluations
 

@@ -44,6 +44,11 @@ def find_problems(metrics: Mapping[str, Any]) -> list[str]:
     for name, reason in metrics.get("left_out", {}).items():
         reasons.setdefault(reason, []).append(name)
     problems = [f"{', '.join(names)} left out: {reason}" for reason, names in reasons.items()]
+    if wanted := metrics.get("n_eval_tokens_wanted"):
+        problems.append(
+            f"evaluated on {metrics['n_held_out_tokens']:,} held-out tokens, all there are, and not on {wanted:,}: "
+            "give more text, hold out more of it, or lower data.n_eval_tokens"
+        )
     l0, n_latents = metrics.get("l0"), metrics.get("n_latents")
     if l0 == 0:
         l0_in_training = metrics.get("train_mode", {}).get("l0", 0)
