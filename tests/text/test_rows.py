@@ -11,8 +11,9 @@ from fakes import Follow, UniqueWords
 from sae_lab.activations.data import ActivationData
 from sae_lab.cache.data import CachedData
 from sae_lab.cache.writer import CacheWriter
-from sae_lab.text.corpora import FileDocuments, HubDocuments
+from sae_lab.text.corpora import FileDocuments
 from sae_lab.text.rows import take_rows
+from sae_lab.text.streams import HubDocuments
 
 BOS, SEQ_LEN = 0, 7
 SETTINGS = {"seq_len": SEQ_LEN, "batch_size": 16, "n_tokens": 9999, "block_tokens": 100, "lm_batch_rows": 4, "seed": 3}
