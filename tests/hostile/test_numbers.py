@@ -235,6 +235,14 @@ def test_held_out_text_that_is_left_out_whole():
         evaluate(small("topk", data), data)
 
 
+def test_less_held_out_text_than_asked_for_is_said(tmp_path, caplog, no_figures):
+    data = bad_data(lambda x: x, n_eval_tokens=600_000)
+    train_and_evaluate(small("topk", data), data, tmp_path)
+    said = "evaluated on 60 held-out tokens, all there are, and not on 600,000"
+    metrics = assert_complete_and_finite(tmp_path, caplog.text, [said])
+    assert metrics["n_eval_tokens"] == metrics["n_held_out_tokens"] == 60
+
+
 WARNED = {
     "dead": ({"l0": 0.0, "train_mode": {"l0": 0.0}}, "l0 is 0: no latent is active on any held-out token, and all 64"),
     "threshold": ({"l0": 0.0, "train_mode": {"l0": 4.0}}, "l0 is 0, but 4 under the training rule: the threshold is"),
