@@ -3,15 +3,30 @@
 import time
 from collections.abc import Callable, Generator
 from mmap import mmap
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.activations.source import Chunk, Source
+from sae_lab.parallel.collectives import world_size
+from sae_lab.runtime.device import send
 from sae_lab.runtime.seeds import nth_generator
 from sae_lab.runtime.signals import raise_if_stopped
+
+
+class Prepare(Protocol):
+    """Asks a source to compute rows ahead: `now` of them are wanted at once, up to `soon` before the block is used up.
+
+    Both count the rows that the source has not handed over. Changes no row.
+    """
+
+    def __call__(self, now: int, soon: int) -> None: ...
+
+
+def no_prefetch(now: int, soon: int) -> None:
+    """Do nothing: the source computes a chunk when it is asked for it."""
 
 
 class Filling:
@@ -34,10 +49,27 @@ class ShuffledBlocks:
 
     The state is where the block begins (the state of the chunk with its first row, and the number of earlier rows in
     that chunk), the number of the block, and how many of its batches were given.
+
+    Args:
+        source: where the rows come from.
+        block_rows: rows that are shuffled together, rounded down to whole batches.
+        batch_size: rows in a batch.
+        seed: seed of the permutations.
+        n_rows: rows that the run takes. No block after them is prepared. None: there is no end.
+        prepare: tells the source which of the rows that it has not handed over yet are wanted; see Prepare.
     """
 
-    def __init__(self, source: Source, block_rows: int, batch_size: int, seed: int):
+    def __init__(
+        self,
+        source: Source,
+        block_rows: int,
+        batch_size: int,
+        seed: int,
+        n_rows: int | None = None,
+        prepare: Prepare = no_prefetch,
+    ):
         self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.n_rows, self.prepare = n_rows, prepare
         self.block_rows = max(1, block_rows // batch_size) * batch_size
         self._begin: tuple[dict[str, Any], int] = (source.state_dict(), 0)
         self._number = self._given = 0
@@ -51,7 +83,7 @@ class ShuffledBlocks:
             self._chunks.close()
         self._chunks = None
         self._chunk: Chunk | None = None  # the chunk being read, and how many of its rows have been read
-        self._used = 0
+        self._used = self._filled_at = 0  # _filled_at: batches that were given of the block before it was filled
         self._memory: Tensor | None = None
         self._block: Tensor | None = None
         self._batches: tuple[Tensor, ...] = ()
@@ -85,6 +117,7 @@ class ShuffledBlocks:
         raise_if_stopped()
         if self._block is None:
             self._refill()
+        self._prepare_next_block()
         assert self._block is not None
         batch = self._block[self._batches[self._given]]
         self._given += 1
@@ -106,6 +139,7 @@ class ShuffledBlocks:
             self._memory[filled : filled + len(rows)] = rows
             self._used += len(rows)
             filled += len(rows)
+            self._prepare_this_block(self.block_rows - filled)
             if self.filling.watch is not None:
                 self.filling.watch(filled, self.block_rows)
             raise_if_stopped()
@@ -116,7 +150,26 @@ class ShuffledBlocks:
         self._block = self._memory[:filled]
         order = torch.randperm(filled, generator=nth_generator(self.seed, self._number))
         # On the block's device at once: a copy for each batch would make the host wait for the GPU each time.
-        self._batches = order.to(self._block.device).split(self.batch_size)
+        self._batches = send(order, self._block.device).split(self.batch_size)
+        self._filled_at = self._given
+
+    def _prepare_this_block(self, missing: int) -> None:
+        """While the block is filled, let each rank compute two chunks while one is copied."""
+        assert self._chunk is not None
+        wanted = max(0, missing - self._rows_in_chunk())
+        self.prepare(min(wanted, 2 * world_size() * len(self._chunk.rows)), wanted)
+
+    def _prepare_next_block(self) -> None:
+        """Ask for the share of the next block that is due, so that it fills evenly over the batches of this one."""
+        is_last = self.n_rows is not None and (self._number + 1) * self.block_rows >= self.n_rows
+        wanted = 0 if is_last else max(0, self.block_rows - self._rows_in_chunk())
+        batch, n_batches = self._given + 1 - self._filled_at, len(self._batches) - self._filled_at
+        self.prepare(wanted * batch // n_batches, wanted)
+
+    def _rows_in_chunk(self) -> int:
+        """Rows of the chunk being read that no block has."""
+        assert self._chunk is not None
+        return max(0, len(self._chunk.rows) - self._used)
 
     def _open_chunk(self) -> Chunk | None:
         """Return the chunk that holds the next row; None at the end of the source, where the last chunk is kept."""
@@ -129,7 +182,7 @@ class ShuffledBlocks:
             following = next(self._chunks, None)
             if following is None:
                 return None
-            self._chunk, self._used = following, 0
+            self._chunk, self._used = following, self._used - len(self._chunk.rows)
         return self._chunk
 
     def _place(self) -> tuple[dict[str, Any], int]:

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.digests import check_unchanged, digest_of_rows, tokenizer_digest, weights_digest
+from sae_lab.activations.interleave import InterleavedSource
+from sae_lab.activations.passes import PassTokens, rows_per_pass
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import LMSource, SharedSource, Source, kept_activations
 from sae_lab.lm.base import LanguageModel
@@ -64,15 +66,18 @@ class ActivationData(L.LightningDataModule):
         n_tokens: exact number of activations to train on; the last batch may be smaller.
         block_tokens: activations that are shuffled together, at most those of the run. A block takes
             block_tokens · s · d · bytes of `lm.dtype`, twice that with prefetch.
-        lm_batch_rows: text rows per forward pass of the language model.
+        lm_batch_rows: text rows per forward pass of the language model; None: as many as have lm_batch_tokens.
         exclude_bos: leave out every BOS token.
         exclude_first: leave out the first n positions of each row.
         pack: join documents within a row; otherwise no row crosses documents, and rows that are not full are dropped.
-        prefetch: compute the next block in a thread during training. Does not change any row. "auto" is true on a GPU.
+        prefetch: compute the next block during training: on a GPU between the steps, on a CPU in a thread. Does not
+            change any row. "auto" is true on a GPU.
         repeat: start a new pass over the text if it ends before n_tokens; otherwise the run ends there.
         n_eval_tokens: held-out tokens of the evaluation after training.
         n_val_tokens: held-out tokens of the validation during training.
         seed: seed of the order of documents and of the shuffling.
+        lm_batch_tokens: tokens per forward pass of the language model, rounded down to whole rows; "auto" is 4,096 on a
+            CPU and 32,768 on a GPU, or fewer where these would take more than an eighth of its memory.
 
     Raises:
         UserError: there are fewer tokens than one batch, or no position of a row is left after the exclusions.
@@ -88,7 +93,7 @@ class ActivationData(L.LightningDataModule):
         batch_size: Annotated[int, Ge(1)],
         n_tokens: Annotated[int, Ge(1)],
         block_tokens: Annotated[int, Ge(1)],
-        lm_batch_rows: Annotated[int, Ge(1)],
+        lm_batch_rows: Annotated[int, Ge(1)] | None,
         exclude_bos: bool,
         exclude_first: Annotated[int, Ge(0)],
         pack: bool,
@@ -97,6 +102,7 @@ class ActivationData(L.LightningDataModule):
         n_eval_tokens: Annotated[int, Ge(1)],
         n_val_tokens: Annotated[int, Ge(1)],
         seed: Annotated[int, Ge(0)],
+        lm_batch_tokens: PassTokens = "auto",
     ):
         super().__init__()
         if lm.context is not None and seq_len > lm.context:
@@ -115,16 +121,17 @@ class ActivationData(L.LightningDataModule):
         self.seq_len, self.batch_size, self.n_tokens = seq_len, batch_size, n_tokens
         # Activations after the run's last batch are never used, so a short run does not wait for a full block.
         self.block_tokens = min(block_tokens, math.ceil(n_tokens / batch_size) * batch_size)
-        self.lm_batch_rows = lm_batch_rows
+        self.lm_batch_rows = rows_per_pass(lm, seq_len, lm_batch_rows, lm_batch_tokens)
+        self.digest_rows = lm_batch_rows or 32  # of the first rows, the digest of a text without one
         self.exclude_bos, self.exclude_first = exclude_bos, exclude_first
         self.n_eval_tokens, self.n_val_tokens = n_eval_tokens, n_val_tokens
         self.prefetch = prefetch is True or (prefetch == "auto" and lm.device.type == "cuda")
-        self._check_memory()
+        self._check_memory("{lm_batch_tokens} tokens" if lm_batch_rows is None else "{lm_batch_rows} rows")
         self.lm_lock, self._described = Lock(), False
         self.stream = self.new_stream(self.prefetch)
         self._validation: list[Tensor] | None = None
 
-    def _check_memory(self) -> None:
+    def _check_memory(self, of_a_pass: str) -> None:
         """Raise a SettingError if a block or a forward pass exceeds the memory of the language model's device."""
         bytes_per_token = len(self.lm.sites) * self.lm.d * next(self.lm.model.parameters()).element_size()
         block = max(self.block_tokens, self.batch_size) * bytes_per_token
@@ -132,7 +139,7 @@ class ActivationData(L.LightningDataModule):
             self.lm.device, block, "a block takes {size}: lower {block_tokens}, or {batch_size} if that is larger."
         )
         one_pass = self.lm_batch_rows * self.seq_len * bytes_per_token
-        check_memory_of(self.lm.device, one_pass, "the activations of {lm_batch_rows} rows take {size}: lower it.")
+        check_memory_of(self.lm.device, one_pass, f"the activations of {of_a_pass} take {{size}}: lower it.")
 
     @property
     def n_steps(self) -> int:
@@ -141,7 +148,9 @@ class ActivationData(L.LightningDataModule):
     @property
     def float32_forward_in_thread(self) -> bool:
         """Whether a thread computes float32 products of the language model during training steps."""
-        return self.prefetch and next(self.lm.model.parameters()).dtype == torch.float32
+        return (
+            self.prefetch and self.lm.device.type != "cuda" and next(self.lm.model.parameters()).dtype == torch.float32
+        )
 
     @property
     def d_in(self) -> int:
@@ -184,11 +193,17 @@ class ActivationData(L.LightningDataModule):
 
     def new_stream(self, prefetch: bool = False) -> ShuffledBlocks:
         """Return the stream of shuffled training batches, from the beginning."""
-        source = self.source()
-        if prefetch:
-            ahead = max(1, self.block_tokens // (self.lm_batch_rows * self.seq_len))
-            source = PrefetchedSource(source, ahead, self.lm.device)
-        return ShuffledBlocks(SharedSource(source), self.block_tokens, self.batch_size, self.seed)
+        source, size = self.source(), (self.block_tokens, self.batch_size, self.seed)
+        if not prefetch:
+            return ShuffledBlocks(SharedSource(source), *size)
+        ahead = self.read_ahead(source)
+        return ShuffledBlocks(SharedSource(ahead), *size, self.n_tokens, ahead.prepare)
+
+    def read_ahead(self, source: Any) -> InterleavedSource | PrefetchedSource:
+        """Return the source in the form that computes chunks ahead on the language model's device."""
+        if self.lm.device.type == "cuda":
+            return InterleavedSource(source, self.lm.device)
+        return PrefetchedSource(source, 0, self.lm.device)
 
     def held_out_text(self, n: int) -> Int[Tensor, "n t"]:
         """Return the first n text rows of the held-out split, or as many as it has."""
@@ -245,7 +260,7 @@ class ActivationData(L.LightningDataModule):
         """Digests of what determines the batches besides the config; they must be the same when a run resumes."""
         with self.lm_lock:
             text = self.text(TRAIN, repeat=False)
-            digest = text.documents.digest(thorough=False) or digest_of_rows(take_rows(text, self.lm_batch_rows))
+            digest = text.documents.digest(thorough=False) or digest_of_rows(take_rows(text, self.digest_rows))
         return {
             "the language model's weights": weights_digest(self.lm.model),
             "the tokenizer": tokenizer_digest(self.lm.tokenizer),

@@ -13,24 +13,46 @@ LARGEST = 1e15
 """From here on, sums of squares overflow float32 (3.4e38). No language model in use comes near it."""
 
 
-def check_finite(rows: Float[Tensor, "n s d"], sites: Sequence[str], remedy: str) -> Float[Tensor, "n s d"]:
-    """Return `rows` unchanged.
+class FiniteCheck:
+    """Whether activations are finite. Their device computes it, and the host waits for the answer in `wait` only.
 
-    Reads them once, without a temporary tensor: 0.4 ms for 4,096 rows of width 768 on one core (isfinite: 5 ms).
+    Reads the activations once, without a temporary tensor: 0.4 ms for 4,096 rows of width 768 on one core (isfinite:
+    5 ms).
 
     Args:
         rows: activations.
         sites: the names of the s sources.
         remedy: what to type instead, the end of the message.
-
-    Raises:
-        UserError: an activation is NaN, infinite or above LARGEST. It names the site, the dtype and the share of rows.
     """
-    if rows.numel():
-        low, high = torch.stack(torch.aminmax(rows)).tolist()  # both are NaN if any activation is
-        if not -LARGEST < low <= high < LARGEST:
-            raise UserError(f"{describe_first_bad_site(rows, sites)}: {remedy}")
-    return rows
+
+    def __init__(self, rows: Float[Tensor, "n s d"], sites: Sequence[str], remedy: str):
+        self.rows, self.sites, self.remedy = rows, sites, remedy
+        self._bounds: Float[Tensor, 2] | None = None
+        self._done: torch.cuda.Event | None = None
+        if rows.numel():
+            self._bounds = torch.stack(torch.aminmax(rows)).to("cpu", non_blocking=True)  # NaN if any activation is
+        if rows.is_cuda:
+            self._done = torch.cuda.current_stream(rows.device).record_event()
+
+    def wait(self) -> Float[Tensor, "n s d"]:
+        """Wait until the rows are computed, and return them.
+
+        Raises:
+            UserError: an activation is NaN, infinite or above LARGEST. It names the site, the dtype and the share of
+                rows.
+        """
+        if self._done is not None:
+            self._done.synchronize()
+        if self._bounds is not None:
+            low, high = self._bounds.tolist()
+            if not -LARGEST < low <= high < LARGEST:
+                raise UserError(f"{describe_first_bad_site(self.rows, self.sites)}: {self.remedy}")
+        return self.rows
+
+
+def check_finite(rows: Float[Tensor, "n s d"], sites: Sequence[str], remedy: str) -> Float[Tensor, "n s d"]:
+    """Return `rows` unchanged. Arguments and errors are those of FiniteCheck, which does not wait at once."""
+    return FiniteCheck(rows, sites, remedy).wait()
 
 
 def describe_first_bad_site(rows: Float[Tensor, "n s d"], sites: Sequence[str]) -> str:

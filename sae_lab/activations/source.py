@@ -1,7 +1,7 @@
 """Activations in the order of the text, computed by one process or by several together."""
 
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_lab.activations.finite import check_finite, remedy_for
+from sae_lab.activations.finite import FiniteCheck, remedy_for
 from sae_lab.lm.base import LanguageModel
+from sae_lab.lm.packing import one_sequence_per_row
 from sae_lab.parallel.collectives import broadcast_from, rank, world_size
+from sae_lab.runtime.device import send
 from sae_lab.text.rows import TextRows, take_rows
 
 
@@ -22,6 +24,13 @@ class Chunk(NamedTuple):
     state: dict[str, Any]
     rows: Float[Tensor, "n s d"]
     tokens: Int[Tensor, "r t"] | None = None
+
+
+class Launched(NamedTuple):
+    """A chunk that a GPU may still be computing, and the check to wait for; None if another rank computes it."""
+
+    chunk: Chunk
+    check: FiniteCheck | None
 
 
 class Source(Protocol):
@@ -34,6 +43,19 @@ class Source(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def launch_activations(lm: LanguageModel, tokens: Int[Tensor, "r t"], keep: Bool[Tensor, "r t"]) -> FiniteCheck:
+    """Start to compute the activations at the positions to keep. The host does not wait for a GPU.
+
+    Which rows are kept is known on the CPU, where `tokens` and `keep` are: a mask on the GPU would make the host wait
+    for the number of its rows.
+    """
+    with nullcontext() if lm.device.type == "cpu" else one_sequence_per_row():
+        rows = lm.activations(send(tokens, lm.device)).flatten(0, 1)
+    if not keep.all():
+        rows = rows.index_select(0, send(keep.flatten().nonzero().squeeze(1), rows.device))
+    return FiniteCheck(rows, lm.sites, remedy_for(lm, rows.dtype))
+
+
 def kept_activations(
     lm: LanguageModel, tokens: Int[Tensor, "r t"], keep: Bool[Tensor, "r t"]
 ) -> Float[Tensor, "n s d"]:
@@ -42,9 +64,7 @@ def kept_activations(
     Raises:
         UserError: they are not finite.
     """
-    activations = lm.activations(tokens)
-    rows = activations[keep.to(activations.device)]
-    return check_finite(rows, lm.sites, remedy_for(lm, rows.dtype))
+    return launch_activations(lm, tokens, keep).wait()
 
 
 class LMSource:
@@ -66,20 +86,27 @@ class LMSource:
         self.rows.load_state_dict(state)
 
     def __iter__(self) -> Generator[Chunk, None, None]:
+        for chunk, check in self.launch():
+            if check is not None:
+                check.wait()
+            yield chunk
+
+    def launch(self) -> Generator[Launched, None, None]:
+        """Yield the chunks as soon as a GPU has been told to compute them. Wait for the check before you use them."""
         while texts := self._read(world_size()):
             for i, (state, tokens) in enumerate(texts):
-                mine = i == rank() or len(texts) < world_size()  # at the end of the text, every process runs the rest
-                yield Chunk(state, self._activations(tokens) if mine else self._other_rank_rows(tokens), tokens)
+                if i == rank() or len(texts) < world_size():  # at the end of the text, every process runs the rest
+                    with self.lock:
+                        check = launch_activations(self.lm, tokens, self.keep(tokens))
+                    yield Launched(Chunk(state, check.rows, tokens), check)
+                else:
+                    yield Launched(Chunk(state, self._other_rank_rows(tokens), tokens), None)
 
     def _read(self, n: int) -> list[tuple[dict[str, Any], Int[Tensor, "r t"]]]:
         """Return the state and the text rows of each of the next n chunks, or of as many as are left."""
         with self.lock:
             texts = [(self.rows.state_dict(), take_rows(self.rows, self.lm_batch_rows)) for _ in range(n)]
         return [(state, tokens) for state, tokens in texts if len(tokens)]
-
-    def _activations(self, tokens: Int[Tensor, "r t"]) -> Float[Tensor, "n s d"]:
-        with self.lock:
-            return kept_activations(self.lm, tokens, self.keep(tokens))
 
     def _other_rank_rows(self, tokens: Int[Tensor, "r t"]) -> Float[Tensor, "n s d"]:
         """Return a meta tensor that stands in for the rows that another rank computes."""

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae_lab.activations.data import ActivationData
+from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Source
 from sae_lab.cache.key import lm_key
 from sae_lab.cache.reader import Cache, CachedSource
@@ -66,6 +67,9 @@ class CachedData(ActivationData):
                 f"(they differ by {distance:.1%}): use the lm.* keys that it was harvested with, or harvest into "
                 "another cache_dir."
             )
+
+    def read_ahead(self, source: Source) -> PrefetchedSource:
+        return PrefetchedSource(source, 0, self.lm.device)  # a thread, since reading files releases the lock
 
     @property
     def float32_forward_in_thread(self) -> bool:

@@ -46,7 +46,7 @@ def data_key(data: ActivationData) -> dict[str, Any]:
         "data.repeat": data.repeat,
         **{f"data.{name}": value for name, value in describe_documents(data.documents).items()},
         "data.digest": text.documents.digest(),
-        "data.first_rows": digest_of_rows(take_rows(text, data.lm_batch_rows)),
+        "data.first_rows": digest_of_rows(take_rows(text, data.digest_rows)),
     }
 
 

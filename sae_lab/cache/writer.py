@@ -148,7 +148,7 @@ class CacheWriter:
         source: Source = self.data.source()
         source.load_state_dict(self._text_state(manifest))
         if self.data.prefetch:
-            source = PrefetchedSource(source, 4, self.data.lm.device)
+            source = PrefetchedSource(source, 4 * self.data.lm_batch_rows * self.data.seq_len, self.data.lm.device)
         with TokenProgress("harvesting", self.n_tokens, manifest.rows) as bar:
             for chunks in gather_chunks(
                 source, self.n_tokens - manifest.rows, self.shard_tokens, self.dtype, bar.advance

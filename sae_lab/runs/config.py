@@ -38,6 +38,8 @@ MOVED = {
 ADDED: dict[str, dict[str, Any]] = {
     "sae_lab.activations.from_text.hub": {"held_out_every": None},
     "sae_lab.activations.from_text.text_files": {"format": "auto"},
+    "sae_lab.activations.from_text.": {"lm_batch_tokens": "auto"},
+    "sae_lab.cache.data.CachedData": {"lm_batch_tokens": "auto"},
 }
 """Beginning of a `_target_` → settings that it has got since, with the values that mean "as before"."""
 

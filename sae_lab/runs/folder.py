@@ -37,6 +37,8 @@ MAY_CHANGE = (
     "lm.device",
     "lm.device_map",
     "data.prefetch",
+    "data.lm_batch_rows",
+    "data.lm_batch_tokens",
     "trainer.accelerator",
     "trainer.capture",
     "trainer.products",

@@ -1,9 +1,10 @@
-"""The device, the precision, and a clock that waits for the device."""
+"""The device, copies to it, the precision, and a clock that waits for the device."""
 
 import time
 from typing import Annotated, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.errors import SettingError
@@ -25,6 +26,16 @@ def resolve_device(device: str, setting: str = "device") -> str:
     if device.startswith(("cuda", "gpu")) and not found:
         raise SettingError(f"{{{setting}}}={device} is not available, because torch finds no GPU: give auto or cpu.")
     return ("cuda" if found else "cpu") if device == "auto" else device
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device. The host does not wait for a GPU: a copy from the CPU comes from pinned memory.
+
+    From other memory, torch makes the host wait until everything that was launched before on the stream has run.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)  # torch frees pinned memory after the copy
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def synchronized_time(device: torch.device) -> float:

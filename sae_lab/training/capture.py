@@ -93,7 +93,9 @@ class CapturedStep(TrainingStep):
         self.seen: Counter[Hashable] = Counter()
         self.record = record or self.record_cuda
         self.device = next(step.sae.parameters()).device
-        self.stream = None if record else torch.cuda.Stream(self.device)
+        # Before kernels of the next block's forward passes (activations/interleave.py): the host waits for each step's
+        # plan, and for no forward pass.
+        self.stream = None if record else torch.cuda.Stream(self.device, priority=-1)
         self.pool = None if record else torch.cuda.graph_pool_handle()
 
     def __call__(self, x: Float[Tensor, "b s d"]) -> StepResult:

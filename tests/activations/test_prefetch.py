@@ -19,11 +19,12 @@ from sae_lab.runtime.threads import one_thread
 CPU = torch.device("cpu")
 
 
-def stream(n_chunks: int = 13, ahead: int = 3, block_rows: int = 20) -> ShuffledBlocks:
-    return ShuffledBlocks(PrefetchedSource(Counter(n_chunks), ahead, CPU), block_rows, 4, seed=3)
+def stream(n_chunks: int = 13, ahead: int = 0, block_rows: int = 20) -> ShuffledBlocks:
+    source = PrefetchedSource(Counter(n_chunks), ahead, CPU)
+    return ShuffledBlocks(source, block_rows, 4, 3, None, source.prepare)
 
 
-@pytest.mark.parametrize("ahead", [1, 3, 100])
+@pytest.mark.parametrize("ahead", [0, 1, 30, 1000])
 @pytest.mark.parametrize("block_rows", [4, 20, 1000])
 def test_no_row_changes(ahead, block_rows):
     assert numbers(stream(ahead=ahead, block_rows=block_rows)) == numbers(
@@ -76,14 +77,27 @@ class Recorder(Counter):
 
 
 def test_no_more_than_the_bound_is_read_ahead():
-    source = Recorder()
-    chunks = iter(PrefetchedSource(source, 4, CPU))
-    for taken in range(1, 30):
-        next(chunks)
+    source, taken = Recorder(), 0
+    chunks = iter(PrefetchedSource(source, 20, CPU))
+    for _ in range(30):
+        taken += len(next(chunks).rows)
         time.sleep(0.002)
-        assert source.drawn <= taken + 4
+        assert sum(source.SIZES[i % 5] for i in range(source.drawn - 1)) < taken + 20
     chunks.close()
     assert prefetching() == []
+
+
+def test_only_what_is_wanted_is_read():
+    source, seen = Recorder(), []
+    ahead = PrefetchedSource(source, 0, CPU)
+    chunks = iter(ahead)
+    for rows in (0, 8, 20, 0):
+        next(chunks)
+        ahead.prepare(0, rows)
+        time.sleep(0.02)
+        seen.append(source.drawn)
+    assert seen == [1, 3, 6, 6]  # rows of the chunks: 7, 0, 12, 3, 10, 7
+    chunks.close()
 
 
 def test_an_exception_arrives_as_itself_where_its_chunk_would_have():
