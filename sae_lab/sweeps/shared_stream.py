@@ -38,6 +38,7 @@ from sae_lab.training.run import (
     open_run,
     show_complete,
 )
+from sae_lab.training.trainer import training_device
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
         for job in jobs:
             record_failure(job.folder, e)
         return []
-    waiting, members, free = list(jobs), list[Member](), free_memory(data.lm.device)
+    free = free_memory(training_device(jobs[0].cfg.trainer.accelerator))
+    waiting, members = list(jobs), list[Member]()
     with ExitStack() as folders:
         while waiting and has_room(members, free, max_members):
             job = waiting.pop(0)

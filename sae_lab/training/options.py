@@ -54,6 +54,17 @@ def check_options(cfg: DictConfig) -> None:
     for key in ("batch_size", "n_tokens"):
         if cfg[key] % cfg.trainer.devices:
             raise SettingError(f"{key}={cfg[key]} must be a multiple of trainer.devices={cfg.trainer.devices}.")
+    check_lm_device(cfg)
+
+
+def check_lm_device(cfg: DictConfig) -> None:
+    """Raise a SettingError if several processes would put their language models on one GPU: nccl needs one each."""
+    device = cfg.lm.get("device")
+    if cfg.trainer.devices > 1 and ":" in str(device):
+        raise SettingError(
+            f"lm.device={device} would be that of every one of trainer.devices={cfg.trainer.devices} processes: "
+            "give lm.device=auto."
+        )
 
 
 def check_size(cfg: DictConfig) -> None:

@@ -121,6 +121,12 @@ def build_trainer(
     return trainer
 
 
+def training_device(accelerator: str) -> torch.device:
+    """Return the device of a run that trains in one process. The language model may be on another one."""
+    device = resolve_device(accelerator, "accelerator")
+    return torch.device("cuda", 0) if device in GPU else torch.device(device)
+
+
 def quiet_lightning() -> None:
     """Silence Lightning's tips and warnings about what is so on purpose. Its import sets its loggers to INFO."""
     warnings.filterwarnings("ignore", message=f".*({NOISE}).*")
