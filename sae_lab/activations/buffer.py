@@ -33,9 +33,16 @@ class Filling:
     """Block-fill timing for progress bars. Does not affect rows; not checkpointed."""
 
     def __init__(self) -> None:
-        self.rows, self.seconds = 0, 0.0
+        self.seconds = 0.0
+        self.seconds_per_row = 0.0
+        """Of the last filling: with prefetch, only the first one of a run takes as long as the harvest."""
         self.watch: Callable[[int, int], None] | None = None
         """Called while a block fills, with the number of rows so far and the number of rows of a full block."""
+
+    def add(self, rows: int, seconds: float) -> None:
+        """Record that a block of so many rows was filled."""
+        self.seconds += seconds
+        self.seconds_per_row = seconds / max(1, rows)
 
 
 class ShuffledBlocks:
@@ -143,8 +150,7 @@ class ShuffledBlocks:
             if self.filling.watch is not None:
                 self.filling.watch(filled, self.block_rows)
             raise_if_stopped()
-        self.filling.rows += filled
-        self.filling.seconds += time.perf_counter() - start
+        self.filling.add(filled, time.perf_counter() - start)
         if self._memory is None or filled == 0:
             raise StopIteration
         self._block = self._memory[:filled]

@@ -260,12 +260,16 @@ class ActivationData(L.LightningDataModule):
         """Digests of what determines the batches besides the config; they must be the same when a run resumes."""
         with self.lm_lock:
             text = self.text(TRAIN, repeat=False)
-            digest = text.documents.digest(thorough=False) or digest_of_rows(take_rows(text, self.digest_rows))
+            digest = text.documents.digest(thorough=False)
+            of_text = {"the text": digest} if digest else {"the first rows of the text": self._first_rows_digest(32)}
         return {
             "the language model's weights": weights_digest(self.lm.model),
             "the tokenizer": tokenizer_digest(self.lm.tokenizer),
-            "the text": digest,
+            **of_text,
         }
+
+    def _first_rows_digest(self, n: int) -> str:
+        return digest_of_rows(take_rows(self.text(TRAIN, repeat=False), n))
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict() | {"origin": self.source_digests}
@@ -274,5 +278,8 @@ class ActivationData(L.LightningDataModule):
         """Restore the stream; raise a UserError if the text, the tokenizer or the language model changed."""
         state = dict(state_dict)
         remedy = "restore what it began with, or start over with resume=never."
-        check_unchanged(state.pop("origin", {}), self.source_digests, remedy)
+        origin, here = state.pop("origin", {}), self.source_digests
+        if "the text" in origin and "the text" not in here:  # before lm_batch_tokens, by the rows of a pass
+            here = here | {"the text": self._first_rows_digest(self.digest_rows)}
+        check_unchanged(origin, here, remedy)
         self.stream.load_state_dict(state)

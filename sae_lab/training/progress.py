@@ -109,10 +109,10 @@ def seconds_left(rows: int, trained: int, elapsed: float, n_ready: int, filling:
         trained: rows trained on so far.
         elapsed: seconds that these took, including the filling of blocks.
         n_ready: rows that are left of the current block and need no filling.
-        filling: seconds and rows of filling so far.
+        filling: seconds of filling so far, and per row of the last block.
     """
     steps = max(0.0, elapsed - filling.seconds) / trained * rows
-    return steps + filling.seconds / max(1, filling.rows) * max(0, rows - n_ready)
+    return steps + filling.seconds_per_row * max(0, rows - n_ready)
 
 
 def progress_text(trainer: L.Trainer, rate: float) -> str:

@@ -21,8 +21,15 @@ def test_a_loop_without_a_terminal_says_now_and_then_how_far_it_is(monkeypatch, 
 def test_the_time_left_reckons_filling_and_training_apart():
     """Blocks of 1,000 rows, 10 s to fill one and 1 s to train on 100; after the first step 11 s have passed."""
     filling = Filling()
-    filling.rows, filling.seconds = 1000, 10.0
+    filling.add(1000, 10.0)
     assert seconds_left(900, 100, 11.0, 900, filling) == pytest.approx(9)
     assert seconds_left(2900, 100, 11.0, 900, filling) == pytest.approx(29 + 20)
-    filling.rows, filling.seconds = 2000, 20.0
+    filling.add(1000, 10.0)
     assert seconds_left(1900, 1100, 31.0, 900, filling) == pytest.approx(19 + 10)
+
+
+def test_the_time_left_expects_a_prefetched_block_to_take_as_long_as_the_last_one():
+    filling = Filling()
+    filling.add(1000, 10.0)
+    filling.add(1000, 1.0)
+    assert seconds_left(1900, 1100, 22.0, 900, filling) == pytest.approx(19 + 1)
