@@ -1,11 +1,17 @@
 """What tests share: SAEs built from conf/sae/*.yaml as `train` builds them, and data with a planted dictionary."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 
+if "SAE_LAB_CACHE" not in os.environ:  # token stores, shared by all tests, workers and processes of a session
+    os.environ["SAE_LAB_CACHE"] = tempfile.mkdtemp(prefix="sae_lab-tests-")
+    atexit.register(shutil.rmtree, os.environ["SAE_LAB_CACHE"], ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes started here: the workers share the cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub's library is imported; no test may depend on a network
 if not torch.cuda.is_available():

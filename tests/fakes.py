@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from sae_lab.activations.data import ActivationData
+from sae_lab.activations.from_text import from_documents
 from sae_lab.text.documents import Documents, IndexedDocuments, Window
 
 
@@ -59,7 +60,8 @@ class Numbers(Documents):
     def windows(self, epoch: int, place=None):
         first = 100 + 1000 * (self.split == "held_out")
         ids = [[first + 10 * i + j for j in range(1 + i % 7)] for i in range(self.n_documents)]
-        yield Window({"window": 0}, [" ".join(map(str, document)) for document in ids])
+        if place is None:
+            yield Window({"window": 0}, [" ".join(map(str, document)) for document in ids], {"window": 1})
 
 
 class Echo:
@@ -94,4 +96,4 @@ SETTINGS = {
 
 def data(**changes) -> ActivationData:
     documents = partial(Numbers, n_documents=changes.pop("n_documents", 12))
-    return ActivationData(Echo(), documents, **(SETTINGS | changes))
+    return from_documents(Echo(), documents, order="shuffled", **(SETTINGS | changes))

@@ -10,6 +10,7 @@ from conftest import SAE_NAMES, build
 from fakes import SETTINGS, Echo, Numbers
 
 from sae_lab.activations.data import ActivationData
+from sae_lab.activations.from_text import from_documents
 from sae_lab.evaluation.latents import (
     Activations,
     choose_latents,
@@ -33,7 +34,7 @@ class Waves(Echo):
 
 def read_text(name: str, latents: torch.Tensor) -> tuple[ActivationData, Activations, torch.Tensor]:
     """The data, what is gathered of 30 tokens, and, recomputed, each of the latents on each token."""
-    data = ActivationData(Waves(), Numbers, **SETTINGS)
+    data = from_documents(Waves(), Numbers, order="shuffled", **SETTINGS)
     sae = build(name, "sae.normalize=none", d_in=2, n_latents=16, n_sources=2).eval()
     found = gather_activations(sae, data, latents, n_tokens=30)
     x, keep = data.lm.activations(found.tokens).flatten(0, 1), data.keep_mask(found.tokens).flatten()

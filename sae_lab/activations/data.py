@@ -1,8 +1,7 @@
 """Text -> frozen language model -> shuffled batches of activations, as a LightningDataModule that can resume."""
 
-import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from threading import Lock
 from typing import Annotated, Any, Literal
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sae_lab.activations.buffer import ShuffledBlocks
-from sae_lab.activations.digests import check_unchanged, digest_of_rows, tokenizer_digest, weights_digest
+from sae_lab.activations.digests import check_unchanged, digest_of_rows, weights_digest
 from sae_lab.activations.interleave import InterleavedSource
 from sae_lab.activations.passes import PassTokens, rows_per_pass
 from sae_lab.activations.prefetch import PrefetchedSource
@@ -25,10 +24,10 @@ from sae_lab.parallel.collectives import rank, rank_share, world_size
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.runtime.memory import check_memory_of
-from sae_lab.text.documents import HELD_OUT, TRAIN, Documents
-from sae_lab.text.rows import TextRows, take_rows
-
-log = logging.getLogger(__name__)
+from sae_lab.text.documents import TRAIN
+from sae_lab.text.encoding import tokenizer_digest
+from sae_lab.text.rows import RowStream
+from sae_lab.text.text import Text, TextSource
 
 
 class Batches:
@@ -60,8 +59,7 @@ class ActivationData(L.LightningDataModule):
 
     Args:
         lm: the language model and its sites. It is never part of a checkpoint.
-        documents: `documents(split)` returns the documents of the split `train` or `held_out`.
-        seq_len: tokens per text row, BOS included.
+        text: rows of token ids of the splits `train` and `held_out`.
         batch_size: activations (tokens) per training batch.
         n_tokens: exact number of activations to train on; the last batch may be smaller.
         block_tokens: activations that are shuffled together, at most those of the run. A block takes
@@ -69,13 +67,12 @@ class ActivationData(L.LightningDataModule):
         lm_batch_rows: text rows per forward pass of the language model; None: as many as have lm_batch_tokens.
         exclude_bos: leave out every BOS token.
         exclude_first: leave out the first n positions of each row.
-        pack: join documents within a row; otherwise no row crosses documents, and rows that are not full are dropped.
         prefetch: compute the next block during training: on a GPU between the steps, on a CPU in a thread. Does not
             change any row. "auto" is true on a GPU.
         repeat: start a new pass over the text if it ends before n_tokens; otherwise the run ends there.
         n_eval_tokens: held-out tokens of the evaluation after training.
         n_val_tokens: held-out tokens of the validation during training.
-        seed: seed of the order of documents and of the shuffling.
+        seed: seed of the shuffling of activations.
         lm_batch_tokens: tokens per forward pass of the language model, rounded down to whole rows; "auto" is 4,096 on a
             CPU and 32,768 on a GPU, or fewer where these would take more than an eighth of its memory.
 
@@ -87,16 +84,14 @@ class ActivationData(L.LightningDataModule):
     def __init__(
         self,
         lm: LanguageModel,
-        documents: Callable[[str], Documents] | None,
+        text: TextSource,
         *,
-        seq_len: Annotated[int, Ge(2)],
         batch_size: Annotated[int, Ge(1)],
         n_tokens: Annotated[int, Ge(1)],
         block_tokens: Annotated[int, Ge(1)],
         lm_batch_rows: Annotated[int, Ge(1)] | None,
         exclude_bos: bool,
         exclude_first: Annotated[int, Ge(0)],
-        pack: bool,
         prefetch: bool | Literal["auto"],
         repeat: bool,
         n_eval_tokens: Annotated[int, Ge(1)],
@@ -105,6 +100,7 @@ class ActivationData(L.LightningDataModule):
         lm_batch_tokens: PassTokens = "auto",
     ):
         super().__init__()
+        seq_len = text.seq_len
         if lm.context is not None and seq_len > lm.context:
             raise SettingError(
                 f"{{seq_len}}={seq_len} is longer than the context of {lm.name}: give {lm.context} or less."
@@ -117,7 +113,7 @@ class ActivationData(L.LightningDataModule):
             raise SettingError(
                 f"{{exclude_first}}={exclude_first} leaves nothing of a row of {{seq_len}}={seq_len} tokens."
             )
-        self.lm, self.documents, self.seed, self.repeat, self.pack = lm, documents, seed, repeat, pack
+        self.lm, self.text, self.seed, self.repeat = lm, text, seed, repeat
         self.seq_len, self.batch_size, self.n_tokens = seq_len, batch_size, n_tokens
         # Activations after the run's last batch are never used, so a short run does not wait for a full block.
         self.block_tokens = min(block_tokens, math.ceil(n_tokens / batch_size) * batch_size)
@@ -127,7 +123,7 @@ class ActivationData(L.LightningDataModule):
         self.n_eval_tokens, self.n_val_tokens = n_eval_tokens, n_val_tokens
         self.prefetch = prefetch is True or (prefetch == "auto" and lm.device.type == "cuda")
         self._check_memory("{lm_batch_tokens} tokens" if lm_batch_rows is None else "{lm_batch_rows} rows")
-        self.lm_lock, self._described = Lock(), False
+        self.lm_lock = Lock()
         self.stream = self.new_stream(self.prefetch)
         self._validation: list[Tensor] | None = None
 
@@ -174,22 +170,14 @@ class ActivationData(L.LightningDataModule):
         """
         return kept_activations(self.lm, tokens, self.keep_mask(tokens))
 
-    def text(self, split: str, repeat: bool) -> TextRows:
-        """Return the text rows of a split, from the beginning."""
-        assert self.documents is not None
-        documents = self.documents(split)
-        if not self._described and (line := documents.describe()):
-            log.info("%s", line)
-        self._described = True
-        return TextRows(documents, self.lm.tokenizer, self.seq_len, self.lm.bos_id, repeat, self.pack)
-
-    def text_rows(self, n: int) -> Int[Tensor, "n t"]:
-        """Return the first n rows of the training text, or as many as one pass has."""
-        return take_rows(self.text(TRAIN, repeat=False), n)
+    def rows(self) -> RowStream:
+        """Return the rows of token ids of the training text, from the beginning."""
+        assert isinstance(self.text, Text)
+        return self.text.rows(TRAIN, self.repeat, self.n_tokens)
 
     def source(self) -> Source:
         """Return the training activations before shuffling, from the beginning."""
-        return LMSource(self.lm, self.text(TRAIN, self.repeat), self.keep_mask, self.lm_batch_rows, self.lm_lock)
+        return LMSource(self.lm, self.rows(), self.keep_mask, self.lm_batch_rows, self.lm_lock)
 
     def new_stream(self, prefetch: bool = False) -> ShuffledBlocks:
         """Return the stream of shuffled training batches, from the beginning."""
@@ -205,17 +193,13 @@ class ActivationData(L.LightningDataModule):
             return InterleavedSource(source, self.lm.device)
         return PrefetchedSource(source, 0, self.lm.device)
 
-    def held_out_text(self, n: int) -> Int[Tensor, "n t"]:
-        """Return the first n text rows of the held-out split, or as many as it has."""
-        return take_rows(self.text(HELD_OUT, repeat=False), n)
-
     def held_out_rows(self, n_tokens: int) -> Int[Tensor, "n t"]:
         """Return the first held-out text rows, n_tokens in all, but at least one row and at most one pass.
 
         They are shuffled, always in the same way, so that consecutive rows come from different documents.
         """
         with self.lm_lock:
-            rows = self.held_out_text(max(1, n_tokens // self.seq_len))
+            rows = self.text.held_out(max(1, n_tokens // self.seq_len))
         if len(rows) == 0:
             raise UserError(
                 f"the held-out text is shorter than one row of seq_len={self.seq_len} tokens: "
@@ -227,6 +211,11 @@ class ActivationData(L.LightningDataModule):
         """Return activations at n positions spread over one held-out text row, on which a saved SAE is verified."""
         x = self.kept_activations(self.held_out_rows(self.seq_len))
         return x[:: max(1, len(x) // n)][:n]
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and isinstance(self.text, Text):
+            with self.lm_lock:
+                self.text.prepare()  # here, because later the bar of the training is on the screen
 
     def train_dataloader(self) -> Batches:
         return Batches(self.stream, self.n_tokens)
@@ -258,9 +247,9 @@ class ActivationData(L.LightningDataModule):
     @cached_property
     def source_digests(self) -> dict[str, str]:
         """Digests of what determines the batches besides the config; they must be the same when a run resumes."""
+        assert isinstance(self.text, Text)
         with self.lm_lock:
-            text = self.text(TRAIN, repeat=False)
-            digest = text.documents.digest(thorough=False)
+            digest = self.text.identity()
             of_text = {"the text": digest} if digest else {"the first rows of the text": self._first_rows_digest(32)}
         return {
             "the language model's weights": weights_digest(self.lm.model),
@@ -269,7 +258,7 @@ class ActivationData(L.LightningDataModule):
         }
 
     def _first_rows_digest(self, n: int) -> str:
-        return digest_of_rows(take_rows(self.text(TRAIN, repeat=False), n))
+        return digest_of_rows(self.text.first_rows(n))
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict() | {"origin": self.source_digests}

@@ -1,8 +1,6 @@
 """Digests that identify the language model, tokenizer and text behind a cache or a checkpoint."""
 
-import json
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import xxhash
@@ -19,13 +17,6 @@ def weights_digest(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(as_bytes(tensor.detach().cpu().contiguous()))
     return digest.hexdigest()
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a digest of the full tokenizer; of its vocabulary only, if it has no Rust back end."""
-    rust = getattr(tokenizer, "backend_tokenizer", None)
-    text = rust.to_str() if rust is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def digest_of_rows(tokens: Int[Tensor, "r t"]) -> str:

@@ -1,8 +1,8 @@
 """Build ActivationData from text: the functions behind `data=stdlib`, `disassembly`, `text_files` and `hub`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
@@ -11,14 +11,40 @@ from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments
 from sae_lab.text.corpora import FileDocuments, Format, Globs
+from sae_lab.text.documents import Documents
+from sae_lab.text.encoding import Encoder
 from sae_lab.text.streams import HubDocuments
+from sae_lab.text.text import Text
+
+
+def from_documents(
+    lm: LanguageModel,
+    documents: Callable[[str], Documents],
+    *,
+    seq_len: int,
+    pack: bool,
+    order: Literal["shuffled", "as_read"],
+    window_tokens: int | None = None,
+    **stream: Any,
+) -> ActivationData:
+    """Return activations on documents, tokenized with the language model's tokenizer.
+
+    Args:
+        lm: the language model.
+        documents: `documents(split)` returns the documents of the split `train` or `held_out`.
+        seq_len, pack, order, window_tokens: how documents become rows of tokens; see Text.
+        stream: the other arguments of ActivationData.
+    """
+    encode = Encoder(lm.tokenizer)
+    text = Text(documents, encode, lm.bos_id, seq_len=seq_len, pack=pack, order=order, window_tokens=window_tokens)
+    return ActivationData(lm, text, **stream)
 
 
 @check_arguments
 def stdlib(lm: LanguageModel, seed: int, held_out_every: Annotated[int, Ge(2)], **stream: Any) -> ActivationData:
     """Return activations on the source of Python's standard library (`data=stdlib`)."""
     documents = partial(StdlibDocuments, seed=seed, held_out_every=held_out_every)
-    return ActivationData(lm, documents, seed=seed, **stream)
+    return from_documents(lm, documents, seed=seed, **stream)
 
 
 @check_arguments
@@ -27,7 +53,7 @@ def disassembly(
 ) -> ActivationData:
     """Return activations on bytecode listings of Python's standard library (`data=disassembly`)."""
     documents = partial(DisassembledStdlib, seed=seed, held_out_every=held_out_every, mixed=mixed)
-    return ActivationData(lm, documents, seed=seed, **stream)
+    return from_documents(lm, documents, seed=seed, **stream)
 
 
 @check_arguments
@@ -42,7 +68,7 @@ def text_files(
 ) -> ActivationData:
     """Return activations on local files or folders of `save_to_disk` (`data=text_files`)."""
     documents = partial(FileDocuments, paths, format=format, column=column, seed=seed, held_out_every=held_out_every)
-    return ActivationData(lm, documents, seed=seed, **stream)
+    return from_documents(lm, documents, seed=seed, **stream)
 
 
 @check_arguments
@@ -67,4 +93,4 @@ def hub(
         "held_out_every": held_out_every,
         "revision": revision,
     }
-    return ActivationData(lm, partial(HubDocuments, path, seed=seed, **options), seed=seed, **stream)
+    return from_documents(lm, partial(HubDocuments, path, seed=seed, **options), seed=seed, **stream)

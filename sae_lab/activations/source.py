@@ -15,7 +15,7 @@ from sae_lab.lm.base import LanguageModel
 from sae_lab.lm.packing import one_sequence_per_row
 from sae_lab.parallel.collectives import broadcast_from, rank, world_size
 from sae_lab.runtime.device import send
-from sae_lab.text.rows import TextRows, take_rows
+from sae_lab.text.rows import RowStream
 
 
 class Chunk(NamedTuple):
@@ -75,7 +75,7 @@ class LMSource:
     """
 
     def __init__(
-        self, lm: LanguageModel, rows: TextRows, keep: Callable[[Tensor], Tensor], lm_batch_rows: int, lock: Lock
+        self, lm: LanguageModel, rows: RowStream, keep: Callable[[Tensor], Tensor], lm_batch_rows: int, lock: Lock
     ):
         self.lm, self.rows, self.keep, self.lm_batch_rows, self.lock = lm, rows, keep, lm_batch_rows, lock
 
@@ -86,26 +86,28 @@ class LMSource:
         self.rows.load_state_dict(state)
 
     def __iter__(self) -> Generator[Chunk, None, None]:
-        for chunk, check in self.launch():
-            if check is not None:
-                check.wait()
-            yield chunk
+        with closing(self.launch()) as launched:
+            for chunk, check in launched:
+                if check is not None:
+                    check.wait()
+                yield chunk
 
     def launch(self) -> Generator[Launched, None, None]:
         """Yield the chunks as soon as a GPU has been told to compute them. Wait for the check before you use them."""
-        while texts := self._read(world_size()):
-            for i, (state, tokens) in enumerate(texts):
-                if i == rank() or len(texts) < world_size():  # at the end of the text, every process runs the rest
-                    with self.lock:
-                        check = launch_activations(self.lm, tokens, self.keep(tokens))
-                    yield Launched(Chunk(state, check.rows, tokens), check)
-                else:
-                    yield Launched(Chunk(state, self._other_rank_rows(tokens), tokens), None)
+        with closing(self.rows):
+            while texts := self._read(world_size()):
+                for i, (state, tokens) in enumerate(texts):
+                    if i == rank() or len(texts) < world_size():  # at the end of the text, every process runs the rest
+                        with self.lock:
+                            check = launch_activations(self.lm, tokens, self.keep(tokens))
+                        yield Launched(Chunk(state, check.rows, tokens), check)
+                    else:
+                        yield Launched(Chunk(state, self._other_rank_rows(tokens), tokens), None)
 
     def _read(self, n: int) -> list[tuple[dict[str, Any], Int[Tensor, "r t"]]]:
         """Return the state and the text rows of each of the next n chunks, or of as many as are left."""
         with self.lock:
-            texts = [(self.rows.state_dict(), take_rows(self.rows, self.lm_batch_rows)) for _ in range(n)]
+            texts = [(self.rows.state_dict(), self.rows.take(self.lm_batch_rows)) for _ in range(n)]
         return [(state, tokens) for state, tokens in texts if len(tokens)]
 
     def _other_rank_rows(self, tokens: Int[Tensor, "r t"]) -> Float[Tensor, "n s d"]:

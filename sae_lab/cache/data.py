@@ -1,9 +1,10 @@
 """`data=cached`: a LightningDataModule of batches from a cache."""
 
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Int
 from torch import Tensor
 
@@ -16,6 +17,31 @@ from sae_lab.cache.shards import check_same_key
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
+from sae_lab.text.text import TextSource
+
+
+class CachedText(TextSource):
+    """The text rows of a cache."""
+
+    def __init__(self, cache: Cache, seq_len: int):
+        self.cache, self.seq_len = cache, seq_len
+
+    def first_rows(self, n: int) -> Int[Tensor, "r t"]:
+        """Return the first n text rows that the cache was harvested from, or as many as it has."""
+        found, shards = [torch.empty(0, self.seq_len, dtype=torch.long)], iter(range(len(self.cache.manifest.shards)))
+        while sum(map(len, found)) < n and (number := next(shards, None)) is not None:
+            found.append(self.cache.shard(number).tokens.long())
+        return torch.cat(found)[:n]
+
+    def held_out(self, n: int) -> Int[Tensor, "r t"]:
+        """Return the first n held-out rows; raise a UserError if the cache has fewer, though the text had more."""
+        rows = self.cache.held_out()
+        if n > len(rows) and not self.cache.manifest.held_out_whole:
+            raise UserError(
+                f"{self.cache.store.url} holds only {rows.numel()} held-out tokens: lower data.n_eval_tokens and "
+                "data.n_val_tokens, or harvest into another cache_dir with a larger data.n_eval_tokens."
+            )
+        return rows[:n]
 
 
 class CachedData(ActivationData):
@@ -39,11 +65,11 @@ class CachedData(ActivationData):
     TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
     @check_arguments
-    def __init__(self, lm: LanguageModel, path: str, **stream: Any):
+    def __init__(self, lm: LanguageModel, path: str, *, seq_len: Annotated[int, Ge(2)], pack: bool, **stream: Any):
         self.cache = Cache(path)
-        super().__init__(lm, documents=None, **stream)
-        here = lm_key(lm) | {"seq_len": self.seq_len}
-        here |= {f"data.{name}": getattr(self, name) for name in ("exclude_bos", "exclude_first", "pack")}
+        super().__init__(lm, CachedText(self.cache, seq_len), **stream)
+        here = lm_key(lm) | {"seq_len": seq_len, "data.pack": pack}
+        here |= {f"data.{name}": getattr(self, name) for name in ("exclude_bos", "exclude_first")}
         check_same_key(
             self.cache.store,
             self.cache.manifest,
@@ -51,7 +77,7 @@ class CachedData(ActivationData):
             "use the settings of the cache, or harvest into another cache_dir.",
         )
         self._compare_first_rows()
-        self.held_out_text(max(self.n_eval_tokens, self.n_val_tokens) // self.seq_len)  # fails before training starts
+        self.text.held_out(max(self.n_eval_tokens, self.n_val_tokens) // self.seq_len)  # fails before training starts
 
     def _compare_first_rows(self) -> None:
         """Compute the cache's first rows again and compare: this finds differences that the key does not cover."""
@@ -79,22 +105,6 @@ class CachedData(ActivationData):
     def source_digests(self) -> dict[str, str]:
         return {}  # the state of CachedSource names the cache, whose key already includes model, tokenizer and text
 
-    def text_rows(self, n: int) -> Int[Tensor, "n t"]:
-        """Return the first n text rows that the cache was harvested from, or as many as it has."""
-        found, shards = [torch.empty(0, self.seq_len, dtype=torch.long)], iter(range(len(self.cache.manifest.shards)))
-        while sum(map(len, found)) < n and (number := next(shards, None)) is not None:
-            found.append(self.cache.shard(number).tokens.long())
-        return torch.cat(found)[:n]
-
     def source(self) -> Source:
         chunk_rows = self.lm_batch_rows * self.seq_len
         return CachedSource(self.cache, chunk_rows, self.seed, self.repeat, self.lm.device)
-
-    def held_out_text(self, n: int) -> Int[Tensor, "n t"]:
-        rows = self.cache.held_out()
-        if n > len(rows) and not self.cache.manifest.held_out_whole:
-            raise UserError(
-                f"{self.cache.store.url} holds only {rows.numel()} held-out tokens: lower data.n_eval_tokens and "
-                "data.n_val_tokens, or harvest into another cache_dir with a larger data.n_eval_tokens."
-            )
-        return rows[:n]

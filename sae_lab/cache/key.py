@@ -1,17 +1,15 @@
 """The key of a cache: every setting that determines its activations. A cache is used only if its key matches."""
 
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 from sae_lab.activations.data import ActivationData
-from sae_lab.activations.digests import digest_of_rows, tokenizer_digest, weights_digest
+from sae_lab.activations.digests import digest_of_rows, weights_digest
 from sae_lab.cache.shards import FORMAT
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import UserError
-from sae_lab.text.documents import TRAIN, Documents
-from sae_lab.text.rows import take_rows
+from sae_lab.text.documents import TRAIN, describe_documents
+from sae_lab.text.encoding import tokenizer_digest
+from sae_lab.text.text import Text
 
 
 def lm_key(lm: LanguageModel) -> dict[str, Any]:
@@ -35,24 +33,24 @@ def data_key(data: ActivationData) -> dict[str, Any]:
     Raises:
         UserError: the data are not text.
     """
-    if data.documents is None:
+    text = data.text
+    if not isinstance(text, Text):
         raise UserError("a cache can only be harvested from text: choose another data=..., such as data=stdlib.")
-    text = data.text(TRAIN, repeat=False)
     return {
-        "seq_len": data.seq_len,
+        "seq_len": text.seq_len,
         "data.exclude_bos": data.exclude_bos,
         "data.exclude_first": data.exclude_first,
-        "data.pack": data.pack,
+        "data.pack": text.pack,
         "data.repeat": data.repeat,
-        **{f"data.{name}": value for name, value in describe_documents(data.documents).items()},
-        "data.digest": text.documents.digest(),
-        "data.first_rows": digest_of_rows(take_rows(text, data.digest_rows)),
+        **order_key(text),
+        **{f"data.{name}": value for name, value in describe_documents(text.documents).items()},
+        "data.digest": text.documents(TRAIN).digest(),
+        "data.first_rows": digest_of_rows(text.first_rows(data.digest_rows)),
     }
 
 
-def describe_documents(documents: Callable[[str], Documents]) -> dict[str, Any]:
-    """Return the class and the arguments of a `functools.partial`, as plain values."""
-    if not isinstance(documents, functools.partial):
-        return {"documents": getattr(documents, "__qualname__", repr(documents))}
-    arguments = inspect.signature(documents.func).bind_partial(*documents.args, **documents.keywords).arguments
-    return {"documents": documents.func.__name__} | arguments
+def order_key(text: Text) -> dict[str, Any]:
+    """Return what decides the order of the text rows; nothing for the only order that older caches have."""
+    if text.order == "as_read":
+        return {}
+    return {"data.order": text.order, "data.window_tokens": text.window_tokens}

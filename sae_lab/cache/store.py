@@ -1,27 +1,22 @@
 """A folder of atomically written files, on this machine or at any URL that fsspec supports."""
 
 import errno
-import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import fsspec
 import xxhash
-from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
 from sae_lab.runtime.errors import UserError
-from sae_lab.runtime.files import write_atomically
-
-log = logging.getLogger(__name__)
-
-COPIES = Path("~/.cache/sae_lab").expanduser()  # copies of remote files, which only then can be memory-mapped
+from sae_lab.runtime.files import locked, write_atomically
+from sae_lab.runtime.user_cache import user_cache
 
 
 class Store:
-    """The folder at `url`. Local files are used in place; remote files are copied to `COPIES` first.
+    """The folder at `url`. Local files are used in place; remote files are copied to `user_cache()` first.
 
     Raises:
         UserError: the URL's protocol is unknown or needs a package that is not installed; a write fails.
@@ -61,7 +56,7 @@ class Store:
         path = self.path(name)
         if self.folder is not None:
             return Path(path)
-        options = {"cache_storage": str(COPIES), "check_files": True}
+        options = {"cache_storage": str(user_cache()), "check_files": True}
         return Path(fsspec.open_local(f"filecache::{self.url}/{name}", filecache=options))
 
     def write(self, name: str, content: bytes) -> None:
@@ -84,19 +79,11 @@ class Store:
 
         The lock of a remote folder only excludes other processes on this machine.
         """
-        with self._explain_errors():
-            file = self._lock_file()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(file)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                log.info("Another process is writing to %s: waiting for it.", self.url)
-                lock.acquire()
-        try:
+        with ExitStack() as stack:
+            with self._explain_errors():
+                waiting = f"Another process is writing to {self.url}: waiting for it."
+                stack.enter_context(locked(self._lock_file(), waiting))
             yield
-        finally:
-            lock.release()
 
     def _lock_file(self) -> Path:
         if self.folder is not None:

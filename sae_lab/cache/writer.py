@@ -29,8 +29,6 @@ from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.memory import check_memory_of
 from sae_lab.runtime.screen import TokenProgress
 from sae_lab.runtime.signals import deferred_signals, raise_if_stopped
-from sae_lab.text.documents import HELD_OUT, TRAIN
-from sae_lab.text.rows import take_rows
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +134,7 @@ class CacheWriter:
     def _write_held_out(self) -> tuple[bool, str]:
         """Write the held-out text; return whether that is all there is, and the file's checksum."""
         wanted = max(1, self.data.n_eval_tokens // self.data.seq_len)
-        held_out = take_rows(self.data.text(HELD_OUT, repeat=False), wanted)
+        held_out = self.data.text.held_out(wanted)
         return len(held_out) < wanted, write_held_out(self.store, held_out)
 
     def _free(self) -> str:
@@ -171,11 +169,12 @@ class CacheWriter:
 
     def _text_state(self, manifest: Manifest) -> dict[str, Any]:
         """Return the state of the text rows after the last shard."""
-        rows = self.data.text(TRAIN, self.data.repeat)
+        rows = self.data.rows()
         if manifest.shards:
             last = manifest.shards[-1]
             rows.load_state_dict(last.begin)
-            take_rows(rows, last.text_rows)
+            rows.take(last.text_rows)
+        rows.close()
         return rows.state_dict()
 
     def write_shard(self, file: str, chunks: list[Chunk], limit: int) -> Shard:

@@ -75,7 +75,7 @@ def describe_latents(
 @torch.no_grad()
 def gather_activations(sae: BaseSAE, data: ActivationData, latents: Int[Tensor, " c"], n_tokens: int) -> Activations:
     """Gather all activations of `latents` on the first n_tokens of the training text, under the deployed rule."""
-    rows = data.text_rows(max(1, n_tokens // data.seq_len))
+    rows = data.text.first_rows(max(1, n_tokens // data.seq_len))
     place = torch.full((sae.n_latents,), -1)
     place[latents] = torch.arange(len(latents))
     parts, n_positions = [], 0

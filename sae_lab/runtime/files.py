@@ -1,16 +1,21 @@
 """Atomic file writes, small files that are read with a limit, and digests of files."""
 
 import json
+import logging
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
+from filelock import FileLock, Timeout
 
 from sae_lab.runtime.os_errors import naming
+from sae_lab.runtime.signals import raise_if_stopped
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -29,6 +34,29 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(file: Path, waiting: str) -> Iterator[None]:
+    """Hold a lock file; if another process holds it, log the sentence `waiting`, and wait.
+
+    Raises:
+        SafeStop: a signal arrived while waiting.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s", waiting)
+        while not lock.is_locked:
+            raise_if_stopped()
+            with suppress(Timeout):
+                lock.acquire(timeout=1)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -56,13 +56,18 @@ class TokenProgress:
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
 
+    def expect(self, total: int) -> None:
+        """Replace the total, of which there is only an estimate."""
+        self.total = total
+        self._bar.update(self._task, total=total)
+
     def advance(self, n: int) -> None:
         """Count n more tokens."""
         self.done = min(self.total, self.done + n)
         now = time.perf_counter()
         rate = (self.done - self._first) / (now - self._start)
         self._bar.update(self._task, completed=self.done, rate=rate)
-        if not console.is_terminal and now - self._last_print > self.seconds:
+        if not console.is_terminal and rate and now - self._last_print > self.seconds:
             self._last_print = now
             left = format_duration((self.total - self.done) / rate)
             counts = f"{self.done:,}/{self.total:,} tokens"

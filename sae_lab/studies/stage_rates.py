@@ -60,7 +60,7 @@ def build_stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str
     block_rows = data.stream.block_rows
     n_batches = -(-cfg.slice_tokens // block_rows) * block_rows // data.batch_size
     n_passes = -(-cfg.slice_tokens // (data.lm_batch_rows * data.seq_len))
-    tokens = data.text_rows(data.lm_batch_rows)
+    tokens = data.text.first_rows(data.lm_batch_rows)
     harvest = iter(data.source())
     writer = CacheWriter(data, folder, cfg.slice_tokens, cfg.slice_tokens)
     shard = next(gather_chunks(data.source(), cfg.slice_tokens, cfg.slice_tokens, writer.dtype, lambda n: None))

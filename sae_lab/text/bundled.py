@@ -9,7 +9,7 @@ import zlib
 from functools import cache
 from pathlib import Path
 
-from sae_lab.text.documents import HELD_OUT, TRAIN, IndexedDocuments, digest_of
+from sae_lab.text.documents import HELD_OUT, TRAIN, IndexedDocuments, digest_of, stamp_of
 
 
 def is_held_out(name: str, every: int) -> bool:
@@ -41,6 +41,9 @@ class StdlibDocuments(IndexedDocuments):
 
     def digest(self, thorough: bool = True) -> str:
         return digest_of(self.paths, thorough)
+
+    def fingerprint(self) -> str:
+        return stamp_of(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)

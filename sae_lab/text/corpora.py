@@ -9,7 +9,7 @@ from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.hub import hub_errors
 from sae_lab.text.columns import SAMPLE, Column, choose_columns, described, text_of
-from sae_lab.text.documents import HELD_OUT, TRAIN, IndexedDocuments, digest_of
+from sae_lab.text.documents import HELD_OUT, TRAIN, IndexedDocuments, digest_of, stamp_of
 from sae_lab.text.files import Found, find_files
 from sae_lab.text.readers import clean, plain_rows, sample_of
 from sae_lab.text.saved import joined, load_saved, saved_folders
@@ -76,6 +76,9 @@ class FileDocuments(IndexedDocuments):
 
     def digest(self, thorough: bool = True) -> str:
         return digest_of(self.files, thorough)
+
+    def fingerprint(self) -> str:
+        return stamp_of(self.files)
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -1,13 +1,17 @@
 """The contract of a text source: passes over documents, each shuffled differently, that can start at any place."""
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import SEEK_END
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import xxhash
+
+from sae_lab.runtime.files import digest_of_json
 
 TRAIN, HELD_OUT = "train", "held_out"
 WINDOW = 2**23  # characters that are read together and shuffled
@@ -18,10 +22,14 @@ Place = dict[str, Any]  # where a window begins; plain values, because a checkpo
 
 
 class Window(NamedTuple):
-    """Consecutive documents of a pass, and the place where they begin; place["window"] is the window's number."""
+    """Consecutive documents of a pass, the place where they begin, and the place where the next window begins.
+
+    place["window"] is the window's number.
+    """
 
     place: Place
     texts: list[str]
+    after: Place
 
 
 class Piece(NamedTuple):
@@ -30,6 +38,22 @@ class Piece(NamedTuple):
     place: Place
     n: int
     text: str
+
+
+class DocumentPiece(NamedTuple):
+    """Piece number `piece` of document number `document`, in the order of the documents."""
+
+    document: int
+    piece: int
+    text: str
+
+
+class HasText(Protocol):
+    @property
+    def text(self) -> str: ...
+
+
+AnyPiece = TypeVar("AnyPiece", bound=HasText)
 
 
 class Documents(ABC):
@@ -62,7 +86,7 @@ class Documents(ABC):
     def pieces(self, epoch: int, place: Place | None = None, first: int = 0) -> Iterator[Piece]:
         """Yield the pieces of pass `epoch`, starting with number `first` of the window at `place`."""
         for window in self.windows(epoch, place):
-            texts = [text[i : i + PIECE] for text in window.texts for i in range(0, len(text), PIECE)]
+            texts = [piece for text in window.texts for piece in cut(text)]
             order = permutation(len(texts), self.seed, epoch, window.place["window"])
             for n in range(first, len(order)):
                 yield Piece(window.place, n, texts[order[n]])
@@ -82,8 +106,19 @@ class IndexedDocuments(Documents):
         order = permutation(len(self), self.seed, epoch)
         place = place or {"window": 0, "first": 0}
         while texts := take_window(self[i] for i in order[place["first"] :]):
-            yield Window(place, texts)
-            place = {"window": place["window"] + 1, "first": place["first"] + len(texts)}
+            after = {"window": place["window"] + 1, "first": place["first"] + len(texts)}
+            yield Window(place, texts, after)
+            place = after
+
+    def fingerprint(self) -> str:
+        """Return a digest that changes when the text changes, fast enough for the start of every run.
+
+        Reads all documents, unless a subclass knows something faster (`stamp_of` its files).
+        """
+        digest = xxhash.xxh3_128()
+        for i in range(len(self)):
+            digest.update(self[i].encode("utf-8", "surrogatepass") + b"\xff")
+        return digest.hexdigest()
 
 
 def digest_of(files: Iterable[Path], thorough: bool = True) -> str:
@@ -104,6 +139,53 @@ def digest_of(files: Iterable[Path], thorough: bool = True) -> str:
                 digest.update(f.read())
         digest.update(b"\0")
     return digest.hexdigest()
+
+
+def stamp_of(files: Sequence[Path]) -> str:
+    """Return a digest of the files' sizes, times of change and, quickly, contents (`digest_of`)."""
+    stats = [file.stat() for file in files]
+    return digest_of_json([digest_of(files, thorough=False), [(s.st_size, s.st_mtime_ns) for s in stats]])
+
+
+def describe_documents(documents: Callable[[str], Documents]) -> dict[str, Any]:
+    """Return the class and the arguments of a `functools.partial`, as plain values."""
+    if not isinstance(documents, functools.partial):
+        return {"documents": getattr(documents, "__qualname__", repr(documents))}
+    arguments = inspect.signature(documents.func).bind_partial(*documents.args, **documents.keywords).arguments
+    return {"documents": documents.func.__name__} | arguments
+
+
+def cut(text: str, first: int = 0) -> list[str]:
+    """Cut a document into pieces of at most PIECE characters, beginning with piece number `first`."""
+    return [text[i : i + PIECE] for i in range(first * PIECE, len(text), PIECE)]
+
+
+def cut_documents(texts: Iterable[str], document: int = 0, piece: int = 0) -> Iterator[DocumentPiece]:
+    """Yield the pieces of consecutive documents. An empty document is one empty piece.
+
+    Args:
+        texts: the documents.
+        document: number of the first one.
+        piece: number of its first piece.
+    """
+    for i, text in enumerate(texts, document):
+        for n, part in enumerate(cut(text, piece) or [""], piece):
+            yield DocumentPiece(i, n, part)
+        piece = 0
+
+
+def take_batches(pieces: Iterable[AnyPiece], characters: int) -> Iterator[list[AnyPiece]]:
+    """Group consecutive pieces into lists of about so many characters."""
+    batch: list[AnyPiece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text) + 64  # that many empty pieces take memory, too
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def take_window(texts: Iterator[str]) -> list[str]:

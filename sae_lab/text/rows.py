@@ -1,32 +1,65 @@
-"""Tokenize documents into packed rows of token ids: a stream that can stop and continue at any row."""
+"""Rows of token ids as a stream that can stop and continue at any row; and that in the order of the documents."""
 
 import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from sae_lab.runtime.errors import UserError
-from sae_lab.text.documents import Documents, Piece
+from sae_lab.text.documents import Documents, Piece, take_batches
+from sae_lab.text.encoding import Encode
 
 log = logging.getLogger(__name__)
 
+AHEAD = 2**18  # characters that are tokenized together
+
+
+class RowStream(Protocol):
+    """Rows of token ids, `seq_len` each, in an order that is a function of (text, seed).
+
+    After the last row the stream starts a new pass in a new order and logs a warning; without `repeat` it ends. The
+    state is the position of the next row, in plain values. A stream that loads it continues exactly there.
+    """
+
+    def take(self, n: int) -> Int[Tensor, "r t"]:
+        """Return the next n rows, or as many as are left."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None:
+        """Free memory and processes. The position is kept: `take` can continue."""
+        ...
+
+
+def raise_no_rows(seq_len: int, pack: bool, any_tokens: bool = False) -> None:
+    """Raise the UserError about a text that fills no row in a whole pass."""
+    if pack and not any_tokens:
+        raise UserError("the data hold no text: check data.paths, or data.path and data.hub_split.")
+    if pack:
+        raise UserError(f"the text is shorter than one row of seq_len={seq_len} tokens: give more text.")
+    raise UserError(f"no document fills a row of seq_len={seq_len}: lower seq_len, or set data.pack=true.")
+
+
+def warn_of_new_pass(epoch: int) -> None:
+    log.warning("End of the text: starting pass %d over it, in a new order.", epoch + 1)
+
 
 class TextRows:
-    """Iterator over rows of `seq_len` token ids: BOS, then tokens of the documents. No padding.
+    """A RowStream in the order in which pieces of documents are read (`data.order=as_read`), packed row by row.
 
         doc 1: a b c d e   doc 2: f g h   seq_len 4
         pack=True    [BOS a b c] [BOS d e BOS] [BOS f g h]     documents are joined by BOS; no token is lost
         pack=False   [BOS a b c] [BOS f g h]                   no row crosses documents; unfilled rows are dropped
 
-    If a document begins at the start of a row, the row has one BOS, not two. Documents without tokens are skipped.
-    The tokenizer adds no special tokens, and text that looks like a special token is tokenized as plain text.
-
-    After the last document the stream starts a new pass in a new order and logs a warning. With `repeat=False` it
-    ends, and the last row is dropped if it is not full. `state_dict()` is the position of the next row; a stream that
-    loads it continues exactly there.
+    If a document begins at the start of a row, the row has one BOS, not two. Documents without tokens are skipped. Each
+    piece of a long document counts as a document. With `repeat=False` the last row is dropped if it is not full.
 
     Raises:
         UserError: `seq_len` leaves no room for text, the documents hold no text, or with `pack=False` no document fills
@@ -36,20 +69,26 @@ class TextRows:
     START: dict[str, Any] = {"epoch": 0, "window": None, "piece": 0, "token": 0}
 
     def __init__(
-        self, documents: Documents, tokenizer: Any, seq_len: int, bos_id: int, repeat: bool = True, pack: bool = True
+        self, documents: Documents, encode: Encode, seq_len: int, bos_id: int, repeat: bool = True, pack: bool = True
     ):
         if seq_len < 2:
             raise UserError(f"seq_len={seq_len} leaves no room for text after BOS: it must be 2 or more.")
-        self.documents, self.tokenizer, self.seq_len, self.bos_id = documents, tokenizer, seq_len, bos_id
+        self.documents, self.encode, self.seq_len, self.bos_id = documents, encode, seq_len, bos_id
         self.repeat, self.pack = repeat, pack
         self.load_state_dict(self.START)
+
+    def take(self, n: int) -> Int[Tensor, "r t"]:
+        return torch.tensor(list(islice(self, n)), dtype=torch.long).view(-1, self.seq_len)
+
+    def close(self) -> None:
+        pass
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "window": self.window, "piece": self.piece, "token": self.token}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.window, self.piece, self.token = (state[key] for key in self.START)
-        self._pieces: Iterator[Piece] | None = None
+        self._pieces: Iterator[tuple[Piece, list[int]]] | None = None
         self._ids: list[int] | None = None
         self._useful = state != self.START  # whether this pass has contributed to a row so far
 
@@ -75,31 +114,29 @@ class TextRows:
     def _piece(self) -> list[int]:
         """Return BOS and the token ids of the current piece; start the next pass if this one has ended."""
         if self._pieces is None:
-            self._pieces = self.documents.pieces(self.epoch, self.window, self.piece)
+            self._pieces = self._encoded(self.documents.pieces(self.epoch, self.window, self.piece))
         while self._ids is None:
-            piece = next(self._pieces, None)
+            piece, ids = next(self._pieces, (None, []))
             if piece is None:
                 self._next_pass()
                 continue
             self.window, self.piece = piece.place, piece.n
-            ids = self.tokenizer(piece.text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-            if ids["input_ids"]:
-                self._ids = [self.bos_id, *ids["input_ids"]]
+            if ids:
+                self._ids = [self.bos_id, *ids]
         return self._ids
+
+    def _encoded(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, list[int]]]:
+        """Yield the pieces with their token ids; several are tokenized together."""
+        for batch in take_batches(pieces, AHEAD):
+            ids = self.encode([piece.text for piece in batch])
+            yield from zip(batch, (own.tolist() for own in ids), strict=True)
 
     def _next_pass(self) -> None:
         if not self._useful:
-            if self.pack:
-                raise UserError("the data hold no text: check data.paths, or data.path and data.hub_split.")
-            raise UserError(f"no document fills a row of seq_len={self.seq_len}: lower seq_len, or set data.pack=true.")
+            raise_no_rows(self.seq_len, self.pack)
         if not self.repeat:
             raise StopIteration
-        log.warning("End of the text: starting pass %d over it, in a new order.", self.epoch + 2)
+        warn_of_new_pass(self.epoch + 1)
         self.load_state_dict(self.START | {"epoch": self.epoch + 1})
         self._useful = False
-        self._pieces = self.documents.pieces(self.epoch)
-
-
-def take_rows(rows: Iterator[list[int]], n: int) -> Int[Tensor, "n t"]:
-    """Return the next n rows, or as many as are left."""
-    return torch.tensor([row for _, row in zip(range(n), rows, strict=False)], dtype=torch.long)
+        self._pieces = self._encoded(self.documents.pieces(self.epoch))

@@ -87,8 +87,9 @@ class HubDocuments(Documents):
             texts, window = self._window(place["rows"], texts)
             if not window:
                 break
-            yield Window(place, window)
-            place = {"window": place["window"] + 1, "rows": self.rows.state_dict()}
+            after = {"window": place["window"] + 1, "rows": self.rows.state_dict()}
+            yield Window(place, window, after)
+            place = after
         if place["window"] == 0 and self.split == TRAIN:
             self._explain_nothing()
 

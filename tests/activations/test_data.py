@@ -8,9 +8,9 @@ import torch
 from fakes import SETTINGS, Echo, data
 
 from sae_lab.activations.data import ActivationData
+from sae_lab.activations.from_text import from_documents
 from sae_lab.runtime.errors import UserError
 from sae_lab.text.corpora import FileDocuments
-from sae_lab.text.rows import take_rows
 
 
 class WordIds:
@@ -28,7 +28,7 @@ def ids(batches) -> list[int]:
 
 
 def rows_of(d: ActivationData) -> torch.Tensor:
-    return take_rows(d.text("train", repeat=False), 1000)
+    return d.text.rows("train", repeat=False).take(1000)
 
 
 def test_one_pass_gives_every_position_once():
@@ -142,7 +142,7 @@ def test_a_stream_does_not_go_on_with_other_text_or_through_another_model(tmp_pa
     """Nor by a change behind the first rows; from a checkpoint that names no origin it does."""
 
     def of_files() -> ActivationData:
-        return ActivationData(Echo(), partial(FileDocuments, str(tmp_path / "*.txt")), **SETTINGS)
+        return from_documents(Echo(), partial(FileDocuments, str(tmp_path / "*.txt")), order="shuffled", **SETTINGS)
 
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text("1 2 3 4 " * 50)

@@ -16,6 +16,7 @@ import torch
 from fakes import Follow, UniqueWords
 
 from sae_lab.activations.data import ActivationData
+from sae_lab.activations.from_text import from_documents
 from sae_lab.cache import store
 from sae_lab.cache.data import CachedData
 from sae_lab.cache.key import data_key
@@ -24,7 +25,6 @@ from sae_lab.cache.shards import PIECE
 from sae_lab.cache.writer import CacheWriter
 from sae_lab.runtime.errors import UserError
 from sae_lab.text.corpora import FileDocuments
-from sae_lab.text.rows import take_rows
 
 CPU = torch.device("cpu")
 SETTINGS = {
@@ -46,7 +46,9 @@ N = 600  # rows of the caches below, in shards of about 200
 
 
 def text(lm=None, n_documents: int = 90, **changes) -> ActivationData:
-    return ActivationData(lm or Follow(), partial(UniqueWords, n_documents=n_documents), **(SETTINGS | changes))
+    return from_documents(
+        lm or Follow(), partial(UniqueWords, n_documents=n_documents), order="shuffled", **(SETTINGS | changes)
+    )
 
 
 def harvester(path, n_tokens: int = N, dtype: str = "auto", **changes) -> CacheWriter:
@@ -81,13 +83,13 @@ def test_a_cache_holds_the_streams_rows_in_order_exactly_as_many_as_asked_for(wh
     assert [shard.rows >= 200 for shard in cache.manifest.shards] == [True, True, False]
     tokens = torch.cat([cache.shard(i).tokens for i in range(3)])
     assert torch.equal(tokens.flatten()[tokens.flatten() != 0][:N].float(), rows[:, 0, 0])
-    assert torch.equal(cache.held_out().int(), take_rows(text().text("held_out", False), 20).int())
+    assert torch.equal(cache.held_out().int(), text().text.rows("held_out", repeat=False).take(20).int())
 
 
 @pytest.mark.parametrize("n", [1, 12, 10**6])
 def test_a_cache_gives_the_text_that_it_was_harvested_from(whole, n):
     """For feature pages; of a pass through it, only so much as was harvested."""
-    there, here = cached(whole).text_rows(n), text().text_rows(n)
+    there, here = cached(whole).text.first_rows(n), text().text.first_rows(n)
     assert torch.equal(there, here[: len(there)])
     assert len(there) == min(n, sum(shard.text_rows for shard in Cache(str(whole)).manifest.shards))
 
@@ -115,7 +117,7 @@ def test_text_that_ends_ends_the_cache(tmp_path, caplog):
 
 
 def test_a_remote_cache_is_the_same(whole, monkeypatch, tmp_path):
-    monkeypatch.setattr(store, "COPIES", tmp_path / "copies")
+    monkeypatch.setenv("SAE_LAB_CACHE", str(tmp_path / "copies"))
     harvester("memory://there/cache").build()
     there = fsspec.filesystem("memory")
     assert {Path(p).name: there.cat_file(p) for p in there.ls("/there/cache", detail=False)} == files(whole)
@@ -214,7 +216,7 @@ def test_a_harvest_of_other_settings_is_refused_and_leaves_the_cache(whole, chan
     before = files(whole)
     if "seed" in changes:
         other = harvester(whole)
-        other.data.documents = partial(UniqueWords, n_documents=90, seed=1)
+        other.data.text.documents = partial(UniqueWords, n_documents=90, seed=1)
         other.key |= data_key(other.data)
         key = r"data\.first_rows is .* data\.seed is None in the cache and 1 here"
     else:
@@ -362,7 +364,7 @@ def test_text_that_changed_behind_its_first_rows_is_refused(tmp_path):
 
     def of_files() -> CacheWriter:
         result = harvester(tmp_path / "cache")
-        result.data.documents = partial(FileDocuments, [str(corpus / "*.txt")])
+        result.data.text.documents = partial(FileDocuments, [str(corpus / "*.txt")])
         result.key |= data_key(result.data)
         return result
 

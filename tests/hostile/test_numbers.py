@@ -15,6 +15,7 @@ from fakes import SETTINGS, Numbers, WordIds
 from sae_lab import plots
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.finite import check_finite
+from sae_lab.activations.from_text import from_documents
 from sae_lab.cache.reader import Cache, CachedSource
 from sae_lab.cache.writer import CacheWriter
 from sae_lab.evaluation.calibration import calibrate
@@ -111,7 +112,7 @@ REFUSED = {
 
 def bad_data(change, d: int = 8, **changes) -> ActivationData:
     settings = SETTINGS | {"n_tokens": 24, "n_val_tokens": 6} | changes
-    return ActivationData(BadLM(change, d), partial(Numbers, n_documents=12), **settings)
+    return from_documents(BadLM(change, d), partial(Numbers, n_documents=12), order="shuffled", **settings)
 
 
 composed = cache(compose)

@@ -10,7 +10,8 @@ from sae_lab.lm import TransformersLM
 from sae_lab.lm.loading import TINY, find_folder
 from sae_lab.text.bundled import StdlibDocuments
 from sae_lab.text.documents import HELD_OUT
-from sae_lab.text.rows import TextRows, take_rows
+from sae_lab.text.encoding import Encoder
+from sae_lab.text.rows import TextRows
 
 SITE = "transformer.h.2"  # the default of conf/lm/tiny.yaml
 
@@ -23,7 +24,7 @@ def lm():
 @pytest.fixture(scope="module")
 def rows(lm):
     """Held-out text, mixed: its first rows come from all over the split."""
-    return take_rows(TextRows(StdlibDocuments(HELD_OUT), lm.tokenizer, 128, lm.bos_id), 64)
+    return TextRows(StdlibDocuments(HELD_OUT), Encoder(lm.tokenizer), 128, lm.bos_id).take(64)
 
 
 @pytest.fixture(scope="module")

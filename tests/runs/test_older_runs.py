@@ -21,7 +21,8 @@ from sae_lab.training.run import train_run
 FIXTURES = Path(__file__).parent / "fixtures" / "eac9ea5"
 WRITTEN_ON = "AuthenticAMD 26 2, torch 2.13.0"  # where the bits are the same, too
 OVERRIDES = [
-    *("data=text_files", "data.paths=[text.md]", "n_latents=32", "k=4", "seq_len=32", "batch_size=64"),
+    *("data=text_files", "data.paths=[text.md]", "data.order=as_read", "n_latents=32", "k=4", "seq_len=32"),
+    "batch_size=64",
     *("n_tokens=12800", "calibration_batches=4", "data.n_eval_tokens=512", "data.n_val_tokens=256"),
     *("data.lm_batch_rows=8", "data.block_tokens=4096", "trainer.accelerator=cpu", "trainer.checkpoint_every=100"),
     *("trainer.validate_every=100", "sae.normalize=mean_norm"),

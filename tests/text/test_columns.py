@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from fakes import SETTINGS, Echo
 
-from sae_lab.activations.data import ActivationData
+from sae_lab.activations.from_text import from_documents
 from sae_lab.runtime.errors import UserError
 from sae_lab.text.columns import text_of
 from sae_lab.text.corpora import FileDocuments
@@ -238,9 +238,9 @@ def test_what_is_read_is_said(tmp_path):
 
 def test_what_is_read_is_said_once(tmp_path, caplog):
     path = write(tmp_path, "jsonl", [{"text": f"{i} {i + 1} {i + 2}"} for i in range(12)])
-    with caplog.at_level(logging.INFO, logger="sae_lab.activations.data"):
-        stream = ActivationData(Echo(), partial(FileDocuments, path), **SETTINGS)
-        stream.held_out_text(2)
-        stream.text_rows(2)
+    with caplog.at_level(logging.INFO, logger="sae_lab.text.text"):
+        stream = from_documents(Echo(), partial(FileDocuments, path), order="shuffled", **SETTINGS)
+        stream.text.held_out(2)
+        stream.text.first_rows(2)
     line = "text: column text of 12 documents; the first begins '0 1 2'"
     assert [record.getMessage() for record in caplog.records] == [line]

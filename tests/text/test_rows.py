@@ -9,10 +9,10 @@ import torch
 from fakes import Follow, UniqueWords
 
 from sae_lab.activations.data import ActivationData
+from sae_lab.activations.from_text import from_documents
 from sae_lab.cache.data import CachedData
 from sae_lab.cache.writer import CacheWriter
 from sae_lab.text.corpora import FileDocuments
-from sae_lab.text.rows import take_rows
 from sae_lab.text.streams import HubDocuments
 
 BOS, SEQ_LEN = 0, 7
@@ -45,7 +45,7 @@ def build(request, tmp_path):
 
     def built(documents, **changes) -> ActivationData:
         settings = SETTINGS | {"prefetch": request.param != "streamed"} | changes
-        data = ActivationData(Follow(), documents, **settings)
+        data = from_documents(Follow(), documents, order="shuffled", **settings)
         if request.param != "cached":
             return data
         data.repeat = False
@@ -57,8 +57,10 @@ def build(request, tmp_path):
 
 def kept(documents, exclude_bos: bool, exclude_first: int) -> list[list[float]]:
     """(id, position, second token of its row) of every token that an epoch should give."""
-    text = ActivationData(Follow(), documents, **SETTINGS, prefetch=False, exclude_bos=False, exclude_first=0)
-    rows = take_rows(text.text("train", False), 10**9).tolist()
+    text = from_documents(
+        Follow(), documents, order="shuffled", **SETTINGS, prefetch=False, exclude_bos=False, exclude_first=0
+    )
+    rows = text.text.rows("train", repeat=False).take(10**9).tolist()
     return [
         [float(token), float(i), float(row[1])]
         for row in rows

@@ -20,6 +20,7 @@ from sae_lab.runtime.errors import UserError
 from sae_lab.text.bundled import LEFT_OUT, DisassembledStdlib, StdlibDocuments, disassemble, is_held_out
 from sae_lab.text.corpora import FileDocuments
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, Piece
+from sae_lab.text.encoding import Encoder
 from sae_lab.text.rows import TextRows
 from sae_lab.text.streams import HubDocuments
 
@@ -37,6 +38,9 @@ class Words:
         assert split_special_tokens
         assert not add_special_tokens
         return {"input_ids": [self.ids.setdefault(word, len(self.ids) + 1) for word in text.split()]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
 
     def decode(self, rows: list[list[int]]) -> list[str]:
         words = {BOS: "BOS"} | {i: word for word, i in self.ids.items()}
@@ -63,7 +67,7 @@ class ListDocuments(IndexedDocuments):
 
 
 def rows_of(texts: list[str], seq_len: int, **options) -> TextRows:
-    return TextRows(ListDocuments(texts), Words(), seq_len, BOS, **options)
+    return TextRows(ListDocuments(texts), Encoder(Words()), seq_len, BOS, **options)
 
 
 def some_texts(n: int) -> list[str]:
@@ -72,7 +76,7 @@ def some_texts(n: int) -> list[str]:
 
 
 def decoded(rows: TextRows) -> list[str]:
-    return rows.tokenizer.decode(list(rows))
+    return rows.encode.tokenizer.decode(list(rows))
 
 
 def read(documents: IndexedDocuments) -> list[str]:
@@ -121,7 +125,7 @@ def test_nothing_is_lost_and_bos_comes_first_and_never_twice(seq_len):
     assert all(len(row) == seq_len and row[0] == BOS for row in packed)
     assert all(BOS not in (row[i], row[i + 1]) or row[i] != row[i + 1] for row in packed for i in range(seq_len - 1))
     words = " ".join(texts).split()
-    kept = [word for row in rows.tokenizer.decode(packed) for word in row.split() if word != "BOS"]
+    kept = [word for row in rows.encode.tokenizer.decode(packed) for word in row.split() if word != "BOS"]
     assert kept == words[: len(kept)]
     assert len(words) - len(kept) < seq_len  # the last, unfilled row
 
@@ -134,11 +138,11 @@ def test_a_stream_that_ends_stays_ended():
 
 def test_a_new_pass_has_a_new_order_and_is_announced(caplog):
     texts = [f"w{i}" for i in range(30)]
-    rows = TextRows(ListDocuments(texts, shuffled=True), Words(), 2, BOS)
+    rows = TextRows(ListDocuments(texts, shuffled=True), Encoder(Words()), 2, BOS)
     with caplog.at_level(logging.WARNING, logger="sae_lab.text.rows"):
-        first = rows.tokenizer.decode(list(itertools.islice(rows, 30)))
+        first = rows.encode.tokenizer.decode(list(itertools.islice(rows, 30)))
         assert not caplog.records
-        second = rows.tokenizer.decode(list(itertools.islice(rows, 30)))
+        second = rows.encode.tokenizer.decode(list(itertools.islice(rows, 30)))
     assert sorted(first) == sorted(second)
     assert first != second
     assert [r.getMessage() for r in caplog.records] == ["End of the text: starting pass 2 over it, in a new order."]
@@ -154,7 +158,7 @@ def test_a_state_continues_at_every_row(texts, seq_len, repeat, pack, small_wind
     tokenizer, n = Words(), 3 * (sum(len(t.split()) + 1 for t in texts) // (seq_len - 1)) + 4
 
     def stream() -> TextRows:
-        return TextRows(ListDocuments(texts, shuffled=True), tokenizer, seq_len, BOS, repeat, pack)
+        return TextRows(ListDocuments(texts, shuffled=True), Encoder(tokenizer), seq_len, BOS, repeat, pack)
 
     rows = stream()
     states, packed = [rows.state_dict()], []
@@ -199,7 +203,7 @@ def test_a_tokenizer_adds_nothing_and_text_cannot_forge_a_special_token(adds, bo
         template = f"{bos} $A {bos}" if adds == "bos and eos" else f"{bos} $A"
         bpe.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(bos, bos_id)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos)
-    rows = list(TextRows(ListDocuments(["ab", f"c{bos}d"]), tokenizer, 8, bos_id, repeat=False))
+    rows = list(TextRows(ListDocuments(["ab", f"c{bos}d"]), Encoder(tokenizer), 8, bos_id, repeat=False))
     a, b, c, d = (tokenizer.convert_tokens_to_ids(letter) for letter in "abcd")
     spelled = [tokenizer.convert_tokens_to_ids(letter) for letter in bos]
     assert rows[0] == [bos_id, a, b, bos_id, c, *spelled[:3]]
@@ -213,7 +217,7 @@ def test_long_documents_are_mixed_with_the_others_piece_by_piece(pack, small_win
     documents = ListDocuments(["a b c", long, "d e f"], shuffled=True)
     assert sorted("".join(sorted(texts_of(documents)))) == sorted("a b cd e f" + long)
     assert texts_of(documents) != texts_of(ListDocuments(["a b c", long, "d e f"]))
-    rows = TextRows(documents, Words(), 3, BOS, repeat=False, pack=pack)
+    rows = TextRows(documents, Encoder(Words()), 3, BOS, repeat=False, pack=pack)
     assert sum("l" in row for row in decoded(rows)) >= 20
 
 

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.text.bundled import StdlibDocuments
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents
+from sae_lab.text.encoding import Encoder
 from sae_lab.text.rows import TextRows
 
 BOS = "<|endoftext|>"
@@ -43,7 +44,7 @@ def train_tokenizer(folder: Path) -> None:
 
 def all_rows(tokenizer, documents: Documents) -> torch.Tensor:
     """Return all rows of one pass over the documents: token ids, (n, SEQ_LEN)."""
-    rows = TextRows(documents, tokenizer, SEQ_LEN, tokenizer.bos_token_id, repeat=False)
+    rows = TextRows(documents, Encoder(tokenizer), SEQ_LEN, tokenizer.bos_token_id, repeat=False)
     return torch.tensor(list(rows))
 
 
