@@ -41,8 +41,8 @@ class Packer:
     def add(self, pieces: Iterable[tuple[bool, Ids]]) -> tuple[NDArray[Any], list[int]]:
         """Return the rows that are filled now, and the starts of the documents placed now.
 
-        A start is the position of a document's first token in all rows, written one after another. A document without
-        tokens has the start of the next one.
+        A start is the position of a document's first token in all rows, written one after another. A document of
+        which no token is kept has the start of the next one.
 
         Args:
             pieces: for each, whether a document begins with it, and its token ids.

@@ -21,7 +21,7 @@ from jaxtyping import Int, Int64
 from numpy import ndarray as Array
 
 from sae_lab.runtime.errors import UserError
-from sae_lab.runtime.files import digest_of_json, parse_json, read_small, write_json
+from sae_lab.runtime.files import digest_of_file, digest_of_json, parse_json, read_small, write_json
 
 ROWS, CHECKSUMS, STARTS = FILES = ("rows.bin", "checksums.bin", "starts.bin")
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
@@ -43,6 +43,7 @@ class TokenStore:
         self.folder = folder
         manifest = self._read_manifest()
         self.n_rows, self.seq_len, self.identity = manifest["rows"], manifest["seq_len"], manifest["digest"]
+        self._starts_digest = manifest["starts_digest"]
         self.n_documents, self.n_tokens = manifest["documents"], manifest["tokens"]
         self._rows = self._map(ROWS, manifest["dtype"], self.n_rows, self.seq_len)
         self._checksums = self._map(CHECKSUMS, "<u4", self.n_rows)
@@ -61,7 +62,9 @@ class TokenStore:
 
     @cached_property
     def starts(self) -> Int64[Array, "n"]:
-        """Position of each document's first token in all rows; of one without tokens, that of the next one."""
+        """Position of each document's first token in all rows; of one without, that of the next one."""
+        if digest_of_file(self.folder / STARTS) != self._starts_digest:
+            raise self._damaged(f"{STARTS} has another digest")
         return self._map(STARTS, "<i8", self.n_documents)
 
     def _read_manifest(self) -> dict[str, Any]:

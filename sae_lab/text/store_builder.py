@@ -117,7 +117,8 @@ class StoreBuilder:
         shape = {"rows": packer.n_rows, "seq_len": packer.seq_len, "dtype": packer.dtype.str}
         digest = digest_of_json([packer.n_rows, packer.seq_len, digest_of_file(self.folder / ROWS)])
         counts = {"documents": len(self.documents), "tokens": packer.n_tokens}
-        write_manifest(self.folder, {**shape, **counts, "digest": digest, "key": self.key})
+        digests = {"digest": digest, "starts_digest": digest_of_file(self.folder / STARTS)}
+        write_manifest(self.folder, {**shape, **counts, **digests, "key": self.key})
         (self.folder / PROGRESS).unlink(missing_ok=True)
 
 
