@@ -33,6 +33,8 @@ from sae_lab.cli import entry
 from sae_lab.cli.help import CONF, list_choices
 from sae_lab.lm.base import LanguageModel
 from sae_lab.text.rows import TextRows
+from sae_lab.text.store_builder import StoreBuilder
+from sae_lab.text.stored_rows import StoredRows
 
 STREAM = ["batch_size=64", "seq_len=16", "data.n_eval_tokens=64"]
 BLOCKS = ["data.block_tokens=256", "data.lm_batch_rows=4"]
@@ -239,7 +241,14 @@ def fuel(n: int) -> Iterator[None]:
 
         return burn
 
-    slow = [(TextRows, "__next__"), (LanguageModel, "activations"), (LanguageModel, "logits"), (Optimizer, "zero_grad")]
+    slow = [
+        (TextRows, "__next__"),
+        (StoredRows, "take"),
+        (StoreBuilder, "_append"),
+        (LanguageModel, "activations"),
+        (LanguageModel, "logits"),
+        (Optimizer, "zero_grad"),
+    ]
     with contextlib.ExitStack() as stack:
         for owner, name in slow:
             stack.enter_context(mock.patch.object(owner, name, burning(getattr(owner, name))))

@@ -1,5 +1,6 @@
 """Speed of each stage of a run in tokens/s, to see which one limits it.
 
+    text          rows of tokens, as a streaming run takes them: from the store, verified; or read and tokenized
     forward       the language model, stopped at the last site, on tokens in memory
     harvest       text -> tokens -> language model -> kept activations, as in a streaming run
     cache write   activations in memory -> shards on disk, each flushed
@@ -65,6 +66,7 @@ def build_stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str
     writer = CacheWriter(data, folder, cfg.slice_tokens, cfg.slice_tokens)
     shard = next(gather_chunks(data.source(), cfg.slice_tokens, cfg.slice_tokens, writer.dtype, lambda n: None))
     writer.build()
+    rows = data.rows()
     source = CachedSource(Cache(folder), data.lm_batch_rows * data.seq_len, 0, True, data.lm.device)
     streamed = data.new_stream(data.prefetch)
     streamed.n_rows = None  # slices may go on beyond n_tokens
@@ -82,6 +84,7 @@ def build_stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str
         return n_batches * data.batch_size
 
     return {
+        "text": lambda: sum(rows.take(data.lm_batch_rows).numel() for _ in range(n_passes)),
         "forward": lambda: sum(data.lm.activations(tokens)[..., 0, 0].numel() for _ in range(n_passes)),
         "harvest": lambda: sum(len(chunk.rows) for chunk in islice(harvest, n_passes)),
         "cache write": lambda: writer.write_shard("written.safetensors", shard, cfg.slice_tokens).rows,

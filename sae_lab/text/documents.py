@@ -116,9 +116,22 @@ class IndexedDocuments(Documents):
         Reads all documents, unless a subclass knows something faster (`stamp_of` its files).
         """
         digest = xxhash.xxh3_128()
-        for i in range(len(self)):
-            digest.update(self[i].encode("utf-8", "surrogatepass") + b"\xff")
+        for text in self.in_order():
+            digest.update(text.encode("utf-8", "surrogatepass") + b"\xff")
         return digest.hexdigest()
+
+    def batch(self, numbers: Sequence[int]) -> list[str]:
+        """Return the documents of these numbers. A subclass may know a faster way than one by one."""
+        return [self[i] for i in numbers]
+
+    def in_order(self, first: int = 0) -> Iterator[str]:
+        """Yield the documents from number `first` on; short ones are read together, about WINDOW characters at most."""
+        n = 1
+        while first < len(self):
+            texts = self.batch(range(first, min(first + n, len(self))))
+            yield from texts
+            first += len(texts)
+            n = max(1, min(2 * n, WINDOW * len(texts) // (1 + sum(map(len, texts))), 1024))
 
 
 def digest_of(files: Iterable[Path], thorough: bool = True) -> str:

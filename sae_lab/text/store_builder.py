@@ -59,10 +59,9 @@ class StoreBuilder:
     def _write_all(self) -> None:
         """Write the rows of all documents from `self.next` on."""
         seq_len, saved = self.packer.seq_len, time.monotonic()
-        texts = (self.documents[i] for i in range(self.next[0], len(self.documents)))
-        batches = take_batches(cut_documents(texts, *self.next), TOGETHER)
+        pieces = cut_documents(self.documents.in_order(self.next[0]), *self.next)
         with TokenProgress("tokenizing", 0, self.packer.n_rows * seq_len) as bar:
-            for batch, ids in encode_ahead(batches, self.encode):
+            for batch, ids in encode_ahead(take_batches(pieces, TOGETHER), self.encode):
                 rows, starts = self.packer.add((piece.piece == 0, own) for piece, own in zip(batch, ids, strict=True))
                 self._append(ROWS, rows)
                 self._append(CHECKSUMS, np.array([xxhash.xxh32_intdigest(row) for row in rows], "<u4"))

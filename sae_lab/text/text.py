@@ -20,7 +20,8 @@ from sae_lab.text.rows import RowStream, TextRows
 from sae_lab.text.store import FORMAT, MANIFEST, TokenStore
 from sae_lab.text.store_builder import StoreBuilder
 from sae_lab.text.stored_rows import StoredRows
-from sae_lab.text.window_rows import WindowReader, WindowRows
+from sae_lab.text.window_reader import WindowReader
+from sae_lab.text.window_rows import WindowRows
 
 log = logging.getLogger(__name__)
 
