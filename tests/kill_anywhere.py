@@ -2,14 +2,16 @@
 
 Every run must end with the bits of one that was never stopped: parameters, buffers, optimizer state, place in the
 stream, metrics.json and SAE file. Its training log may lack a row (where it was stopped between a checkpoint and the
-log of the same step) but hold none that the other does not. Runs take turns in data (streamed, cached), prefetch (on,
-off), signal (SIGKILL, SIGTERM, SIGINT) and place: any moment, or within a refill of the block, the writing of a
-checkpoint, a validation, the calibration, the evaluation. Runs are forked from a server that has imported all, so
-that most of their time is work.
+log of the same step) but hold none that the other does not. Runs take turns in data (from a store of tokens; the same,
+which the run itself builds; windows of a stream; cached), prefetch (on, off), signal (SIGKILL, SIGTERM, SIGINT) and
+place: any moment, or within the tokenizing, a refill of the block, the reading of a window, the writing of a
+checkpoint, a validation, the calibration, the evaluation; or the process that reads windows is killed instead. Runs are
+forked from a server that has imported all, so that most of their time is work.
 """
 
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -33,6 +35,9 @@ import sae_lab.training.run
 import sae_lab.training.trainer
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.data import ActivationData
+from sae_lab.text import store_builder, window_rows
+from sae_lab.text.store_builder import StoreBuilder
+from sae_lab.text.window_reader import ReaderProcess
 
 SHARED = ["seq_len=32"]
 TINY = [
@@ -41,12 +46,20 @@ TINY = [
     *("trainer.checkpoint_every=7", "trainer.log_every=3", "trainer=cpu", "lm.device=cpu"),
 ]
 PLACES: dict[str, tuple[Any, str, int]] = {  # where it is called, its name, and how often about it is called in a run
+    "tokenizing": (StoreBuilder, "_append", 12),
     "refill": (ShuffledBlocks, "_refill", 7),
+    "window": (ReaderProcess, "request", 3),
+    "reader": (ReaderProcess, "request", 3),
     "checkpoint": (sae_lab.training.trainer.AtomicCheckpointIO, "save_checkpoint", 8),
     "validation": (ActivationData, "val_dataloader", 1),
     "calibration": (sae_lab.training.run, "calibrate", 1),
     "evaluation": (sae_lab.training.run, "evaluate_all", 1),
 }
+
+
+KINDS = ("streamed", "store", "window", "cached")
+PLACES_OF_KINDS = {"store": ["tokenizing"], "window": ["window", "reader"]}
+ANYWHERE = [place for place in PLACES if place not in ("tokenizing", "window", "reader")]
 
 
 class Kill(NamedTuple):
@@ -74,13 +87,22 @@ class Kill(NamedTuple):
         setattr(owner, name, counted)
 
     def _after_delay(self) -> None:
-        timer = threading.Timer(self.delay, os.kill, (os.getpid(), self.signum))
+        timer = threading.Timer(self.delay, self._send)
         timer.daemon = True
         timer.start()
 
+    def _send(self) -> None:
+        readers = multiprocessing.active_children() if self.place == "reader" else []
+        for pid in [reader.pid for reader in readers] or [os.getpid()]:
+            os.kill(pid, self.signum)  # type: ignore[arg-type]
 
-def command(module: str, overrides: list[str], log: Path, kill: Kill | None) -> None:
+
+def command(module: str, overrides: list[str], log: Path, kill: Kill | None, cache: str | None) -> None:
     """The body of a forked process: an entry point, as the shell would start it."""
+    if cache is not None:
+        os.environ["SAE_LAB_CACHE"] = cache
+    store_builder.SAVE_SECONDS, store_builder.TOGETHER = 0.0, 2**20
+    window_rows.SMALLEST = 1024
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("a") as said:
         os.dup2(said.fileno(), 1)
@@ -93,18 +115,25 @@ def command(module: str, overrides: list[str], log: Path, kill: Kill | None) -> 
     main()
 
 
-def start(module: Any, overrides: list[str], log: Path, kill: Kill | None = None) -> BaseProcess:
+def start(
+    module: Any, overrides: list[str], log: Path, kill: Kill | None = None, cache: str | None = None
+) -> BaseProcess:
     # Not a fork of this process: one that has used CUDA cannot be forked.
-    process = FORKS.Process(target=command, args=(module.__name__, overrides, log, kill))
+    process = FORKS.Process(target=command, args=(module.__name__, overrides, log, kill, cache))
     process.start()
     return process
 
 
-def run_to_end(overrides: list[str], log: Path, kills: list[Kill] = ()) -> list[int]:  # type: ignore[assignment]
+def run_to_end(
+    overrides: list[str],
+    log: Path,
+    kills: list[Kill] = (),  # type: ignore[assignment]
+    cache: str | None = None,
+) -> list[int]:
     """Start, be killed, start again, ... until a start is not killed; the exit codes, the last one 0."""
     codes: list[int] = []
     for kill in [*kills, None]:
-        process = start(sae_lab.train, overrides, log, kill)
+        process = start(sae_lab.train, overrides, log, kill, cache)
         process.join()
         assert process.exitcode is not None
         codes.append(process.exitcode)
@@ -142,10 +171,11 @@ def differences(a: Any, b: Any, name: str = "") -> list[str]:
     return [] if a == b else [name]
 
 
-def some_kills(rng: random.Random, i: int, seconds: float) -> list[Kill]:
+def some_kills(rng: random.Random, data: str, i: int, seconds: float) -> list[Kill]:
     """One kill at a place that takes its turn, then up to two at any moment."""
     signals = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-    place = ["any", *PLACES][i % (len(PLACES) + 1)]
+    places = [*PLACES_OF_KINDS.get(data, []), "any", *ANYWHERE]
+    place = places[i % len(places)]
     calls = 1 if place == "any" else PLACES[place][2]
     first = Kill(rng.choice(signals), place, rng.randint(1, calls), rng.uniform(0, seconds if place == "any" else 0.05))
     more = [Kill(rng.choice(signals), "any", 1, rng.uniform(0, seconds)) for _ in range(rng.randint(0, 2))]
@@ -162,14 +192,18 @@ class Grounds:
         process.join()
         assert process.exitcode == 0, (folder / "harvest.log").read_text()
         self.whole: dict[str, dict[str, Any]] = {}
-        for data in ("streamed", "cached"):
+        for data in ("streamed", "cached", "window"):
             begun = time.perf_counter()
             run_to_end(self.overrides(data, False, f"whole-{data}"), folder / "whole.log")
             self.seconds = time.perf_counter() - begun
             self.whole[data] = result(folder / f"whole-{data}")
+        self.whole["store"] = self.whole["streamed"]
 
     def overrides(self, data: str, prefetch: bool, name: str) -> list[str]:
-        source = [] if data == "streamed" else ["data=cached", f"data.path={self.folder}/cache"]
+        source = {
+            "cached": ["data=cached", f"data.path={self.folder}/cache"],
+            "window": ["data._target_=pages.stdlib_in_pages", "+data.window_tokens=2_048"],
+        }.get(data, [])
         return [
             *source,
             *SHARED,
@@ -180,7 +214,8 @@ class Grounds:
 
     def kill(self, name: str, data: str, prefetch: bool, kills: list[Kill]) -> tuple[list[int], list[str]]:
         """Exit codes of one run's starts, and what of it is not as in the uninterrupted one."""
-        codes = run_to_end(self.overrides(data, prefetch, name), self.folder / f"{name}.log", kills)
+        cache = f"{self.folder}/{name}-tokens" if data == "store" else None
+        codes = run_to_end(self.overrides(data, prefetch, name), self.folder / f"{name}.log", kills, cache)
         return codes, differences(self.whole[data], result(self.folder / name))
 
 
@@ -191,8 +226,8 @@ def main(runs: int = 20, seed: int = 0) -> int:
         grounds = Grounds(Path(folder))
         print(f"an uninterrupted run takes {grounds.seconds:.1f} s", flush=True)
         for i in range(runs):
-            data, prefetch = ("streamed", "cached")[i % 2], bool(i // 2 % 2)
-            kills = some_kills(rng, i // 2, grounds.seconds)
+            data, prefetch = KINDS[i % len(KINDS)], bool(i // len(KINDS) % 2)
+            kills = some_kills(rng, data, i // len(KINDS), grounds.seconds)
             codes, different = grounds.kill(f"run-{i}", data, prefetch, kills)
             failures, stops = failures + bool(different), stops + len([c for c in codes if c])
             planned = ", ".join(f"{k.signum.name} {k.place} {k.call} +{k.delay:.2f} s" for k in kills)

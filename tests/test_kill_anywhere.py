@@ -21,6 +21,8 @@ def grounds(tmp_path_factory) -> Grounds:
     [
         ("streamed", True, Kill(signal.SIGKILL, "checkpoint", 3, 0.001)),
         ("streamed", False, Kill(signal.SIGTERM, "refill", 4, 0.001)),
+        ("store", False, Kill(signal.SIGKILL, "tokenizing", 7, 0.0)),
+        ("window", True, Kill(signal.SIGKILL, "window", 2, 0.001)),
         ("cached", True, Kill(signal.SIGKILL, "evaluation", 1, 0.005)),
     ],
 )
@@ -28,6 +30,15 @@ def test_a_killed_run_ends_with_the_same_bits(grounds, data, prefetch, kill):
     codes, different = grounds.kill(f"{data}-{kill.place}", data, prefetch, [kill])
     assert codes == [143 if kill.signum == signal.SIGTERM else -9, 0]
     assert different == []
+
+
+def test_a_killed_reader_of_windows_ends_the_run_in_a_sentence_and_the_same_command_continues(grounds):
+    codes, different = grounds.kill("window-reader", "window", False, [Kill(signal.SIGKILL, "reader", 2, 0.0)])
+    assert codes == [1, 0]
+    assert different == []
+    said = (grounds.folder / "window-reader.log").read_text()
+    assert "train: the process that reads the text ahead died (exit code -9): run the same command again" in said
+    assert "Traceback" not in said
 
 
 def test_a_difference_would_be_seen(grounds):
