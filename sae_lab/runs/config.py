@@ -36,10 +36,9 @@ MOVED = {
 }
 """Old → new `_target_`. Keep an entry as long as runs with the old name must open."""
 ADDED: dict[str, dict[str, Any]] = {
-    "sae_lab.activations.from_text.": {"order": "as_read"},
+    "sae_lab.activations.from_text.": {"order": "as_read", "lm_batch_tokens": "auto"},
     "sae_lab.activations.from_text.hub": {"held_out_every": None, "window_tokens": 16_777_216},
     "sae_lab.activations.from_text.text_files": {"format": "auto"},
-    "sae_lab.activations.from_text.": {"lm_batch_tokens": "auto"},
     "sae_lab.cache.data.CachedData": {"lm_batch_tokens": "auto"},
 }
 """Beginning of a `_target_` → settings that it has got since, with the values that mean "as before"."""

@@ -15,6 +15,7 @@ from test_buffer import Counter, numbers
 from sae_lab.activations import source
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.data import ActivationData
+from sae_lab.activations.from_text import from_documents
 from sae_lab.activations.interleave import InterleavedSource
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Launched, LMSource, SharedSource
@@ -162,7 +163,7 @@ def test_the_rows_of_a_language_model_are_the_same_to_the_bit():
     settings = SETTINGS | {"n_tokens": 200, "block_tokens": 64, "seq_len": 16, "batch_size": 8, "exclude_bos": True}
 
     def of(**changes) -> ActivationData:
-        return ActivationData(lm, partial(Numbers, n_documents=20), **(settings | changes))
+        return from_documents(lm, partial(Numbers, n_documents=20), order="shuffled", **(settings | changes))
 
     sequential, threaded, between = of(), of(prefetch=True), of(prefetch=True)
     ahead = InterleavedSource(between.source(), CPU)
@@ -243,7 +244,7 @@ def test_a_lock_is_free_between_launches():
     """So that a validation may run the language model."""
     d = data()
     lock = Lock()
-    ahead = InterleavedSource(LMSource(d.lm, d.text("train", True), d.keep_mask, 2, lock), CPU)
+    ahead = InterleavedSource(LMSource(d.lm, d.text.rows("train", True), d.keep_mask, 2, lock), CPU)
     chunks = iter(ahead)
     next(chunks)
     ahead.prepare(100, 100)

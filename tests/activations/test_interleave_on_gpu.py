@@ -9,6 +9,7 @@ from shell import run
 from small_runs import SMALL
 
 from sae_lab.activations.data import ActivationData
+from sae_lab.activations.from_text import from_documents
 from sae_lab.activations.interleave import InterleavedSource
 from sae_lab.activations.passes import GPU_TOKENS, peak_of_one_row, rows_per_pass
 from sae_lab.lm import TransformersLM
@@ -23,7 +24,7 @@ SIZE = {"n_tokens": 20_000, "block_tokens": 4096, "seq_len": 64, "batch_size": 2
 
 
 def data(lm: TransformersLM, **changes) -> ActivationData:
-    return ActivationData(lm, partial(Numbers, n_documents=200), **(SETTINGS | SIZE | changes))
+    return from_documents(lm, partial(Numbers, n_documents=200), order="shuffled", **(SETTINGS | SIZE | changes))
 
 
 @pytest.fixture(scope="module", params=[0, pytest.param(1, marks=needs_two)], ids=["one GPU", "second GPU"])
