@@ -37,7 +37,7 @@ class Follow:
     """An activation is (token id, its position in the row, the row's second token), the same at both sites but ×2."""
 
     name, sites, d, bos_id, context, tokenizer = "follow", ("a", "b"), 3, 0, 200, WordIds()
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, scale: float = 1.0):
         self.model, self.scale = torch.nn.Linear(1, 1), scale
@@ -68,7 +68,7 @@ class Echo:
     """A language model whose activation at a token is the token's id (twice: d = 2), so rows can be told apart."""
 
     name, sites, d, bos_id, context, tokenizer = "echo", ("a", "b"), 2, 0, 200, WordIds()
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self):
         self.model = torch.nn.ParameterDict({"scale": torch.ones(1)})

@@ -129,7 +129,7 @@ class ActivationData(L.LightningDataModule):
 
     def _check_memory(self, of_a_pass: str) -> None:
         """Raise a SettingError if a block or a forward pass exceeds the memory of the language model's device."""
-        bytes_per_token = len(self.lm.sites) * self.lm.d * next(self.lm.model.parameters()).element_size()
+        bytes_per_token = len(self.lm.sites) * self.lm.d * self.lm.dtype.itemsize
         block = max(self.block_tokens, self.batch_size) * bytes_per_token
         check_memory_of(
             self.lm.device, block, "a block takes {size}: lower {block_tokens}, or {batch_size} if that is larger."
@@ -144,9 +144,7 @@ class ActivationData(L.LightningDataModule):
     @property
     def float32_forward_in_thread(self) -> bool:
         """Whether a thread computes float32 products of the language model during training steps."""
-        return (
-            self.prefetch and self.lm.device.type != "cuda" and next(self.lm.model.parameters()).dtype == torch.float32
-        )
+        return self.prefetch and self.lm.device.type != "cuda" and self.lm.dtype == torch.float32
 
     @property
     def d_in(self) -> int:

@@ -1,6 +1,6 @@
 """Digests that identify the language model, tokenizer and text behind a cache or a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import xxhash
@@ -15,8 +15,18 @@ def weights_digest(model: torch.nn.Module) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(as_bytes(tensor.detach().cpu().contiguous()))
+        for part in stored_tensors(tensor.detach()):
+            digest.update(as_bytes(part.cpu().contiguous()))
     return digest.hexdigest()
+
+
+def stored_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that hold a tensor's numbers: itself, or those inside a quantised one (a tensor subclass)."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from stored_tensors(getattr(tensor, name))
 
 
 def digest_of_rows(tokens: Int[Tensor, "r t"]) -> str:

@@ -18,7 +18,7 @@ def lm_key(lm: LanguageModel) -> dict[str, Any]:
         "format": FORMAT,
         "lm.backend": type(lm).__name__,
         "lm.sites": list(lm.sites),
-        "lm.dtype": str(next(lm.model.parameters()).dtype).removeprefix("torch."),
+        "lm.dtype": str(lm.dtype).removeprefix("torch."),
         "lm.bos_id": lm.bos_id,
         "lm.tokenizer": tokenizer_digest(lm.tokenizer),
         "lm.weights": weights_digest(lm.model),

@@ -60,8 +60,7 @@ class CacheWriter:
     ):
         self.data, self.store = data, Store(path)
         self.n_tokens, self.shard_tokens = n_tokens, shard_tokens
-        lm_dtype: torch.dtype = next(data.lm.model.parameters()).dtype
-        self.dtype = lm_dtype if dtype == "auto" else getattr(torch, dtype)
+        self.dtype: torch.dtype = data.lm.dtype if dtype == "auto" else getattr(torch, dtype)
         shard = min(shard_tokens, n_tokens) * len(data.lm.sites) * data.d_in * self.dtype.itemsize
         check_memory_of(torch.device("cpu"), shard, "a shard in memory takes {size}: lower the tokens of a shard.")
         size = {"n_tokens": n_tokens, "dtype": str(self.dtype).removeprefix("torch.")}

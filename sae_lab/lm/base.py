@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import reduce
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class LanguageModel(ABC):
         models: for several models, their names in the order of axis s, where each has equally many sources; empty for
             a single model.
         context: maximum row length in tokens; None if the model's config does not have one.
+        n_ids: rows of the embedding: token ids are below it; None if the model does not tell. A vocabulary may be
+            smaller (padded embeddings) or larger, as long as the ids beyond do not occur.
+        dtype: dtype of the activations, which differs from that of quantised weights.
         model: the `nn.Module` that runs, in eval mode; its parameters require no gradient.
 
     Raises:
@@ -52,15 +56,17 @@ class LanguageModel(ABC):
         config: Any,
         tokenizer: Any,
         bos_id: int | None,
+        n_ids: int | None = None,
     ):
         self.name, self.tokenizer = name, tokenizer
         self.sites = site_names(sites)
-        text_config = config.get_text_config()
+        text_config = text_config_of(config)
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
-        self.bos_id = find_bos_id(name, tokenizer, bos_id, text_config.vocab_size)
+        self.n_ids: int | None = n_ids or getattr(text_config, "vocab_size", None)
+        self.bos_id = find_bos_id(name, tokenizer, bos_id, self.n_ids)
         self.model: Any = model.eval().requires_grad_(False)
         check_sites(name, sites, self.known_sites(), self.describe_choices())
-        self.d = self._width()
+        self.d, self.dtype = self._measure()
 
     @abstractmethod
     def known_sites(self) -> list[str]:
@@ -91,7 +97,7 @@ class LanguageModel(ABC):
 
     @torch.no_grad()
     def activations(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t s d"]:
-        """Return the activations at the sites, in the model's dtype and on its device, without gradient.
+        """Return the activations at the sites, in `dtype` and on the model's device, without gradient.
 
         Nothing after the last site runs. The result is not an inference tensor, so autograd can save it.
         """
@@ -111,7 +117,7 @@ class LanguageModel(ABC):
             replace: `replace[:, :, i]` takes the place of the activation at site i. Differentiable.
             where: replace only where this is True; None replaces everywhere.
         """
-        tokens = self._check_length(tokens)
+        tokens = self._place_tokens(tokens)
         if replace is None:
             return self.forward(tokens, {})
         assert replace.shape == (*tokens.shape, len(self.sites), self.d), (replace.shape, tokens.shape)
@@ -122,7 +128,7 @@ class LanguageModel(ABC):
         return self.forward(tokens, {site: put(i) for i, site in enumerate(self.sites)})
 
     def _vectors(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t d"]]:
-        tokens = self._check_length(tokens)
+        tokens = self._place_tokens(tokens)
         seen = self.capture(tokens)
         missing = [site for site in self.sites if site not in seen]
         if missing:
@@ -131,20 +137,29 @@ class LanguageModel(ABC):
             )
         return {site: join_heads(site, seen[site], tokens) for site in self.sites}
 
-    def _check_length(self, tokens: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
-        """Return the tokens on the model's device; raise a UserError if the rows exceed the model's context."""
+    def _place_tokens(self, tokens: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
+        """Return the tokens on the model's device.
+
+        Raises:
+            UserError: the rows exceed the model's context, or an id the embedding. (On a GPU, an id beyond it would end
+                the process. Rows of text are on the CPU, where looking costs microseconds.)
+        """
         if self.context is not None and tokens.shape[1] > self.context:
             raise UserError(
                 f"seq_len={tokens.shape[1]} exceeds the context of {self.name}: use seq_len={self.context} or less."
             )
+        if self.n_ids is not None and tokens.device.type == "cpu" and tokens.numel():
+            check_ids(tokens, self.n_ids, self.name, self.tokenizer)
         return tokens.to(self.device)
 
     @torch.no_grad()
-    def _width(self) -> int:
-        widths = {site: x.shape[-1] for site, x in self._vectors(torch.full((1, 2), self.bos_id)).items()}
+    def _measure(self) -> tuple[int, torch.dtype]:
+        """Return the width and the dtype of the activations, from a forward pass of two tokens."""
+        vectors = self._vectors(torch.full((1, 2), self.bos_id))
+        widths = {site: x.shape[-1] for site, x in vectors.items()}
         if len(set(widths.values())) > 1:
             raise SettingError(f"{{sites}} have different widths {widths}: all sites must have the same width.")
-        return widths[self.sites[0]]
+        return widths[self.sites[0]], reduce(torch.promote_types, [x.dtype for x in vectors.values()])
 
 
 def capture_into(site: str, seen: dict[str, Any], n_sites: int) -> SiteHook:
@@ -164,17 +179,36 @@ def replace_where(x: Tensor, new: Float[Tensor, "n t d"], where: Bool[Tensor, "n
     return new if where is None else torch.where(where.to(x.device).view(*x.shape[:2], *[1] * (x.ndim - 2)), new, x)
 
 
-def find_bos_id(name: str, tokenizer: Any, bos_id: int | None, vocab_size: int) -> int:
+def text_config_of(config: Any) -> Any:
+    """Return the config of the text model in a config of `transformers`; None if it is of another library."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
+
+
+def check_ids(tokens: Int[Tensor, "n t"], n_ids: int, name: str, tokenizer: Any) -> None:
+    """Raise a UserError that names the token if an id is not in the embedding."""
+    low, high = (int(x) for x in torch.aminmax(tokens))
+    if low < 0 or high >= n_ids:
+        wrong = low if low < 0 else high
+        token = tokenizer.convert_ids_to_tokens(wrong) if wrong >= 0 else None
+        spelled = f" ({token!r})" if token else ""
+        raise UserError(
+            f"token id {wrong}{spelled} is beyond the embedding of {name}, which has {n_ids} rows: "
+            "give lm.tokenizer=<folder or hub name of the tokenizer that the model was trained with>."
+        )
+
+
+def find_bos_id(name: str, tokenizer: Any, bos_id: int | None, n_ids: int | None) -> int:
     """Return the given id (which may be 0), else the tokenizer's BOS, else its EOS.
 
     Raises:
-        UserError: the tokenizer has neither, or the id is outside the vocabulary.
+        UserError: the tokenizer has neither, or the id is outside the embedding.
     """
     for candidate in (bos_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
         if candidate is not None:
-            if not 0 <= candidate < vocab_size:
+            if candidate < 0 or (n_ids is not None and candidate >= n_ids):
+                most = "" if n_ids is None else f", and at most {n_ids - 1}"
                 raise SettingError(
-                    f"{{bos_id}}={candidate} is not a token id of {name}: it must be between 0 and {vocab_size - 1}."
+                    f"{{bos_id}}={candidate} is not a token id of {name}: give {{bos_id}}=... of at least 0{most}."
                 )
             return int(candidate)
     raise SettingError(

@@ -1,6 +1,5 @@
 """nnsight back end, which reads and replaces activations inside a traced forward pass. Install `sae-lab[nnsight]`."""
 
-from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -19,19 +18,16 @@ class NnsightLM(TransformersLM):
 
     The site `transformer.h.2.output`, or `transformer.h.2` for short, is `model.transformer.h[2].output[0]` in nnsight.
 
-    Args:
-        name: as in LoadedLM.
-        sites: as in LoadedLM.
-        model: the other arguments of LoadedLM.
+    Arguments are those of LoadedLM.
 
     Raises:
         UserError: nnsight is not installed; and the errors of LoadedLM.
     """
 
-    def __init__(self, name: str, sites: Sequence[str] | str | None, **model: Any):
+    def wrap(self, name: str, model: Any, tokenizer: Any) -> Any:
         if find_spec("nnsight") is None:
             raise UserError("lm=nnsight needs a package that is not installed: pip install 'sae-lab[nnsight]'.")
-        super().__init__(name, sites, **model)
+        return model
 
     @cached_property
     def envoy(self) -> Any:
@@ -45,23 +41,24 @@ class NnsightLM(TransformersLM):
         """The sites in the order in which a forward pass computes them; nnsight must access them in that order."""
         order: list[str] = []
         with self.hooked({site: lambda _x, site=site: order.append(site) for site in self.sites}):  # type: ignore[misc]
-            self.model(torch.full((1, 2), self.bos_id, device=self.device), use_cache=False)
+            self.model(torch.full((1, 2), self.bos_id, device=self.device), **self.call_options)
         return order
 
     def capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t ..."]]:
         seen = {}
-        with self.envoy.trace(tokens, use_cache=False) as tracer:
+        with self.envoy.trace(tokens, **self.call_options) as tracer:
             for site in self.execution_order:
                 seen[site] = self._read(site)
             tracer.stop()
         return seen
 
     def forward(self, tokens: Int[Tensor, "n t"], hooks: Hooks) -> Float[Tensor, "n t v"]:
-        with self.envoy.trace(tokens, use_cache=False):
+        with self.envoy.trace(tokens, **self.call_options):
             for site in self.execution_order:
                 if site in hooks:
                     self._write(site, hooks[site](self._read(site)))
-            logits = self.envoy.output.logits.save()
+            out = self.envoy.output
+            logits = getattr(out, "logits", out).save()
         return logits  # noqa: RET504 (it has no value before the trace ends)
 
     def _read(self, site: str) -> Any:

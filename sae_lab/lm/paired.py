@@ -19,7 +19,8 @@ class PairedLM(LanguageModel):
 
     Args:
         base: the base model.
-        tuned: a model with the same vocabulary, activation width and number of sites.
+        tuned: a model with the same activation width and number of sites. One vocabulary must contain the other, with
+            equal ids, and the text is tokenized with the smaller one.
         spliced: the model that gives the logits and the cross-entropy: `base` or `tuned`.
         device: device of both models.
 
@@ -40,14 +41,17 @@ class PairedLM(LanguageModel):
         self.pair = {"base": base, "tuned": tuned}
         check_alike(base, tuned)
         self.spliced = spliced
+        shared = with_smaller_vocabulary(base, tuned)
         super().__init__(
             name=f"{base.name} and {tuned.name}",
             sites=[f"{which}.{site}" for which, lm in self.pair.items() for site in lm.sites],
             model=nn.ModuleDict({which: place_model(lm.model, device) for which, lm in self.pair.items()}),
-            config=base.model.config,
-            tokenizer=base.tokenizer,
-            bos_id=base.bos_id,
+            config=getattr(base.model, "config", None),
+            tokenizer=shared.tokenizer,
+            bos_id=shared.bos_id,
+            n_ids=min((lm.n_ids for lm in (base, tuned) if lm.n_ids is not None), default=None),
         )
+        self.context = min((lm.context for lm in (base, tuned) if lm.context is not None), default=None)
 
     def known_sites(self) -> list[str]:
         return [f"{which}.{site}" for which, lm in self.pair.items() for site in lm.known_sites()]
@@ -68,14 +72,23 @@ class PairedLM(LanguageModel):
 
 
 def check_alike(base: LanguageModel, tuned: LanguageModel) -> None:
-    """Raise a UserError unless both models have the same vocabulary, number of sites and activation width."""
-    if base.tokenizer.get_vocab() != tuned.tokenizer.get_vocab():
+    """Raise a UserError unless both models have the same ids, number of sites and activation width."""
+    a, b = base.tokenizer.get_vocab(), tuned.tokenizer.get_vocab()
+    small, large = sorted((a, b), key=len)
+    if not small.items() <= large.items():
+        token = next(token for token in small if small[token] != large.get(token))
         raise UserError(
-            f"lm.base.name={base.name} and lm.tuned.name={tuned.name} have different vocabularies: "
-            "both models must use the same tokenizer."
+            f"lm.base.name={base.name} and lm.tuned.name={tuned.name} have different vocabularies (the token {token!r} "
+            f"has id {a.get(token)} in one and {b.get(token)} in the other): give models of which one's vocabulary "
+            "contains the other's, with equal ids."
         )
     if (len(base.sites), base.d) != (len(tuned.sites), tuned.d):
         raise SettingError(
             f"{base.name} has {len(base.sites)} sites of width {base.d}, {tuned.name} {len(tuned.sites)} of {tuned.d}: "
             "{base}.sites and {tuned}.sites must agree in number and width."
         )
+
+
+def with_smaller_vocabulary(base: LanguageModel, tuned: LanguageModel) -> LanguageModel:
+    """Return the model whose tokens both models know: chat models add tokens. The base model if they are the same."""
+    return min(base, tuned, key=lambda lm: len(lm.tokenizer.get_vocab()))

@@ -65,6 +65,9 @@ FAMILIES = {  # keyed by `model_type` of the model's config
     "olmo2": POST_NORM,
 }
 
+TEXT_MODELS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+"""`model_type` of the text model in a multimodal checkpoint -> the family whose blocks it has, if the names differ."""
+
 
 def module_places(model: nn.Module) -> dict[str, Place]:
     """Return the places named `path`, `path.input` and `path.output` for every module path."""
@@ -75,7 +78,7 @@ def module_places(model: nn.Module) -> dict[str, Place]:
 
 def transformer_lens_places(model_type: str, blocks: Sequence[str]) -> dict[str, Place]:
     """Return the places that have TransformerLens names, given the paths of the blocks; empty if unknown here."""
-    family = FAMILIES.get(model_type)
+    family = FAMILIES.get(TEXT_MODELS.get(model_type, model_type))
     if family is None or not blocks:
         return {}
     body = blocks[0].rsplit(".", 2)[0]
@@ -94,12 +97,24 @@ def _place(path: str) -> Place:
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Return the paths of the model's blocks: the elements of its longest `nn.ModuleList`."""
+    """Return the paths of the model's blocks: the elements of the longest `nn.ModuleList` in its text model."""
+    inside = text_model_path(model)
     stacks = [(len(m), path) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    stacks = [stack for stack in stacks if stack[1].startswith(inside)]
     if not stacks:
         return []
     depth, stack = max(stacks, key=lambda s: (s[0], -len(s[1])))
     return [f"{stack}.{i}" for i in range(depth)]
+
+
+def text_model_path(model: nn.Module) -> str:
+    """Return the beginning of the paths in the text model; empty for a model that is one, or that does not tell.
+
+    A vision tower may have more blocks than the text model.
+    """
+    find: Any = getattr(model, "get_decoder", lambda: model)
+    decoder = find()
+    return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
 
 
 def site_names(sites: Sequence[str] | str | None) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.lm.base import Hooks
-from sae_lab.lm.loading import LoadedLM, ModelName, quiet
+from sae_lab.lm.finding import quiet
+from sae_lab.lm.loading import LoadedLM, ModelName
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError
 
@@ -30,6 +31,8 @@ class TransformerLensLM(LoadedLM):
     Raises:
         UserError: TransformerLens does not support the architecture; and the errors of LoadedLM.
     """
+
+    compatibility_mode = False
 
     @check_arguments
     def __init__(

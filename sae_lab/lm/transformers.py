@@ -5,10 +5,11 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab.lm.base import Hooks, SiteHook
+from sae_lab.lm.base import Hooks, SiteHook, text_config_of
 from sae_lab.lm.loading import LoadedLM
 from sae_lab.lm.sites import Place, find_blocks, module_places, transformer_lens_places
 
@@ -31,7 +32,8 @@ class TransformersLM(LoadedLM):
 
     @cached_property
     def transformer_lens_places(self) -> dict[str, Place]:
-        return transformer_lens_places(self.model.config.get_text_config().model_type, find_blocks(self.model))
+        config = text_config_of(getattr(self.model, "config", None))
+        return transformer_lens_places(getattr(config, "model_type", ""), find_blocks(self.model))
 
     def known_sites(self) -> list[str]:
         return list(self.places)
@@ -44,11 +46,19 @@ class TransformersLM(LoadedLM):
 
     def forward(self, tokens: Int[Tensor, "n t"], hooks: Hooks) -> Float[Tensor, "n t v"]:
         with self.hooked(hooks):
-            return self.model(tokens, use_cache=False).logits
+            out = self.model(tokens, **self.call_options)
+        return getattr(out, "logits", out)
+
+    @cached_property
+    def call_options(self) -> dict[str, bool]:
+        """Keyword arguments of a forward pass: none for a module that is not of `transformers`."""
+        return {} if text_config_of(getattr(self.model, "config", None)) is None else {"use_cache": False}
 
     def unembedding(self) -> Float[Tensor, "v d"] | None:
-        head = self.model.get_output_embeddings()
-        return None if head is None else head.weight
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        if head is None:
+            return None
+        return head.weight if is_plain(head.weight) else weight_of_linear(head, self.d, self.dtype)
 
     @contextmanager
     def hooked(self, hooks: Hooks) -> Iterator[None]:
@@ -63,6 +73,18 @@ class TransformersLM(LoadedLM):
                     handle = module.register_forward_hook(on_first_output(hook))
                 handles.callback(handle.remove)
             yield
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Return whether a weight holds its numbers as they are: a quantised one is of integers or a subclass of Tensor."""
+    return weight.is_floating_point() and type(weight) in (Tensor, nn.Parameter) and type(weight.data) is Tensor
+
+
+@torch.no_grad()
+def weight_of_linear(linear: nn.Module, d: int, dtype: torch.dtype) -> Float[Tensor, "v d"]:
+    """Return the matrix of a linear map, however it is stored, from what it does to the unit vectors."""
+    units = torch.eye(d, dtype=dtype, device=next(linear.parameters()).device)
+    return (linear(units) - linear(torch.zeros_like(units[:1]))).T
 
 
 def on_first_output(hook: SiteHook):

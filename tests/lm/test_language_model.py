@@ -11,7 +11,7 @@ from torch import nn
 from sae_lab.evaluation.downstream import spliced_logits
 from sae_lab.lm import NnsightLM, TransformerLensLM, TransformersLM
 from sae_lab.lm.base import find_bos_id
-from sae_lab.lm.loading import TINY, find_folder
+from sae_lab.lm.finding import TINY, find_folder
 from sae_lab.runtime.errors import UserError
 
 # The same places by both back ends' names: (transformers, TransformerLens, index in output_hidden_states).
@@ -252,7 +252,7 @@ def test_compatibility_mode_is_another_activation_space(tokens):
 
 
 def bos_of(bos, eos, given=None):
-    return find_bos_id("m", SimpleNamespace(bos_token_id=bos, eos_token_id=eos), given, vocab_size=10)
+    return find_bos_id("m", SimpleNamespace(bos_token_id=bos, eos_token_id=eos), given, n_ids=10)
 
 
 def test_bos():

@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 
 from sae_lab.cli.help import CONF
 from sae_lab.lm import TransformerLensLM, TransformersLM
-from sae_lab.lm.loading import TINY, find_folder, load
+from sae_lab.lm.finding import TINY, find_folder
+from sae_lab.lm.loading import load_model
 from sae_lab.lm.sites import find_blocks
 from sae_lab.runtime.errors import UserError
 
@@ -82,9 +83,9 @@ def test_a_model_of_the_cache_needs_no_hub(back_end, site, revision, no_hub, mon
 def test_hub_out_of_reach(no_hub):
     start = time.perf_counter()
     with pytest.raises(UserError, match="cannot be reached") as e:
-        load("acme/not-in-any-cache", "float32", None)
+        load_model("acme/not-in-any-cache", "float32", None)
     assert time.perf_counter() - start < 10  # huggingface_hub by itself retries for 23 seconds, and more than once
-    fix = "use lm=tiny, set lm.name=<local folder>, or download it first with `hf download acme/not-in-any-cache`"
+    fix = "use lm=tiny, give a local folder, or download it first with `hf download acme/not-in-any-cache`"
     assert fix in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -95,13 +96,13 @@ def test_no_such_model_on_the_hub(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", not_found)
     with pytest.raises(UserError, match="neither a local folder nor a model on the hub"):
-        load("acme/not-in-any-cache", "float32", None)
+        load_model("acme/not-in-any-cache", "float32", None)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c"])
 def test_no_such_folder(name):
     with pytest.raises(UserError, match="is not a folder"):
-        load(name, "float32", None)
+        load_model(name, "float32", None)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_no_such_folder(name):
 def test_incomplete_folder(missing, message, tmp_path):
     folder = copy_of_tiny(tmp_path / "lm", without=missing)
     with pytest.raises(UserError, match=message) as e:
-        load(str(folder), "float32", None)
+        load_model(str(folder), "float32", None)
     assert "\n" not in str(e.value)
 
 
@@ -119,13 +120,13 @@ def test_a_model_of_another_kind(tmp_path):
     folder = copy_of_tiny(tmp_path / "lm")
     (folder / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
-        load(str(folder), "float32", None)
+        load_model(str(folder), "float32", None)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int64", "nn"])
 def test_unknown_dtype(dtype):
     with pytest.raises(UserError, match=f"^dtype={dtype}"):
-        load(TINY, dtype, None)
+        load_model(TINY, dtype, None)
 
 
 def test_unknown_device():

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sae_lab.lm import TransformerLensLM, TransformersLM
-from sae_lab.lm.loading import TINY, find_folder
+from sae_lab.lm.finding import TINY, find_folder
 from sae_lab.lm.sites import FAMILIES, Place, find_blocks, module_places, transformer_lens_places
 from sae_lab.runtime.errors import UserError
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sae_lab.lm import TransformersLM
-from sae_lab.lm.loading import TINY, find_folder
+from sae_lab.lm.finding import TINY, find_folder
 from sae_lab.text.bundled import StdlibDocuments
 from sae_lab.text.documents import HELD_OUT
 from sae_lab.text.encoding import Encoder

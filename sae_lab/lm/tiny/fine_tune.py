@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from sae_lab.lm.loading import FINE_TUNED_TINY, TINY, find_folder
+from sae_lab.lm.finding import FINE_TUNED_TINY, TINY, find_folder
 from sae_lab.lm.tiny.train import SEED, all_rows, held_out_loss, train_lm
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments
