@@ -28,6 +28,9 @@ TRUSTED = {
 """The `_target_`s of conf/ but for SAEs and optimizers, by the top-level key below which each may stand. (A logger
 below `data` would start where data are built.) Whole names and no prefix: a module of this package has others' names in
 it, as `sae_lab.runs.provenance.subprocess.run` shows."""
+SAFE_OPTIONS = {"attn_implementation": ("eager", "sdpa", "flex_attention"), "quantization_config": None}
+"""What a run's `lm.load` may hold, and with which values (None: any). Other names of kernels are repositories,
+whose code is downloaded and run."""
 
 
 def check_trusted(config: Any, source: Path, trust: Sequence[str] | str = ()) -> None:
@@ -36,13 +39,17 @@ def check_trusted(config: Any, source: Path, trust: Sequence[str] | str = ()) ->
     Args:
         config: dicts, lists and values, without interpolations.
         source: the file that the config was read from, for the message.
-        trust: modules or whole names that the user trusts, such as `my_saes.relative`.
+        trust: modules or whole names that the user trusts, such as `my_saes.relative`; keys, such as
+            `lm.trust_remote_code`.
 
     Raises:
         UserError: a `_target_` is not an SAE, a loader or a schedule of this package, not an optimizer of torch.optim,
-            and not within `trust`.
+            and not within `trust`; or a language model is to run code that comes with it.
     """
     trusted = [trust] if isinstance(trust, str) else [*trust]
+    for key, what in code_of_models(config):
+        if not is_within(key, trusted):
+            raise UserError(f"{source} asks to {what} ({key}): look at it, and if you trust it, add trust={key}.")
     for key, target in targets(config):
         if isinstance(target, str) and (is_ours(target, key.partition(".")[0]) or is_within(target, trusted)):
             continue
@@ -51,6 +58,31 @@ def check_trusted(config: Any, source: Path, trust: Sequence[str] | str = ()) ->
             f"{source} asks to run {target} ({key}), which is not part of this package in that place: look at the "
             f"code, and if you trust it, add trust={module}."
         )
+
+
+def code_of_models(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the keys of settings that let code of a model run, with what they ask for."""
+    listed = isinstance(node, list)
+    for name, child in enumerate(node) if listed else node.items() if isinstance(node, dict) else ():
+        here = f"{key}[{name}]" if listed else join_keys(key, str(name))
+        if name == "trust_remote_code" and child not in (False, None):
+            yield here, "run code that comes with a model"
+        elif name == "load" and key.partition(".")[0] == "lm" and (unsafe := unsafe_options(child)):
+            yield here, f"load a model with {unsafe}"
+        else:
+            yield from code_of_models(child, here)
+
+
+def unsafe_options(load: Any) -> str:
+    """Return the settings of `lm.load` that may run code, such as kernels of the hub; empty if there are none."""
+    options = load.items() if isinstance(load, dict) else [("load", load)] if load is not None else []
+    return ", ".join(f"{name}={value}" for name, value in options if not is_safe(name, value))
+
+
+def is_safe(name: str, value: Any) -> bool:
+    """Return whether an argument of `from_pretrained` runs no code but that of `transformers`."""
+    values = SAFE_OPTIONS.get(name, ())
+    return values is None or (isinstance(value, str) and value in values)
 
 
 def targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -76,6 +76,31 @@ def test_code_in_a_config_is_refused_by_its_name_and_does_not_run(folder, name):
     assert not Path("ran").exists()
 
 
+OF_MODELS = {
+    "lm.trust_remote_code": (True, "run code that comes with a model"),
+    "lm.tuned.trust_remote_code": ("yes", "run code that comes with a model"),
+    "data.trust_remote_code": (1, "run code that comes with a model"),
+    "lm.load": ({"attn_implementation": "somebody/kernels"}, "attn_implementation=somebody/kernels"),
+    "lm.base.load": ({"use_kernels": True}, "use_kernels=True"),
+}
+
+
+@pytest.mark.parametrize("key", OF_MODELS)
+def test_code_of_a_language_model_runs_only_if_the_key_is_named(folder, key):
+    value, what = OF_MODELS[key]
+    change(folder, key, value)
+    with pytest.raises(UserError, match=rf"asks to .*{what} \({key}\): .* add trust={key}\.$"):
+        load_run(folder, device="cpu")
+    check_trusted(OmegaConf.to_container(read_config(folder)), folder, trust=key)
+
+
+def test_harmless_ways_to_load_a_model_need_no_trust(folder):
+    quantisation = {"load_in_8bit": True}
+    change(folder, "lm.load", {"attn_implementation": "eager", "quantization_config": quantisation})
+    change(folder, "lm.trust_remote_code", False)
+    check_trusted(OmegaConf.to_container(read_config(folder)), folder)
+
+
 YAML = {
     "a Python tag": "a: !!python/object/apply:os.system ['touch ran']\n",
     "an alias": "a: &x [1]\nb: *x\n",
