@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from sae_lab.runs.config import config_file, read_config
 from sae_lab.runs.digests import CHECKPOINT, DIGESTS, METRICS, digest_in, is_recorded, recorded, warn_if_unchecked
 from sae_lab.runs.growth import SIZES, ends_with_smaller_batch, reason_not_to_grow
 from sae_lab.runs.lock import lock_folder
+from sae_lab.runs.paths import may_move, with_absolute_paths
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import remove_unfinished, write_atomically
 
@@ -121,8 +122,9 @@ def examine_folder(folder: Path, config: Any, resume: str) -> Run:
     if not config_file(folder).is_file():
         raise UserError(f"{folder} has lost its .hydra/config.yaml: put it back, or type resume=never to start again.")
     there = OmegaConf.to_container(read_config(folder))
-    raise_if_config_differs(folder, there, config)
-    complete = complete and flatten(there)["n_tokens"] == flatten(config)["n_tokens"]
+    complete = complete and flatten(there).get("n_tokens") == flatten(config).get("n_tokens")
+    # A complete run shows its metrics and loads nothing, so no digest would tell that another model was meant.
+    raise_if_config_differs(folder, there, config, () if complete else may_move(config))
     step = 0 if complete else check_checkpoint(folder)
     if ends_with_smaller_batch(flatten(there), step):
         log.warning("the last batch of %s was smaller: a run of the full length in one go differs a little.", folder)
@@ -154,11 +156,12 @@ def clear_folder(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def raise_if_config_differs(folder: Path, there: Any, here: Any) -> None:
-    """Raise a UserError that names the keys that differ, unless all of them may differ (MAY_CHANGE, or more tokens)."""
-    theirs, ours = flatten(there), flatten(here)
+def raise_if_config_differs(folder: Path, there: Any, here: Any, moving: Sequence[str] = ()) -> None:
+    """Raise a UserError that names the keys that differ, unless all may differ (MAY_CHANGE, `moving`, or more tokens)."""
+    theirs, ours = flatten(with_absolute_paths(there)), flatten(with_absolute_paths(here))
+    free = (*MAY_CHANGE, *moving)
     by_depth = sorted(theirs | ours, key=lambda k: (k.count("."), k))
-    keys = [k for k in by_depth if not any(k == f or k.startswith(f"{f}.") for f in MAY_CHANGE)]
+    keys = [k for k in by_depth if not any(k == f or k.startswith(f"{f}.") for f in free)]
     differing = [k for k in keys if theirs.get(k) != ours.get(k)]
     if differing and set(differing) <= set(SIZES):
         if reason := reason_not_to_grow(theirs, ours):

@@ -28,6 +28,7 @@ from sae_lab.runs.checkpoint import check_fits
 from sae_lab.runs.config import environment_file, read_config, read_environment_keys
 from sae_lab.runs.digests import SAE, recorded_when_written
 from sae_lab.runs.folder import Run, examine_folder
+from sae_lab.runs.paths import with_absolute_paths
 from sae_lab.runs.provenance import provenance
 from sae_lab.runs.results import read_metrics, write_results
 from sae_lab.runtime.build import build
@@ -226,11 +227,12 @@ def finish(
 
 
 def hydra_files(cfg: DictConfig) -> dict[str, str]:
-    """Return the files of `.hydra/` as Hydra writes them, but with interpolations resolved.
+    """Return the files of `.hydra/` as Hydra writes them, but with interpolations and relative paths resolved.
 
     Where the environment has a part in a value, its key is kept, so that the value is not shown to others.
     """
-    files = {"config.yaml": OmegaConf.to_yaml(cfg, resolve=True)}
+    config = with_absolute_paths(OmegaConf.to_container(cfg, resolve=True))
+    files = {"config.yaml": OmegaConf.to_yaml(OmegaConf.create(config))}
     if keys := keys_from_environment(cfg):
         files[environment_file(Path()).name] = "".join(f"{key}\n" for key in keys)
     if HydraConfig.initialized():
