@@ -64,6 +64,18 @@ def test_a_name_means_what_transformer_lens_means(family, changes, tmp_path):
         assert (replaced - ours.logits(tokens)).abs().max() > 1e-3, site
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma2", "qwen3", "gpt2"])
+def test_the_bits_of_transformer_lens_where_attention_is_eager(family, tmp_path):
+    """GPT-2 differs by rounding: TransformerLens splits the product of queries, keys and values into three."""
+    folder = random_model(tmp_path, family)
+    sites = [f"blocks.{i}.{hook}" for i in range(2) for hook in ("hook_resid_pre", "hook_resid_post")]
+    ours = TransformersLM(folder, sites, device="cpu", load={"attn_implementation": "eager"})
+    lens = TransformerLensLM(folder, sites, device="cpu")
+    tokens = torch.randint(0, 4096, (8, 40), generator=torch.Generator().manual_seed(1))
+    x, expected = ours.activations(tokens), lens.activations(tokens)
+    assert torch.equal(x, expected) or (family == "gpt2" and (x - expected).norm() < 1e-6 * expected.norm())
+
+
 def test_what_is_added_to_the_residual_stream_adds_up(tmp_path):
     """By hand, in Gemma 2: post = pre + attn_out + mlp_out, where both terms come out of a second norm."""
     hooks = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post")

@@ -71,7 +71,7 @@ SHORT = {"truncation": {"direction": "Right", "max_length": 4096, "strategy": "L
 def test_a_complete_run_is_not_shown_for_another_model(folder):
     """It loads nothing, so nothing would tell."""
     cfg = compose(*OVERRIDES, *MOVED_PATHS, "run_dir=finished")
-    with pytest.raises(UserError, match=r"another config \(lm\.name is tiny there and .*moved/lm here"):
+    with pytest.raises(UserError, match=r"another config \(.*lm\.name is tiny there and .*moved/lm here"):
         examine_folder(folder / "finished", OmegaConf.to_container(cfg, resolve=True), "auto")
 
 
