@@ -157,7 +157,7 @@ def clear_folder(folder: Path) -> None:
 
 
 def raise_if_config_differs(folder: Path, there: Any, here: Any, moving: Sequence[str] = ()) -> None:
-    """Raise a UserError that names the keys that differ, unless all may differ (MAY_CHANGE, `moving`, or more tokens)."""
+    """Raise a UserError that names the keys that differ, unless all may differ: MAY_CHANGE, `moving`, more tokens."""
     theirs, ours = flatten(with_absolute_paths(there)), flatten(with_absolute_paths(here))
     free = (*MAY_CHANGE, *moving)
     by_depth = sorted(theirs | ours, key=lambda k: (k.count("."), k))
