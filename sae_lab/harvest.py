@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> None:
     check_config(cfg, Options)
     check_config(cfg, CacheWriter.__init__)  # before the language model is loaded
     data: ActivationData = build(cfg, "data", lm=build(cfg, "lm"))
-    writer = CacheWriter(data, cfg.cache_dir, cfg.n_tokens, cfg.shard_tokens, cfg.dtype)
+    writer = CacheWriter(data, cfg.cache_dir, cfg.n_tokens, cfg.shard_tokens, cfg.dtype, cfg.compression)
     if cfg.verify:
         writer.verify()
     else:

@@ -29,6 +29,8 @@ from sae_lab.text.encoding import tokenizer_digest
 from sae_lab.text.rows import RowStream
 from sae_lab.text.text import Text, TextSource
 
+PROBE_TOKENS = 4096
+
 
 class Batches:
     """Iterable for Lightning over the first n_rows rows of the stream; the last batch may be smaller.
@@ -204,6 +206,10 @@ class ActivationData(L.LightningDataModule):
                 "give more text, or lower seq_len."
             )
         return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+
+    def probe_text(self) -> Int[Tensor, "n t"]:
+        """Return held-out text rows of PROBE_TOKENS in all, at least one: the same whatever the seed and the sizes."""
+        return self.held_out_rows(PROBE_TOKENS)
 
     def probe_rows(self, n: int = 16) -> Float[Tensor, "n s d"]:
         """Return activations at n positions spread over one held-out text row, on which a saved SAE is verified."""

@@ -12,6 +12,7 @@ from sae_lab.activations.data import ActivationData
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Source
 from sae_lab.cache.key import lm_key
+from sae_lab.cache.pieces import PIECE
 from sae_lab.cache.reader import Cache, CachedSource
 from sae_lab.cache.shards import check_same_key
 from sae_lab.lm.base import LanguageModel
@@ -62,7 +63,7 @@ class CachedData(ActivationData):
 
     # Largest relative distance allowed between the cache's first rows and the same rows computed now. Rounding to the
     # dtype and different kernels stay below it.
-    TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+    TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 0.1, "float8_e4m3": 0.1}
 
     @check_arguments
     def __init__(self, lm: LanguageModel, path: str, *, seq_len: Annotated[int, Ge(2)], pack: bool, **stream: Any):
@@ -84,7 +85,9 @@ class CachedData(ActivationData):
         shard = self.cache.shard(0)
         tokens = shard.tokens[: self.lm_batch_rows].long()
         x = self.kept_activations(tokens).float().cpu()
-        x, cached = x[: len(shard.activations)], shard.activations[: len(x)].float()
+        n_pieces = min(-(-len(x) // PIECE), self.cache.manifest.shards[0].pieces)
+        cached = torch.cat([shard.piece(i) for i in range(n_pieces)]).float()[: len(x)]
+        x = x[: len(cached)]
         distance = ((x - cached).norm() / cached.norm()).item()
         key = self.cache.manifest.key
         if not distance <= max(self.TOLERANCE[key["dtype"]], self.TOLERANCE.get(key["lm.dtype"], 0)):

@@ -4,7 +4,6 @@ from typing import Any
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.digests import digest_of_rows, weights_digest
-from sae_lab.cache.shards import FORMAT
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import UserError
 from sae_lab.text.documents import TRAIN, describe_documents
@@ -15,7 +14,6 @@ from sae_lab.text.text import Text
 def lm_key(lm: LanguageModel) -> dict[str, Any]:
     """Return what determines a language model's activations, independent of where it was loaded from."""
     return {
-        "format": FORMAT,
         "lm.backend": type(lm).__name__,
         "lm.sites": list(lm.sites),
         "lm.dtype": str(lm.dtype).removeprefix("torch."),

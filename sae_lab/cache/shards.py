@@ -1,11 +1,10 @@
 """The files of a cache. They are written atomically and verified when they are read.
 
     manifest.json             format, key (every setting that determines the activations), list of shards in order
-    shard-00000.safetensors   activations (n, s, d), tokens (r, t) of their text rows, checksums (one per piece)
+    shard-00000.safetensors   activations, tokens of their text rows, checksums (see pieces.py)
     held_out.safetensors      tokens (r, t) of held-out text, so that evaluation needs neither documents nor network
 
-Activations are in the order of the text, without the excluded positions. A piece is PIECE rows of a shard (the last
-piece may be shorter). It is the unit that is read and verified.
+Activations are in the order of the text, without the excluded positions.
 """
 
 import json
@@ -13,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import xxhash
 from jaxtyping import Float, Int
@@ -21,15 +19,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sae_lab.activations.digests import as_bytes
 from sae_lab.activations.source import Chunk
+from sae_lab.cache.codec import Codec
+from sae_lab.cache.pieces import PIECE, SitePieces, WholePieces, checksum_of_index, pack
 from sae_lab.cache.store import Store
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import digest_of_json, parse_json
+from sae_lab.runtime.memory import check_memory
 from sae_lab.runtime.screen import track
 
-FORMAT = 2
-PIECE = 128
+FORMAT = 3
+READABLE = (2, 3)
+"""Formats that are read. A cache of format 2 is continued and mended with shards of format 3, which it may then mix."""
+ASSUMED: dict[str, Any] = {"compression": "none"}
+"""What a cache has whose key lacks a setting, because it was harvested before there was that setting."""
 MANIFEST, HELD_OUT_FILE = "manifest.json", "held_out.safetensors"
 REBUILD = "harvest it again with rebuild=true"
 
@@ -56,6 +59,7 @@ class Manifest:
     """The content of manifest.json.
 
     `held_out_whole` is true if the cache holds all of the held-out text, because there was less than requested.
+    `errors` is what the dtype costs, by site (see codec.storage_errors); empty if nothing.
     """
 
     model: str
@@ -64,6 +68,11 @@ class Manifest:
     held_out_checksum: str
     complete: bool = False
     shards: list[Shard] = field(default_factory=list)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def codec(self) -> Codec:
+        return Codec.of(self.key)
 
     @property
     def rows(self) -> int:
@@ -79,12 +88,23 @@ class Manifest:
         sizes = [size for shard in self.shards for size in (shard.rows, shard.text_rows + 1, shard.size)]
         if not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError("sizes")
-        if not (isinstance(self.key, dict) and isinstance(self.key.get("dtype"), str)):
+        if not (isinstance(self.key, dict) and isinstance(self.key.get("lm.sites"), list)):
             raise ValueError("key")
         if type(self.complete) is not bool or (self.complete and not self.shards):
             raise ValueError("no rows")
         if not sealed and any(shard.index_checksum for shard in self.shards):
             raise ValueError("no digest")
+        if self.key.get("format") in READABLE:
+            self.codec  # noqa: B018  raises if there is no such codec
+
+    def check_format(self, store: Store) -> None:
+        """Raise a UserError if this version does not read the cache's format."""
+        if self.key.get("format") not in READABLE:
+            formats = " or ".join(map(str, READABLE))
+            raise UserError(
+                f"{store.url} has cache format {self.key.get('format')}, expected {formats}: "
+                "harvest into another cache_dir."
+            )
 
     @classmethod
     def read(cls, store: Store) -> "Manifest | None":
@@ -112,7 +132,7 @@ class Manifest:
 
 def check_same_key(store: Store, manifest: Manifest, here: dict[str, Any], remedy: str) -> None:
     """Raise a UserError if the cache's key differs from `here`, naming the settings that differ. `remedy` ends it."""
-    there = manifest.key
+    there = ASSUMED | manifest.key
     differing = [key for key in here if there.get(key) != here[key]]
     if differing:
         shown = ", ".join(f"{key} is {there.get(key)} in the cache and {here[key]} here" for key in differing[:4])
@@ -121,28 +141,20 @@ def check_same_key(store: Store, manifest: Manifest, here: dict[str, Any], remed
         )
 
 
-def write_shard(store: Store, file: str, chunks: Sequence[Chunk], limit: int) -> Shard:
+def write_shard(store: Store, file: str, chunks: Sequence[Chunk], limit: int, codec: Codec) -> Shard:
     """Write the first `limit` rows of consecutive chunks to one file."""
     rows = torch.cat([chunk.rows for chunk in chunks])[:limit]
-    tokens = torch.cat([chunk.tokens for chunk in chunks if chunk.tokens is not None]).int()
-    checksums = piece_checksums(rows)
-    content = save({"activations": rows, "tokens": tokens, "checksums": checksums})
+    tokens = torch.cat([chunk.tokens for chunk in chunks if chunk.tokens is not None])
+    tensors = pack(rows, tokens, codec)
+    content = save(tensors)
     store.write(file, content)
-    whole, index = xxhash.xxh3_128_hexdigest(content), checksum_of_index(rows, tokens, checksums)
+    whole, index = xxhash.xxh3_128_hexdigest(content), checksum_of_index(tensors)
     return Shard(file, len(rows), len(tokens), chunks[0].state, len(content), whole, index)
 
 
 def shard_name(i: int) -> str:
     """Return the file name of the i-th shard. A manifest that names another file is not read."""
     return f"shard-{i:05d}.safetensors"
-
-
-def checksum_of_index(rows: Tensor, tokens: Tensor, checksums: Tensor) -> str:
-    """Return the checksum of what tells the rows of a shard from those of another, without reading the rows."""
-    digest = xxhash.xxh3_128(f"{rows.dtype} {tuple(rows.shape)} {tuple(tokens.shape)}".encode())
-    digest.update(as_bytes(tokens))
-    digest.update(as_bytes(checksums))
-    return digest.hexdigest()
 
 
 def write_held_out(store: Store, tokens: Int[Tensor, "r t"]) -> str:
@@ -173,34 +185,49 @@ def find_damaged(store: Store, manifest: Manifest) -> list[str]:
     ]
 
 
-def piece_checksums(rows: Float[Tensor, "n s d"]) -> Int[Tensor, " p"]:
-    """Return the checksum of each piece, as the int64 with the same bits as the uint64."""
-    sums = [xxhash.xxh3_64_intdigest(as_bytes(piece)) for piece in rows.split(PIECE)]
-    return torch.from_numpy(np.array(sums, dtype=np.uint64).view(np.int64))
-
-
 class MappedShard:
-    """The memory-mapped tensors of a shard. Only rows that are used are read, once for all processes."""
+    """The memory-mapped tensors of a shard. Only rows that are used are read, once for all processes.
 
-    def __init__(self, store: Store, shard: Shard):
+    Args:
+        n_sites: sites of the cache.
+    """
+
+    def __init__(self, store: Store, shard: Shard, codec: Codec, n_sites: int):
         self.damaged = UserError(f"{store.url}/{shard.file} is damaged: {REBUILD}.")
+        self.codec = codec
         try:
             file = store.local_file(shard.file)
             if file.stat().st_size != shard.size:
                 raise self.damaged
             with safe_open(file, "pt") as tensors:
-                self.activations: Tensor = tensors.get_tensor("activations")
-                self.tokens: Tensor = tensors.get_tensor("tokens")
-                checksums = tensors.get_tensor("checksums")
-        except (OSError, SafetensorError) as e:
+                found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            if shard.index_checksum not in ("", checksum_of_index(found)):
+                raise self.damaged
+            self.tokens: Tensor = found["tokens"]
+            self.pieces = (WholePieces if "activations" in found else SitePieces)(found, codec)
+        except (OSError, SafetensorError, ValueError, KeyError) as e:
             raise self.damaged from e
-        if shard.index_checksum not in ("", checksum_of_index(self.activations, self.tokens, checksums)):
+        n, s, d = self.pieces.shape
+        if (n, s) != (shard.rows, n_sites):
             raise self.damaged
-        self.checksums = checksums.numpy().view(np.uint64)
+        self.n, self.d, self.sites = n, d, range(s)
+        check_memory(file, min(n, PIECE) * s * d * 4)  # a compressed piece may be larger than its file
 
-    def piece(self, i: int) -> Float[Tensor, "n s d"]:
-        """Return the rows of piece i; raise a UserError if their checksum is wrong."""
-        rows = self.activations[i * PIECE : (i + 1) * PIECE]
-        if xxhash.xxh3_64_intdigest(as_bytes(rows)) != self.checksums[i]:
+    def piece_rows(self, i: int) -> int:
+        return min(PIECE, self.n - i * PIECE)
+
+    def read(self, i: int, sites: Sequence[int], out: Float[Tensor, "n s d"]) -> None:
+        """Write the rows of piece i at these sites into `out`; raise a UserError if their checksum is wrong."""
+        if tuple(out.shape) != (self.piece_rows(i), len(sites), self.d):  # a shard of another width
             raise self.damaged
-        return rows
+        try:
+            self.pieces.read(i, sites, out)
+        except ValueError as e:
+            raise self.damaged from e
+
+    def piece(self, i: int, sites: Sequence[int] | None = None) -> Float[Tensor, "n s d"]:
+        """Return the rows of piece i at these sites, by default all; raise a UserError if their checksum is wrong."""
+        sites = self.sites if sites is None else sites
+        out = torch.empty(self.piece_rows(i), len(sites), self.d, dtype=self.codec.decoded)
+        self.read(i, sites, out)
+        return out

@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
@@ -12,8 +12,10 @@ from sae_lab.activations.data import ActivationData
 from sae_lab.activations.finite import check_finite
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Chunk, Source
+from sae_lab.cache.codec import CacheDtype, Codec, Compression, storage_errors
 from sae_lab.cache.key import data_key, lm_key
 from sae_lab.cache.shards import (
+    FORMAT,
     HELD_OUT_FILE,
     Manifest,
     Shard,
@@ -43,7 +45,9 @@ class CacheWriter:
         n_tokens: exact number of activations to store; fewer if the text ends first with `data.repeat=false`.
         shard_tokens: activations per shard, rounded up to whole forward passes of the language model. One shard is
             held in memory.
-        dtype: dtype of the cache: float32, float16, bfloat16, or auto for the language model's.
+        dtype: dtype of the cache: float32, float16, bfloat16, int8, float8_e4m3 (see codec.Codec), or auto for the
+            language model's.
+        compression: none, or zstd, which loses nothing.
 
     Raises:
         UserError: the folder holds another cache or cannot be written; there is no text; activations overflow `dtype`.
@@ -56,15 +60,18 @@ class CacheWriter:
         path: str,
         n_tokens: Annotated[int, Ge(1)],
         shard_tokens: Annotated[int, Ge(1)],
-        dtype: Literal["float32", "float16", "bfloat16", "auto"] = "auto",
+        dtype: CacheDtype = "auto",
+        compression: Compression = "none",
     ):
         self.data, self.store = data, Store(path)
         self.n_tokens, self.shard_tokens = n_tokens, shard_tokens
-        self.dtype: torch.dtype = data.lm.dtype if dtype == "auto" else getattr(torch, dtype)
-        shard = min(shard_tokens, n_tokens) * len(data.lm.sites) * data.d_in * self.dtype.itemsize
+        lm = lm_key(data.lm)
+        stored = lm["lm.dtype"] if dtype == "auto" else dtype
+        size = {"n_tokens": n_tokens, "dtype": stored, "compression": compression}
+        self.key = {"format": FORMAT} | lm | data_key(data) | size
+        self.codec = Codec.of(self.key)
+        shard = min(shard_tokens, n_tokens) * len(data.lm.sites) * data.d_in * self.codec.decoded.itemsize
         check_memory_of(torch.device("cpu"), shard, "a shard in memory takes {size}: lower the tokens of a shard.")
-        size = {"n_tokens": n_tokens, "dtype": str(self.dtype).removeprefix("torch.")}
-        self.key = lm_key(data.lm) | data_key(data) | size
 
     def build(self, rebuild: bool = False) -> Manifest:
         """Write the missing shards; with `rebuild`, first verify all shards and rewrite damaged ones.
@@ -113,22 +120,42 @@ class CacheWriter:
                 return None
             raise
         if manifest is not None:
-            check_same_key(self.store, manifest, self.key, "choose another cache_dir=...")
+            manifest.check_format(self.store)
+            here = self.key | {"format": manifest.key["format"]}  # every shard tells its own format
+            check_same_key(self.store, manifest, here, "choose another cache_dir=...")
         return manifest
 
     def _start(self) -> Manifest:
-        """Log the size of the cache, then write the held-out text and an empty manifest."""
+        """Log the size of the cache and its error, then write the held-out text and an empty manifest."""
         data = self.data
-        bytes_per_token = len(data.lm.sites) * data.d_in * self.dtype.itemsize
+        bytes_per_token = len(data.lm.sites) * self.codec.bytes_per_row(data.d_in)
         log.info(
-            "%s: %s tokens x %d sites x %d x %s = %.2f GB%s.",
+            "%s: %s tokens x %d sites x %d x %s = %.2f GB%s%s.",
             *(self.store.url, f"{self.n_tokens:,}", len(data.lm.sites), data.d_in, self.key["dtype"]),
-            *(self.n_tokens * bytes_per_token / 1e9, self._free()),
+            self.n_tokens * bytes_per_token / 1e9,
+            " before compression" if self.codec.compression != "none" else "",
+            self._free(),
         )
+        errors = self._measure_errors()
         whole, checksum = self._write_held_out()
-        manifest = Manifest(data.lm.name, self.key, held_out_whole=whole, held_out_checksum=checksum)
+        manifest = Manifest(data.lm.name, self.key, whole, checksum, errors=errors)
         manifest.write(self.store)
         return manifest
+
+    def _measure_errors(self) -> dict[str, dict[str, float]]:
+        """Measure and log what the dtype costs, on held-out text; nothing if it holds all that the model's does."""
+        lm_dtype, stored = self.data.lm.dtype, self.codec.stored
+        if not self.codec.has_scales and torch.promote_types(stored, lm_dtype) == stored:
+            return {}
+        tokens = self.data.probe_text()
+        rows = torch.cat([self.data.kept_activations(row) for row in tokens.split(1)])
+        errors = storage_errors(self.codec, rows, self.data.lm.sites)
+        for site, error in errors.items():
+            log.info(
+                "dtype=%s changes activations of %s by %.2g of their norm: fvu is %.2g before any SAE.",
+                *(self.key["dtype"], site, error["relative"], error["fvu"]),
+            )
+        return errors
 
     def _write_held_out(self) -> tuple[bool, str]:
         """Write the held-out text; return whether that is all there is, and the file's checksum."""
@@ -148,7 +175,7 @@ class CacheWriter:
             source = PrefetchedSource(source, 4 * self.data.lm_batch_rows * self.data.seq_len, self.data.lm.device)
         with TokenProgress("harvesting", self.n_tokens, manifest.rows) as bar:
             for chunks in gather_chunks(
-                source, self.n_tokens - manifest.rows, self.shard_tokens, self.dtype, bar.advance
+                source, self.n_tokens - manifest.rows, self.shard_tokens, self.codec.decoded, bar.advance
             ):
                 left = self.n_tokens - manifest.rows
                 manifest.shards.append(self.write_shard(shard_name(len(manifest.shards)), chunks, left))
@@ -179,7 +206,7 @@ class CacheWriter:
     def write_shard(self, file: str, chunks: list[Chunk], limit: int) -> Shard:
         for chunk in chunks:  # finite in the language model's dtype; the cache's may hold less
             check_finite(chunk.rows, self.data.lm.sites, "give dtype=bfloat16.")
-        return write_shard(self.store, file, chunks, limit)
+        return write_shard(self.store, file, chunks, limit, self.codec)
 
     def _rewrite_damaged(self, manifest: Manifest) -> None:
         """Verify all files and write damaged or missing ones again."""
@@ -194,7 +221,7 @@ class CacheWriter:
             if shard.file in bad:
                 source = self.data.source()
                 source.load_state_dict(shard.begin)
-                chunks = next(gather_chunks(source, shard.rows, self.shard_tokens, self.dtype, lambda n: None))
+                chunks = next(gather_chunks(source, shard.rows, self.shard_tokens, self.codec.decoded, lambda n: None))
                 manifest.shards[i] = self.write_shard(shard.file, chunks, shard.rows)
                 manifest.write(self.store)
 

@@ -64,7 +64,7 @@ def build_stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str
     tokens = data.text.first_rows(data.lm_batch_rows)
     harvest = iter(data.source())
     writer = CacheWriter(data, folder, cfg.slice_tokens, cfg.slice_tokens)
-    shard = next(gather_chunks(data.source(), cfg.slice_tokens, cfg.slice_tokens, writer.dtype, lambda n: None))
+    shard = next(gather_chunks(data.source(), cfg.slice_tokens, cfg.slice_tokens, writer.codec.decoded, lambda n: None))
     writer.build()
     rows = data.rows()
     source = CachedSource(Cache(folder), data.lm_batch_rows * data.seq_len, 0, True, data.lm.device)

@@ -13,7 +13,9 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+import xxhash
 from fakes import Follow, UniqueWords
+from safetensors.torch import save
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.from_text import from_documents
@@ -171,6 +173,68 @@ def test_held_out_rows_are_those_of_the_stream(whole):
         cached(whole).held_out_rows(1000)
 
 
+# ---- the format of before
+
+
+def as_format_2(folder: Path) -> None:
+    """Write a cache's shards and manifest as they were before format 3."""
+    before = Cache(str(folder))
+    manifest = before.manifest
+    for i, shard in enumerate(manifest.shards):
+        rows = torch.cat([before.shard(i).piece(k) for k in range(shard.pieces)])
+        sums = [xxhash.xxh3_64_intdigest(piece.numpy().tobytes()) for piece in rows.split(PIECE)]
+        checksums = torch.tensor(sums, dtype=torch.uint64).view(torch.int64)
+        tensors = {"activations": rows, "tokens": before.shard(i).tokens.clone(), "checksums": checksums}
+        content, index = (
+            save(tensors),
+            xxhash.xxh3_128(f"{rows.dtype} {(*rows.shape,)} {(shard.text_rows, 8)}".encode()),
+        )
+        for name in ("tokens", "checksums"):
+            index.update(tensors[name].numpy().tobytes())
+        (folder / shard.file).unlink()  # the old one stays mapped
+        (folder / shard.file).write_bytes(content)
+        of_file = {"size": len(content), "checksum": xxhash.xxh3_128_hexdigest(content)}
+        manifest.shards[i] = shard._replace(**of_file, index_checksum=index.hexdigest())
+    manifest.key["format"] = 2
+    for name in ("compression",):
+        manifest.key.pop(name)
+    manifest.write(store.Store(folder))
+
+
+def test_a_cache_of_format_2_is_read_and_gives_the_same_batches(whole):
+    batches = list(cached(whole).stream)
+    as_format_2(whole)
+    assert all(torch.equal(a, b) for a, b in zip(batches, cached(whole).stream, strict=True))
+    assert torch.equal(Cache(str(whole)).piece(1, [1]), Cache(str(whole)).piece(1)[:, 1:])
+    harvester(whole).verify()
+    assert harvester(whole).build().key["format"] == 2
+    shard = whole / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"shard-00001.safetensors is damaged"):
+        list(cached(whole).stream)
+    harvester(whole).build(rebuild=True)
+    assert all(torch.equal(a, b) for a, b in zip(batches, cached(whole).stream, strict=True))
+
+
+def test_an_unfinished_cache_of_format_2_is_continued(whole):
+    batches = list(cached(whole).stream)
+    as_format_2(whole)
+    manifest = Cache(str(whole)).manifest
+    manifest.complete, manifest.shards = False, manifest.shards[:1]
+    manifest.write(store.Store(whole))
+    harvester(whole).build()
+    assert all(torch.equal(a, b) for a, b in zip(batches, cached(whole).stream, strict=True))
+
+
+def test_a_format_to_come_is_refused(whole):
+    manifest = Cache(str(whole)).manifest
+    manifest.key["format"] = 4
+    manifest.write(store.Store(whole))
+    for use in (lambda: cached(whole), lambda: harvester(whole).build(rebuild=True)):
+        with pytest.raises(UserError, match="has cache format 4, expected 2 or 3: harvest into another cache_dir"):
+            use()
+
+
 # ---- refusals
 
 
@@ -209,6 +273,7 @@ def test_a_run_of_another_model_is_refused(whole):
         ({"seed": 1}, "data.first_rows"),
         ({"n_tokens": 601}, "n_tokens is 600 in the cache and 601 here"),
         ({"dtype": "bfloat16"}, "dtype is float32 in the cache and bfloat16 here"),
+        ({"dtype": "int8"}, "dtype is float32 in the cache and int8 here"),
         ({"exclude_first": 3}, "data.exclude_first is 0 in the cache and 3 here"),
     ],
 )
@@ -300,14 +365,14 @@ def test_a_harvest_killed_within_a_file_continues_to_the_same_files(whole, tmp_p
     assert {name: left.get(name) for name in files(whole)} == files(whole)
 
 
-@pytest.mark.parametrize("where", ["first rows", "last rows", "checksums", "header"])
+@pytest.mark.parametrize("where", ["activations.0", "end of activations.1", "tokens", "shape", "checksums", "header"])
 def test_a_flipped_bit_is_found_named_and_mended(whole, where):
     before, shard = files(whole), whole / "shard-00001.safetensors"
     content = bytearray(shard.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
-    first, end = header["activations"]["data_offsets"]
-    at = {"first rows": first, "last rows": end - 1, "checksums": header["checksums"]["data_offsets"][0], "header": -1}
+    at = {name: tensor["data_offsets"][0] for name, tensor in header.items() if name != "__metadata__"}
+    at |= {"header": -1, "end of activations.1": header["activations.1"]["data_offsets"][1] - 1}
     content[start + at[where]] ^= 16
     shard.write_bytes(content)
     with pytest.raises(UserError, match=r"shard-00001.safetensors is damaged: harvest it again with rebuild=true"):
