@@ -1,5 +1,6 @@
 """Text -> frozen language model -> shuffled batches of activations, as a LightningDataModule that can resume."""
 
+import logging
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -8,19 +9,21 @@ from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.digests import check_unchanged, digest_of_rows, weights_digest
+from sae_lab.activations.exclusions import Exclusions, ShortRows, is_short, norm_limits, token_ids
 from sae_lab.activations.interleave import InterleavedSource
 from sae_lab.activations.passes import PassTokens, rows_per_pass
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import LMSource, SharedSource, Source, kept_activations
 from sae_lab.lm.base import LanguageModel
 from sae_lab.parallel.collectives import rank, rank_share, world_size
+from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.runtime.memory import check_memory_of
@@ -29,7 +32,11 @@ from sae_lab.text.encoding import tokenizer_digest
 from sae_lab.text.rows import RowStream
 from sae_lab.text.text import Text, TextSource
 
+log = logging.getLogger(__name__)
+
 PROBE_TOKENS = 4096
+"""Held-out tokens on which the median norm and the error of a cache's dtype are measured."""
+Tokens = Annotated[list[int | str], ErrorMessage("must be a list of token ids or strings, such as [0,' the']")]
 
 
 class Batches:
@@ -69,6 +76,8 @@ class ActivationData(L.LightningDataModule):
         lm_batch_rows: text rows per forward pass of the language model; None: as many as have lm_batch_tokens.
         exclude_bos: leave out every BOS token.
         exclude_first: leave out the first n positions of each row.
+        exclude_tokens: leave out these tokens wherever they stand: ids, or strings that are one token.
+        max_norm: leave out a row whose norm is more than so many times the median norm at any site (see is_short).
         prefetch: compute the next block during training: on a GPU between the steps, on a CPU in a thread. Does not
             change any row. "auto" is true on a GPU.
         repeat: start a new pass over the text if it ends before n_tokens; otherwise the run ends there.
@@ -100,6 +109,8 @@ class ActivationData(L.LightningDataModule):
         n_val_tokens: Annotated[int, Ge(1)],
         seed: Annotated[int, Ge(0)],
         lm_batch_tokens: PassTokens = "auto",
+        exclude_tokens: Tokens = [],  # noqa: B006  read only
+        max_norm: Annotated[float, Gt(1)] | None = None,
     ):
         super().__init__()
         seq_len = text.seq_len
@@ -121,13 +132,16 @@ class ActivationData(L.LightningDataModule):
         self.block_tokens = min(block_tokens, math.ceil(n_tokens / batch_size) * batch_size)
         self.lm_batch_rows = rows_per_pass(lm, seq_len, lm_batch_rows, lm_batch_tokens)
         self.digest_rows = lm_batch_rows or 32  # of the first rows, the digest of a text without one
-        self.exclude_bos, self.exclude_first = exclude_bos, exclude_first
+        self.exclude_bos, self.exclude_first, self.max_norm = exclude_bos, exclude_first, max_norm
+        self.exclude_tokens = list(token_ids(lm.tokenizer, exclude_tokens))
         self.n_eval_tokens, self.n_val_tokens = n_eval_tokens, n_val_tokens
         self.prefetch = prefetch is True or (prefetch == "auto" and lm.device.type == "cuda")
         self._check_memory("{lm_batch_tokens} tokens" if lm_batch_rows is None else "{lm_batch_rows} rows")
         self.lm_lock = Lock()
         self.stream = self.new_stream(self.prefetch)
         self._validation: list[Tensor] | None = None
+        if isinstance(text, Text) and (self.exclude_tokens or max_norm is not None):
+            self._log_left_out()
 
     def _check_memory(self, of_a_pass: str) -> None:
         """Raise a SettingError if a block or a forward pass exceeds the memory of the language model's device."""
@@ -156,19 +170,63 @@ class ActivationData(L.LightningDataModule):
     def n_sources(self) -> int:
         return len(self.lm.sites)
 
-    def keep_mask(self, tokens: Int[Tensor, "n t"]) -> Bool[Tensor, "n t"]:
-        """Return a mask of the positions on which an SAE is trained and evaluated."""
-        kept = torch.ones_like(tokens, dtype=torch.bool)
-        kept[:, : self.exclude_first] = False
-        return kept & (tokens != self.lm.bos_id) if self.exclude_bos else kept
+    @property
+    def exclusions(self) -> Exclusions:
+        return Exclusions(self.lm.bos_id, self.exclude_bos, self.exclude_first, tuple(self.exclude_tokens))
 
-    def kept_activations(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "m s d"]:
-        """Return the activations at the positions on which an SAE is trained and evaluated.
+    def keep_mask(self, tokens: Int[Tensor, "n t"]) -> Bool[Tensor, "n t"]:
+        """Return a mask of the positions that are not left out for their token or place; `max_norm` may leave fewer."""
+        return self.exclusions.keep(tokens)
+
+    def keep_positions(self, tokens: Int[Tensor, "n t"], activations: Float[Tensor, "n t s d"]) -> Bool[Tensor, "n t"]:
+        """Return a mask of the positions on which an SAE is trained and evaluated."""
+        keep = self.keep_mask(tokens)
+        return keep if self.max_norm is None else keep & self._is_short(activations).to(keep.device)
+
+    def kept(self, tokens: Int[Tensor, "n t"]) -> tuple[Bool[Tensor, "n t"], Float[Tensor, "m s d"]]:
+        """Return a mask of the positions on which an SAE is trained and evaluated, and the activations there.
 
         Raises:
             UserError: they are not finite.
         """
-        return kept_activations(self.lm, tokens, self.keep_mask(tokens))
+        keep = self.keep_mask(tokens)
+        rows = kept_activations(self.lm, tokens, keep)
+        if self.max_norm is not None:
+            short = self._is_short(rows)
+            keep, rows = keep.masked_scatter(keep, short.to(keep.device)), rows[short]
+        return keep, rows
+
+    def kept_activations(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "m s d"]:
+        """Return the activations at the positions on which an SAE is trained and evaluated."""
+        return self.kept(tokens)[1]
+
+    def keep_short(self, source: Source) -> Source:
+        """Return the source without the rows that `max_norm` leaves out."""
+        return source if self.max_norm is None else ShortRows(source, self._is_short)
+
+    def _is_short(self, rows: Float[Tensor, "*n s d"]) -> Bool[Tensor, "*n"]:
+        return is_short(rows, [self.norm_limits[site] for site in self.lm.sites])
+
+    @cached_property
+    def norm_limits(self) -> dict[str, float]:
+        """The largest norm of a row to keep, by site; empty without `max_norm`. Part of the state of a run or a cache.
+
+        The median is that of the probe text, one text row after the other, so no size of a pass or a block changes it.
+        """
+        if self.max_norm is None:
+            return {}
+        rows = [kept_activations(self.lm, row, self.keep_mask(row)) for row in self.probe_text().split(1)]
+        return norm_limits(torch.cat(rows), self.lm.sites, self.max_norm)
+
+    def _log_left_out(self) -> None:
+        """Log the share of the probe text that each key leaves out; of max_norm, of what the others leave."""
+        tokens = self.probe_text()
+        shares = {f"data.{key}": mask.float().mean().item() for key, mask in self.exclusions.masks(tokens).items()}
+        if self.max_norm is not None:
+            kept = sum(int(self.kept(row)[0].sum()) for row in tokens.split(1))
+            shares["data.max_norm"] = 1 - kept / max(1, int(self.keep_mask(tokens).sum()))
+        shown = ", ".join(f"{key} {share:.2%}" for key, share in shares.items() if share)
+        log.info("Left out of %s held-out tokens: %s.", f"{tokens.numel():,}", shown or "none")
 
     def rows(self) -> RowStream:
         """Return the rows of token ids of the training text, from the beginning."""
@@ -183,9 +241,9 @@ class ActivationData(L.LightningDataModule):
         """Return the stream of shuffled training batches, from the beginning."""
         source, size = self.source(), (self.block_tokens, self.batch_size, self.seed)
         if not prefetch:
-            return ShuffledBlocks(SharedSource(source), *size)
+            return ShuffledBlocks(self.keep_short(SharedSource(source)), *size)
         ahead = self.read_ahead(source)
-        return ShuffledBlocks(SharedSource(ahead), *size, self.n_tokens, ahead.prepare)
+        return ShuffledBlocks(self.keep_short(SharedSource(ahead)), *size, self.n_tokens, ahead.prepare)
 
     def read_ahead(self, source: Any) -> InterleavedSource | PrefetchedSource:
         """Return the source in the form that computes chunks ahead on the language model's device."""
@@ -265,7 +323,8 @@ class ActivationData(L.LightningDataModule):
         return digest_of_rows(self.text.first_rows(n))
 
     def state_dict(self) -> dict[str, Any]:
-        return self.stream.state_dict() | {"origin": self.source_digests}
+        limits = {} if self.max_norm is None else {"norm_limits": self.norm_limits}
+        return self.stream.state_dict() | {"origin": self.source_digests} | limits
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the stream; raise a UserError if the text, the tokenizer or the language model changed."""
@@ -275,4 +334,6 @@ class ActivationData(L.LightningDataModule):
         if "the text" in origin and "the text" not in here:  # before lm_batch_tokens, by the rows of a pass
             here = here | {"the text": self._first_rows_digest(self.digest_rows)}
         check_unchanged(origin, here, remedy)
+        if self.max_norm is not None:
+            self.norm_limits.update(state.pop("norm_limits", {}))
         self.stream.load_state_dict(state)

@@ -68,9 +68,11 @@ class CachedData(ActivationData):
     @check_arguments
     def __init__(self, lm: LanguageModel, path: str, *, seq_len: Annotated[int, Ge(2)], pack: bool, **stream: Any):
         self.cache = Cache(path)
+        self.norm_limits = self.cache.manifest.norm_limits
         super().__init__(lm, CachedText(self.cache, seq_len), **stream)
         here = lm_key(lm) | {"seq_len": seq_len, "data.pack": pack}
-        here |= {f"data.{name}": getattr(self, name) for name in ("exclude_bos", "exclude_first")}
+        names = ("exclude_bos", "exclude_first", "exclude_tokens", "max_norm")
+        here |= {f"data.{name}": getattr(self, name) for name in names}
         check_same_key(
             self.cache.store,
             self.cache.manifest,
@@ -85,6 +87,8 @@ class CachedData(ActivationData):
         shard = self.cache.shard(0)
         tokens = shard.tokens[: self.lm_batch_rows].long()
         x = self.kept_activations(tokens).float().cpu()
+        if self.max_norm is not None:  # a row at the limit may be kept in one place only, and shift those behind it
+            x = x[:PIECE]
         n_pieces = min(-(-len(x) // PIECE), self.cache.manifest.shards[0].pieces)
         cached = torch.cat([shard.piece(i) for i in range(n_pieces)]).float()[: len(x)]
         x = x[: len(cached)]
@@ -107,6 +111,9 @@ class CachedData(ActivationData):
     @cached_property
     def source_digests(self) -> dict[str, str]:
         return {}  # the state of CachedSource names the cache, whose key already includes model, tokenizer and text
+
+    def keep_short(self, source: Source) -> Source:
+        return source  # the harvest left the others out
 
     def source(self) -> Source:
         chunk_rows = self.lm_batch_rows * self.seq_len

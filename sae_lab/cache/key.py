@@ -38,6 +38,8 @@ def data_key(data: ActivationData) -> dict[str, Any]:
         "seq_len": text.seq_len,
         "data.exclude_bos": data.exclude_bos,
         "data.exclude_first": data.exclude_first,
+        "data.exclude_tokens": data.exclude_tokens,
+        "data.max_norm": data.max_norm,
         "data.pack": text.pack,
         "data.repeat": data.repeat,
         **order_key(text),

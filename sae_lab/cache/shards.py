@@ -31,7 +31,7 @@ from sae_lab.runtime.screen import track
 FORMAT = 3
 READABLE = (2, 3)
 """Formats that are read. A cache of format 2 is continued and mended with shards of format 3, which it may then mix."""
-ASSUMED: dict[str, Any] = {"compression": "none"}
+ASSUMED: dict[str, Any] = {"compression": "none", "data.exclude_tokens": [], "data.max_norm": None}
 """What a cache has whose key lacks a setting, because it was harvested before there was that setting."""
 MANIFEST, HELD_OUT_FILE = "manifest.json", "held_out.safetensors"
 REBUILD = "harvest it again with rebuild=true"
@@ -60,6 +60,7 @@ class Manifest:
 
     `held_out_whole` is true if the cache holds all of the held-out text, because there was less than requested.
     `errors` is what the dtype costs, by site (see codec.storage_errors); empty if nothing.
+    `norm_limits` are ActivationData's, with which the rows were left out; empty without data.max_norm.
     """
 
     model: str
@@ -69,6 +70,7 @@ class Manifest:
     complete: bool = False
     shards: list[Shard] = field(default_factory=list)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    norm_limits: dict[str, float] = field(default_factory=dict)
 
     @property
     def codec(self) -> Codec:
@@ -90,6 +92,11 @@ class Manifest:
             raise ValueError("sizes")
         if not (isinstance(self.key, dict) and isinstance(self.key.get("lm.sites"), list)):
             raise ValueError("key")
+        limits = self.norm_limits.values()
+        if not all(isinstance(limit, float) and 0 <= limit < float("inf") for limit in limits):
+            raise ValueError("limits")
+        if self.key.get("data.max_norm") is not None and set(self.norm_limits) != set(self.key["lm.sites"]):
+            raise ValueError("no limits")
         if type(self.complete) is not bool or (self.complete and not self.shards):
             raise ValueError("no rows")
         if not sealed and any(shard.index_checksum for shard in self.shards):

@@ -123,6 +123,7 @@ class CacheWriter:
             manifest.check_format(self.store)
             here = self.key | {"format": manifest.key["format"]}  # every shard tells its own format
             check_same_key(self.store, manifest, here, "choose another cache_dir=...")
+            self.data.norm_limits.update(manifest.norm_limits)
         return manifest
 
     def _start(self) -> Manifest:
@@ -138,7 +139,7 @@ class CacheWriter:
         )
         errors = self._measure_errors()
         whole, checksum = self._write_held_out()
-        manifest = Manifest(data.lm.name, self.key, whole, checksum, errors=errors)
+        manifest = Manifest(data.lm.name, self.key, whole, checksum, errors=errors, norm_limits=data.norm_limits)
         manifest.write(self.store)
         return manifest
 
@@ -175,7 +176,11 @@ class CacheWriter:
             source = PrefetchedSource(source, 4 * self.data.lm_batch_rows * self.data.seq_len, self.data.lm.device)
         with TokenProgress("harvesting", self.n_tokens, manifest.rows) as bar:
             for chunks in gather_chunks(
-                source, self.n_tokens - manifest.rows, self.shard_tokens, self.codec.decoded, bar.advance
+                self.data.keep_short(source),
+                self.n_tokens - manifest.rows,
+                self.shard_tokens,
+                self.codec.decoded,
+                bar.advance,
             ):
                 left = self.n_tokens - manifest.rows
                 manifest.shards.append(self.write_shard(shard_name(len(manifest.shards)), chunks, left))
@@ -221,7 +226,11 @@ class CacheWriter:
             if shard.file in bad:
                 source = self.data.source()
                 source.load_state_dict(shard.begin)
-                chunks = next(gather_chunks(source, shard.rows, self.shard_tokens, self.codec.decoded, lambda n: None))
+                chunks = next(
+                    gather_chunks(
+                        self.data.keep_short(source), shard.rows, self.shard_tokens, self.codec.decoded, lambda n: None
+                    )
+                )
                 manifest.shards[i] = self.write_shard(shard.file, chunks, shard.rows)
                 manifest.write(self.store)
 

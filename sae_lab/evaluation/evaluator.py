@@ -138,8 +138,7 @@ def reconstruct_all(
         raise UserError("data.exclude_* leaves out every held-out token: raise data.n_eval_tokens.")
     bos = []
     for tokens in track(batches, "evaluating reconstruction"):
-        keep = data.keep_mask(tokens)
-        x = data.kept_activations(tokens)
+        keep, x = data.kept(tokens)
         for subject in subjects:
             for batch, x_hat, code in subject.autoencode(x):
                 subject.reconstruction.update(batch, x_hat, code, subject.sae.predicted_mask(batch))
@@ -157,8 +156,9 @@ def splice_all(subjects: list[EvaluatedSAE], data: ActivationData, batches: tupl
 
 def splice_batch(subjects: list[EvaluatedSAE], data: ActivationData, tokens: Int[Tensor, "n t"], mean: Replace) -> None:
     """Process one batch of `splice_all`. SAEs that predict the same sources share the ablations."""
-    lm, keep, targets = data.lm, data.keep_mask(tokens), tokens.to(data.lm.device)
+    lm, targets = data.lm, tokens.to(data.lm.device)
     activations = lm.activations(tokens)
+    keep = data.keep_positions(tokens, activations)
     rows = activations[keep.to(activations.device)]
 
     def log_probs(replace: Replace, predicted: Bool[Tensor, "#b s"] | None) -> Tensor:

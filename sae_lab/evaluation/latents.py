@@ -80,8 +80,9 @@ def gather_activations(sae: BaseSAE, data: ActivationData, latents: Int[Tensor, 
     place[latents] = torch.arange(len(latents))
     parts, n_positions = [], 0
     for start, tokens in with_offsets(track(rows.split(data.lm_batch_rows), "reading")):
-        keep = data.keep_mask(tokens).flatten()
-        row, latent, value = active_entries(sae.autoencode(data.kept_activations(tokens))[1])
+        keep, x = data.kept(tokens)
+        keep = keep.flatten()
+        row, latent, value = active_entries(sae.autoencode(x)[1])
         chosen = place[latent] >= 0
         positions = start + keep.nonzero().squeeze(-1)[row[chosen]]
         parts.append((place[latent[chosen]], positions, value[chosen].float()))

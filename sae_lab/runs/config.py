@@ -37,10 +37,15 @@ MOVED = {
 """Old → new `_target_`. Keep an entry as long as runs with the old name must open."""
 LOADED_LM = {"tokenizer": None, "base_model": None, "trust_remote_code": False, "load": None}
 ADDED: dict[str, dict[str, Any]] = {
-    "sae_lab.activations.from_text.": {"order": "as_read", "lm_batch_tokens": "auto"},
+    "sae_lab.activations.from_text.": {
+        "order": "as_read",
+        "lm_batch_tokens": "auto",
+        "exclude_tokens": [],
+        "max_norm": None,
+    },
     "sae_lab.activations.from_text.hub": {"held_out_every": None, "window_tokens": 16_777_216},
     "sae_lab.activations.from_text.text_files": {"format": "auto"},
-    "sae_lab.cache.data.CachedData": {"lm_batch_tokens": "auto"},
+    "sae_lab.cache.data.CachedData": {"lm_batch_tokens": "auto", "exclude_tokens": [], "max_norm": None},
     **{f"sae_lab.lm.{back_end}.": LOADED_LM for back_end in ("transformers", "transformer_lens", "nnsight")},
 }
 """Beginning of a `_target_` → settings that it has got since, with the values that mean "as before"."""
