@@ -104,8 +104,8 @@ OF_OTHER_COMMANDS = [
     ("harvest", ["cache_dir=cache", "shard_tokens=0"], f"shard_tokens=0 {WHOLE} 1."),
     (
         "harvest",
-        ["cache_dir=cache", "dtype=int8"],
-        "dtype=int8 is not known: choose float32, float16, bfloat16 or auto.",
+        ["cache_dir=cache", "dtype=int4"],
+        "dtype=int4 is not known: choose float32, float16, bfloat16, int8, float8_e4m3 or auto.",
     ),
     ("features", ["run_dir=.", "n_top=-1"], f"n_top=-1 {WHOLE} 0."),
     ("benchmark", ["repeats=0"], f"repeats=0 {WHOLE} 1."),
