@@ -46,7 +46,7 @@ class BadLM:
     """A language model with random activations at two sites, which `change` makes bad."""
 
     name, sites, bos_id, context, models = "bad", ("a", "b"), 0, 200, ()
-    device, tokenizer = torch.device("cpu"), Words()
+    device, dtype, tokenizer = torch.device("cpu"), torch.float32, Words()
 
     def __init__(self, change, d: int = 8):
         generator = torch.Generator().manual_seed(0)
