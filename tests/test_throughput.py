@@ -7,7 +7,7 @@ from shell import run
 
 pytestmark = pytest.mark.process
 
-STAGES = ["forward", "harvest", "cache write", "cache read", "step", "streaming", "cached"]
+STAGES = ["text", "forward", "harvest", "cache write", "cache read", "step", "streaming", "cached"]
 TINY = ["slice_tokens=2_048", "slices=1", "expansion=1", "data.block_tokens=2_048", "lm.device=cpu", "seq_len=32"]
 
 
