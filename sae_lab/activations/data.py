@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import cached_property
 from threading import Lock
 from typing import Annotated, Any, Literal
@@ -126,31 +127,61 @@ class ActivationData(L.LightningDataModule):
             raise SettingError(
                 f"{{exclude_first}}={exclude_first} leaves nothing of a row of {{seq_len}}={seq_len} tokens."
             )
-        self.lm, self.text, self.seed, self.repeat = lm, text, seed, repeat
+        self.text, self.seed, self.repeat = text, seed, repeat
         self.seq_len, self.batch_size, self.n_tokens = seq_len, batch_size, n_tokens
         # Activations after the run's last batch are never used, so a short run does not wait for a full block.
         self.block_tokens = min(block_tokens, math.ceil(n_tokens / batch_size) * batch_size)
-        self.lm_batch_rows = rows_per_pass(lm, seq_len, lm_batch_rows, lm_batch_tokens)
+        self._pass_size = (lm_batch_rows, lm_batch_tokens)
         self.digest_rows = lm_batch_rows or 32  # of the first rows, the digest of a text without one
         self.exclude_bos, self.exclude_first, self.max_norm = exclude_bos, exclude_first, max_norm
         self.exclude_tokens = list(token_ids(lm.tokenizer, exclude_tokens))
         self.n_eval_tokens, self.n_val_tokens = n_eval_tokens, n_val_tokens
         self.prefetch = prefetch is True or (prefetch == "auto" and lm.device.type == "cuda")
-        self._check_memory("{lm_batch_tokens} tokens" if lm_batch_rows is None else "{lm_batch_rows} rows")
         self.lm_lock = Lock()
-        self.stream = self.new_stream(self.prefetch)
-        self._validation: list[Tensor] | None = None
+        self._begin(lm, rows_per_pass(lm, seq_len, *self._pass_size))
         if isinstance(text, Text) and (self.exclude_tokens or max_norm is not None):
             self._log_left_out()
 
-    def _check_memory(self, of_a_pass: str) -> None:
+    def _begin(self, lm: LanguageModel, lm_batch_rows: int) -> None:
+        """Read the sites of `lm`, from the beginning of the stream."""
+        self.lm, self.lm_batch_rows = lm, lm_batch_rows
+        self._check_memory()
+        self.stream = self.new_stream(self.prefetch)
+
+    def with_sites(self, sites: Sequence[str], lm_batch_rows: int | None = None) -> "ActivationData":
+        """Return the same data at other sites of the language model, from the beginning of the stream.
+
+        They are the data that `lm.sites=sites` would build, but share the language model, its lock and its digests.
+
+        Args:
+            lm_batch_rows: text rows per forward pass; None: as many as these data would take.
+        """
+        other = copy(self)
+        for of_sites in ("validation_batches", "norm_limits"):
+            other.__dict__.pop(of_sites, None)
+        other.source_digests = self.source_digests
+        lm = self.lm.with_sites(sites)
+        other._begin(lm, lm_batch_rows or rows_per_pass(lm, self.seq_len, *self._pass_size))
+        return other
+
+    @property
+    def bytes_per_token(self) -> int:
+        return len(self.lm.sites) * self.lm.d * self.lm.dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of one block of activations at all sites."""
+        return max(self.block_tokens, self.batch_size) * self.bytes_per_token
+
+    def _check_memory(self) -> None:
         """Raise a SettingError if a block or a forward pass exceeds the memory of the language model's device."""
-        bytes_per_token = len(self.lm.sites) * self.lm.d * self.lm.dtype.itemsize
-        block = max(self.block_tokens, self.batch_size) * bytes_per_token
         check_memory_of(
-            self.lm.device, block, "a block takes {size}: lower {block_tokens}, or {batch_size} if that is larger."
+            self.lm.device,
+            self.block_bytes,
+            "a block takes {size}: lower {block_tokens}, or {batch_size} if that is larger.",
         )
-        one_pass = self.lm_batch_rows * self.seq_len * bytes_per_token
+        one_pass = self.lm_batch_rows * self.seq_len * self.bytes_per_token
+        of_a_pass = "{lm_batch_tokens} tokens" if self._pass_size[0] is None else "{lm_batch_rows} rows"
         check_memory_of(self.lm.device, one_pass, f"the activations of {of_a_pass} take {{size}}: lower it.")
 
     @property
@@ -283,13 +314,15 @@ class ActivationData(L.LightningDataModule):
         return Batches(self.stream, self.n_tokens)
 
     def val_dataloader(self) -> DataLoader:
-        if self._validation is None:
-            chunks = self.held_out_rows(self.n_val_tokens).split(self.lm_batch_rows)
-            with self.lm_lock:
-                rows = torch.cat([self.kept_activations(tokens) for tokens in chunks])
-            rows = rows.tensor_split(world_size())[rank()]
-            self._validation = list(rows.split(self.batch_size))
-        return DataLoader(self._validation, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(self.validation_batches, batch_size=None)  # type: ignore[arg-type]
+
+    @cached_property
+    def validation_batches(self) -> Sequence[Float[Tensor, "b s d"]]:
+        """Batches of held-out activations for the validation during training; this rank's share."""
+        chunks = self.held_out_rows(self.n_val_tokens).split(self.lm_batch_rows)
+        with self.lm_lock:
+            rows = torch.cat([self.kept_activations(tokens) for tokens in chunks])
+        return rows.tensor_split(world_size())[rank()].split(self.batch_size)
 
     def calibration_batches(self, n: int) -> Iterator[Float[Tensor, "b s d"]]:
         """Yield the first n training batches again, or as many as the run has."""

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from functools import reduce
 from typing import Any
 
@@ -59,13 +60,25 @@ class LanguageModel(ABC):
         n_ids: int | None = None,
     ):
         self.name, self.tokenizer = name, tokenizer
-        self.sites = site_names(sites)
         text_config = text_config_of(config)
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self.n_ids: int | None = n_ids or getattr(text_config, "vocab_size", None)
         self.bos_id = find_bos_id(name, tokenizer, bos_id, self.n_ids)
         self.model: Any = model.eval().requires_grad_(False)
-        check_sites(name, sites, self.known_sites(), self.describe_choices())
+        self._read_at(sites)
+
+    def with_sites(self, sites: Sequence[str] | str | None) -> "LanguageModel":
+        """Return the same model, read at other sites. It shares the weights, and computes the same bits at each site.
+
+        A back end that keeps something that depends on the sites must override this.
+        """
+        other = copy(self)
+        other._read_at(sites)
+        return other
+
+    def _read_at(self, sites: Sequence[str] | str | None) -> None:
+        self.sites = site_names(sites)
+        check_sites(self.name, sites, self.known_sites(), self.describe_choices())
         self.d, self.dtype = self._measure()
 
     @abstractmethod
