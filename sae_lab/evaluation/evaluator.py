@@ -1,14 +1,15 @@
-"""Evaluation of SAEs on held-out text. SAEs of the same sites share both passes over the language model."""
+"""Evaluation of SAEs on held-out text. They share the text and the clean passes over the language model."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_lab.activations.columns import Columns
 from sae_lab.activations.data import ActivationData
 from sae_lab.evaluation import diffing
 from sae_lab.evaluation.downstream import Replace, constant_ablation, spliced_logits, zero_ablation
@@ -20,6 +21,7 @@ from sae_lab.evaluation.metrics import (
     l0_histogram,
     next_token_log_probs,
 )
+from sae_lab.lm.base import LanguageModel
 from sae_lab.ops.sparse import Code, l0_per_row
 from sae_lab.runtime.device import synchronized_time
 from sae_lab.runtime.errors import UserError
@@ -40,12 +42,13 @@ class EvaluatedSAE:
     """One SAE under one activation rule, with its accumulated totals.
 
     Args:
+        lm: the language model, at the sites of this SAE.
         training_rule: evaluate in `train()` mode, under the batch-wise rule.
         batch_size: rows that the SAE sees at once.
     """
 
-    def __init__(self, sae: BaseSAE, training_rule: bool, batch_size: int):
-        self.sae, self.training_rule, self.batch_size = sae, training_rule, batch_size
+    def __init__(self, sae: BaseSAE, lm: LanguageModel, training_rule: bool, batch_size: int):
+        self.sae, self.lm, self.training_rule, self.batch_size = sae, lm, training_rule, batch_size
         self.device = next(sae.parameters()).device
         self.reconstruction = ReconstructionMetrics(sae.n_latents).to(self.device)
         self.downstream = DownstreamMetrics()
@@ -69,6 +72,12 @@ class EvaluatedSAE:
         self.n_rows += len(x)
         return result
 
+    def reconstruct_rows(self, x: Tensor) -> None:
+        """Add the reconstruction of x to the totals."""
+        for batch, x_hat, code in self.autoencode(x):
+            self.reconstruction.update(batch, x_hat, code, self.sae.predicted_mask(batch))
+            self.l0.append(l0_per_row(code).cpu())
+
     def reconstruct(self, x: Tensor) -> Tensor:
         """Return x_hat under this rule."""
         return torch.cat([x_hat for _, x_hat, _ in self.autoencode(x)])
@@ -82,6 +91,10 @@ class EvaluatedSAE:
         return self.reconstruction.undefined() | self.downstream.undefined()
 
 
+BySites = dict[tuple[str, ...], list[EvaluatedSAE]]
+"""The SAEs to evaluate, by their sites."""
+
+
 def evaluate(sae: BaseSAE, data: ActivationData) -> Evaluation:
     """Evaluate an SAE on held-out text: the metrics of metrics.py under the deployed rule.
 
@@ -92,21 +105,27 @@ def evaluate(sae: BaseSAE, data: ActivationData) -> Evaluation:
 
 
 @torch.no_grad()
-def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str, Evaluation]:
-    """Evaluate several SAEs of the same sites with the same two passes over the language model.
+def evaluate_all(
+    saes: Mapping[str, BaseSAE], data: ActivationData, lms: Sequence[LanguageModel] | None = None
+) -> dict[str, Evaluation]:
+    """Evaluate several SAEs with the same two passes over the language model, each to the bit as by itself.
 
     If there is less held-out text than `data.n_eval_tokens`, the metrics hold both numbers.
 
     The training rule sees batches of about the training size, made of whole text rows from all over the held-out text.
     The state and mode of the SAEs do not change.
+
+    Args:
+        lms: the language model of the data at the sites of each SAE, which are among those of the data; None: at all.
     """
     rows_at_once = max(data.lm_batch_rows, math.ceil(data.batch_size / data.seq_len))
     rows = data.held_out_rows(data.n_eval_tokens)
     batches = rows.split(rows_at_once)
     shorter = {"n_held_out_tokens": rows.numel(), "n_eval_tokens_wanted": data.n_eval_tokens}
-    deployed = {name: EvaluatedSAE(sae, False, data.batch_size) for name, sae in saes.items()}
-    trained = {name: EvaluatedSAE(sae, True, data.batch_size) for name, sae in saes.items() if sae.batch_rule}
-    subjects = [*deployed.values(), *trained.values()]
+    at = dict(zip(saes, lms or [data.lm] * len(saes), strict=True))
+    deployed = {name: EvaluatedSAE(sae, at[name], False, data.batch_size) for name, sae in saes.items()}
+    trained = {name: EvaluatedSAE(sae, at[name], True, data.batch_size) for name, sae in saes.items() if sae.batch_rule}
+    subjects = group_by_sites([*deployed.values(), *trained.values()])
     bos = reconstruct_all(subjects, data, batches)
     splice_all(subjects, data, batches)
     evaluations = {}
@@ -126,9 +145,15 @@ def evaluate_all(saes: Mapping[str, BaseSAE], data: ActivationData) -> dict[str,
     return evaluations
 
 
-def reconstruct_all(
-    subjects: list[EvaluatedSAE], data: ActivationData, batches: tuple[Tensor, ...]
-) -> Bool[Tensor, " n"]:
+def group_by_sites(subjects: list[EvaluatedSAE]) -> BySites:
+    """Return the SAEs of each choice of sites."""
+    groups: BySites = {}
+    for subject in subjects:
+        groups.setdefault(subject.lm.sites, []).append(subject)
+    return groups
+
+
+def reconstruct_all(subjects: BySites, data: ActivationData, batches: tuple[Tensor, ...]) -> Bool[Tensor, " n"]:
     """Run the first pass: reconstruction metrics and L0. Returns a mask of the BOS tokens among the n tokens.
 
     Raises:
@@ -139,27 +164,50 @@ def reconstruct_all(
     bos = []
     for tokens in track(batches, "evaluating reconstruction"):
         keep, x = data.kept(tokens)
-        for subject in subjects:
-            for batch, x_hat, code in subject.autoencode(x):
-                subject.reconstruction.update(batch, x_hat, code, subject.sae.predicted_mask(batch))
-                subject.l0.append(l0_per_row(code).cpu())
+        for sites, group in subjects.items():
+            own = Columns(data.lm.sites, sites)(x)
+            for subject in group:
+                subject.reconstruct_rows(own)
         bos.append(tokens[keep] == data.lm.bos_id)
     return torch.cat(bos)
 
 
-def splice_all(subjects: list[EvaluatedSAE], data: ActivationData, batches: tuple[Tensor, ...]) -> None:
+def splice_all(subjects: BySites, data: ActivationData, batches: tuple[Tensor, ...]) -> None:
     """Run the second pass: cross-entropies with activations clean, set to zero or the mean, and replaced by x_hat."""
-    mean = constant_ablation(subjects[0].reconstruction.mean_activation())
+    means = {sites: constant_ablation(group[0].reconstruction.mean_activation()) for sites, group in subjects.items()}
     for tokens in track(batches, "evaluating cross-entropy"):
-        splice_batch(subjects, data, tokens, mean)
+        activations = data.lm.activations(tokens)
+        keep = data.keep_positions(tokens, activations)
+        clean = Clean.run(data.lm, tokens)
+        for sites, group in subjects.items():
+            own = Columns(data.lm.sites, sites)(activations)
+            splice_batch(group, tokens, keep, own, clean, means[sites])
 
 
-def splice_batch(subjects: list[EvaluatedSAE], data: ActivationData, tokens: Int[Tensor, "n t"], mean: Replace) -> None:
-    """Process one batch of `splice_all`. SAEs that predict the same sources share the ablations."""
-    lm, targets = data.lm, tokens.to(data.lm.device)
-    activations = lm.activations(tokens)
-    keep = data.keep_positions(tokens, activations)
-    rows = activations[keep.to(activations.device)]
+class Clean(NamedTuple):
+    """What the language model predicts of one batch without replaced activations."""
+
+    log_p: Tensor
+    p: Tensor
+    ce: Tensor
+
+    @classmethod
+    def run(cls, lm: LanguageModel, tokens: Int[Tensor, "n t"]) -> "Clean":
+        log_p = next_token_log_probs(lm.logits(tokens))
+        return cls(log_p, log_p.exp(), cross_entropy(log_p, tokens.to(lm.device)))
+
+
+def splice_batch(
+    subjects: list[EvaluatedSAE],
+    tokens: Int[Tensor, "n t"],
+    keep: Bool[Tensor, "n t"],
+    activations: Float[Tensor, "n t s d"],
+    clean: Clean,
+    mean: Replace,
+) -> None:
+    """Process one batch of `splice_all` for SAEs of the same sites. Those that predict the same share the ablations."""
+    lm = subjects[0].lm
+    rows, targets = activations[keep.to(activations.device)], tokens.to(lm.device)
 
     def log_probs(replace: Replace, predicted: Bool[Tensor, "#b s"] | None) -> Tensor:
         return next_token_log_probs(spliced_logits(lm, tokens, activations, keep, replace, predicted))
@@ -169,13 +217,11 @@ def splice_batch(subjects: list[EvaluatedSAE], data: ActivationData, tokens: Int
         by = {"ce_zero": zero_ablation, "ce_mean": mean}
         return {name: cross_entropy(log_probs(replace, predicted), targets) for name, replace in by.items()}
 
-    clean = next_token_log_probs(lm.logits(tokens))
-    p, ce_clean = clean.exp(), cross_entropy(clean, targets)
     ablations = {n: ablate(n) for n in {subject.sae.n_inputs for subject in subjects}}
     for subject in subjects:
         spliced = log_probs(subject.reconstruct, subject.sae.predicted_mask(rows))
-        own = {"ce_spliced": cross_entropy(spliced, targets), "kl": kl_divergence(p, clean, spliced)}
-        subject.downstream.to(lm.device).update(ce_clean=ce_clean, **ablations[subject.sae.n_inputs], **own)
+        own = {"ce_spliced": cross_entropy(spliced, targets), "kl": kl_divergence(clean.p, clean.log_p, spliced)}
+        subject.downstream.to(lm.device).update(ce_clean=clean.ce, **ablations[subject.sae.n_inputs], **own)
 
 
 def build_tables(subject: EvaluatedSAE, bos: Bool[Tensor, " n"]) -> dict[str, pd.DataFrame]:

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_omega_conf_dumper
 
+from sae_lab.activations.columns import Columns
 from sae_lab.activations.data import ActivationData
 from sae_lab.evaluation.calibration import calibrate
 from sae_lab.evaluation.evaluator import evaluate_all
@@ -50,13 +51,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Member:
-    """One run in training: its config, folder, SAE, module and Trainer."""
+    """One run in training: its config, folder, SAE, module, Trainer and data."""
 
     cfg: DictConfig
     run: Run
     sae: BaseSAE
     module: SAEModule
     trainer: L.Trainer
+    data: ActivationData
 
 
 def train_run(cfg: DictConfig) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def train_run(cfg: DictConfig) -> dict[str, Any]:
     with run.begin(hydra_files(cfg)):  # after everything is built, so that an invalid config leaves no folder
         ranks = launch_ranks(run.folder, cfg.trainer.devices, f"{__name__}:{train_as_follower.__name__}")
         with ranks, deferred_signals():
-            fit(member, data)
+            fit(member)
         [metrics] = finish([member], data)
     return metrics
 
@@ -79,7 +81,7 @@ def train_as_follower(folder: Path) -> None:
     cfg = read_config(folder)
     data = build_data(cfg)
     run = examine_folder(folder, OmegaConf.to_container(cfg), "auto")
-    fit(build_member(cfg, run, build_sae(cfg, data), data, []), data)
+    fit(build_member(cfg, run, build_sae(cfg, data), data, []))
 
 
 def open_run(cfg: DictConfig) -> Run:
@@ -103,7 +105,7 @@ def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, 
     module.configure_optimizers()  # raises on invalid arguments before the run begins
     observers = [build(cfg, f"callbacks.{name}") for name in cfg.callbacks or {}]
     trainer = build(cfg, "trainer")(run_dir=run.folder, n_steps=data.n_steps, callbacks=[*observers, *callbacks])
-    return Member(cfg, run, sae, module, trainer)
+    return Member(cfg, run, sae, module, trainer, data)
 
 
 @torch.no_grad()
@@ -144,13 +146,13 @@ def has_frozen_dictionary(sae: BaseSAE) -> bool:
     return any(name.endswith("W_dec") and not W.requires_grad for name, W in sae.named_parameters())
 
 
-def fit(member: Member, data: ActivationData) -> None:
+def fit(member: Member) -> None:
     """Train to the end of the stream, from the folder's checkpoint if there is one; save a checkpoint at the end.
 
     Raises:
         SafeStop: a signal arrived, and a checkpoint of the last step is saved.
     """
-    run, trainer = member.run, member.trainer
+    run, trainer, data = member.run, member.trainer, member.data
     log.info("training %d steps of %d tokens in %s", data.n_steps, data.batch_size, run.folder)
     if run.step:
         check_fits(run.last_checkpoint, member.module, type(data).__name__)
@@ -160,7 +162,7 @@ def fit(member: Member, data: ActivationData) -> None:
     try:
         trainer.fit(member.module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
     except SafeStop as e:
-        raise save_at_stop(member, data, e) from None
+        raise save_at_stop(member, e) from None
     if trainer.global_step < data.n_steps:
         reason = "a callback stopped the run" if trainer.should_stop else "the text ended (data.repeat=false)"
         log.warning("%s at step %d of %d", reason, trainer.global_step, data.n_steps)
@@ -183,13 +185,13 @@ def start_logger(member: Member, name: str) -> Logger:
     return logger
 
 
-def save_at_stop(member: Member, data: ActivationData, stop: SafeStop) -> SafeStop:
+def save_at_stop(member: Member, stop: SafeStop) -> SafeStop:
     """Save a checkpoint if a step was taken since the last start. Returns the exception that says so."""
     run, step = member.run, member.trainer.global_step
     if step > run.step:
         member.trainer.save_checkpoint(run.last_checkpoint)
     saved = f", saved as {run.last_checkpoint}" if step else ""
-    return SafeStop(f"{stop} at step {step} of {data.n_steps}{saved}", stop.signum)
+    return SafeStop(f"{stop} at step {step} of {member.data.n_steps}{saved}", stop.signum)
 
 
 def finish(
@@ -200,22 +202,25 @@ def finish(
     """Calibrate, save and evaluate members that share a stream. Returns the metrics of those that succeed.
 
     Args:
+        data: the data of the stream. Its sites include those of every member.
         scope: context around what belongs to the member of one folder: its log, and what its failure means. A member
             whose failure the context does not raise is left out from there on.
     """
     saes = [member.sae.to(data.lm.device) for member in members]  # Lightning moved them to the CPU after training
-    calibrate(saes, data, members[0].cfg.calibration_batches)
+    calibrate(saes, data, members[0].cfg.calibration_batches, [member.data.lm.sites for member in members])
     probe_rows = data.probe_rows()
     saved, metrics = list[Member](), list[dict[str, Any]]()
     for member, sae in zip(members, saes, strict=True):
         with scope(member.run.folder):
             config = OmegaConf.to_container(member.cfg, resolve=True)
             assert isinstance(config, dict)
-            said = provenance(config, data.lm, read_environment_keys(member.run.folder))
+            said = provenance(config, member.data.lm, read_environment_keys(member.run.folder))
             with recorded_when_written(member.run.folder, SAE):
-                save_sae(sae, member.run.folder / "sae", said, probe_rows)
+                own_columns = Columns(data.lm.sites, member.data.lm.sites)
+                save_sae(sae, member.run.folder / "sae", said, own_columns(probe_rows))
             saved.append(member)
-    evaluations = evaluate_all({str(member.run.folder): member.sae for member in saved}, data) if saved else {}
+    subjects = {str(member.run.folder): member.sae for member in saved}
+    evaluations = evaluate_all(subjects, data, [member.data.lm for member in saved]) if saved else {}
     for member, evaluation in zip(saved, evaluations.values(), strict=True):
         with scope(member.run.folder):
             files = write_results(evaluation, member.sae, member.run.folder)
