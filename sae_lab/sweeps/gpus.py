@@ -72,7 +72,21 @@ def ray_is_installed() -> bool:
 def split_groups(groups: Sequence[list[Job]], slots: int) -> list[list[Job]]:
     """Split the groups into equal parts if there are more slots than groups. Each part needs a pass of its own."""
     n = max(1, slots // max(1, len(groups)))
-    return [part for group in groups for i in range(n) if (part := group[i::n])]
+    return [part for group in groups for part in split_group(group, n)]
+
+
+def split_group(group: list[Job], n: int) -> list[list[Job]]:
+    """Split a group into n parts of equal size, each in the group's order.
+
+    Jobs of the same sites stay together, so that a part reads few sites. They are dealt out in turn, because neighbours
+    in a sweep often have the same size.
+    """
+    dealt: dict[Any, list[int]] = {}
+    for i, job in enumerate(group):
+        dealt.setdefault(job.sites, []).append(i)
+    order = [i for same in dealt.values() for k in range(n) for i in same[k::n]]
+    size = -(-len(group) // n)
+    return [[group[i] for i in sorted(order[k : k + size])] for k in range(0, len(group), size)]
 
 
 def run_on_ray(parts: list[list[Job]], slots: int, max_members: int | None, job_logging: Any) -> None:

@@ -1,5 +1,6 @@
 """Train several runs on one stream: each Trainer runs in a greenlet that pauses when it asks for a batch."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.activations.buffer import Filling, ShuffledBlocks
+from sae_lab.activations.columns import Columns
 from sae_lab.activations.data import ActivationData
 from sae_lab.runtime.errors import SafeStop
 from sae_lab.runtime.signals import deferred_signals
@@ -18,10 +20,15 @@ from sae_lab.training.run import Member, fit
 
 
 class SharedStream:
-    """A stream shared by several runs: a run that asks for a batch waits until all have asked."""
+    """A run's part of a stream that several runs share: a run that asks for a batch waits until all have asked.
 
-    def __init__(self, stream: ShuffledBlocks):
-        self.stream, self.batch_size = stream, stream.batch_size
+    Args:
+        stream: the stream of activations at the sites of all runs.
+        columns: selects the sites of this run.
+    """
+
+    def __init__(self, stream: ShuffledBlocks, columns: Columns):
+        self.stream, self.columns, self.batch_size = stream, columns, stream.batch_size
 
     @property
     def n_batches_given(self) -> int:
@@ -52,7 +59,27 @@ class SharedStream:
         batch = getcurrent().parent.switch()
         if batch is None:
             raise StopIteration
-        return batch
+        return self.columns(batch)
+
+
+class SharedBatches(Sequence):
+    """A run's part of the validation batches that several runs share; computed when the first run needs them."""
+
+    def __init__(self, data: ActivationData, columns: Columns):
+        self.data, self.columns = data, columns
+
+    def __len__(self) -> int:
+        return len(self.data.validation_batches)
+
+    def __getitem__(self, i: int) -> Float[Tensor, "b s d"]:  # type: ignore[override]
+        return self.columns(self.data.validation_batches[i])
+
+
+def share(member: Member, data: ActivationData) -> None:
+    """Let a member read its sites from the stream and the validation batches of `data`."""
+    columns = Columns(data.lm.sites, member.data.lm.sites)
+    member.data.stream = SharedStream(data.stream, columns)  # type: ignore[assignment]
+    member.data.validation_batches = SharedBatches(data, columns)
 
 
 def train_in_lockstep(members: list[Member], data: ActivationData) -> None:
@@ -60,28 +87,28 @@ def train_in_lockstep(members: list[Member], data: ActivationData) -> None:
 
     Args:
         members: sorted by the step from which they resume. A member joins when the stream reaches its step.
+        data: the data at the sites of all members.
 
     Raises:
         SafeStop: a signal arrived, and all members that had joined saved a checkpoint at the same step.
     """
-    stream = data.stream
-    data.stream = SharedStream(stream)  # type: ignore[assignment]
+    for member in members:
+        share(member, data)
     try:
         with deferred_signals():
-            take_turns(members, data, stream)
+            take_turns(members, data.stream)
     except SafeStop as stop:
         raise SafeStop(f"{stop}, {len(members)} SAEs are saved", stop.signum) from None
     finally:
-        stream.close()
-        data.stream = stream
+        data.stream.close()
 
 
-def take_turns(members: list[Member], data: ActivationData, stream: ShuffledBlocks) -> None:
+def take_turns(members: list[Member], stream: ShuffledBlocks) -> None:
     """Run the members in greenlets until all have ended. A stop comes where all wait for a batch: each saves then."""
     waiting, alive = list(members), list[greenlet]()
     while waiting or alive:
         if waiting and (not alive or waiting[0].run.step <= stream.n_batches_given):
-            alive.append(greenlet(partial(fit_member, waiting.pop(0), data)))
+            alive.append(greenlet(partial(fit_member, waiting.pop(0))))
             alive[-1].switch()  # runs until it asks for its first batch
         else:
             try:
@@ -101,8 +128,8 @@ def save_all(alive: list[greenlet], stop: SafeStop) -> None:
             run.throw(stop)
 
 
-def fit_member(member: Member, data: ActivationData) -> None:
+def fit_member(member: Member) -> None:
     """Call `fit` for one member inside its greenlet, and record its failure."""
     MEMBER.set(member.run.folder)  # a greenlet has its own context variables
     with failure_recorded(member.run.folder):
-        fit(member, data)
+        fit(member)

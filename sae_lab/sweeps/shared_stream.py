@@ -1,25 +1,26 @@
-"""Train many SAEs on one stream: runs that read the same batches share one pass over the language model.
+"""Train many SAEs on one stream: runs that read the same text share one pass over the language model.
 
 Each member of a group is an ordinary run with its own LightningModule, Trainer, loggers and checkpoints. Its Trainer
 runs in a greenlet that pauses when it asks for a batch. When all members have asked, one batch is drawn from the stream
-and the members take their steps one after the other, in one thread. A member therefore computes the same bits and
-writes the same files as the run alone, and can be resumed alone or in another group. A member that resumes from a later
-step joins when the stream reaches that step.
+and the members take their steps one after the other, in one thread. The stream has the sites of all members, and each
+member sees its own. A member therefore computes the same bits and writes the same files as the run alone, and can be
+resumed alone or in another group. A member that resumes from a later step joins when the stream reaches that step.
 """
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.activations.data import ActivationData
+from sae_lab.lm.sites import site_names
 from sae_lab.runs.folder import FAILED
 from sae_lab.runtime.build import typed_keys
 from sae_lab.runtime.errors import UserError, report_typed_keys
@@ -55,6 +56,11 @@ class Job(NamedTuple):
     def folder(self) -> Path:
         return Path(self.cfg.run_dir)
 
+    @property
+    def sites(self) -> tuple[str, ...] | None:
+        """The sites in the config. All jobs of a group have some, or none has."""
+        return sites_of(self.cfg)
+
     def score(self) -> float | None:
         """Return the score that a search minimizes; None if the run failed."""
         metrics = self.folder / "metrics.json"
@@ -82,9 +88,10 @@ def train_jobs(jobs: list[Job], max_members: int | None = None) -> None:
 
 
 def group_by_stream(jobs: list[Job]) -> list[list[Job]]:
-    """Group the incomplete jobs by the batches that they read, and sort each group by the step to resume from.
+    """Group the incomplete jobs by the text and the model that they read; sort each group by the step to resume from.
 
-    Batches depend on `lm` and `data` only; `calibration_batches` must be equal too, because members calibrate together.
+    They are `lm`, but for its sites, and `data`. `calibration_batches` must be equal too, because members calibrate
+    together.
     """
     groups: dict[str, list[tuple[int, Job]]] = {}
     for job in jobs:
@@ -95,41 +102,108 @@ def group_by_stream(jobs: list[Job]) -> list[list[Job]]:
             if run.complete:
                 show_complete(run)
                 continue
-            stream = OmegaConf.masked_copy(job.cfg, ["lm", "data", "calibration_batches"])
-            groups.setdefault(OmegaConf.to_yaml(stream, sort_keys=True), []).append((run.step, job))
+            groups.setdefault(stream_key(job.cfg), []).append((run.step, job))
     return [[job for _, job in sorted(group, key=itemgetter(0))] for group in groups.values()]
 
 
+def sites_of(cfg: DictConfig) -> tuple[str, ...] | None:
+    """Return `lm.sites` of a config; None if `lm` has no such list of names."""
+    sites = cfg.lm.get("sites") if isinstance(cfg.lm, DictConfig) else None
+    names = [sites] if isinstance(sites, str) else sites
+    return site_names(sites) if isinstance(names, Sequence) and all(isinstance(s, str) for s in names) else None
+
+
+def stream_key(cfg: DictConfig) -> str:
+    """Return what decides the batches of a run, but for the sites: members of a group may read different ones."""
+    stream: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, ["lm", "data", "calibration_batches"]))
+    if sites_of(cfg) is not None:
+        del stream["lm"]["sites"]
+    return json.dumps(stream, sort_keys=True)
+
+
+class Views:
+    """The data of a group at the sites of each job. Jobs of the same sites share them.
+
+    Args:
+        first: the job whose config builds the language model and the data.
+    """
+
+    def __init__(self, first: Job):
+        with report_typed_keys(first.typed):
+            self.data = build_data(first.cfg)
+        self.views: dict[tuple[str, ...] | None, ActivationData | None] = {
+            first.sites: self.data.with_sites(self.data.lm.sites)
+        }
+
+    def at(self, job: Job) -> ActivationData | None:
+        """Return the data at the sites of a job; None if they cannot be read together with those of the first job.
+
+        They have another width, say, or the cache does not have them, or a pass over fewer rows fits on the GPU. Such a job needs a group of its own, where its
+        mistake is reported if there is one.
+        """
+        if job.sites not in self.views:
+            assert job.sites is not None
+            with suppress(UserError):
+                view = self.data.with_sites(job.sites)
+                if (view.d_in, view.lm_batch_rows) == (self.data.d_in, self.data.lm_batch_rows):
+                    self.views[job.sites] = view
+        return self.views.setdefault(job.sites, None)
+
+    def joined(self, views: Iterable[ActivationData]) -> ActivationData:
+        """Return the data at all sites of some views."""
+        return self.data.with_sites(all_sites(views), self.data.lm_batch_rows)
+
+    def block_bytes(self, views: Iterable[ActivationData], device: torch.device) -> int:
+        """Return the memory of a device that a block of activations at all sites of some views takes."""
+        if self.data.lm.device != device:
+            return 0
+        return self.data.block_bytes // len(self.data.lm.sites) * len(all_sites(views))
+
+
+def all_sites(views: Iterable[ActivationData]) -> tuple[str, ...]:
+    """Return the sites of some views, each once, in the order in which they come first."""
+    return tuple(dict.fromkeys(site for view in views for site in view.lm.sites))
+
+
 def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
-    """Train and evaluate as many of the jobs as fit, from the first on. Returns the others."""
+    """Train and evaluate as many of the jobs as fit, from the first on. Returns the others, in their order."""
     try:
-        with report_typed_keys(jobs[0].typed):
-            data = build_data(jobs[0].cfg)
+        views = Views(jobs[0])
     except Exception as e:
         for job in jobs:
-            record_failure(job.folder, e)
-        return []
-    free = free_memory(training_device(jobs[0].cfg.trainer.accelerator))
-    waiting, members = list(jobs), list[Member]()
+            if job.sites == jobs[0].sites:
+                record_failure(job.folder, e)
+        return [job for job in jobs if job.sites != jobs[0].sites]
     with ExitStack() as folders:
-        while waiting and has_room(members, free, max_members):
-            job = waiting.pop(0)
-            with logging_for(job.folder), failure_recorded(job.folder):
-                member = open_member(job, data, first=not members)
-                if member.run.complete:
-                    log.info("%s was completed by another process", job.folder)
-                    continue
-                leader = members[0].run.folder if members else None
-                folders.enter_context(member.run.begin(job.hydra, leader))
-                members.append(member)
-        log.info("%d SAEs share one pass over %s", len(members), data.lm.name)
-        try:
-            train_in_lockstep(members, data)
-        except Exception as e:  # an error of the stream; errors of a member are recorded in `fit_member`
-            for member in drop_failed(members):
-                record_failure(member.run.folder, e)
-        finish_together(members, data)
-    return waiting
+        members, others = open_members(jobs, views, max_members, folders)
+        train_members(members, views)
+    return others
+
+
+def open_members(
+    jobs: list[Job], views: Views, max_members: int | None, folders: ExitStack
+) -> tuple[list[Member], list[Job]]:
+    """Begin as many of the jobs as fit. Returns their members, and the jobs that are left for another group."""
+    waiting, apart, members = list(jobs), list[Job](), list[Member]()
+    device = training_device(jobs[0].cfg.trainer.accelerator)
+    free = free_memory(device)
+    while waiting:
+        if (data := views.at(waiting[0])) is None:
+            apart.append(waiting.pop(0))
+            continue
+        block = views.block_bytes([*(member.data for member in members), data], device)
+        if not has_room(members, free - block, max_members):
+            break
+        job = waiting.pop(0)
+        with logging_for(job.folder), failure_recorded(job.folder):
+            member = open_member(job, data, first=not members)
+            if member.run.complete:
+                log.info("%s was completed by another process", job.folder)
+                continue
+            leader = members[0].run.folder if members else None
+            folders.enter_context(member.run.begin(job.hydra, leader))
+            members.append(member)
+    return members, apart + waiting
 
 
 def open_member(job: Job, data: ActivationData, first: bool) -> Member:
@@ -138,6 +212,22 @@ def open_member(job: Job, data: ActivationData, first: bool) -> Member:
     progress = TrainingProgress() if first else Throughput()
     with report_typed_keys(job.typed):
         return build_member(job.cfg, run, build_sae(job.cfg, data), data, [progress])
+
+
+def train_members(members: list[Member], views: Views) -> None:
+    """Train members on one stream of all their sites, and evaluate those that do not fail."""
+    if not members:
+        return
+    try:
+        data = views.joined(member.data for member in members)
+        block = f"{len(data.lm.sites)} sites, {data.block_bytes / 2**30:.2g} GiB a block"
+        log.info("%d SAEs share one pass over %s (%s)", len(members), data.lm.name, block)
+        train_in_lockstep(members, data)
+    except Exception as e:  # an error of the stream; errors of a member are recorded in `fit_member`
+        for member in drop_failed(members):
+            record_failure(member.run.folder, e)
+    else:
+        finish_together(members, data)
 
 
 def free_memory(device: torch.device) -> int:

@@ -50,10 +50,18 @@ def test_a_preset_that_is_not_installed_names_its_extra(preset):
 
 def test_groups_are_dealt_to_slots():
     """A group is cut only where slots would be idle."""
-    assert split_groups([[1, 2, 3, 4, 5]], 2) == [[1, 3, 5], [2, 4]]
-    assert split_groups([[1, 2], [3]], 4) == [[1], [2], [3]]
-    assert split_groups([[1, 2], [3], [4]], 2) == [[1, 2], [3], [4]]
-    assert split_groups([], 2) == []
+
+    def split(groups: list[str], slots: int) -> list[str]:
+        jobs = [
+            [SimpleNamespace(name=name, sites=("b" if name.isupper() else "a",)) for name in group] for group in groups
+        ]
+        return ["".join(job.name for job in part) for part in split_groups(jobs, slots)]  # type: ignore[arg-type]
+
+    assert split(["abcde"], 2) == ["ace", "bd"]
+    assert split(["ab", "c"], 4) == ["a", "b", "c"]
+    assert split(["ab", "c", "d"], 2) == ["ab", "c", "d"]
+    assert split(["aAbBcCdD"], 2) == ["abcd", "ABCD"]  # jobs of the same sites stay together
+    assert split([], 2) == []
 
 
 def test_parallel_is_a_number_of_groups(monkeypatch, caplog):
