@@ -1,5 +1,6 @@
 """`data=cached`: a LightningDataModule of batches from a cache."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from sae_lab.cache.pieces import PIECE
 from sae_lab.cache.reader import Cache, CachedSource
 from sae_lab.cache.shards import check_same_key
 from sae_lab.lm.base import LanguageModel
-from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.checks import check_arguments, show
 from sae_lab.runtime.errors import UserError
 from sae_lab.text.text import TextSource
 
@@ -51,14 +52,14 @@ class CachedData(ActivationData):
     The language model is still needed: the evaluation runs it on the held-out text of the cache.
 
     Args:
-        lm: the language model that the cache was harvested from.
+        lm: the language model that the cache was harvested from. Its sites are some of the cache's, in any order.
         path: folder or fsspec URL of the cache.
         stream: the other arguments of ActivationData; `seq_len`, `pack` and the excluded positions must be those of the
             harvest.
 
     Raises:
-        UserError: the cache is missing, unfinished or damaged; it was harvested from another language model or with
-            other settings (the message names them); it holds less held-out text than requested.
+        UserError: the cache is missing, unfinished or damaged; it lacks a site of `lm`; it was harvested from another
+            language model or with other settings (the message names them); it holds less held-out text than requested.
     """
 
     # Largest relative distance allowed between the cache's first rows and the same rows computed now. Rounding to the
@@ -70,7 +71,7 @@ class CachedData(ActivationData):
         self.cache = Cache(path)
         self.norm_limits = self.cache.manifest.norm_limits
         super().__init__(lm, CachedText(self.cache, seq_len), **stream)
-        here = lm_key(lm) | {"seq_len": seq_len, "data.pack": pack}
+        here = lm_key(lm) | {"lm.sites": self.cache.manifest.key["lm.sites"], "seq_len": seq_len, "data.pack": pack}
         names = ("exclude_bos", "exclude_first", "exclude_tokens", "max_norm")
         here |= {f"data.{name}": getattr(self, name) for name in names}
         check_same_key(
@@ -82,6 +83,12 @@ class CachedData(ActivationData):
         self._compare_first_rows()
         self.text.held_out(max(self.n_eval_tokens, self.n_val_tokens) // self.seq_len)  # fails before training starts
 
+    def with_sites(self, sites: Sequence[str]) -> ActivationData:
+        other = super().with_sites(sites)
+        assert isinstance(other, CachedData)
+        other._compare_first_rows()
+        return other
+
     def _compare_first_rows(self) -> None:
         """Compute the cache's first rows again and compare: this finds differences that the key does not cover."""
         shard = self.cache.shard(0)
@@ -90,7 +97,7 @@ class CachedData(ActivationData):
         if self.max_norm is not None:  # a row at the limit may be kept in one place only, and shift those behind it
             x = x[:PIECE]
         n_pieces = min(-(-len(x) // PIECE), self.cache.manifest.shards[0].pieces)
-        cached = torch.cat([shard.piece(i) for i in range(n_pieces)]).float()[: len(x)]
+        cached = torch.cat([shard.piece(i, self._columns) for i in range(n_pieces)]).float()[: len(x)]
         x = x[: len(cached)]
         distance = ((x - cached).norm() / cached.norm()).item()
         key = self.cache.manifest.key
@@ -115,6 +122,21 @@ class CachedData(ActivationData):
     def keep_short(self, source: Source) -> Source:
         return source  # the harvest left the others out
 
+    @property
+    def _columns(self) -> list[int]:
+        """The columns of the cache that hold the sites, in the order asked for.
+
+        Raises:
+            UserError: the cache does not hold a site.
+        """
+        there = self.cache.manifest.key["lm.sites"]
+        if missing := [site for site in self.lm.sites if site not in there]:
+            raise UserError(
+                f"{self.cache.store.url} holds {show(there)} of {self.lm.name}, not {show(missing)}: "
+                "choose lm.sites among these, or harvest into another cache_dir."
+            )
+        return [there.index(site) for site in self.lm.sites]
+
     def source(self) -> Source:
         chunk_rows = self.lm_batch_rows * self.seq_len
-        return CachedSource(self.cache, chunk_rows, self.seed, self.repeat, self.lm.device)
+        return CachedSource(self.cache, chunk_rows, self.seed, self.repeat, self.lm.device, self._columns)

@@ -108,10 +108,23 @@ class CachedSource:
 
     Pass number n visits the pieces in an order drawn from (seed, n), so each block of a stream mixes text from the
     whole cache. The order takes 8 bytes of memory per piece; rows are read from disk when they are needed.
+
+    Args:
+        sites: the sites to read, as indices into `lm.sites` of the key, in the order of axis s; None: all. They change
+            neither the order of the rows nor the state.
     """
 
-    def __init__(self, cache: Cache, chunk_rows: int, seed: int, repeat: bool, device: torch.device):
+    def __init__(
+        self,
+        cache: Cache,
+        chunk_rows: int,
+        seed: int,
+        repeat: bool,
+        device: torch.device,
+        sites: Sequence[int] | None = None,
+    ):
         self.cache, self.seed, self.repeat, self.device = cache, seed, repeat, device
+        self.sites = range(len(cache.manifest.key["lm.sites"])) if sites is None else sites
         self.pieces_at_once = max(1, chunk_rows // PIECE)
         self.epoch = self.next_piece = 0
 
@@ -131,7 +144,7 @@ class CachedSource:
             yield from self._chunks(threads)
 
     def _chunks(self, threads: Executor) -> Generator[Chunk, None, None]:
-        sites = self.cache.manifest.key["lm.sites"]
+        names = [self.cache.manifest.key["lm.sites"][i] for i in self.sites]
         while True:
             order = torch.randperm(self.cache.n_pieces, generator=nth_generator(self.seed, self.epoch))
             while self.next_piece < len(order):
@@ -139,8 +152,8 @@ class CachedSource:
                 pieces = order[self.next_piece : self.next_piece + self.pieces_at_once]
                 pieces = pieces.sort().values  # read in the order of the disk
                 self.next_piece += len(pieces)
-                rows = self.cache.pieces(pieces.tolist(), threads)
-                yield Chunk(state, check_finite(rows.to(self.device), sites, BAD_CACHE))
+                rows = self.cache.pieces(pieces.tolist(), threads, self.sites)
+                yield Chunk(state, check_finite(rows.to(self.device), names, BAD_CACHE))
             if not self.repeat:
                 return
             self.epoch, self.next_piece = self.epoch + 1, 0

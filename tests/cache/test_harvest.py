@@ -35,7 +35,7 @@ def test_mistakes_get_one_sentence(cache, tmp_path):
     cached = ["data=cached", f"data.path={cache}", f"hydra.run.dir={tmp_path}"]
     assert_one_sentence(run(*cached, "seq_len=128"), "seq_len is 64 in the cache and 128 here")
     other = run(*cached, "seq_len=64", "lm.sites=[transformer.h.1]")
-    assert_one_sentence(other, "lm.sites is ['transformer.h.2'] in the cache and ['transformer.h.1'] here")
+    assert_one_sentence(other, "holds [transformer.h.2] of tiny, not [transformer.h.1]: choose lm.sites among these")
 
 
 def test_verifying_names_a_damaged_shard(cache):
