@@ -31,8 +31,8 @@ trainer: {{log_every: 5, validate_every: 20, checkpoint_every: 5}}
 """
 
 
-ONE = ["sae=topk", "optimizer.lr=1e-3"]
-FOUR = ["sae=topk,vanilla", "optimizer.lr=1e-3,3e-3"]
+ONE = ["sae=topk", "lm.sites=[transformer.h.1]"]
+FOUR = ["sae=topk,vanilla", "lm.sites=[transformer.h.1],[transformer.h.3,transformer.h.0]"]
 
 
 def overrides(root: Path, folder: Path, launcher: str, kills: int, dials: list[str] = FOUR) -> list[str]:
