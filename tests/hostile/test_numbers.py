@@ -54,6 +54,10 @@ class BadLM:
         self.table = torch.randn(2000, 2, d, generator=generator)
         self.model = torch.nn.ParameterDict({"unembedding": torch.randn(d, 2000, generator=generator)})
 
+    def with_sites(self, sites):
+        assert tuple(sites) == self.sites
+        return self
+
     def activations(self, tokens):
         return self.change(self.table[tokens])
 
