@@ -83,8 +83,8 @@ class CachedData(ActivationData):
         self._compare_first_rows()
         self.text.held_out(max(self.n_eval_tokens, self.n_val_tokens) // self.seq_len)  # fails before training starts
 
-    def with_sites(self, sites: Sequence[str]) -> ActivationData:
-        other = super().with_sites(sites)
+    def with_sites(self, sites: Sequence[str], lm_batch_rows: int | None = None) -> ActivationData:
+        other = super().with_sites(sites, lm_batch_rows)
         assert isinstance(other, CachedData)
         other._compare_first_rows()
         return other

@@ -138,8 +138,8 @@ class Views:
     def at(self, job: Job) -> ActivationData | None:
         """Return the data at the sites of a job; None if they cannot be read together with those of the first job.
 
-        They have another width, say, or the cache does not have them, or a pass over fewer rows fits on the GPU. Such a job needs a group of its own, where its
-        mistake is reported if there is one.
+        They have another width, say, the cache does not have them, or a GPU holds a pass over fewer rows only. Such a
+        job needs a group of its own, where its mistake is reported if there is one.
         """
         if job.sites not in self.views:
             assert job.sites is not None

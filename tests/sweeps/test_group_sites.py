@@ -113,6 +113,20 @@ def test_a_group_counts_the_block_of_all_its_sites(tmp_path, monkeypatch, site, 
     assert found == groups
 
 
+def test_members_take_passes_of_the_size_that_they_take_alone(tmp_path, monkeypatch):
+    """The size may decide bits, and on a GPU depends on what the sites leave of its memory."""
+    monkeypatch.setattr("sae_lab.activations.data.rows_per_pass", lambda lm, *_: 4 if len(lm.sites) == 1 else 2)
+    found = []
+
+    def note(members, views):
+        data = views.joined(member.data for member in members)
+        found.append((len(members), len(data.lm.sites), data.lm_batch_rows))
+
+    monkeypatch.setattr(shared_stream, "train_members", note)
+    train_jobs(jobs(tmp_path, **{name: MEMBERS[name] for name in ("early", "crosscoder", "late")}))
+    assert found == [(2, 2, 4), (1, 2, 2)]
+
+
 def test_activations_at_a_site_do_not_depend_on_the_others(tmp_path):
     data = build_data(config(tmp_path, "lm.sites=[transformer.h.2,transformer.h.0]"))
     tokens = data.text_rows(4)
