@@ -151,7 +151,7 @@ class ActivationData(L.LightningDataModule):
     def with_sites(self, sites: Sequence[str], lm_batch_rows: int | None = None) -> "ActivationData":
         """Return the same data at other sites of the language model, from the beginning of the stream.
 
-        They are the data that `lm.sites=sites` would build, but share the language model, its lock and its digests.
+        They are the data that `lm.sites=sites` would build, but share the text, the language model and its lock.
 
         Args:
             lm_batch_rows: text rows per forward pass; None: as many as these data would take.
@@ -159,7 +159,6 @@ class ActivationData(L.LightningDataModule):
         other = copy(self)
         for of_sites in ("validation_batches", "norm_limits"):
             other.__dict__.pop(of_sites, None)
-        other.source_digests = self.source_digests
         lm = self.lm.with_sites(sites)
         other._begin(lm, lm_batch_rows or rows_per_pass(lm, self.seq_len, *self._pass_size))
         return other

@@ -76,10 +76,11 @@ class SharedBatches(Sequence):
 
 
 def share(member: Member, data: ActivationData) -> None:
-    """Let a member read its sites from the stream and the validation batches of `data`."""
+    """Let a member read its sites from the stream and the validation batches of `data`, and take its digests."""
     columns = Columns(data.lm.sites, member.data.lm.sites)
     member.data.stream = SharedStream(data.stream, columns)  # type: ignore[assignment]
     member.data.validation_batches = SharedBatches(data, columns)
+    member.data.source_digests = data.source_digests
 
 
 def train_in_lockstep(members: list[Member], data: ActivationData) -> None:
@@ -92,10 +93,11 @@ def train_in_lockstep(members: list[Member], data: ActivationData) -> None:
     Raises:
         SafeStop: a signal arrived, and all members that had joined saved a checkpoint at the same step.
     """
-    for member in members:
-        share(member, data)
     try:
         with deferred_signals():
+            data.setup("fit")
+            for member in members:
+                share(member, data)
             take_turns(members, data.stream)
     except SafeStop as stop:
         raise SafeStop(f"{stop}, {len(members)} SAEs are saved", stop.signum) from None

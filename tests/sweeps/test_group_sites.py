@@ -129,7 +129,7 @@ def test_members_take_passes_of_the_size_that_they_take_alone(tmp_path, monkeypa
 
 def test_activations_at_a_site_do_not_depend_on_the_others(tmp_path):
     data = build_data(config(tmp_path, "lm.sites=[transformer.h.2,transformer.h.0]"))
-    tokens = data.text_rows(4)
+    tokens = data.text.first_rows(4)
     both = data.lm.activations(tokens)
     for i, site in enumerate(data.lm.sites):
         view = data.with_sites([site])
