@@ -163,6 +163,14 @@ class ActivationData(L.LightningDataModule):
         other._begin(lm, lm_batch_rows or rows_per_pass(lm, self.seq_len, *self._pass_size))
         return other
 
+    def shares_rows_with(self, other: "ActivationData") -> bool:
+        """Return whether one pass over the same text gives the rows of both, at other sites but the same positions."""
+
+        def row(data: "ActivationData") -> tuple[Any, ...]:
+            return data.d_in, data.lm.dtype, data.lm_batch_rows, data.max_norm is not None and set(data.lm.sites)
+
+        return row(self) == row(other)
+
     @property
     def bytes_per_token(self) -> int:
         return len(self.lm.sites) * self.lm.d * self.lm.dtype.itemsize

@@ -69,7 +69,6 @@ class CachedData(ActivationData):
     @check_arguments
     def __init__(self, lm: LanguageModel, path: str, *, seq_len: Annotated[int, Ge(2)], pack: bool, **stream: Any):
         self.cache = Cache(path)
-        self.norm_limits = self.cache.manifest.norm_limits
         super().__init__(lm, CachedText(self.cache, seq_len), **stream)
         here = lm_key(lm) | {"lm.sites": self.cache.manifest.key["lm.sites"], "seq_len": seq_len, "data.pack": pack}
         names = ("exclude_bos", "exclude_first", "exclude_tokens", "max_norm")
@@ -82,6 +81,10 @@ class CachedData(ActivationData):
         )
         self._compare_first_rows()
         self.text.held_out(max(self.n_eval_tokens, self.n_val_tokens) // self.seq_len)  # fails before training starts
+
+    def _begin(self, lm: LanguageModel, lm_batch_rows: int) -> None:
+        self.norm_limits = self.cache.manifest.norm_limits
+        super()._begin(lm, lm_batch_rows)
 
     def with_sites(self, sites: Sequence[str], lm_batch_rows: int | None = None) -> ActivationData:
         other = super().with_sites(sites, lm_batch_rows)
@@ -127,13 +130,18 @@ class CachedData(ActivationData):
         """The columns of the cache that hold the sites, in the order asked for.
 
         Raises:
-            UserError: the cache does not hold a site.
+            UserError: the cache does not hold a site, or chose its rows by other sites too.
         """
         there = self.cache.manifest.key["lm.sites"]
         if missing := [site for site in self.lm.sites if site not in there]:
             raise UserError(
                 f"{self.cache.store.url} holds {show(there)} of {self.lm.name}, not {show(missing)}: "
                 "choose lm.sites among these, or harvest into another cache_dir."
+            )
+        if self.cache.manifest.norm_limits and set(self.lm.sites) != set(there):
+            raise UserError(
+                f"{self.cache.store.url} leaves out rows by their norms at {show(there)} (data.max_norm): "
+                "read all of these sites, or harvest into another cache_dir."
             )
         return [there.index(site) for site in self.lm.sites]
 

@@ -76,11 +76,11 @@ class SharedBatches(Sequence):
 
 
 def share(member: Member, data: ActivationData) -> None:
-    """Let a member read its sites from the stream and the validation batches of `data`, and take its digests."""
+    """Let a member read its sites from the stream and the validation batches of `data`, and save the state of both."""
     columns = Columns(data.lm.sites, member.data.lm.sites)
     member.data.stream = SharedStream(data.stream, columns)  # type: ignore[assignment]
     member.data.validation_batches = SharedBatches(data, columns)
-    member.data.source_digests = data.source_digests
+    member.data.source_digests, member.data.norm_limits = data.source_digests, data.norm_limits
 
 
 def train_in_lockstep(members: list[Member], data: ActivationData) -> None:

@@ -138,14 +138,14 @@ class Views:
     def at(self, job: Job) -> ActivationData | None:
         """Return the data at the sites of a job; None if they cannot be read together with those of the first job.
 
-        They have another width, say, the cache does not have them, or a GPU holds a pass over fewer rows only. Such a
-        job needs a group of its own, where its mistake is reported if there is one.
+        They have another width, say, the cache does not have them, or `data.max_norm` leaves out other rows. Such a job
+        needs a group of its own, where its mistake is reported if there is one.
         """
         if job.sites not in self.views:
             assert job.sites is not None
             with suppress(UserError):
                 view = self.data.with_sites(job.sites)
-                if (view.d_in, view.lm_batch_rows) == (self.data.d_in, self.data.lm_batch_rows):
+                if view.shares_rows_with(self.data):
                     self.views[job.sites] = view
         return self.views.setdefault(job.sites, None)
 

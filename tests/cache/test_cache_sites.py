@@ -68,6 +68,19 @@ def test_a_site_that_is_not_there_is_refused(whole, tmp_path):
         build_data(config(tmp_path, "data=cached", whole, choose([A, "transformer.h.5"])))
 
 
+def test_a_cache_whose_rows_depend_on_all_its_sites_serves_all_of_them(tmp_path):
+    """And a sweep over sites has a pass for each, as their rows differ."""
+    long = "data.max_norm=1.5"
+    CacheWriter(build_data(config(tmp_path, choose([A, B]), long)), str(tmp_path / "c"), 500, shard_tokens=500).build()
+    cached = ["data=cached", f"data.path={tmp_path / 'c'}", long, "n_tokens=384"]
+    assert build_data(config(tmp_path, *cached, choose([B, A]))).n_sources == 2
+    with pytest.raises(UserError, match=r"leaves out rows by their norms at .*: read all of these sites"):
+        build_data(config(tmp_path, *cached, choose([A])))
+    data = build_data(config(tmp_path, choose([A]), long))
+    assert data.shares_rows_with(data.with_sites([A]))
+    assert not data.shares_rows_with(data.with_sites([B]))
+
+
 def test_columns_of_a_cache_are_compared_with_the_model(whole, tmp_path, monkeypatch):
     """Columns in another order are noticed, because the first rows are computed again."""
     monkeypatch.setattr("sae_lab.cache.data.CachedData._columns", [0])
