@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -22,6 +23,7 @@ import sae_lab
 from sae_lab import load_sae
 from sae_lab.text.bundled import StdlibDocuments
 from sae_lab.text.documents import HELD_OUT
+from sae_lab.text.permutation import permute
 
 pytestmark = pytest.mark.process
 
@@ -62,15 +64,16 @@ def test_metrics_agree_with_plain_pytorch(run_dir, tiny_lm_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm_folder)
     lm = AutoModelForCausalLM.from_pretrained(tiny_lm_folder, dtype=torch.float32).eval()
     documents, stream = StdlibDocuments(HELD_OUT), []
-    while len(stream) < 2 * N_EVAL:
-        for piece in documents.pieces(0):
-            stream += [0, *tokenizer(piece.text)["input_ids"]]
+    for i in range(len(documents)):
+        stream.append(0)
+        for piece in re.findall(r"(?s).{1,65536}", documents[i]):
+            stream += tokenizer(piece)["input_ids"]
     rows, at = [], 0
-    while len(rows) < N_EVAL // 64:
+    while at + 64 <= len(stream):
         at += stream[at] == 0  # a document boundary at the start of a row is the row's own BOS
         rows.append([0, *stream[at : at + 63]])
         at += 63
-    tokens = torch.tensor(rows)
+    tokens = torch.tensor(rows)[permute(np.arange(N_EVAL // 64), len(rows), 0, 0)]
     sae = load_sae(run_dir / "sae")
 
     def log_probs(edit) -> torch.Tensor:

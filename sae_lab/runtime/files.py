@@ -4,8 +4,9 @@ import json
 import logging
 import mmap
 import os
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,22 +38,24 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def locked(file: Path, waiting: str) -> Iterator[None]:
-    """Hold a lock file; if another process holds it, log the sentence `waiting`, and wait.
+def locked(file: Path, waiting: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock file. While another process holds it, wait; log the sentence `waiting` after `patience` seconds.
 
     Raises:
         SafeStop: a signal arrived while waiting.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("%s", waiting)
-        while not lock.is_locked:
+    begun, told, seconds = time.monotonic(), False, 0.0
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=seconds)
+        except Timeout:
             raise_if_stopped()
-            with suppress(Timeout):
-                lock.acquire(timeout=1)
+            seconds = 1.0
+            if not told and time.monotonic() - begun >= patience:
+                log.info("%s", waiting)
+                told = True
     try:
         yield
     finally:

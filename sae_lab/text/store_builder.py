@@ -1,6 +1,5 @@
 """Tokenize all documents into a store, on all cores. A build that was killed continues and ends with the same bytes."""
 
-import logging
 import os
 import time
 from collections import deque
@@ -21,8 +20,6 @@ from sae_lab.text.documents import DocumentPiece, IndexedDocuments, cut_document
 from sae_lab.text.encoding import TOGETHER, Encode, Ids
 from sae_lab.text.packing import Packer
 from sae_lab.text.store import CHECKSUMS, FILES, PROGRESS, ROWS, STARTS, write_manifest
-
-log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 2.0
 """Time between two saves of the progress: what a kill loses."""
@@ -54,7 +51,7 @@ class StoreBuilder:
         n_tokens = (self.packer.n_rows - n_rows) * self.packer.seq_len
         rate = n_tokens / (time.perf_counter() - begun)
         counts = f"{len(self.documents):,} documents: {n_tokens:,} tokens at {rate:,.0f} tokens/s"
-        log.info("Tokenized %s, kept in %s", counts, self.folder)
+        print(f"tokenized {counts}, kept in {self.folder}", flush=True)
 
     def _write_all(self) -> None:
         """Write the rows of all documents from `self.next` on."""
@@ -81,7 +78,7 @@ class StoreBuilder:
         if progress := self._read_progress():
             sizes, self.next = progress["sizes"], (progress["document"], progress["piece"])
             self.packer.load_state_dict(progress["packer"])
-            log.info("Continuing to tokenize at document %s of %s", f"{self.next[0]:,}", f"{len(self.documents):,}")
+            print(f"tokenizing on from document {self.next[0]:,} of {len(self.documents):,}", flush=True)
         files: dict[str, BinaryIO] = {name: stack.enter_context((self.folder / name).open("ab")) for name in FILES}
         for name, file in files.items():
             file.truncate(sizes[name])

@@ -1,9 +1,12 @@
 """The text of a run: documents, how they become token ids, and the order of the rows."""
 
+import errno
 import functools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
@@ -11,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import digest_of_json, locked
 from sae_lab.runtime.user_cache import user_cache
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, describe_documents
@@ -117,12 +121,17 @@ class Text(TextSource):
         assert isinstance(documents, IndexedDocuments)
         key = self._key(split, documents)
         folder = user_cache() / "tokens" / digest_of_json(key)
-        if not (folder / MANIFEST).is_file():
-            with locked(folder / ".lock", "Another process is tokenizing the same text: waiting for it."):
-                if not (folder / MANIFEST).is_file():
-                    packer = Packer(self.seq_len, self.bos_id, self.pack, self.encode.dtype)
-                    StoreBuilder(folder, key, documents, self.encode, packer).build()
+        with explain_refusal(folder):
+            if not (folder / MANIFEST).is_file():
+                self._build_store(folder, key, documents)
         return TokenStore(folder)
+
+    def _build_store(self, folder: Path, key: dict[str, Any], documents: IndexedDocuments) -> None:
+        """Build a store, unless another process has built it while this one waited for the lock."""
+        with locked(folder / ".lock", "Another process is tokenizing the same text: waiting for it.", patience=10.0):
+            if not (folder / MANIFEST).is_file():
+                packer = Packer(self.seq_len, self.bos_id, self.pack, self.encode.dtype)
+                StoreBuilder(folder, key, documents, self.encode, packer).build()
 
     def _key(self, split: str, documents: IndexedDocuments) -> dict[str, Any]:
         """Return everything that decides a byte of a store. The seed decides none."""
@@ -132,3 +141,17 @@ class Text(TextSource):
         packing = {"bos_id": self.bos_id, "seq_len": self.seq_len, "pack": self.pack}
         text = {"split": split, "text": fingerprint, "tokenizer": self.encode.digest}
         return {"format": FORMAT, **described, **text, **packing}
+
+
+@contextmanager
+def explain_refusal(folder: Path) -> Iterator[None]:
+    """Turn the refusal to write a store into a UserError that says where else to put it."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise UserError(
+            f"{folder} cannot be written ({e.strerror}): set the environment variable SAE_LAB_CACHE to a folder that "
+            "can be, or type data.order=as_read."
+        ) from e

@@ -1,5 +1,6 @@
 """The store of tokens: its rows, its order, builds that are killed, damage, and text that changed."""
 
+import errno
 import json
 import logging
 import os
@@ -206,6 +207,15 @@ def test_damage_is_named_in_a_sentence(name):
         text_of(UniqueWords).rows("train", repeat=False).take(10**6)
     (folder / name).write_bytes(content[:-1])
     with pytest.raises(UserError, match="is damaged"):
+        text_of(UniqueWords).first_rows(1)
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "there")
+
+    monkeypatch.setattr(store_builder.StoreBuilder, "build", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\): set the .* SAE_LAB_CACHE"):
         text_of(UniqueWords).first_rows(1)
 
 
