@@ -7,6 +7,7 @@ from annotated_types import Ge
 from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point, folder_from, section_from
+from sae_lab.cli.replaced import allow_new_keys, replaced_from
 from sae_lab.runtime.checks import check_config
 
 
@@ -19,18 +20,22 @@ class Options(TypedDict):
     device: str
     trust: Sequence[str] | str
     encoder: str
+    overwrite: bool
 
 
-@entry_point("evaluate")
+@entry_point("evaluate", allow_new_keys)
 def main(cfg: DictConfig) -> None:
-    """Evaluate the SAE of a run on the run's own data; `n_eval_tokens` and `device` may differ.
+    """Evaluate the SAE of a run on the run's own data, or with other settings of data and language model.
 
-    With `activation` or `encoder`, the run's metrics.json stays as it is and metrics_<which>.json is written beside it.
-    With `sae_dir`, everything is written into the folder of that SAE.
+    With `activation`, `encoder` or a setting that changes numbers, the run's metrics.json and figures stay as they are,
+    and metrics_<what differs>.json is written beside it. With `sae_dir`, everything is written into the folder of that
+    SAE.
     """
     from sae_lab.evaluation.evaluator import evaluate
     from sae_lab.evaluation.rules import compare_encoders, evaluate_under
+    from sae_lab.runs.config import read_config
     from sae_lab.runs.loading import load_run
+    from sae_lab.runs.replacements import replaced_settings, suffix_of
     from sae_lab.runs.results import write_comparison, write_metrics, write_results
     from sae_lab.runtime.errors import UserError
     from sae_lab.runtime.memory import keep_freed_memory
@@ -44,19 +49,22 @@ def main(cfg: DictConfig) -> None:
     if cfg.activation is not None and cfg.encoder != "own":
         raise UserError(f"activation={cfg.activation} and encoder={cfg.encoder} replace the same thing: give one.")
     keep_freed_memory()
-    sae, data, run = load_run(run_dir, cfg.device, cfg.n_eval_tokens, cfg.sae_dir, cfg.trust)
+    sae, data, run = load_run(run_dir, cfg.device, cfg.n_eval_tokens, cfg.sae_dir, cfg.trust, replaced_from(cfg))
+    replaced = {} if cfg.overwrite else replaced_settings(read_config(run_dir), run)
+    suffix, said = suffix_of(replaced), {"settings": replaced} if replaced else {}
     if cfg.activation is not None:
         metrics = evaluate_under(cfg.activation, sae, data, run.calibration_batches)
         print_metrics(metrics, folder)
-        print_files([write_metrics(metrics, sae, folder / f"metrics_{cfg.activation}.json")])
+        print_files([write_metrics(metrics | said, sae, folder / f"metrics_{cfg.activation}{suffix}.json")])
     elif cfg.encoder != "own":
         metrics = compare_encoders(sae, cfg.encoder, k, data)
         print_metrics(metrics["own"] | {"train_mode": metrics[cfg.encoder]}, folder, ("own", cfg.encoder))
-        print_files([write_comparison(metrics, cfg.encoder, k, folder)])
+        print_files([write_comparison(metrics | said, cfg.encoder, k, folder, suffix)])
     else:
         evaluation = evaluate(sae, data)
         print_metrics(evaluation.metrics, folder)
-        print_files(write_results(evaluation, sae, folder))
+        evaluation = evaluation._replace(metrics=evaluation.metrics | said)
+        print_files(write_results(evaluation, sae, folder, suffix))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from sae_lab.cli.replaced import allow_new_keys
 from sae_lab.evaluation.metrics import ROW_METRICS
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.registry import Registered
@@ -183,6 +184,8 @@ def test_every_option_of_a_command_exists(command):
     if "--config-dir" in flags:  # whatever a folder of the reader's own holds
         OverridesParser.create().parse_overrides(overrides)
         return
+    if command.module in ("evaluate", "features"):
+        overrides = allow_new_keys(overrides)
     cfg = compose(*overrides, config_name=command.module)
     if not flags & {"--help", "--cfg"}:
         assert without_value(OmegaConf.to_container(cfg)) == []

@@ -132,7 +132,7 @@ class ActivationData(L.LightningDataModule):
         # Activations after the run's last batch are never used, so a short run does not wait for a full block.
         self.block_tokens = min(block_tokens, math.ceil(n_tokens / batch_size) * batch_size)
         self._pass_size = (lm_batch_rows, lm_batch_tokens)
-        self.digest_rows = lm_batch_rows or 32  # of the first rows, the digest of a text without one
+        self.fixed_rows = lm_batch_rows or 32  # on any device: for the digest of a text, and chunks of a cache
         self.exclude_bos, self.exclude_first, self.max_norm = exclude_bos, exclude_first, max_norm
         self.exclude_tokens = list(token_ids(lm.tokenizer, exclude_tokens))
         self.n_eval_tokens, self.n_val_tokens = n_eval_tokens, n_val_tokens
@@ -372,7 +372,7 @@ class ActivationData(L.LightningDataModule):
         remedy = "restore what it began with, or start over with resume=never."
         origin, here = state.pop("origin", {}), self.source_digests
         if "the text" in origin and "the text" not in here:  # before lm_batch_tokens, by the rows of a pass
-            here = here | {"the text": self._first_rows_digest(self.digest_rows)}
+            here = here | {"the text": self._first_rows_digest(self.fixed_rows)}
         check_unchanged(origin, here, remedy)
         if self.max_norm is not None:
             self.norm_limits.update(state.pop("norm_limits", {}))

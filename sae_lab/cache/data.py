@@ -146,5 +146,5 @@ class CachedData(ActivationData):
         return [there.index(site) for site in self.lm.sites]
 
     def source(self) -> Source:
-        chunk_rows = self.lm_batch_rows * self.seq_len
+        chunk_rows = self.fixed_rows * self.seq_len  # decides the order of the rows, so no device may
         return CachedSource(self.cache, chunk_rows, self.seed, self.repeat, self.lm.device, self._columns)

@@ -45,7 +45,7 @@ def data_key(data: ActivationData) -> dict[str, Any]:
         **order_key(text),
         **{f"data.{name}": value for name, value in describe_documents(text.documents).items()},
         "data.digest": text.documents(TRAIN).digest(),
-        "data.first_rows": digest_of_rows(text.first_rows(data.digest_rows)),
+        "data.first_rows": digest_of_rows(text.first_rows(data.fixed_rows)),
     }
 
 

@@ -34,12 +34,17 @@ CONTINUES = {"train": ": the same command{} continues", "harvest": ": the same c
 _override = ""
 
 
-def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+def entry_point(
+    config_name: str, rewrite: Callable[[Sequence[str]], list[str]] = list
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Decorate a command with `hydra.main` over conf/.
 
     A user's mistake ends the command with one sentence on stderr and exit code 1. HYDRA_FULL_ERROR=1 shows the
     traceback instead. A command imports what it needs inside its `main`, so that `--help` takes half a second and not
     the four that torch and Lightning need.
+
+    Args:
+        rewrite: returns the arguments of the command line as Hydra gets them.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -61,6 +66,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
 
         def run() -> None:
             check_flags(sys.argv[1:])
+            sys.argv[1:] = rewrite(sys.argv[1:])
             hydra_main()
             if failures:
                 raise failures.pop()

@@ -60,6 +60,7 @@ def explain_override(error: BaseException, overrides: Sequence[str]) -> str | No
 
 def unreadable(override: str) -> str:
     """Return the sentence about an override that does not follow Hydra's grammar."""
+    override = override.removeprefix("++")
     key, equals, value = override.partition("=")
     if not equals:
         return f"{override} is not a setting: type {override.lstrip('+~') or 'KEY'}=VALUE."

@@ -7,19 +7,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lab.lm.base import LanguageModel
+from sae_lab.lm.predictions import Predictions
 
 Replace = Callable[[Float[Tensor, "b s d"]], Float[Tensor, "b s d"]]
 
 
-def spliced_logits(
+def spliced_predictions(
     lm: LanguageModel,
     tokens: Int[Tensor, "n t"],
     activations: Float[Tensor, "n t s d"],
     keep: Bool[Tensor, "n t"],
     replace: Replace,
     predicted: Bool[Tensor, "#b s"] | None = None,
-) -> Float[Tensor, "n t v"]:
-    """Return the model's logits after replacing activations.
+) -> Predictions:
+    """Return the model's predictions after replacing activations.
 
     Positions and sources that are not replaced keep the activation of this forward pass. At a later site it may differ
     from the clean activation, because of the replacements at earlier sites.
@@ -35,7 +36,7 @@ def spliced_logits(
     spliced[keep] = replace(activations[keep]).to(spliced)
     if predicted is not None:
         where[keep] = predicted.to(where.device)
-    return lm.logits(tokens, spliced, where)
+    return lm.predictions(tokens, spliced, where)
 
 
 def zero_ablation(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -12,21 +13,25 @@ from torch import Tensor
 from sae_lab.activations.columns import Columns
 from sae_lab.activations.data import ActivationData
 from sae_lab.evaluation import diffing
-from sae_lab.evaluation.downstream import Replace, constant_ablation, spliced_logits, zero_ablation
+from sae_lab.evaluation.downstream import Replace, constant_ablation, spliced_predictions, zero_ablation
 from sae_lab.evaluation.metrics import (
     DownstreamMetrics,
     ReconstructionMetrics,
     cross_entropy,
     kl_divergence,
     l0_histogram,
-    next_token_log_probs,
+    to_log_probs,
 )
 from sae_lab.lm.base import LanguageModel
+from sae_lab.lm.predictions import Predictions, cut
 from sae_lab.ops.sparse import Code, l0_per_row
 from sae_lab.runtime.device import synchronized_time
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.screen import track
 from sae_lab.saes.base import BaseSAE
+
+SLICE_BYTES = 2**26
+"""Size of one float32 copy of a slice's logits. Also bounds the hidden states that are held for SAEs of one group."""
 
 
 class Evaluation(NamedTuple):
@@ -44,23 +49,22 @@ class EvaluatedSAE:
     Args:
         lm: the language model, at the sites of this SAE.
         training_rule: evaluate in `train()` mode, under the batch-wise rule.
-        batch_size: rows that the SAE sees at once.
     """
 
-    def __init__(self, sae: BaseSAE, lm: LanguageModel, training_rule: bool, batch_size: int):
-        self.sae, self.lm, self.training_rule, self.batch_size = sae, lm, training_rule, batch_size
+    def __init__(self, sae: BaseSAE, lm: LanguageModel, training_rule: bool):
+        self.sae, self.lm, self.training_rule = sae, lm, training_rule
         self.device = next(sae.parameters()).device
         self.reconstruction = ReconstructionMetrics(sae.n_latents).to(self.device)
         self.downstream = DownstreamMetrics()
         self.l0: list[Tensor] = []
         self.n_rows, self.seconds = 0, 0.0
 
-    def autoencode(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Code]]:
-        """Yield (x, x_hat, code) for equal parts of x of about `batch_size` rows. Restores the SAE's mode."""
+    def autoencode(self, x: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor, Code]]:
+        """Yield (x, x_hat, code) for batches of the given sizes. Restores the SAE's mode."""
         before = self.sae.training
         self.sae.train(self.training_rule)
         try:
-            for batch in x.to(self.device).tensor_split(max(1, round(len(x) / self.batch_size))):
+            for batch in x.to(self.device).split(sizes):
                 yield batch, *self._timed_autoencode(batch)
         finally:
             self.sae.train(before)
@@ -72,15 +76,15 @@ class EvaluatedSAE:
         self.n_rows += len(x)
         return result
 
-    def reconstruct_rows(self, x: Tensor) -> None:
-        """Add the reconstruction of x to the totals."""
-        for batch, x_hat, code in self.autoencode(x):
+    def reconstruct_rows(self, x: Tensor, sizes: list[int]) -> None:
+        """Add the reconstruction of x, in batches of the given sizes, to the totals."""
+        for batch, x_hat, code in self.autoencode(x, sizes):
             self.reconstruction.update(batch, x_hat, code, self.sae.predicted_mask(batch))
             self.l0.append(l0_per_row(code).cpu())
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """Return x_hat under this rule."""
-        return torch.cat([x_hat for _, x_hat, _ in self.autoencode(x)])
+    def reconstruct(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """Return x_hat under this rule, from batches of the given sizes."""
+        return torch.cat([x_hat for _, x_hat, _ in self.autoencode(x, sizes)])
 
     def metrics(self) -> dict[str, float]:
         """Compute all metrics from the totals."""
@@ -118,16 +122,15 @@ def evaluate_all(
     Args:
         lms: the language model of the data at the sites of each SAE, which are among those of the data; None: at all.
     """
-    rows_at_once = max(data.lm_batch_rows, math.ceil(data.batch_size / data.seq_len))
     rows = data.held_out_rows(data.n_eval_tokens)
-    batches = rows.split(rows_at_once)
+    passes = [*plan_passes(rows, data)]
     shorter = {"n_held_out_tokens": rows.numel(), "n_eval_tokens_wanted": data.n_eval_tokens}
     at = dict(zip(saes, lms or [data.lm] * len(saes), strict=True))
-    deployed = {name: EvaluatedSAE(sae, at[name], False, data.batch_size) for name, sae in saes.items()}
-    trained = {name: EvaluatedSAE(sae, at[name], True, data.batch_size) for name, sae in saes.items() if sae.batch_rule}
+    deployed = {name: EvaluatedSAE(sae, at[name], False) for name, sae in saes.items()}
+    trained = {name: EvaluatedSAE(sae, at[name], True) for name, sae in saes.items() if sae.batch_rule}
     subjects = group_by_sites([*deployed.values(), *trained.values()])
-    bos = reconstruct_all(subjects, data, batches)
-    splice_all(subjects, data, batches)
+    bos = reconstruct_all(subjects, data, passes)
+    splice_all(subjects, data, passes)
     evaluations = {}
     for name, subject in deployed.items():
         metrics: dict[str, Any] = subject.metrics()
@@ -153,75 +156,126 @@ def group_by_sites(subjects: list[EvaluatedSAE]) -> BySites:
     return groups
 
 
-def reconstruct_all(subjects: BySites, data: ActivationData, batches: tuple[Tensor, ...]) -> Bool[Tensor, " n"]:
+class Pass(NamedTuple):
+    """Text rows for one forward pass of the language model, and the batches that an SAE makes of them."""
+
+    tokens: Int[Tensor, "n t"]
+    rows: list[int]
+    """Text rows of each batch."""
+
+
+def plan_passes(rows: Int[Tensor, "r t"], data: ActivationData) -> Iterator[Pass]:
+    """Divide text rows into batches of about `data.batch_size` tokens, and those into passes of `data.lm_batch_rows`.
+
+    The batches depend on batch_size and seq_len only. A pass has one batch at least.
+    """
+    n = math.ceil(data.batch_size / data.seq_len)
+    batches = rows.tensor_split(max(1, round(len(rows) / n)))
+    at_once = max(1, data.lm_batch_rows // n)
+    for first in range(0, len(batches), at_once):
+        mine = batches[first : first + at_once]
+        yield Pass(torch.cat(mine), [len(tokens) for tokens in mine])
+
+
+def batch_sizes(keep: Bool[Tensor, "n t"], rows: list[int]) -> list[int]:
+    """Return the number of kept positions of each batch of text rows, without empty batches unless all are."""
+    sizes = [int(mask.sum()) for mask in keep.split(rows)]
+    return [size for size in sizes if size] or [0]
+
+
+def reconstruct_all(subjects: BySites, data: ActivationData, passes: list[Pass]) -> Bool[Tensor, " n"]:
     """Run the first pass: reconstruction metrics and L0. Returns a mask of the BOS tokens among the n tokens.
 
     Raises:
         UserError: the activations are not finite, or every position is left out.
     """
-    if not any(data.keep_mask(tokens).any() for tokens in batches):
+    if not any(data.keep_mask(tokens).any() for tokens, _ in passes):
         raise UserError("data.exclude_* leaves out every held-out token: raise data.n_eval_tokens.")
     bos = []
-    for tokens in track(batches, "evaluating reconstruction"):
+    for tokens, rows in track(passes, "evaluating reconstruction"):
         keep, x = data.kept(tokens)
+        sizes = batch_sizes(keep, rows)
         for sites, group in subjects.items():
             own = Columns(data.lm.sites, sites)(x)
             for subject in group:
-                subject.reconstruct_rows(own)
+                subject.reconstruct_rows(own, sizes)
         bos.append(tokens[keep] == data.lm.bos_id)
     return torch.cat(bos)
 
 
-def splice_all(subjects: BySites, data: ActivationData, batches: tuple[Tensor, ...]) -> None:
+def splice_all(subjects: BySites, data: ActivationData, passes: list[Pass]) -> None:
     """Run the second pass: cross-entropies with activations clean, set to zero or the mean, and replaced by x_hat."""
     means = {sites: constant_ablation(group[0].reconstruction.mean_activation()) for sites, group in subjects.items()}
-    for tokens in track(batches, "evaluating cross-entropy"):
+    for tokens, rows in track(passes, "evaluating cross-entropy"):
         activations = data.lm.activations(tokens)
         keep = data.keep_positions(tokens, activations)
-        clean = Clean.run(data.lm, tokens)
+        sizes, clean = batch_sizes(keep, rows), dict[bool, Predictions]()
         for sites, group in subjects.items():
-            own = Columns(data.lm.sites, sites)(activations)
-            splice_batch(group, tokens, keep, own, clean, means[sites])
+            lm, own = group[0].lm, Columns(data.lm.sites, sites)(activations)
+            if lm.is_split not in clean:  # one pass, unless a group's sites need logits of whole rows
+                clean[lm.is_split] = lm.predictions(tokens)
+            splice_pass(group, tokens, keep, own, sizes, clean[lm.is_split], means[sites])
 
 
-class Clean(NamedTuple):
-    """What the language model predicts of one batch without replaced activations."""
-
-    log_p: Tensor
-    p: Tensor
-    ce: Tensor
-
-    @classmethod
-    def run(cls, lm: LanguageModel, tokens: Int[Tensor, "n t"]) -> "Clean":
-        log_p = next_token_log_probs(lm.logits(tokens))
-        return cls(log_p, log_p.exp(), cross_entropy(log_p, tokens.to(lm.device)))
-
-
-def splice_batch(
+def splice_pass(
     subjects: list[EvaluatedSAE],
     tokens: Int[Tensor, "n t"],
     keep: Bool[Tensor, "n t"],
     activations: Float[Tensor, "n t s d"],
-    clean: Clean,
+    sizes: list[int],
+    clean: Predictions,
     mean: Replace,
 ) -> None:
-    """Process one batch of `splice_all` for SAEs of the same sites. Those that predict the same share the ablations."""
-    lm = subjects[0].lm
-    rows, targets = activations[keep.to(activations.device)], tokens.to(lm.device)
+    """Process one pass of `splice_all` for SAEs of the same sites. Those that predict the same share the ablations.
 
-    def log_probs(replace: Replace, predicted: Bool[Tensor, "#b s"] | None) -> Tensor:
-        return next_token_log_probs(spliced_logits(lm, tokens, activations, keep, replace, predicted))
+    Each SAE sees batches of the given sizes, as in training. Then logits are computed for slices of the predictions,
+    see `score`.
+    """
+    lm, rows = subjects[0].lm, activations[keep.to(activations.device)]
+    splice = partial(spliced_predictions, lm, tokens, activations, keep)
+    ablated = {}
+    for n in {subject.sae.n_inputs for subject in subjects}:
+        predicted = (torch.arange(rows.shape[1]) >= n).unsqueeze(0)
+        ablated[n] = {"ce_zero": splice(zero_ablation, predicted), "ce_mean": splice(mean, predicted)}
+    held = max(predictions.nbytes for by in ablated.values() for predictions in by.values())
+    size = max(1, SLICE_BYTES // held)
+    for first in range(0, len(subjects), size):
+        group = subjects[first : first + size]
+        spliced = [(by, splice(partial(by.reconstruct, sizes=sizes), by.sae.predicted_mask(rows))) for by in group]
+        for piece in cut(len(tokens), tokens.shape[1], SLICE_BYTES // (4 * lm.vocab_size)):
+            score(spliced, clean, ablated, tokens.to(lm.device), piece)
 
-    def ablate(n_inputs: int) -> dict[str, Tensor]:
-        predicted = (torch.arange(rows.shape[1]) >= n_inputs).unsqueeze(0)
-        by = {"ce_zero": zero_ablation, "ce_mean": mean}
-        return {name: cross_entropy(log_probs(replace, predicted), targets) for name, replace in by.items()}
 
-    ablations = {n: ablate(n) for n in {subject.sae.n_inputs for subject in subjects}}
-    for subject in subjects:
-        spliced = log_probs(subject.reconstruct, subject.sae.predicted_mask(rows))
-        own = {"ce_spliced": cross_entropy(spliced, targets), "kl": kl_divergence(clean.p, clean.log_p, spliced)}
-        subject.downstream.to(lm.device).update(ce_clean=clean.ce, **ablations[subject.sae.n_inputs], **own)
+def score(
+    spliced: Sequence[tuple[EvaluatedSAE, Predictions]],
+    clean: Predictions,
+    ablated: Mapping[int, Mapping[str, Predictions]],
+    tokens: Int[Tensor, "n t"],
+    piece: tuple[slice, slice],
+) -> None:
+    """Add the predictions in one slice of rows and positions to the totals of each SAE.
+
+    At most four float32 copies of a slice's logits exist at once.
+    """
+    targets = tokens.roll(-1, dims=1)[piece]
+    has_target = slice(None, -1 if piece[1].stop == tokens.shape[1] else None)  # the last token of a row predicts none
+
+    def log_probs(predictions: Predictions) -> Float[Tensor, "r p v"]:
+        return to_log_probs(predictions.logits(*piece))
+
+    def ce(log_p: Float[Tensor, "r p v"]) -> Float[Tensor, "r q"]:
+        return cross_entropy(log_p, targets)[:, has_target]
+
+    def ce_and_kl(predictions: Predictions) -> dict[str, Float[Tensor, "r q"]]:
+        log_q = log_probs(predictions)
+        return {"ce_spliced": ce(log_q), "kl": kl_divergence(p, log_p, log_q)[:, has_target]}
+
+    ablations = {n: {name: ce(log_probs(x)) for name, x in by.items()} for n, by in ablated.items()}
+    log_p = log_probs(clean)
+    p, ce_clean = log_p.exp(), ce(log_p)
+    for subject, predictions in spliced:
+        own = ablations[subject.sae.n_inputs] | ce_and_kl(predictions)
+        subject.downstream.to(tokens.device).update(ce_clean=ce_clean, **own)
 
 
 def build_tables(subject: EvaluatedSAE, bos: Bool[Tensor, " n"]) -> dict[str, pd.DataFrame]:

@@ -200,19 +200,19 @@ def row_total(name: str) -> str:
     return f"row_{name}"
 
 
-def next_token_log_probs(logits: Float[Tensor, "n t v"]) -> Float[Tensor, "n t-1 v"]:
-    """Return log-probabilities for the second to the last token, in float32. The last position's target is unknown."""
-    return logits[:, :-1].float().log_softmax(dim=-1)
+def to_log_probs(logits: Float[Tensor, "r p v"]) -> Float[Tensor, "r p v"]:
+    """Return log-probabilities in float32."""
+    return logits.float().log_softmax(dim=-1)
 
 
-def cross_entropy(log_probs: Float[Tensor, "n t-1 v"], tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t-1"]:
-    """Return -log p of each next token, in nats."""
-    return -log_probs.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
+def cross_entropy(log_probs: Float[Tensor, "r p v"], targets: Int[Tensor, "r p"]) -> Float[Tensor, "r p"]:
+    """Return -log p of each target, in nats."""
+    return -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def kl_divergence(
-    p: Float[Tensor, "n t-1 v"], clean: Float[Tensor, "n t-1 v"], spliced: Float[Tensor, "n t-1 v"]
-) -> Float[Tensor, "n t-1"]:
+    p: Float[Tensor, "r p v"], clean: Float[Tensor, "r p v"], spliced: Float[Tensor, "r p v"]
+) -> Float[Tensor, "r p"]:
     """Compute KL(clean || spliced) of each prediction, in nats, from log-probabilities.
 
     Computed row by row, because the vocabulary may be large.
@@ -240,8 +240,8 @@ class DownstreamMetrics(Metric):
         for name in (*self.TOTALS, "n_predictions"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, **predictions: Float[Tensor, "n t-1"]) -> None:
-        """Add one batch: one value per prediction for each name in TOTALS."""
+    def update(self, **predictions: Float[Tensor, "r p"]) -> None:
+        """Add some predictions: one value per prediction for each name in TOTALS."""
         for name in self.TOTALS:
             setattr(self, name, getattr(self, name) + predictions[name].double().sum())
         self.n_predictions += predictions["ce_clean"].numel()

@@ -4,13 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sae_lab.lm.predictions import Predictions, PredictionsOfHidden, PredictionsOfRows, run_body
 from sae_lab.lm.sites import check_sites, join_heads, site_names
 from sae_lab.runtime.errors import SettingError, UserError
 
@@ -25,7 +26,8 @@ class AllSitesReached(Exception):
 class LanguageModel(ABC):
     """A frozen language model whose activations can be read and replaced at named sites.
 
-    A back end implements `known_sites`, `describe_choices`, `forward` and `unembedding`; it may override `capture`.
+    A back end implements `known_sites`, `describe_choices`, `forward` and `unembedding`; it may override `capture` and
+    `body`.
 
     Shapes: n rows, t tokens per row, s sites, d activation width, v vocabulary.
 
@@ -73,6 +75,7 @@ class LanguageModel(ABC):
         A back end that keeps something that depends on the sites must override this.
         """
         other = copy(self)
+        other.__dict__.pop("is_split", None)
         other._read_at(sites)
         return other
 
@@ -103,6 +106,16 @@ class LanguageModel(ABC):
     @abstractmethod
     def unembedding(self) -> Float[Tensor, "v d"] | None:
         """Return the matrix that maps the final residual stream to logits; None if the model has none."""
+
+    @property
+    def vocab_size(self) -> int:
+        """About v, by which slices of the logits are sized."""
+        return self.n_ids or len(self.tokenizer)
+
+    @property
+    def body(self) -> nn.Module | None:
+        """The module that computes the hidden states which the rest of the model maps to logits; None if unknown."""
+        return None
 
     @property
     def device(self) -> torch.device:
@@ -139,6 +152,39 @@ class LanguageModel(ABC):
             return lambda x: replace_where(x, replace[:, :, i], None if where is None else where[:, :, i])
 
         return self.forward(tokens, {site: put(i) for i, site in enumerate(self.sites)})
+
+    def predictions(
+        self,
+        tokens: Int[Tensor, "n t"],
+        replace: Float[Tensor, "n t s d"] | None = None,
+        where: Bool[Tensor, "n t s"] | None = None,
+    ) -> Predictions:
+        """Run the model as `logits` does, but compute the logits later, slice by slice."""
+        if not self.is_split:
+            return PredictionsOfRows(self.logits, tokens, replace, where)
+        return self._predictions_of_hidden(tokens, replace, where)
+
+    def _predictions_of_hidden(self, tokens: Tensor, replace: Tensor | None, where: Tensor | None) -> Predictions:
+        assert self.body is not None
+        output = run_body(self.body, lambda: self.logits(tokens, replace, where))
+        return PredictionsOfHidden(self.body, self.logits, tokens, output)
+
+    @cached_property
+    @torch.no_grad()
+    def is_split(self) -> bool:
+        """Whether the body alone, then the rest on slices, compute the logits of a forward pass with replaced sites.
+
+        Tried out on one row: some models have more between body and logits, and a site may lie behind the body.
+        """
+        tokens = torch.arange(min(4, self.context or 4)).unsqueeze(0) % self.vocab_size
+        replace = self.activations(tokens) / 2
+        output = None if self.body is None else run_body(self.body, lambda: self.logits(tokens))
+        if not isinstance(output, tuple | Mapping):  # a ModelOutput is a mapping
+            return False
+        whole, split = self.logits(tokens, replace), self._predictions_of_hidden(tokens, replace, None)
+        sliced = torch.cat([split.logits(positions=part) for part in (slice(0, 1), slice(1, None))], dim=1)
+        tolerance = max(1e-3, 4 * torch.finfo(whole.dtype).eps) * whole.abs().max().item()
+        return torch.allclose(sliced, whole, rtol=0, atol=tolerance)
 
     def _vectors(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t d"]]:
         tokens = self._place_tokens(tokens)

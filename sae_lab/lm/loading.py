@@ -105,6 +105,16 @@ class LoadedLM(LanguageModel):
         """Return the module that runs: the loaded model, or a back end's wrapper around it."""
         return model
 
+    @property
+    def body(self) -> nn.Module | None:
+        return decoder_of(self.model)
+
+
+def decoder_of(model: Any) -> nn.Module | None:
+    """Return what `transformers` calls the decoder of a model: all but the output embedding. None if there is none."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return None if decoder is model else decoder
+
 
 def load_model(
     name: str,

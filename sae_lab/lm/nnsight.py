@@ -48,7 +48,8 @@ class NnsightLM(TransformersLM):
 
     def with_sites(self, sites: Sequence[str] | str | None) -> "NnsightLM":
         other = copy(self)
-        other.__dict__.pop("execution_order", None)
+        for kept in ("execution_order", "is_split"):
+            other.__dict__.pop(kept, None)
         other._read_at(sites)
         return other
 

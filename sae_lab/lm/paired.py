@@ -67,6 +67,10 @@ class PairedLM(LanguageModel):
     def capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t ..."]]:
         return {f"{which}.{site}": x for which, lm in self.pair.items() for site, x in lm.capture(tokens).items()}
 
+    @property
+    def body(self) -> nn.Module | None:
+        return self.pair[self.spliced].body
+
     def unembedding(self) -> None:
         """Return None, because a latent of a crosscoder writes to two models."""
 

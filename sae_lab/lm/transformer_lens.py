@@ -6,11 +6,11 @@ from copy import deepcopy
 from typing import Any
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lab.lm.base import Hooks
 from sae_lab.lm.finding import quiet
-from sae_lab.lm.loading import LoadedLM, ModelName
+from sae_lab.lm.loading import LoadedLM, ModelName, decoder_of
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError
 
@@ -62,6 +62,10 @@ class TransformerLensLM(LoadedLM):
                     f"{{sites}}: TransformerLens does not compute this hook ({e}): {self.describe_choices()}"
                 ) from e
             return self.model(tokens, use_cache=False)
+
+    @property
+    def body(self) -> nn.Module | None:
+        return decoder_of(self.model.original_model)
 
     def unembedding(self) -> Float[Tensor, "v d"]:
         return self.model.W_U.T

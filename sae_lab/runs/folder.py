@@ -17,7 +17,7 @@ from sae_lab.runs.config import config_file, read_config
 from sae_lab.runs.digests import CHECKPOINT, DIGESTS, METRICS, digest_in, is_recorded, recorded, warn_if_unchecked
 from sae_lab.runs.growth import SIZES, ends_with_smaller_batch, reason_not_to_grow
 from sae_lab.runs.lock import lock_folder
-from sae_lab.runs.paths import may_move, with_absolute_paths
+from sae_lab.runs.paths import CACHED, may_move, with_absolute_paths
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import remove_unfinished, write_atomically
 
@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 FAILED = "failed.txt"
 
 # Files of a run besides `.hydra/`. A run that starts again in the same folder removes them.
-RUN_FILES = ("checkpoints", "sae", "steps", "figures", "tensorboard", "wandb", METRICS, "metrics.csv")
+RUN_FILES = ("checkpoints", "sae", "steps", "figures", "features", "tensorboard", "wandb", METRICS, "metrics.csv")
+# Files of evaluations of the run: under another rule, with another encoder, or with other settings (replacements.py).
+EVALUATIONS = ("metrics_*.json", "figures_*=*", "features_*=*")
 
 # Keys that may change when a run is resumed: they decide where and how it runs, not what it computes.
 MAY_CHANGE = (
@@ -38,7 +40,6 @@ MAY_CHANGE = (
     "lm.device",
     "lm.device_map",
     "data.prefetch",
-    "data.lm_batch_rows",
     "data.lm_batch_tokens",
     "trainer.accelerator",
     "trainer.capture",
@@ -48,6 +49,10 @@ MAY_CHANGE = (
     "trainer.log_every",
     "trainer.validate_every",
 )
+
+# Keys that may change as well where the run reads text: the order in which a cache is read depends on them. Unlike
+# those above, they are part of the names of a sweep's job folders.
+MAY_CHANGE_ON_TEXT = ("data.lm_batch_rows",)
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,8 @@ def check_links(folder: Path) -> None:
 def clear_folder(folder: Path) -> None:
     """Remove the files of an earlier run, and nothing else."""
     named = [folder / name for name in (DIGESTS, *RUN_FILES, ".hydra", FAILED)]
-    for path in (*named, *folder.glob("metrics_*.json"), *folder.glob("rank_*.log")):
+    found = [path for pattern in (*EVALUATIONS, "rank_*.log") for path in folder.glob(pattern)]
+    for path in (*named, *found):
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -159,10 +165,7 @@ def clear_folder(folder: Path) -> None:
 def raise_if_config_differs(folder: Path, there: Any, here: Any, moving: Sequence[str] = ()) -> None:
     """Raise a UserError that names the keys that differ, unless all may differ: MAY_CHANGE, `moving`, more tokens."""
     theirs, ours = flatten(with_absolute_paths(there)), flatten(with_absolute_paths(here))
-    free = (*MAY_CHANGE, *moving)
-    by_depth = sorted(theirs | ours, key=lambda k: (k.count("."), k))
-    keys = [k for k in by_depth if not any(k == f or k.startswith(f"{f}.") for f in free)]
-    differing = [k for k in keys if theirs.get(k) != ours.get(k)]
+    differing = differing_keys(there, here, moving)
     if differing and set(differing) <= set(SIZES):
         if reason := reason_not_to_grow(theirs, ours):
             raise UserError(
@@ -176,6 +179,16 @@ def raise_if_config_differs(folder: Path, there: Any, here: Any, moving: Sequenc
             f"{folder} holds a run of another config ({shown}{more}): "
             "choose another hydra.run.dir, or type resume=never to start again in it."
         )
+
+
+def differing_keys(there: Any, here: Any, moving: Sequence[str] = ()) -> list[str]:
+    """Return the keys in which two configs differ, but for those that change no number; the outermost first."""
+    theirs, ours = flatten(with_absolute_paths(there)), flatten(with_absolute_paths(here))
+    on_text = () if ours.get("data._target_") == CACHED else MAY_CHANGE_ON_TEXT
+    free = (*MAY_CHANGE, *on_text, *moving)
+    by_depth = sorted(theirs | ours, key=lambda k: (k.count("."), k))
+    keys = [k for k in by_depth if not any(k == f or k.startswith(f"{f}.") for f in free)]
+    return [k for k in keys if theirs.get(k) != ours.get(k)]
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Load the SAE, the data and the language model of a run folder."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, Any
 
 from annotated_types import Ge
 from hydra.utils import get_class
@@ -14,6 +15,7 @@ from sae_lab.runs.checkpoint import origin_of
 from sae_lab.runs.config import config_file, read_config
 from sae_lab.runs.digests import CHECKPOINT, SAE, check_unaltered, warn_if_unchecked
 from sae_lab.runs.folder import check_links
+from sae_lab.runs.replacements import replace_settings, replaced_settings
 from sae_lab.runs.trust import check_trusted
 from sae_lab.runtime.build import build
 from sae_lab.runtime.checks import check_arguments
@@ -29,6 +31,7 @@ def load_run(
     n_eval_tokens: Annotated[int, Ge(1)] | None = None,
     sae_dir: str | Path | None = None,
     trust: Sequence[str] | str = (),
+    replace: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[BaseSAE, ActivationData, DictConfig]:
     """Load a run: its SAE (on the language model's device), its data with the language model, and its config.
 
@@ -37,12 +40,14 @@ def load_run(
         device: device of the language model and the SAE.
         n_eval_tokens: held-out tokens of an evaluation; None takes the run's own.
         sae_dir: an SAE folder to load instead of the run's own SAE.
+        replace: settings of the run's language model and data that differ now, by their full key, such as
+            `{"data.lm_batch_rows": 8, "lm.name": "models/gpt2"}`. See runs/replacements.py.
         trust: modules outside this package whose classes the run's config may name (see runs/trust.py).
 
     Raises:
         UserError: there is no run in `run_dir` or no SAE, one of its files is damaged or a link out of the folder, its
             config names code that is not trusted, `n_eval_tokens` is not a positive integer, or the language model or
-            the text is not the one of the run.
+            the text is not the one of the run and no setting of it is replaced.
     """
     folder = Path(run_dir)
     if not config_file(folder).is_file():
@@ -53,17 +58,40 @@ def load_run(
     check_trusted(OmegaConf.to_container(run), config_file(folder), trust)
     check_parts(run, config_file(folder))
     warn_if_unchecked(folder)
+    own = run
+    run = replace_settings(own, replace)
+    if "lm.device" not in replace:
+        run.lm.device = device
+    elif device != "auto":
+        raise UserError(f"device={device} and lm.device={replace['lm.device']} place the same model: give one of them.")
     if n_eval_tokens is not None:
         run.data.n_eval_tokens = n_eval_tokens
-    run.lm.device = device
     get_class(run.sae._target_)  # imports an SAE class from outside this package, which registers it
     data = build(run, "data", lm=build(run, "lm"))
     if (folder / CHECKPOINT).is_file():
-        began_with = origin_of(folder / CHECKPOINT, type(data).__name__)
-        check_unchanged(began_with, data.source_digests, "put back what it was trained with.")
+        check_origin(folder / CHECKPOINT, data, replaced_settings(own, run))
     if sae_dir is None:
         check_unaltered(Path(run_dir), SAE)
-    return load_sae_folder(sae_dir or run_dir, data.lm.device), data, run
+    sae = load_sae_folder(sae_dir or run_dir, data.lm.device)
+    if (data.n_sources, data.d_in) != (sae.n_sources, sae.d_in):
+        raise UserError(
+            f"the SAE takes activations of width {sae.d_in} at {sae.n_sources} sites, and {data.lm.name} has width "
+            f"{data.d_in} at the {data.n_sources} of lm.sites: correct the lm.* keys."
+        )
+    return sae, data, run
+
+
+def check_origin(checkpoint: Path, data: ActivationData, replaced: Collection[str]) -> None:
+    """Raise a UserError if model or text are not those of the run. What was replaced on purpose is not compared.
+
+    Args:
+        replaced: full keys of the settings that were.
+    """
+    digests = {"lm": ("the language model's weights", "the tokenizer"), "data": ("the text",)}
+    free = [name for key in replaced for name in digests[key.partition(".")[0]]]
+    began_with = origin_of(checkpoint, type(data).__name__)
+    began_with = {name: digest for name, digest in began_with.items() if name not in free}
+    check_unchanged(began_with, data.source_digests, "put back what it was trained with.")
 
 
 def check_parts(run: DictConfig, source: Path) -> None:

@@ -18,14 +18,17 @@ from sae_lab.saes.base import BaseSAE
 log = logging.getLogger(__name__)
 
 
-def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[Path]:
+def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path, suffix: str = "") -> list[Path]:
     """Write the tables and figures into `figures/`, then metrics.json, which marks the run as complete.
+
+    Args:
+        suffix: end of the names `figures` and `metrics`, for an evaluation that is not the run's own.
 
     Raises:
         UserError: a metric is not finite; nothing is written.
     """
     check_metrics(evaluation.metrics)
-    figures = run_dir / "figures"
+    figures = run_dir / f"figures{suffix}"
     figures.mkdir(parents=True, exist_ok=True)
     for name, table in evaluation.tables.items():
         table.to_csv(figures / f"{name}.csv", index=False)
@@ -35,9 +38,9 @@ def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path) -> list[P
     ]
     if "relative_norm" in evaluation.tables:
         written.append(plots.relative_norm(evaluation.tables["relative_norm"], figures / "relative_norm.png"))
-    if (logged := read_numbers(run_dir / "metrics.csv", [])) is not None:
+    if not suffix and (logged := read_numbers(run_dir / "metrics.csv", [])) is not None:
         written.append(plots.training_curves(logged, figures / "training.png"))
-    return [write_metrics(evaluation.metrics, sae, run_dir / METRICS), *written]
+    return [write_metrics(evaluation.metrics, sae, run_dir / f"metrics{suffix}.json"), *written]
 
 
 def write_metrics(metrics: dict[str, Any], sae: BaseSAE, path: Path) -> Path:
@@ -69,14 +72,14 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{run_dir / METRICS} is damaged ({first_line(e)}): evaluate that run again.") from e
 
 
-def write_comparison(metrics: dict[str, Any], encoder: str, k: int | None, folder: Path) -> Path:
+def write_comparison(metrics: dict[str, Any], encoder: str, k: int | None, folder: Path, suffix: str = "") -> Path:
     """Write the metrics of two encoders of one dictionary side by side, as JSON.
 
     Raises:
         UserError: a metric is not finite; nothing is written.
     """
     check_metrics(metrics)
-    path = folder / f"metrics_{encoder}{'' if k is None else f'_k{k}'}.json"
+    path = folder / f"metrics_{encoder}{'' if k is None else f'_k{k}'}{suffix}.json"
     write_json(path, metrics)
     for name, of_encoder in metrics.items():
         for problem in find_problems(of_encoder):

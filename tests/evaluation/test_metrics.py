@@ -13,7 +13,7 @@ from sae_lab.evaluation.metrics import (
     cross_entropy,
     kl_divergence,
     l0_histogram,
-    next_token_log_probs,
+    to_log_probs,
 )
 
 
@@ -97,16 +97,16 @@ def test_perfect_and_mean_reconstructions_mark_the_scale():
 
 def test_downstream_metrics_on_known_distributions():
     """Two tokens of a vocabulary of two: cross-entropies and KL by hand."""
-    tokens = torch.tensor([[0, 1], [0, 1]])
+    targets = torch.tensor([[1], [1]])
 
     def log_probs(p: float) -> torch.Tensor:
-        logits = torch.tensor([math.log(1 - p), math.log(p)]).expand(2, 2, 2)
-        return next_token_log_probs(logits)
+        logits = torch.tensor([math.log(1 - p), math.log(p)]).expand(2, 1, 2)
+        return to_log_probs(logits)
 
     metrics = DownstreamMetrics()
     cases = {"clean": log_probs(0.8), "spliced": log_probs(0.5), "zero": log_probs(0.1), "mean": log_probs(0.2)}
     kl = kl_divergence(cases["clean"].exp(), cases["clean"], cases["spliced"])
-    metrics.update(kl=kl, **{f"ce_{case}": cross_entropy(p, tokens) for case, p in cases.items()})
+    metrics.update(kl=kl, **{f"ce_{case}": cross_entropy(p, targets) for case, p in cases.items()})
     ce = {"clean": -math.log(0.8), "spliced": -math.log(0.5), "zero": -math.log(0.1), "mean": -math.log(0.2)}
     expected = {f"ce_{case}": value for case, value in ce.items()}
     expected["ce_degradation"] = ce["spliced"] - ce["clean"]

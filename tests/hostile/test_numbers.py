@@ -21,6 +21,7 @@ from sae_lab.cache.writer import CacheWriter
 from sae_lab.evaluation.calibration import calibrate
 from sae_lab.evaluation.evaluator import Evaluation, evaluate
 from sae_lab.evaluation.findings import find_problems, numbers
+from sae_lab.lm.predictions import PredictionsOfRows
 from sae_lab.runs import provenance
 from sae_lab.runs.results import write_metrics, write_results
 from sae_lab.runtime.build import build as build_node
@@ -45,8 +46,8 @@ class Words(WordIds):
 class BadLM:
     """A language model with random activations at two sites, which `change` makes bad."""
 
-    name, sites, bos_id, context, models = "bad", ("a", "b"), 0, 200, ()
-    device, dtype, tokenizer = torch.device("cpu"), torch.float32, Words()
+    name, sites, bos_id, context, models, vocab_size = "bad", ("a", "b"), 0, 200, (), 2000
+    device, dtype, tokenizer, is_split = torch.device("cpu"), torch.float32, Words(), False
 
     def __init__(self, change, d: int = 8):
         generator = torch.Generator().manual_seed(0)
@@ -60,6 +61,9 @@ class BadLM:
 
     def activations(self, tokens):
         return self.change(self.table[tokens])
+
+    def predictions(self, tokens, replace=None, where=None):
+        return PredictionsOfRows(self.logits, tokens, replace, where)
 
     def logits(self, tokens, replace=None, where=None):
         x = self.activations(tokens)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sae_lab.evaluation.downstream import spliced_logits
+from sae_lab.evaluation.downstream import spliced_predictions
 from sae_lab.lm import NnsightLM, TransformerLensLM, TransformersLM
 from sae_lab.lm.base import find_bos_id
 from sae_lab.lm.finding import TINY, find_folder
@@ -183,7 +183,7 @@ def test_back_ends_agree_on_ce_spliced(back_end, hook, tokens):
     keep = tokens % 3 > 0
 
     def cross_entropy(lm) -> float:
-        logits = spliced_logits(lm, tokens, lm.activations(tokens), keep, lambda x: 0.5 * x)
+        logits = spliced_predictions(lm, tokens, lm.activations(tokens), keep, lambda x: 0.5 * x).logits()
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
 
     clean = nn.functional.cross_entropy(ref.logits(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
