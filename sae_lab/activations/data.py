@@ -31,7 +31,7 @@ from sae_lab.runtime.memory import check_memory_of
 from sae_lab.text.documents import TRAIN
 from sae_lab.text.encoding import tokenizer_digest
 from sae_lab.text.rows import RowStream
-from sae_lab.text.text import Text, TextSource
+from sae_lab.text.text import TextSource, TrainingText
 
 log = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ class ActivationData(L.LightningDataModule):
 
     def rows(self) -> RowStream:
         """Return the rows of token ids of the training text, from the beginning."""
-        assert isinstance(self.text, Text)
+        assert isinstance(self.text, TrainingText)
         return self.text.rows(TRAIN, self.repeat, self.n_tokens)
 
     def source(self) -> Source:
@@ -313,7 +313,7 @@ class ActivationData(L.LightningDataModule):
         return x[:: max(1, len(x) // n)][:n]
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and isinstance(self.text, Text):
+        if stage == "fit" and isinstance(self.text, TrainingText):
             with self.lm_lock:
                 self.text.prepare()  # here, because later the bar of the training is on the screen
 
@@ -349,7 +349,7 @@ class ActivationData(L.LightningDataModule):
     @cached_property
     def source_digests(self) -> dict[str, str]:
         """Digests of what determines the batches besides the config; they must be the same when a run resumes."""
-        assert isinstance(self.text, Text)
+        assert isinstance(self.text, TrainingText)
         with self.lm_lock:
             digest = self.text.identity()
             of_text = {"the text": digest} if digest else {"the first rows of the text": self._first_rows_digest(32)}

@@ -25,19 +25,21 @@ def from_documents(
     pack: bool,
     order: Literal["shuffled", "as_read"],
     window_tokens: int | None = None,
+    make: Callable[..., Any] = ActivationData,
     **stream: Any,
-) -> ActivationData:
+) -> Any:
     """Return activations on documents, tokenized with the language model's tokenizer.
 
     Args:
         lm: the language model.
         documents: `documents(split)` returns the documents of the split `train` or `held_out`.
         seq_len, pack, order, window_tokens: how documents become rows of tokens; see Text.
+        make: `make(lm, text, **stream)` returns the result. A mixture takes only the text.
         stream: the other arguments of ActivationData.
     """
     encode = Encoder(lm.tokenizer)
     text = Text(documents, encode, lm.bos_id, seq_len=seq_len, pack=pack, order=order, window_tokens=window_tokens)
-    return ActivationData(lm, text, **stream)
+    return make(lm, text, **stream)
 
 
 @check_arguments

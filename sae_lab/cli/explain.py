@@ -33,7 +33,7 @@ def explain(error: BaseException, config_name: str, overrides: list[str]) -> str
             return str(e)
     for e in chain:
         if isinstance(e, MissingMandatoryValue):
-            key = e.full_key or _one_line(e)
+            key = e.full_key or _one_line(e).removeprefix("Missing mandatory value: ")
             return f"{key} has no value: give {key}=..."
         missing = re.search(r"In 'hydra/(.*?)': Could not (?:find|load) 'hydra/(.*?)'", str(e))
         if missing and missing[2] in EXTRAS:

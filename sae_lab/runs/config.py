@@ -48,7 +48,8 @@ ADDED: dict[str, dict[str, Any]] = {
     "sae_lab.cache.data.CachedData": {"lm_batch_tokens": "auto", "exclude_tokens": [], "max_norm": None},
     **{f"sae_lab.lm.{back_end}.": LOADED_LM for back_end in ("transformers", "transformer_lens", "nnsight")},
 }
-"""Beginning of a `_target_` → settings that it has got since, with the values that mean "as before"."""
+"""`_target_` → settings that it has got since, with the values that mean "as before". A beginning that ends in a dot
+stands for all streams of activations; the parts of a mixture (`_partial_`) have no settings of a stream."""
 
 
 def config_file(folder: Path) -> Path:
@@ -140,6 +141,6 @@ def bring_up_to_date(tree: Any) -> Any:
     if isinstance(target := node.get("_target_"), str):
         node["_target_"] = target = MOVED.get(target, target)
         for beginning, settings in ADDED.items():
-            if target.startswith(beginning):
+            if target.startswith(beginning) and not (beginning.endswith(".") and "_partial_" in node):
                 node = settings | node
     return node

@@ -12,7 +12,7 @@ from sae_lab.saes.base import BaseSAE
 TEXT, LM, TRAINING = "sae_lab.activations.from_text", "sae_lab.lm", "sae_lab.training"
 TRUSTED = {
     "data": {f"{TEXT}.{name}" for name in ("disassembly", "hub", "stdlib", "text_files")}
-    | {"sae_lab.cache.data.CachedData"},
+    | {"sae_lab.activations.mixture.mixture", "sae_lab.cache.data.CachedData"},
     "lm": {
         *(f"{LM}.nnsight.NnsightLM", f"{LM}.paired.PairedLM"),
         *(f"{LM}.transformer_lens.TransformerLensLM", f"{LM}.transformers.TransformersLM"),

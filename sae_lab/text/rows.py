@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae_lab.runtime.errors import UserError
+from sae_lab.text.current_part import part_or
 from sae_lab.text.documents import Documents, Piece, take_batches
 from sae_lab.text.encoding import Encode
 
@@ -48,7 +49,7 @@ def raise_no_rows(seq_len: int, pack: bool, any_tokens: bool = False) -> None:
 
 
 def warn_of_new_pass(epoch: int) -> None:
-    log.warning("End of the text: starting pass %d over it, in a new order.", epoch + 1)
+    log.warning("End of %s: starting pass %d over it, in a new order.", part_or("the text"), epoch + 1)
 
 
 class TextRows:

@@ -16,6 +16,7 @@ from sae_lab.runtime.files import digest_of_file, digest_of_json, read_json, rem
 from sae_lab.runtime.os_errors import naming
 from sae_lab.runtime.screen import TokenProgress
 from sae_lab.runtime.signals import raise_if_stopped, received_signal
+from sae_lab.text.current_part import part_prefix
 from sae_lab.text.documents import DocumentPiece, IndexedDocuments, cut_documents, take_batches
 from sae_lab.text.encoding import TOGETHER, Encode, Ids
 from sae_lab.text.packing import Packer
@@ -51,7 +52,7 @@ class StoreBuilder:
         n_tokens = (self.packer.n_rows - n_rows) * self.packer.seq_len
         rate = n_tokens / (time.perf_counter() - begun)
         counts = f"{len(self.documents):,} documents: {n_tokens:,} tokens at {rate:,.0f} tokens/s"
-        print(f"tokenized {counts}, kept in {self.folder}", flush=True)
+        print(f"{part_prefix()}tokenized {counts}, kept in {self.folder}", flush=True)
 
     def _write_all(self) -> None:
         """Write the rows of all documents from `self.next` on."""

@@ -17,6 +17,7 @@ from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import digest_of_json, locked
 from sae_lab.runtime.user_cache import user_cache
+from sae_lab.text.current_part import part_prefix
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, describe_documents
 from sae_lab.text.encoding import Encode
 from sae_lab.text.packing import Packer
@@ -44,7 +45,37 @@ class TextSource(ABC):
         """Return the first n held-out rows, or as many as there are."""
 
 
-class Text(TextSource):
+class TrainingText(TextSource):
+    """Rows of token ids of the splits `train` and `held_out`, as streams that can stop and continue."""
+
+    pack: bool
+    order: str
+
+    @abstractmethod
+    def rows(self, split: str, repeat: bool, n_tokens: int = 0) -> RowStream:
+        """Return the rows of a split, from the beginning.
+
+        Args:
+            repeat: start a new pass over the text after its end.
+            n_tokens: tokens that will be needed. Decides how far ahead is read.
+        """
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Tokenize the text if it belongs in a store and is not there yet."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Return a digest that identifies the text; empty if its source has none."""
+
+    def first_rows(self, n: int) -> Int[Tensor, "r t"]:
+        return self.rows(TRAIN, repeat=False).take(n)
+
+    def held_out(self, n: int) -> Int[Tensor, "r t"]:
+        return self.rows(HELD_OUT, repeat=False).take(n)
+
+
+class Text(TrainingText):
     """Rows of token ids of the splits `train` and `held_out`.
 
     Args:
@@ -77,12 +108,6 @@ class Text(TextSource):
         self._open = functools.cache(self._open_store)
 
     def rows(self, split: str, repeat: bool, n_tokens: int = 0) -> RowStream:
-        """Return the rows of a split, from the beginning.
-
-        Args:
-            repeat: start a new pass over the text after its end.
-            n_tokens: tokens that will be needed. Decides how far ahead is read.
-        """
         documents = self._documents(split)
         if self.order == "shuffled" and isinstance(documents, IndexedDocuments):
             return StoredRows(lambda: self._open(split), documents.seed, repeat, self.pack)
@@ -91,18 +116,10 @@ class Text(TextSource):
             return WindowRows(reader, documents.seed, repeat, self.window_tokens, n_tokens)
         return TextRows(documents, self.encode, self.seq_len, self.bos_id, repeat, self.pack)
 
-    def first_rows(self, n: int) -> Int[Tensor, "r t"]:
-        return self.rows(TRAIN, repeat=False).take(n)
-
-    def held_out(self, n: int) -> Int[Tensor, "r t"]:
-        return self.rows(HELD_OUT, repeat=False).take(n)
-
     def prepare(self) -> None:
-        """Tokenize the text if it belongs in a store and is not there yet."""
         self.identity()
 
     def identity(self) -> str:
-        """Return a digest that identifies the text; empty if its source has none."""
         documents = self._documents(TRAIN)
         if self.order == "shuffled" and isinstance(documents, IndexedDocuments):
             return digest_of_json([self._open(split).identity for split in (TRAIN, HELD_OUT)])
@@ -111,7 +128,7 @@ class Text(TextSource):
     def _documents(self, split: str) -> Documents:
         documents = self.documents(split)
         if not self._described and (line := documents.describe()):
-            log.info("%s", line)
+            log.info("%s%s", part_prefix(), line)
         self._described = True
         return documents
 
