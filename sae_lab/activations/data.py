@@ -139,7 +139,7 @@ class ActivationData(L.LightningDataModule):
         self.prefetch = prefetch is True or (prefetch == "auto" and lm.device.type == "cuda")
         self.lm_lock = Lock()
         self._begin(lm, rows_per_pass(lm, seq_len, *self._pass_size))
-        if isinstance(text, Text) and (self.exclude_tokens or max_norm is not None):
+        if isinstance(text, TrainingText) and (self.exclude_tokens or max_norm is not None):
             self._log_left_out()
 
     def _begin(self, lm: LanguageModel, lm_batch_rows: int) -> None:

@@ -192,11 +192,11 @@ def differing_keys(there: Any, here: Any, moving: Sequence[str] = ()) -> list[st
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten a nested config: {"a": {"b": value}} → {"a.b": value}."""
-    if not isinstance(config, dict) or not config:
+    """Flatten a nested config: {"a": {"b": value}} → {"a.b": value}, and {"a": [{"b": value}]} → {"a[0].b": value}."""
+    if isinstance(config, dict) and config:
+        children = {f"{prefix}.{key}" if prefix else str(key): node for key, node in config.items()}
+    elif isinstance(config, list) and any(isinstance(node, dict) for node in config):
+        children = {f"{prefix}[{i}]": node for i, node in enumerate(config)}
+    else:
         return {prefix: config}
-    return {
-        k: v
-        for key, node in config.items()
-        for k, v in flatten(node, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+    return {k: v for key, node in children.items() for k, v in flatten(node, key).items()}

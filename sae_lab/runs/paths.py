@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 MODELS = tuple(f"{lm}.{key}" for lm in ("lm", "lm.base", "lm.tuned") for key in ("name", "tokenizer", "base_model"))
+MIXTURE = ("parts", "sources")
+TEXTS = ("data", *(f"data.{name}.*" for name in MIXTURE))  # `*`: each part of a mixture, in a list or by name
 MAY_MOVE = (*MODELS, "data.paths")
 """Keys that may change when a run is resumed or evaluated: digests of weights, tokenizer and text tell whether what is
 there is the same. `data.path` of a cache belongs to them, but not that of a data set on the hub."""
@@ -14,8 +16,19 @@ CACHED = "sae_lab.cache.data.CachedData"
 def may_move(config: Any) -> tuple[str, ...]:
     """Return the keys of MAY_MOVE for a run of this config (nested dicts)."""
     data = config.get("data")
-    cached = isinstance(data, dict) and data.get("_target_") == CACHED
-    return (*MAY_MOVE, "data.path") if cached else MAY_MOVE
+    if not isinstance(data, dict):
+        return MAY_MOVE
+    if data.get("_target_") == CACHED:
+        return (*MAY_MOVE, "data.path")
+    parts = (f"data.{name}{key}" for name in MIXTURE for key in keys_below(data.get(name)))
+    return (*MAY_MOVE, *(f"{part}.paths" for part in parts))
+
+
+def keys_below(node: Any) -> list[str]:
+    """Return what follows the key of a list or a dict in those of its children: `[0]` or `.name`."""
+    if isinstance(node, list):
+        return [f"[{i}]" for i in range(len(node))]
+    return [f".{name}" for name in node] if isinstance(node, dict) else []
 
 
 def with_absolute_paths(config: Any) -> Any:
@@ -23,13 +36,22 @@ def with_absolute_paths(config: Any) -> Any:
 
     What may also be a name on the hub (`lm.name=gpt2`) or an URL is a path if a file or folder of that name exists.
     """
-    for key in (*MODELS, "data.path", "init_from"):
+    for key in (*MODELS, *(f"{text}.path" for text in TEXTS), "init_from"):
         config = replaced(config, key.split("."), lambda value: absolute(value) if exists(value) else value)
-    return replaced(config, ["data", "paths"], absolute)
+    for text in TEXTS:
+        config = replaced(config, [*text.split("."), "paths"], absolute)
+    return config
 
 
 def replaced(node: Any, key: list[str], change: Any) -> Any:
-    """Return nested dicts with the strings at a key changed: a string, or those of a list. Leave `node` as it is."""
+    """Return nested dicts with the strings at a key changed: a string, or those of a list. Leave `node` as it is.
+
+    `*` in a key stands for every child of a list or a dict.
+    """
+    if key[0] == "*" and isinstance(node, list):
+        return [replaced(child, key[1:], change) for child in node]
+    if key[0] == "*" and isinstance(node, dict):
+        return {name: replaced(child, key[1:], change) for name, child in node.items()}
     if not isinstance(node, dict) or key[0] not in node:
         return node
     child = node[key[0]]

@@ -96,3 +96,21 @@ def test_a_data_set_of_the_hub_may_not_become_another():
     assert may_move(cached) == (*MAY_MOVE, "data.path")
     with pytest.raises(UserError, match=r"data\.path is a there and b here"):
         raise_if_config_differs(Path("run"), hub, {"data": hub["data"] | {"path": "b"}}, may_move(hub))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_files_of_a_mixture_may_move_too(named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "web").mkdir()
+
+    def mixture(files: str, web: str):
+        parts = {"code": {"paths": [files]}, "web": {"path": web, "held_out_every": 10}}
+        parts = parts if named else [*parts.values()]
+        return {"data": {"_target_": "sae_lab.activations.mixture.mixture", "parts": parts, "sources": parts}}
+
+    here = mixture("x/*.md", "web")
+    assert with_absolute_paths(here) == mixture(f"{tmp_path}/x/*.md", f"{tmp_path}/web")
+    raise_if_config_differs(Path("run"), mixture("y/*.md", "web"), here, may_move(here))
+    key = r"data\.parts\.web\.path" if named else r"data\.parts\[1\]\.path"
+    with pytest.raises(UserError, match=rf"{key} is other there and /\S+/web here"):
+        raise_if_config_differs(Path("run"), mixture("x/*.md", "other"), here, may_move(here))

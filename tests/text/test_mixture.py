@@ -1,7 +1,6 @@
 """Mixtures of texts: exact shares, the order of each part, resuming at every row, ends, and who is named."""
 
 import json
-import logging
 from functools import partial
 
 import pytest
@@ -130,11 +129,10 @@ def test_the_identity_is_of_the_texts_and_the_weights():
     assert mixed(pages=partial(Pages, n_windows=3)).identity() != first  # has no digest, so by its first rows
 
 
-def test_what_is_tokenized_and_what_fails_names_the_part(caplog):
-    caplog.set_level(logging.INFO)
+def test_what_is_tokenized_and_what_fails_names_the_part(capsys):
     text = mixed(pages=Broken)
     text.prepare()
-    assert caplog.messages[0].startswith("data.parts.words: Tokenized 60 documents")
+    assert capsys.readouterr().out.startswith("data.parts.words: tokenized 60 documents")
     with pytest.raises(UserError, match=r"^data\.parts\.pages: page 6 cannot be read\."):
         text.rows("train", True).take(200)
     with pytest.raises(UserError, match=r"^data\.parts\.words: the data hold no text"):
