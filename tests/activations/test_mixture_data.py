@@ -3,7 +3,9 @@
 import json
 import re
 import signal
+import sysconfig
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +22,12 @@ from sae_lab.activations.mixture import mixture
 from sae_lab.cache.key import data_key
 from sae_lab.cli.entry import entry_point  # noqa: F401 (registers the resolver)
 from sae_lab.cli.explain import explain
+from sae_lab.cli.help import CONF
 from sae_lab.runs.config import bring_up_to_date
+from sae_lab.runtime.build import build
 from sae_lab.runtime.errors import SettingError, UserError
+from sae_lab.text import bundled
+from sae_lab.text.shares import next_parts
 
 TEXT = "sae_lab.activations.from_text"
 LIST = "data.parts=[{data: stdlib, held_out_every: 5}, {data: fineweb}]"
@@ -142,6 +148,46 @@ def test_the_key_of_a_cache_holds_the_parts_and_their_shares():
     json.dumps(key)
 
 
+CODE, WEB = "{data: text_files, paths: [code.txt]}", "{data: hub, path: web, held_out_documents: 50}"
+COLUMNS = "{data: hub, path: web, held_out_documents: 50, column: %s}"
+STDLIB = "{data: stdlib, held_out_every: 5}"
+# Kind, as in docs/data.md -> overrides, and the shares that follow from them.
+MIXTURES: dict[str, tuple[list[str], list[int]]] = {
+    "mixture of files and a stream": ([f"data.parts=[{CODE}, {WEB}]", "data.weights=[0.7,0.3]"], [7, 3]),
+    "mixture of bundled texts": (
+        [f"data.parts=[{STDLIB}, {{data: disassembly, mixed: false}}]", "data.weights=[3,1]"],
+        [3, 1],
+    ),
+    "mixture in equal shares": ([f"data.parts=[{CODE}, {WEB}, {COLUMNS % 'title'}]"], [1, 1, 1]),
+    "mixture of named parts": (
+        [f"data.parts={{code: {CODE}, web: {WEB}}}", "data.weights={web: 2, code: 1}"],
+        [1, 2],
+    ),
+    "mixture of columns": ([f"data.parts=[{COLUMNS % 'title'}, {COLUMNS % 'text'}]"], [1, 1]),
+}
+
+
+@pytest.mark.parametrize("kind", list(MIXTURES))
+def test_every_kind_of_mixture_has_its_shares_of_training_and_held_out_rows(kind, texts, monkeypatch):
+    monkeypatch.chdir(texts)
+    few = bundled.module_names(Path(sysconfig.get_paths()["stdlib"]))[:60]
+    monkeypatch.setattr(bundled, "module_names", lambda root: few)
+    overrides, shares = MIXTURES[kind]
+    cfg = compose("data=mixture", *SMALL, *overrides)
+    text = build(cfg, "data", lm=build(cfg, "lm")).text
+    order = torch.tensor(next_parts(shares, [0] * len(shares), n := 60))
+    for rows, alone in ((text.first_rows(n), "first_rows"), (text.held_out(n), "held_out")):
+        for i, (part, share) in enumerate(zip(text.parts, shares, strict=True)):
+            own = getattr(part.text, alone)(n * share // sum(shares))
+            assert torch.equal(rows[order[: len(rows)] == i], own[: (order[: len(rows)] == i).sum()]), part.key
+        assert len(rows) > n // 4
+
+
+def test_the_documentation_lists_these_mixtures():
+    table = (CONF.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (mixture [\w ]+) \|.*`test_mixture_data\.py` \|$", table, re.MULTILINE) == [*MIXTURES]
+
+
 # ---- runs
 
 RUN = [*SMALL, "data=mixture", "data.weights=[0.7,0.3]"]
@@ -149,15 +195,20 @@ LONG = ["n_tokens=12_800", "trainer.validate_every=50", "trainer.checkpoint_ever
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> str:
-    """A text with random access, and a stream in the format of the hub."""
+def texts(tmp_path_factory) -> Path:
+    """A folder with a text of random access, and with a stream in the format of the hub."""
     folder = tmp_path_factory.mktemp("texts")
     (folder / "web").mkdir()
-    lines = (json.dumps({"id": i, "text": f"Page {i} says {i * i} and ends. " * 9}) for i in range(300))
-    (folder / "web" / "train.jsonl").write_text("\n".join(lines))
+    rows = ({"title": f"{i}: page {i * i % 97}. " * 5, "text": f"Page {i} says {i * i}. " * 9} for i in range(300))
+    (folder / "web" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "code.txt").write_text("".join(f"x_{i} = {i * 7} + f(x_{i // 2})\n" for i in range(1000)))
-    web = f"{{data: hub, path: {folder}/web, held_out_documents: 50}}"
-    return f"data.parts=[{{data: text_files, paths: [{folder}/code.txt]}}, {web}]"
+    return folder
+
+
+@pytest.fixture
+def parts(texts, monkeypatch) -> str:
+    monkeypatch.chdir(texts)
+    return f"data.parts=[{CODE}, {WEB}]"
 
 
 @pytest.mark.process
