@@ -1,4 +1,4 @@
-"""Build ActivationData from text: the functions behind `data=stdlib`, `disassembly`, `text_files` and `hub`."""
+"""Build ActivationData from text: the functions behind `data=stdlib`, `disassembly`, `text_files`, `tokens`, `hub`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,12 +9,17 @@ from annotated_types import Ge
 from sae_lab.activations.data import ActivationData
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.errors import SettingError
 from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments
+from sae_lab.text.choice import ChatSetting
 from sae_lab.text.corpora import FileDocuments, Format, Globs
 from sae_lab.text.documents import Documents
 from sae_lab.text.encoding import Encoder
 from sae_lab.text.streams import HubDocuments
 from sae_lab.text.text import Text
+from sae_lab.text.token_files import TokenFiles, TokenType, are_token_files
+
+SpecialTokens = Literal["text", "parse"]
 
 
 def from_documents(
@@ -25,19 +30,21 @@ def from_documents(
     pack: bool,
     order: Literal["shuffled", "as_read"],
     window_tokens: int | None = None,
+    special_tokens: SpecialTokens = "text",
     make: Callable[..., Any] = ActivationData,
     **stream: Any,
 ) -> Any:
-    """Return activations on documents, tokenized with the language model's tokenizer.
+    """Return activations on documents, tokenized with the language model's tokenizer unless they are token ids.
 
     Args:
         lm: the language model.
         documents: `documents(split)` returns the documents of the split `train` or `held_out`.
         seq_len, pack, order, window_tokens: how documents become rows of tokens; see Text.
+        special_tokens: whether text that looks like a special token is text, or is parsed; see Encoder.
         make: `make(lm, text, **stream)` returns the result. A mixture takes only the text.
         stream: the other arguments of ActivationData.
     """
-    encode = Encoder(lm.tokenizer)
+    encode = Encoder(lm.tokenizer, special_tokens)
     text = Text(documents, encode, lm.bos_id, seq_len=seq_len, pack=pack, order=order, window_tokens=window_tokens)
     return make(lm, text, **stream)
 
@@ -64,13 +71,40 @@ def text_files(
     paths: Globs,
     format: Format,
     column: Sequence[str] | str | None,
+    chat: ChatSetting,
+    special_tokens: SpecialTokens,
     seed: int,
     held_out_every: Annotated[int, Ge(2)],
     **stream: Any,
 ) -> ActivationData:
     """Return activations on local files or folders of `save_to_disk` (`data=text_files`)."""
-    documents = partial(FileDocuments, paths, format=format, column=column, seed=seed, held_out_every=held_out_every)
-    return from_documents(lm, documents, seed=seed, **stream)
+    options: dict[str, Any] = {"format": format, "column": column, "chat": chat}
+    documents = partial(FileDocuments, paths, seed=seed, held_out_every=held_out_every, **options)
+    return from_documents(lm, documents, seed=seed, special_tokens=special_tokens, **stream)
+
+
+@check_arguments
+def tokens(
+    lm: LanguageModel,
+    paths: Globs,
+    column: str,
+    dtype: TokenType | None,
+    seed: int,
+    held_out_every: Annotated[int, Ge(2)],
+    **stream: Any,
+) -> ActivationData:
+    """Return activations on token ids: .bin and .npy files, or a column of lists in other files (`data=tokens`)."""
+    options: dict[str, Any] = {"seed": seed, "held_out_every": held_out_every}
+    if are_token_files([paths] if isinstance(paths, str) else paths):
+        ends = {"bos_id": lm.bos_id, "eos_id": lm.tokenizer.eos_token_id}
+        n_ids = Encoder(lm.tokenizer).n_ids
+        documents: Any = partial(TokenFiles, paths, dtype=dtype, n_ids=n_ids, **ends, **options)
+    else:
+        documents = partial(FileDocuments, paths, column=column, **options)
+    data = from_documents(lm, documents, seed=seed, **stream)
+    if data.text.reading().get("kinds") != ["tokens"]:
+        raise SettingError(f"{{column}}={column} holds no token ids: type data=text_files for text and chats.")
+    return data
 
 
 @check_arguments
@@ -80,6 +114,8 @@ def hub(
     name: str | None,
     hub_split: str,
     column: Sequence[str] | str | None,
+    chat: ChatSetting,
+    special_tokens: SpecialTokens,
     seed: int,
     held_out_documents: Annotated[int, Ge(1)],
     held_out_every: Annotated[int, Ge(2)] | None,
@@ -91,8 +127,10 @@ def hub(
         "name": name,
         "hub_split": hub_split,
         "column": column,
+        "chat": chat,
         "held_out_documents": held_out_documents,
         "held_out_every": held_out_every,
         "revision": revision,
     }
-    return from_documents(lm, partial(HubDocuments, path, seed=seed, **options), seed=seed, **stream)
+    documents = partial(HubDocuments, path, seed=seed, **options)
+    return from_documents(lm, documents, seed=seed, special_tokens=special_tokens, **stream)

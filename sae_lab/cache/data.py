@@ -35,6 +35,9 @@ class CachedText(TextSource):
             found.append(self.cache.shard(number).tokens.long())
         return torch.cat(found)[:n]
 
+    def reading(self) -> dict[str, Any]:
+        return self.cache.manifest.key.get("data.reading", {})
+
     def held_out(self, n: int) -> Int[Tensor, "r t"]:
         """Return the first n held-out rows; raise a UserError if the cache has fewer, though the text had more."""
         rows = self.cache.held_out()

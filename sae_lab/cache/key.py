@@ -66,4 +66,5 @@ def text_key(text: TrainingText, place: str) -> dict[str, Any]:
         return key
     assert isinstance(text, Text)
     documents = {f"{place}.{name}": value for name, value in describe_documents(text.documents).items()}
-    return documents | {f"{place}.digest": text.documents(TRAIN).digest()}
+    reading = {f"{place}.reading": reading} if (reading := text.reading()) else {}
+    return documents | reading | {f"{place}.digest": text.documents(TRAIN).digest()}

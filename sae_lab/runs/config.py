@@ -36,6 +36,7 @@ MOVED = {
 }
 """Old → new `_target_`. Keep an entry as long as runs with the old name must open."""
 LOADED_LM = {"tokenizer": None, "base_model": None, "trust_remote_code": False, "load": None}
+OF_ROWS = {"chat": "auto", "special_tokens": "text"}
 ADDED: dict[str, dict[str, Any]] = {
     "sae_lab.activations.from_text.": {
         "order": "as_read",
@@ -43,8 +44,8 @@ ADDED: dict[str, dict[str, Any]] = {
         "exclude_tokens": [],
         "max_norm": None,
     },
-    "sae_lab.activations.from_text.hub": {"held_out_every": None, "window_tokens": 16_777_216},
-    "sae_lab.activations.from_text.text_files": {"format": "auto"},
+    "sae_lab.activations.from_text.hub": {"held_out_every": None, "window_tokens": 16_777_216, **OF_ROWS},
+    "sae_lab.activations.from_text.text_files": {"format": "auto", **OF_ROWS},
     "sae_lab.cache.data.CachedData": {"lm_batch_tokens": "auto", "exclude_tokens": [], "max_norm": None},
     **{f"sae_lab.lm.{back_end}.": LOADED_LM for back_end in ("transformers", "transformer_lens", "nnsight")},
 }

@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,12 @@ from sae_lab.runtime.private import private_values, public, public_text
 PACKAGES = ("sae-lab", "torch", "lightning", "transformers", "transformer_lens", "datasets")
 
 
-def provenance(config: dict[Any, Any], lm: LanguageModel, from_environment: Collection[str] = ()) -> dict[str, Any]:
+def provenance(
+    config: dict[Any, Any],
+    lm: LanguageModel,
+    from_environment: Collection[str] = (),
+    reading: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Collect the provenance of an SAE: model, sites, tokenizer, BOS policy, text, options, versions, commit.
 
     It goes where the SAE goes, so secrets and folders are left out (see runtime/private.py).
@@ -23,6 +28,7 @@ def provenance(config: dict[Any, Any], lm: LanguageModel, from_environment: Coll
     Args:
         config: the config of the run, with interpolations resolved.
         from_environment: keys of the config whose values came from the environment.
+        reading: how documents that are no plain text became ids (see TextSource).
     """
     hidden = private_values(OmegaConf.create(config), from_environment)
     config = public(config, from_environment)
@@ -37,6 +43,7 @@ def provenance(config: dict[Any, Any], lm: LanguageModel, from_environment: Coll
         },
         "sites": list(lm.sites),
         "tokenizer": {"name": public_text(lm.tokenizer.name_or_path, hidden), "vocab_size": len(lm.tokenizer)},
+        **({"reading": dict(reading)} if reading else {}),
         "bos": {"id": lm.bos_id, "policy": "first in every row of seq_len tokens, and between documents"},
         **{key: config[key] for key in keys},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},

@@ -1,7 +1,7 @@
-"""Choose the columns that hold the text: those with a usual name, the only one of strings, or those the user names."""
+"""The columns of a data set, and those that hold text: with a usual name, the only one of strings, or named."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -129,42 +129,45 @@ def feature_of(values: Sequence[Any]) -> Any:
     return datasets.Features.from_arrow_schema(pa.schema({"x": array.type}))["x"]
 
 
-def choose_columns(
-    features: Mapping[str, Any], named: str | Sequence[str] | None, rows: Sequence[Mapping[str, Any]]
-) -> tuple[Column, ...]:
-    """Return the columns that hold the text.
+def plain_text(features: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple[Column, ...]:
+    """Return the columns that are plainly the text; none if nothing is.
 
     A column is taken by itself if it has a usual name, or if it is the only one of strings and nothing beside it could
     be the text: no list, no struct, no bytes, no chat and no token ids.
 
     Args:
         features: the features of the data set.
-        named: the user's choice, as paths such as `body`, `data.text` or `messages.content`.
         rows: the first rows. If all their values are URLs, hashes, ids or the like, the column is not taken by itself.
-
-    Raises:
-        SettingError: nothing is plainly the text, or `named` is no text.
     """
     columns = {column.path: column for column in columns_of(features)}
-    if named is not None:
-        return named_columns(columns, [named] if isinstance(named, str) else named)
     strings = {path for path, column in columns.items() if column.is_text and len(column.steps) == 1}
-    usual = next((names for names in USUAL if set(names) <= strings), ())
+    usual = usual_names(strings)
     if usual and not all(kind_of_values(columns[name].values(rows), REFERENCES) for name in usual):
         return tuple(columns[name] for name in usual)
     if not usual and len(strings) == 1 and not any(may_be_text(c) for p, c in columns.items() if p not in strings):
         (only,) = strings
         if only not in CHATS_OR_TOKENS and not kind_of_values(columns[only].values(rows), DOUBTFUL):
             return (columns[only],)
-    raise SettingError(question([*columns.values()], rows))
+    return ()
 
 
-def named_columns(columns: Mapping[str, Column], names: Sequence[str]) -> tuple[Column, ...]:
-    """Return the columns of these paths. `[]` after a list's name may be left out."""
+def usual_names(strings: Collection[str], n: int = 1) -> tuple[str, ...]:
+    """Return the first usual names, at least n together, that are all among the columns of strings."""
+    return next((names for names in USUAL if len(names) >= n and set(names) <= set(strings)), ())
+
+
+def named_columns(
+    columns: Mapping[str, Column], names: Sequence[str], others: Collection[str] = ()
+) -> tuple[Column, ...]:
+    """Return the columns of these paths. `[]` after a list's name may be left out.
+
+    Raises:
+        SettingError: one is not there, or is no text. The sentence also lists `others`, chats and token ids.
+    """
     chosen = [columns.get(name, columns.get(name.replace("[]", ""))) for name in names]
     found = tuple(column for column in chosen if column is not None and (column.is_text or column.kind == "null"))
     if not found or len(found) < len(chosen):
-        text = [path for path, column in columns.items() if column.is_text]
+        text = [*(path for path, column in columns.items() if column.is_text), *others]
         given = names[0] if len(names) == 1 else list(names)
         raise SettingError(
             f"{{column}}={escaped(given)} is not a text column of the data: it must be among {escaped(text)}."
@@ -187,8 +190,12 @@ def kind_of_values(values: Sequence[Any], kinds: Mapping[str, str]) -> str | Non
     return "single words" if words else None
 
 
-def question(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the sentence that lists the columns, with types and samples, and says what to type."""
+def question(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], others: Collection[str] = ()) -> str:
+    """Return the sentence that lists the columns, with types and samples, and says what to type.
+
+    Args:
+        others: columns that are no text and can be named: chats and token ids.
+    """
     lengths: dict[str, int] = {}
     listed = []
     for column in columns:
@@ -199,16 +206,10 @@ def question(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> st
         sample = f", {excerpt(values[0], 30)!r}" if values else ""
         listed.append(f"{column.path} ({column}{f' of {kind}' if kind else ''}{sample})")
     more = f" and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
-    name = max(lengths, key=lambda path: lengths[path], default="NAME")
+    name = max(lengths, key=lambda path: lengths[path], default=next(iter(others), "NAME"))
     typed = f"{{column}}={escaped(name)}" if re.fullmatch(r"[\w./-]+", name) else f"""'{{column}}="{escaped(name)}"'"""
     answer = f"if one of them is, type {typed}" if name == "NAME" else f"type {{column}}=NAME, such as {typed}"
     return f"no column of the data is plainly the text: {escaped('; '.join(listed[:LISTED]))}{more}: {answer}."
-
-
-def described(columns: Sequence[Column], n_documents: str, first: str) -> str:
-    """Return the line that tells the user which text is read."""
-    names = " + ".join(column.path for column in columns)
-    return f"text: column {names} of {n_documents} documents; the first begins {excerpt(first, 80)!r}"
 
 
 def excerpt(value: Any, n: int) -> str:

@@ -7,8 +7,11 @@ from annotated_types import Ge
 
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.hub import hub_errors
-from sae_lab.text.columns import SAMPLE, Column, choose_columns, described, text_of
+from sae_lab.text.choice import ChatSetting, choose_content, described
+from sae_lab.text.columns import SAMPLE, Column
+from sae_lab.text.contents import Chat, Content, Document, Tokens, beginning, cleaned
 from sae_lab.text.documents import HELD_OUT, TRAIN, IndexedDocuments, digest_of, stamp_of
 from sae_lab.text.files import Found, find_files
 from sae_lab.text.readers import clean, plain_rows, sample_of
@@ -32,6 +35,7 @@ class FileDocuments(IndexedDocuments):
     Args:
         format: the format of all files, whatever their names; `auto` goes by the names. `text` is a document per file,
             `lines` a document per line.
+        chat: whether rows are read as chats; see choose_content.
 
     Raises:
         UserError: no file matches, the files are of an unknown type or of several types, a file cannot be read, or
@@ -47,6 +51,7 @@ class FileDocuments(IndexedDocuments):
         seed: Annotated[int, Ge(0)] = 0,
         held_out_every: Annotated[int, Ge(2)] = 10,
         format: Format = "auto",
+        chat: ChatSetting = "auto",
     ):
         super().__init__(seed, split)
         globs = [paths] if isinstance(paths, str) else [*paths]
@@ -55,21 +60,26 @@ class FileDocuments(IndexedDocuments):
             self.is_saved, self.files = True, sorted(f for folder in folders for f in folder.glob("*.arrow"))
             parts = load_saved(folders)
             sample = plain_rows(parts[0].with_format("arrow")[:SAMPLE])
-            self.columns = choose_columns(parts[0].features, column, sample)
+            self.content = choose_content(parts[0].features, column, sample, chat)
             self.rows = joined(parts, self.columns).with_format("arrow")
         else:
             found = find_files(globs, None if format == "auto" else format)
             self.files, self.note = found.files, found.note
             features, sample = sample_of(found.files, found.format)
-            self.columns = choose_columns(features, column, sample)
-            self.rows = prepared(found, self.columns).with_format("arrow")
+            self.content = choose_content(features, column, sample, chat)
+            self.rows = prepared(found, self.content).with_format("arrow")
+        self.kinds = frozenset({self.content.kind})
         n = len(self.rows)
         every = min(held_out_every, n)
         self.numbers = [i for i in range(n) if n == 1 or (i % every == every - 1) == (split == HELD_OUT)]
 
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return self.content.columns
+
     def describe(self) -> str:
-        first = self._texts([0])[0] if len(self.rows) else ""
-        line = described(self.columns, f"{len(self.rows):,}", first)
+        first = beginning(self._documents([0])[0]) if len(self.rows) else ""
+        line = described(self.content, f"{len(self.rows):,}", first)
         if damaged := self._damaged():
             line += f"; {damaged:,} of them have bytes that are not UTF-8, which become U+FFFD"
         return line + (f"; read: {self.note}" if self.note else "")
@@ -83,30 +93,43 @@ class FileDocuments(IndexedDocuments):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, i: int) -> str:
+    def __getitem__(self, i: int) -> Document:
         return self.batch([i])[0]
 
-    def batch(self, numbers: Sequence[int]) -> list[str]:
+    def batch(self, numbers: Sequence[int]) -> list[Document]:
         """Return the documents of these numbers, as `[self[i] for i in numbers]`, but faster."""
-        texts = self._texts([self.numbers[i] for i in numbers])
-        if len(self.rows) > 1:
-            return texts
-        return [t[len(t) * 9 // 10 :] if self.split == HELD_OUT else t[: len(t) * 9 // 10] for t in texts]
+        documents = self._documents([self.numbers[i] for i in numbers])
+        return documents if len(self.rows) > 1 else [part_of(one, self.split) for one in documents]
 
-    def _texts(self, rows: list[int]) -> list[str]:
+    def _documents(self, rows: list[int]) -> list[Document]:
         table = self.rows[rows]
-        if self.is_saved:
-            return [clean(text_of(row, self.columns, "a row of data.paths")) for row in plain_rows(table)]
-        return table["text"].to_pylist()
+        if not self.is_saved:
+            return from_table(table, self.content)
+        numbered = zip(plain_rows(table), rows, strict=True)
+        return [cleaned(self.content.read(row, f"row {n + 1:,} of data.paths"), clean) for row, n in numbered]
 
     def _damaged(self) -> int:
         """Return the number of documents in which bytes were replaced; 0 for saved folders, read in part."""
         return 0 if self.is_saved else sum(sum(b["damaged"].to_pylist()) for b in self.rows.data.to_batches())
 
 
-def prepared(found: Found, columns: Sequence[Column]) -> Any:
-    """Return the texts of the files as a table of `datasets`; raise a UserError if a file cannot be read."""
+def part_of(document: Document, split: str) -> Document:
+    """Return the part of the only document that belongs to a split: its first nine tenths, or the last tenth."""
+    if isinstance(document, Chat):
+        raise UserError("the data are a single chat, of which nothing can be held out: give more.")
+    part = slice(len(document) * 9 // 10, None) if split == HELD_OUT else slice(len(document) * 9 // 10)
+    return Tokens(document.ids[part], document.where) if isinstance(document, Tokens) else document[part]
+
+
+def from_table(table: Any, content: Content) -> list[Document]:
+    from sae_lab.text import prepare  # which imports `datasets`
+
+    return prepare.from_table(table, content)
+
+
+def prepared(found: Found, content: Content) -> Any:
+    """Return the documents of the files as a table of `datasets`; raise a UserError if a file cannot be read."""
     from sae_lab.text.prepare import prepare  # which imports `datasets`
 
     with hub_errors("the files of data.paths cannot be converted in the cache of datasets: {reason}"), quiet():
-        return prepare(found.files, found.format, columns)
+        return prepare(found.files, found.format, content)

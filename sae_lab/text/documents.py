@@ -12,6 +12,8 @@ import numpy as np
 import xxhash
 
 from sae_lab.runtime.files import digest_of_json
+from sae_lab.text.contents import TEXT, Chat, Document, Tokens
+from sae_lab.text.notes import Note
 
 TRAIN, HELD_OUT = "train", "held_out"
 WINDOW = 2**23  # characters that are read together and shuffled
@@ -28,16 +30,19 @@ class Window(NamedTuple):
     """
 
     place: Place
-    texts: list[str]
+    texts: list[Any]  # Document
     after: Place
 
 
 class Piece(NamedTuple):
-    """A document, or a part of a long one: the n-th piece of its window after shuffling."""
+    """A document, or a part of a long one: the n-th piece of its window after shuffling.
+
+    `text` may be an array of token ids, here and below.
+    """
 
     place: Place
     n: int
-    text: str
+    text: Any
 
 
 class DocumentPiece(NamedTuple):
@@ -45,12 +50,13 @@ class DocumentPiece(NamedTuple):
 
     document: int
     piece: int
-    text: str
+    text: Any
+    note: Note | None = None
 
 
 class HasText(Protocol):
     @property
-    def text(self) -> str: ...
+    def text(self) -> Any: ...
 
 
 AnyPiece = TypeVar("AnyPiece", bound=HasText)
@@ -59,9 +65,14 @@ AnyPiece = TypeVar("AnyPiece", bound=HasText)
 class Documents(ABC):
     """A text source: every pass yields the same documents in a different order.
 
+    Attributes:
+        kinds: which kinds of documents there are: "text", "chat", "tokens" (see contents.py).
+
     A pass is read in windows of WINDOW characters. Documents are cut into pieces of at most PIECE characters, and the
     pieces of a window are shuffled by (seed, pass, window). To start at a piece, only its window has to be read.
     """
+
+    kinds: frozenset[str] = TEXT
 
     def __init__(self, seed: int, split: str = TRAIN):
         # The order of held-out documents does not depend on the seed, so all runs are evaluated on the same text.
@@ -83,10 +94,20 @@ class Documents(ABC):
         """Return one line that tells the user what is read; empty if there is nothing to tell."""
         return ""
 
-    def pieces(self, epoch: int, place: Place | None = None, first: int = 0) -> Iterator[Piece]:
-        """Yield the pieces of pass `epoch`, starting with number `first` of the window at `place`."""
+    def pieces(
+        self,
+        epoch: int,
+        place: Place | None = None,
+        first: int = 0,
+        cut_one: Callable[[Any], Sequence[Any]] | None = None,
+    ) -> Iterator[Piece]:
+        """Yield the pieces of pass `epoch`, starting with number `first` of the window at `place`.
+
+        Args:
+            cut_one: returns the pieces of a document; None: the documents are text.
+        """
         for window in self.windows(epoch, place):
-            texts = [piece for text in window.texts for piece in cut(text)]
+            texts = [piece for text in window.texts for piece in (cut_one or cut)(text)]
             order = permutation(len(texts), self.seed, epoch, window.place["window"])
             for n in range(first, len(order)):
                 yield Piece(window.place, n, texts[order[n]])
@@ -100,7 +121,7 @@ class IndexedDocuments(Documents):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, i: int) -> str: ...
+    def __getitem__(self, i: int) -> Document: ...
 
     def windows(self, epoch: int, place: Place | None) -> Iterator[Window]:
         order = permutation(len(self), self.seed, epoch)
@@ -117,14 +138,14 @@ class IndexedDocuments(Documents):
         """
         digest = xxhash.xxh3_128()
         for text in self.in_order():
-            digest.update(text.encode("utf-8", "surrogatepass") + b"\xff")
+            digest.update(as_bytes(text) + b"\xff")
         return digest.hexdigest()
 
-    def batch(self, numbers: Sequence[int]) -> list[str]:
+    def batch(self, numbers: Sequence[int]) -> list[Any]:
         """Return the documents of these numbers. A subclass may know a faster way than one by one."""
         return [self[i] for i in numbers]
 
-    def in_order(self, first: int = 0) -> Iterator[str]:
+    def in_order(self, first: int = 0) -> Iterator[Document]:
         """Yield the documents from number `first` on; short ones are read together, about WINDOW characters at most."""
         n = 1
         while first < len(self):
@@ -132,6 +153,13 @@ class IndexedDocuments(Documents):
             yield from texts
             first += len(texts)
             n = max(1, min(2 * n, WINDOW * len(texts) // (1 + sum(map(len, texts))), 1024))
+
+
+def as_bytes(document: Document) -> bytes:
+    if isinstance(document, Tokens):
+        return document.ids.astype("<i8").tobytes()
+    text = document.to_json() if isinstance(document, Chat) else document
+    return text.encode("utf-8", "surrogatepass")
 
 
 def digest_of(files: Iterable[Path], thorough: bool = True) -> str:
@@ -168,22 +196,30 @@ def describe_documents(documents: Callable[[str], Documents]) -> dict[str, Any]:
     return {"documents": documents.func.__name__} | arguments
 
 
-def cut(text: str, first: int = 0) -> list[str]:
-    """Cut a document into pieces of at most PIECE characters, beginning with piece number `first`."""
-    return [text[i : i + PIECE] for i in range(first * PIECE, len(text), PIECE)]
+def cut(text: Any) -> list[Any]:
+    """Cut a text into pieces of at most PIECE characters, or an array into pieces of so many token ids."""
+    return [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
 
 
-def cut_documents(texts: Iterable[str], document: int = 0, piece: int = 0) -> Iterator[DocumentPiece]:
+def cut_documents(
+    texts: Iterable[Any],
+    cut_one: Callable[[Any], tuple[Sequence[Any], Note | None]],
+    document: int = 0,
+    piece: int = 0,
+) -> Iterator[DocumentPiece]:
     """Yield the pieces of consecutive documents. An empty document is one empty piece.
 
     Args:
         texts: the documents.
+        cut_one: returns the pieces of a document, and the note that its first piece gets.
         document: number of the first one.
         piece: number of its first piece.
     """
     for i, text in enumerate(texts, document):
-        for n, part in enumerate(cut(text, piece) or [""], piece):
-            yield DocumentPiece(i, n, part)
+        parts, note = cut_one(text)
+        for n, part in enumerate([*parts] or [""]):
+            if n >= piece:
+                yield DocumentPiece(i, n, part, note if n == 0 else None)
         piece = 0
 
 
@@ -201,7 +237,7 @@ def take_batches(pieces: Iterable[AnyPiece], characters: int) -> Iterator[list[A
         yield batch
 
 
-def take_window(texts: Iterator[str]) -> list[str]:
+def take_window(texts: Iterator[Any]) -> list[Any]:
     """Return the next documents until they hold WINDOW characters or more; fewer at the end."""
     taken, length = [], 0
     for text in texts:

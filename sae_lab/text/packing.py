@@ -21,22 +21,28 @@ class Packer:
 
     So all rows behind their first BOS are one sequence, cut every seq_len - 1 tokens, in which a BOS precedes each
     document that does not begin at a cut. `state_dict()` holds the tokens that do not fill a row yet.
+
+    With `gives_bos` documents may hold BOS themselves, at their beginning or inside. A row then has one BOS at its
+    beginning, not two, and there is one between documents, not two.
     """
 
-    def __init__(self, seq_len: int, bos_id: int, pack: bool, dtype: DTypeLike):
-        self.seq_len, self.bos_id, self.pack = seq_len, bos_id, pack
+    def __init__(self, seq_len: int, bos_id: int, pack: bool, dtype: DTypeLike, gives_bos: bool = False):
+        self.seq_len, self.bos_id, self.pack, self.gives_bos = seq_len, bos_id, pack, gives_bos
         self.dtype = np.result_type(dtype, np.min_scalar_type(bos_id)).newbyteorder("<")
         self.bos = np.array([bos_id], self.dtype)
         self.carry = np.empty(0, self.dtype)
         self.n_rows = self.n_tokens = 0  # the tokens of the documents, without BOS
         self.unplaced = 0  # documents that have begun, but have had no token so far
+        self.bos_ahead = False  # whether the document has a BOS before its next token
 
     def state_dict(self) -> dict[str, Any]:
-        return {"carry": self.carry.tolist(), "rows": self.n_rows, "tokens": self.n_tokens, "unplaced": self.unplaced}
+        counts = {"rows": self.n_rows, "tokens": self.n_tokens, "unplaced": self.unplaced}
+        return {"carry": self.carry.tolist(), "bos_ahead": self.bos_ahead, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.carry = np.array(state["carry"], self.dtype)
         self.n_rows, self.n_tokens, self.unplaced = state["rows"], state["tokens"], state["unplaced"]
+        self.bos_ahead = state.get("bos_ahead", False)
 
     def add(self, pieces: Iterable[tuple[bool, Ids]]) -> tuple[NDArray[Any], list[int]]:
         """Return the rows that are filled now, and the starts of the documents placed now.
@@ -50,21 +56,31 @@ class Packer:
         sequence, starts = Sequence(self.carry), []
         for begins, ids in pieces:
             self.unplaced += begins
-            if not len(ids):
-                continue
-            if self.unplaced:
-                filled = len(sequence) % (self.seq_len - 1)
-                if filled and self.pack:
-                    sequence.append(self.bos)
-                elif filled:
-                    sequence.drop(filled)
-                starts += [self.position(len(sequence))] * self.unplaced
-                self.unplaced = 0
-            sequence.append(ids)
-            self.n_tokens += len(ids)
+            parts = self._between_bos(ids) if self.gives_bos else [ids]
+            for n, part in enumerate(parts):
+                self.bos_ahead |= n > 0
+                if len(part):
+                    starts += self._begin(sequence)
+                    sequence.append(part)
+                    self.n_tokens += len(part)
         rows, self.carry = self._cut(sequence.joined())
         self.n_rows += len(rows)
         return rows, starts
+
+    def _between_bos(self, ids: Ids) -> list[Ids]:
+        """Return the ids before, between and after the BOS among them."""
+        at = np.flatnonzero(ids == self.bos_id)
+        return [ids[a:b] for a, b in zip([0, *(at + 1)], [*at, len(ids)], strict=True)]
+
+    def _begin(self, sequence: "Sequence") -> list[int]:
+        """Put BOS where the next tokens need one; return the starts of the documents that begin with them."""
+        filled = len(sequence) % (self.seq_len - 1)
+        if filled and self.unplaced and not self.pack:
+            sequence.drop(filled)
+        elif filled and (self.unplaced or self.bos_ahead):
+            sequence.append(self.bos)
+        starts, self.unplaced, self.bos_ahead = [self.position(len(sequence))] * self.unplaced, 0, False
+        return starts
 
     def finish(self) -> list[int]:
         """Return the starts of the documents after the last one with tokens: the end."""

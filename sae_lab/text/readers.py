@@ -13,7 +13,8 @@ from typing import IO, Any
 
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.text.archives import opened, plain_utf8
-from sae_lab.text.columns import CHATS_OR_TOKENS, SAMPLE, Column, features_of, text_of
+from sae_lab.text.columns import CHATS_OR_TOKENS, SAMPLE, features_of
+from sae_lab.text.contents import Content, Document
 from sae_lab.text.formats import format_of, is_archive, may_be_data
 
 Row = Mapping[str, Any]
@@ -243,17 +244,17 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def texts_of(file: Path, format: str, columns: Sequence[Column]) -> Iterator[str]:
-    """Yield the text of each row of a file; it may hold lone surrogates.
+def documents_of(file: Path, format: str, content: Content) -> Iterator[Document]:
+    """Yield the document of each row of a file; strings may hold lone surrogates.
 
     Raises:
         UserError: the file cannot be read, or has none of the columns, or a value is no text.
     """
-    names = list(dict.fromkeys(str(column.steps[0]) for column in columns))
+    names = content.names
     n, found = 0, False
     for n, row in enumerate(rows_of(file, format, names), 1):
         found = found or any(name in row for name in names)
-        yield text_of(row, columns, f"row {n:,} of {file}")
+        yield content.read(row, f"row {n:,} of {file}")
     if n and not found:
         raise UserError(
             f"{file} has no column {' or '.join(names)}: leave it out of data.paths, or give another data.column."

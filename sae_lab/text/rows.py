@@ -1,7 +1,7 @@
 """Rows of token ids as a stream that can stop and continue at any row; and that in the order of the documents."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from sae_lab.runtime.errors import UserError
 from sae_lab.text.current_part import part_or
 from sae_lab.text.documents import Documents, Piece, take_batches
 from sae_lab.text.encoding import Encode
+from sae_lab.text.notes import Notes
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,11 @@ def raise_no_rows(seq_len: int, pack: bool, any_tokens: bool = False) -> None:
     raise UserError(f"no document fills a row of seq_len={seq_len}: lower seq_len, or set data.pack=true.")
 
 
+def without_repeated(ids: list[int], bos_id: int) -> list[int]:
+    """Return the ids without each BOS that follows a BOS."""
+    return [i for n, i in enumerate(ids) if n == 0 or i != bos_id or ids[n - 1] != bos_id]
+
+
 def warn_of_new_pass(epoch: int) -> None:
     log.warning("End of %s: starting pass %d over it, in a new order.", part_or("the text"), epoch + 1)
 
@@ -76,6 +82,7 @@ class TextRows:
             raise UserError(f"seq_len={seq_len} leaves no room for text after BOS: it must be 2 or more.")
         self.documents, self.encode, self.seq_len, self.bos_id = documents, encode, seq_len, bos_id
         self.repeat, self.pack = repeat, pack
+        self.gives_bos, self.notes = encode.gives_bos(documents.kinds), Notes()
         self.load_state_dict(self.START)
 
     def take(self, n: int) -> Int[Tensor, "r t"]:
@@ -100,8 +107,8 @@ class TextRows:
         row = [self.bos_id]
         while len(row) < self.seq_len:
             ids = self._piece()
-            if len(row) == 1 and self.token == 0:
-                self.token = 1  # the row's own BOS stands for the document's
+            if len(row) == 1 and (self.token == 0 or (self.gives_bos and ids[self.token] == self.bos_id)):
+                self.token += 1  # the row's own BOS stands for the document's
             taken = ids[self.token : self.token + self.seq_len - len(row)]
             row += taken
             self.token += len(taken)
@@ -115,20 +122,28 @@ class TextRows:
     def _piece(self) -> list[int]:
         """Return BOS and the token ids of the current piece; start the next pass if this one has ended."""
         if self._pieces is None:
-            self._pieces = self._encoded(self.documents.pieces(self.epoch, self.window, self.piece))
+            self._pieces = self._encoded(self.documents.pieces(self.epoch, self.window, self.piece, self._cut))
         while self._ids is None:
             piece, ids = next(self._pieces, (None, []))
             if piece is None:
                 self._next_pass()
                 continue
             self.window, self.piece = piece.place, piece.n
+            if self.gives_bos:
+                ids = without_repeated([self.bos_id, *ids, self.bos_id], self.bos_id)[1:-1]
             if ids:
                 self._ids = [self.bos_id, *ids]
         return self._ids
 
+    def _cut(self, document: Any) -> Sequence[Any]:
+        pieces, note = self.encode.cut(document)
+        self.notes.add(note)
+        return pieces
+
     def _encoded(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, list[int]]]:
         """Yield the pieces with their token ids; several are tokenized together."""
         for batch in take_batches(pieces, AHEAD):
+            self.notes.tell(self.encode.told)
             ids = self.encode([piece.text for piece in batch])
             yield from zip(batch, (own.tolist() for own in ids), strict=True)
 
@@ -140,4 +155,4 @@ class TextRows:
         warn_of_new_pass(self.epoch + 1)
         self.load_state_dict(self.START | {"epoch": self.epoch + 1})
         self._useful = False
-        self._pieces = self._encoded(self.documents.pieces(self.epoch))
+        self._pieces = self._encoded(self.documents.pieces(self.epoch, cut_one=self._cut))

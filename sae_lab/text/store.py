@@ -22,6 +22,7 @@ from numpy import ndarray as Array
 
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import digest_of_file, digest_of_json, parse_json, read_small, write_json
+from sae_lab.text.notes import Notes
 
 ROWS, CHECKSUMS, STARTS = FILES = ("rows.bin", "checksums.bin", "starts.bin")
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
@@ -33,6 +34,7 @@ class TokenStore:
 
     Attributes:
         n_tokens: tokens of the documents, without BOS; also those that fill no row.
+        notes: what the user should know of the documents.
         identity: digest of the rows. Stores of the same text have the same, wherever the text lies.
 
     Raises:
@@ -45,6 +47,8 @@ class TokenStore:
         self.n_rows, self.seq_len, self.identity = manifest["rows"], manifest["seq_len"], manifest["digest"]
         self._starts_digest = manifest["starts_digest"]
         self.n_documents, self.n_tokens = manifest["documents"], manifest["tokens"]
+        self.notes = Notes()
+        self.notes.load_state_dict(manifest.get("notes", self.notes.state_dict()))
         self._rows = self._map(ROWS, manifest["dtype"], self.n_rows, self.seq_len)
         self._checksums = self._map(CHECKSUMS, "<u4", self.n_rows)
 

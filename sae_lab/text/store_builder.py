@@ -16,9 +16,11 @@ from sae_lab.runtime.files import digest_of_file, digest_of_json, read_json, rem
 from sae_lab.runtime.os_errors import naming
 from sae_lab.runtime.screen import TokenProgress
 from sae_lab.runtime.signals import raise_if_stopped, received_signal
+from sae_lab.text.contents import TOKENS
 from sae_lab.text.current_part import part_prefix
 from sae_lab.text.documents import DocumentPiece, IndexedDocuments, cut_documents, take_batches
 from sae_lab.text.encoding import TOGETHER, Encode, Ids
+from sae_lab.text.notes import Notes
 from sae_lab.text.packing import Packer
 from sae_lab.text.store import CHECKSUMS, FILES, PROGRESS, ROWS, STARTS, write_manifest
 
@@ -38,6 +40,7 @@ class StoreBuilder:
     def __init__(self, folder: Path, key: dict[str, Any], documents: IndexedDocuments, encode: Encode, packer: Packer):
         self.folder, self.key, self.documents, self.encode, self.packer = folder, key, documents, encode, packer
         self.next = (0, 0)  # document and piece
+        self.notes = Notes()
 
     def build(self) -> None:
         remove_unfinished(self.folder)
@@ -52,18 +55,20 @@ class StoreBuilder:
         n_tokens = (self.packer.n_rows - n_rows) * self.packer.seq_len
         rate = n_tokens / (time.perf_counter() - begun)
         counts = f"{len(self.documents):,} documents: {n_tokens:,} tokens at {rate:,.0f} tokens/s"
-        print(f"{part_prefix()}tokenized {counts}, kept in {self.folder}", flush=True)
+        done = "packed" if self.documents.kinds == TOKENS else "tokenized"
+        print(f"{part_prefix()}{done} {counts}, kept in {self.folder}", flush=True)
 
     def _write_all(self) -> None:
         """Write the rows of all documents from `self.next` on."""
         seq_len, saved = self.packer.seq_len, time.monotonic()
-        pieces = cut_documents(self.documents.in_order(self.next[0]), *self.next)
+        pieces = cut_documents(self.documents.in_order(self.next[0]), self.encode.cut, *self.next)
         with TokenProgress("tokenizing", 0, self.packer.n_rows * seq_len) as bar:
             for batch, ids in encode_ahead(take_batches(pieces, TOGETHER), self.encode):
                 rows, starts = self.packer.add((piece.piece == 0, own) for piece, own in zip(batch, ids, strict=True))
                 self._append(ROWS, rows)
                 self._append(CHECKSUMS, np.array([xxhash.xxh32_intdigest(row) for row in rows], "<u4"))
                 self._append(STARTS, np.array(starts, "<i8"))
+                self.notes.add_all(batch)
                 self.next = (batch[-1].document, batch[-1].piece + 1)
                 n_tokens = self.packer.n_rows * seq_len
                 bar.expect(n_tokens * len(self.documents) // (self.next[0] + 1))
@@ -79,6 +84,7 @@ class StoreBuilder:
         if progress := self._read_progress():
             sizes, self.next = progress["sizes"], (progress["document"], progress["piece"])
             self.packer.load_state_dict(progress["packer"])
+            self.notes.load_state_dict(progress.get("notes", self.notes.state_dict()))
             print(f"tokenizing on from document {self.next[0]:,} of {len(self.documents):,}", flush=True)
         files: dict[str, BinaryIO] = {name: stack.enter_context((self.folder / name).open("ab")) for name in FILES}
         for name, file in files.items():
@@ -107,13 +113,14 @@ class StoreBuilder:
         self._sync()
         sizes = {name: file.tell() for name, file in self.files.items()}
         place = {"document": self.next[0], "piece": self.next[1]}
-        write_json(self.folder / PROGRESS, {**place, "packer": self.packer.state_dict(), "sizes": sizes})
+        state = {"packer": self.packer.state_dict(), "notes": self.notes.state_dict()}
+        write_json(self.folder / PROGRESS, {**place, **state, "sizes": sizes})
 
     def _finish(self) -> None:
         packer = self.packer
         shape = {"rows": packer.n_rows, "seq_len": packer.seq_len, "dtype": packer.dtype.str}
         digest = digest_of_json([packer.n_rows, packer.seq_len, digest_of_file(self.folder / ROWS)])
-        counts = {"documents": len(self.documents), "tokens": packer.n_tokens}
+        counts = {"documents": len(self.documents), "tokens": packer.n_tokens, "notes": self.notes.state_dict()}
         digests = {"digest": digest, "starts_digest": digest_of_file(self.folder / STARTS)}
         write_manifest(self.folder, {**shape, **counts, **digests, "key": self.key})
         (self.folder / PROGRESS).unlink(missing_ok=True)

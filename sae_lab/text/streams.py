@@ -10,7 +10,9 @@ from annotated_types import Ge
 
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError
-from sae_lab.text.columns import SAMPLE, choose_columns, described, escaped, features_of, text_of
+from sae_lab.text.choice import ChatSetting, choose_content, described
+from sae_lab.text.columns import SAMPLE, escaped, features_of
+from sae_lab.text.contents import beginning
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, Place, Window, take_window
 from sae_lab.text.saved import is_saved
 from sae_lab.text.shards import Shards, commit_on_hub, quiet, root_cause
@@ -48,6 +50,7 @@ class HubDocuments(Documents):
         held_out_documents: Annotated[int, Ge(1)] = 1000,
         revision: str | None = None,
         held_out_every: Annotated[int, Ge(2)] | None = None,
+        chat: ChatSetting = "auto",
     ):
         super().__init__(seed, split)
         if is_saved(Path(path).expanduser()):
@@ -59,8 +62,9 @@ class HubDocuments(Documents):
         self.n_held_out, self.every = held_out_documents, held_out_every
         self.shards = Shards(path, hub_split, name=name, revision=self.commit or revision)
         sample = self.shards.sample(SAMPLE) if column is None or self.shards.features is None else []
-        self.columns = choose_columns(self.shards.features or features_of(sample), column, sample)
-        self.shards.narrow(self.columns)
+        self.content = choose_content(self.shards.features or features_of(sample), column, sample, chat)
+        self.kinds = frozenset({self.content.kind})
+        self.shards.narrow(self.content.columns)
         self.rows = self._split(self.shards.rows())
 
     def _split(self, rows: Any) -> Any:
@@ -76,7 +80,7 @@ class HubDocuments(Documents):
     def describe(self) -> str:
         first = self.shards.first(1)
         n_documents = f"{n:,}" if (n := self.shards.n_documents) else "an unknown number of"
-        line = described(self.columns, n_documents, text_of(first[0], self.columns) if first else "")
+        line = described(self.content, n_documents, beginning(self.content.read(first[0])) if first else "")
         every = f"one in {self.every:,} of the first {self.n_held_out * self.every:,}" if self.every else None
         return f"{line}; held out: {every or f'the first {self.n_held_out:,}'}"
 
@@ -93,7 +97,7 @@ class HubDocuments(Documents):
         if place["window"] == 0 and self.split == TRAIN:
             self._explain_nothing()
 
-    def _window(self, state: Any, texts: Iterator[str] | None) -> tuple[Iterator[str], list[str]]:
+    def _window(self, state: Any, texts: Iterator[Any] | None) -> tuple[Iterator[Any], list[Any]]:
         """Return the iterator of the texts and their next window; read from the state on if there is no iterator yet.
 
         Raises:
@@ -103,7 +107,7 @@ class HubDocuments(Documents):
             try:
                 if texts is None:
                     self.rows.load_state_dict(state)
-                    texts = (text_of(row, self.columns, f"a row of data.path={self.path}") for row in self.rows)
+                    texts = (self.content.read(row, f"a row of data.path={self.path}") for row in self.rows)
                 with quiet():
                     return texts, take_window(texts)
             except UserError:

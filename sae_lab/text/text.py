@@ -44,6 +44,10 @@ class TextSource(ABC):
     def held_out(self, n: int) -> Int[Tensor, "r t"]:
         """Return the first n held-out rows, or as many as there are."""
 
+    def reading(self) -> dict[str, Any]:
+        """Return how documents that are no plain text became ids; empty for text."""
+        return {}
+
 
 class TrainingText(TextSource):
     """Rows of token ids of the splits `train` and `held_out`, as streams that can stop and continue."""
@@ -105,6 +109,7 @@ class Text(TrainingText):
         self.documents, self.encode, self.bos_id = documents, encode, bos_id
         self.seq_len, self.pack, self.order, self.window_tokens = seq_len, pack, order, window_tokens
         self._described = False
+        self._kinds: frozenset[str] | None = None
         self._open = functools.cache(self._open_store)
 
     def rows(self, split: str, repeat: bool, n_tokens: int = 0) -> RowStream:
@@ -119,6 +124,20 @@ class Text(TrainingText):
     def prepare(self) -> None:
         self.identity()
 
+    def kinds(self) -> frozenset[str]:
+        """Return the kinds of the training documents: "text", "chat", "tokens"."""
+        if self._kinds is None:
+            self._kinds = self._documents(TRAIN).kinds
+        return self._kinds
+
+    def reading(self) -> dict[str, Any]:
+        kinds = self.kinds()
+        if not self.encode.gives_bos(kinds):
+            return {}
+        of_tokenizer = self.encode.digest(kinds)
+        digest = of_tokenizer or self.identity()  # of the tokenizer and how it is used, or of the ids
+        return {"kinds": sorted(kinds), "tokenizer_used": bool(of_tokenizer), "digest": digest}
+
     def identity(self) -> str:
         documents = self._documents(TRAIN)
         if self.order == "shuffled" and isinstance(documents, IndexedDocuments):
@@ -127,8 +146,10 @@ class Text(TrainingText):
 
     def _documents(self, split: str) -> Documents:
         documents = self.documents(split)
-        if not self._described and (line := documents.describe()):
-            log.info("%s%s", part_prefix(), line)
+        if not self._described:
+            self.encode.check(documents.kinds)
+            if line := documents.describe():
+                log.info("%s%s", part_prefix(), line)
         self._described = True
         return documents
 
@@ -141,13 +162,16 @@ class Text(TrainingText):
         with explain_refusal(folder):
             if not (folder / MANIFEST).is_file():
                 self._build_store(folder, key, documents)
-        return TokenStore(folder)
+        store = TokenStore(folder)
+        store.notes.tell(self.encode.told)
+        return store
 
     def _build_store(self, folder: Path, key: dict[str, Any], documents: IndexedDocuments) -> None:
         """Build a store, unless another process has built it while this one waited for the lock."""
         with locked(folder / ".lock", "Another process is tokenizing the same text: waiting for it.", patience=10.0):
             if not (folder / MANIFEST).is_file():
-                packer = Packer(self.seq_len, self.bos_id, self.pack, self.encode.dtype)
+                bos = self.encode.gives_bos(documents.kinds)
+                packer = Packer(self.seq_len, self.bos_id, self.pack, self.encode.dtype, bos)
                 StoreBuilder(folder, key, documents, self.encode, packer).build()
 
     def _key(self, split: str, documents: IndexedDocuments) -> dict[str, Any]:
@@ -156,7 +180,7 @@ class Text(TrainingText):
         known = isinstance(self.documents, functools.partial)  # otherwise its arguments are not known: read all
         fingerprint = documents.fingerprint() if known else IndexedDocuments.fingerprint(documents)
         packing = {"bos_id": self.bos_id, "seq_len": self.seq_len, "pack": self.pack}
-        text = {"split": split, "text": fingerprint, "tokenizer": self.encode.digest}
+        text = {"split": split, "text": fingerprint, "tokenizer": self.encode.digest(documents.kinds)}
         return {"format": FORMAT, **described, **text, **packing}
 
 

@@ -17,6 +17,7 @@ from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.signals import raise_if_stopped
 from sae_lab.text.documents import Documents, Place, Window, cut_documents, take_batches
 from sae_lab.text.encoding import TOGETHER, Encode
+from sae_lab.text.notes import Notes
 from sae_lab.text.packing import Packer
 
 
@@ -48,16 +49,19 @@ class WindowReader:
     def read(self, request: Request) -> Rows:
         if self._at != (request.epoch, request.place) or request.place is None:
             self._windows = self.documents.windows(request.epoch, request.place)
-        packer = Packer(*self.packing, self.encode.dtype)
+        packer, notes = Packer(*self.packing, self.encode.dtype, self.encode.gives_bos(self.documents.kinds)), Notes()
         rows, after = [np.empty((0, packer.seq_len), packer.dtype)], request.place
         while packer.n_rows * packer.seq_len < request.tokens:
             window = self._next_window()
             after = None if window is None else window.after
             if window is None:
                 break
-            for batch in take_batches(cut_documents(window.texts), TOGETHER):
+            for batch in take_batches(cut_documents(window.texts, self.encode.cut), TOGETHER):
+                notes.add_all(batch)
                 ids = self.encode([piece.text for piece in batch])
                 rows.append(packer.add((piece.piece == 0, own) for piece, own in zip(batch, ids, strict=True))[0])
+        if request.place is None:  # the first window, which no other process reads
+            notes.tell(self.encode.told)
         self._at = (request.epoch, after)
         return Rows(np.concatenate(rows), after, packer.n_tokens > 0)
 

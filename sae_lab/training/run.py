@@ -214,7 +214,8 @@ def finish(
         with scope(member.run.folder):
             config = OmegaConf.to_container(member.cfg, resolve=True)
             assert isinstance(config, dict)
-            said = provenance(config, member.data.lm, read_environment_keys(member.run.folder))
+            from_environment = read_environment_keys(member.run.folder)
+            said = provenance(config, member.data.lm, from_environment, data.text.reading())
             with recorded_when_written(member.run.folder, SAE):
                 own_columns = Columns(data.lm.sites, member.data.lm.sites)
                 save_sae(sae, member.run.folder / "sae", said, own_columns(probe_rows))

@@ -17,8 +17,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from documented import kinds_in_documentation
 
-from sae_lab.cli.help import CONF
 from sae_lab.runtime.errors import UserError
 from sae_lab.text.corpora import FileDocuments
 from sae_lab.text.documents import HELD_OUT, TRAIN
@@ -203,12 +203,7 @@ def test_every_kind_of_stream_gives_its_exact_text(kind, tmp_path):
 
 
 def test_the_documentation_lists_what_is_tested_here():
-    table = (CONF.parent / "docs" / "data.md").read_text(encoding="utf-8")
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| ")
-    ]
-    listed = [row[0] for row in rows if row[-1] == "`test_kinds_of_data.py`"]
-    assert listed == [*KINDS, *HUB_KINDS]
+    assert kinds_in_documentation("test_kinds_of_data.py") == [*KINDS, *HUB_KINDS]
 
 
 # What is wrong -> (files, globs, options, the sentence).
@@ -402,7 +397,7 @@ def test_documents_of_a_batch_are_those_one_by_one(tmp_path):
 def test_files_are_converted_once_and_again_when_they_change(tmp_path, monkeypatch):
     files(a__jsonl=LINES)(tmp_path)
     first = FileDocuments(str(tmp_path))
-    monkeypatch.setattr("sae_lab.text.prepare.texts_of", None)
+    monkeypatch.setattr("sae_lab.text.prepare.documents_of", None)
     assert FileDocuments(str(tmp_path))[0] == first[0]
     monkeypatch.undo()
     files(a__jsonl=b'{"text": "changed"}\n{"text": "b"}')(tmp_path)

@@ -60,9 +60,9 @@ class ListDocuments(IndexedDocuments):
     def __getitem__(self, i: int) -> str:
         return self.texts[i]
 
-    def pieces(self, epoch: int, place=None, first: int = 0):
+    def pieces(self, epoch: int, place=None, first: int = 0, cut_one=None):
         if self.shuffled:
-            return super().pieces(epoch, place, first)
+            return super().pieces(epoch, place, first, cut_one)
         return iter([Piece({"window": 0}, n, text) for n, text in enumerate(self.texts)][first:])
 
 

@@ -1,0 +1,171 @@
+"""Token ids in plain arrays, memory-mapped: `.bin` as nanoGPT, llm.c and Megatron write them, and `.npy`."""
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from glob import glob
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Ge
+from numpy.typing import NDArray
+
+from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.errors import SettingError, UserError, first_line
+from sae_lab.text.columns import escaped, excerpt
+from sae_lab.text.contents import TOKENS, Tokens
+from sae_lab.text.documents import HELD_OUT, PIECE, TRAIN, IndexedDocuments, digest_of, stamp_of
+
+TokenType = Literal["uint16", "uint32", "int32", "int64"]
+SUFFIXES = {".bin", ".npy"}
+LOOKED_AT = 2**20  # ids from which the type of a file is inferred
+TOGETHER = 2**24  # ids that are searched together
+LLM_C = (20240520, 1024)  # the first number of a header of llm.c, and the size of the header in bytes
+
+
+def are_token_files(paths: Sequence[str]) -> bool:
+    """Whether paths, which may be globs, name arrays of token ids."""
+    return all(Path(path).suffix in SUFFIXES for path in paths)
+
+
+class TokenFiles(IndexedDocuments):
+    """Documents of token ids in .bin and .npy files.
+
+    An array with one axis is cut after each end-of-text token (EOS) and before each BOS; without any, every PIECE ids.
+    An array with two axes has a document per row. One document in `held_out_every` is held out; if there are fewer
+    documents, the last one.
+
+    Args:
+        paths: files or globs.
+        n_ids: ids are below this number; 0: not known.
+        bos_id, eos_id: the ids between documents.
+        dtype: type of the ids in .bin files; None: uint16 or uint32, whichever gives ids of the vocabulary.
+
+    Raises:
+        UserError: no file matches, a file is no such array, or no type gives ids of the vocabulary.
+    """
+
+    kinds = TOKENS
+
+    @check_arguments
+    def __init__(
+        self,
+        paths: Sequence[str] | str,
+        split: str = TRAIN,
+        seed: Annotated[int, Ge(0)] = 0,
+        held_out_every: Annotated[int, Ge(2)] = 10,
+        dtype: TokenType | None = None,
+        n_ids: int = 0,
+        bos_id: int = 0,
+        eos_id: int | None = None,
+    ):
+        super().__init__(seed, split)
+        globs = [paths] if isinstance(paths, str) else [*paths]
+        self.files = sorted({Path(f) for g in globs for f in glob(str(Path(g).expanduser()), recursive=True)})  # noqa: PTH207
+        if not self.files:
+            raise SettingError(f"no file matches {{paths}}={escaped(globs)}: give .bin or .npy files.")
+        self.arrays = [map_ids(file, dtype, n_ids) for file in self.files]
+        self.starts = [
+            document_starts(file, stamp_of([file]), array.dtype if file.suffix == ".bin" else None, bos_id, eos_id)
+            for file, array in zip(self.files, self.arrays, strict=True)
+        ]
+        self.offsets = np.cumsum([0, *map(len, self.starts)])
+        n = int(self.offsets[-1])
+        every = min(held_out_every, max(2, n))
+        self.numbers = np.flatnonzero((np.arange(n) % every == every - 1) == (split == HELD_OUT))
+
+    def describe(self) -> str:
+        ids = sum(array.size for array in self.arrays)
+        kinds = sorted({array.dtype.name for array in self.arrays})
+        first = excerpt(" ".join(map(str, self._tokens(0).ids[:20])), 80) if self.offsets[-1] else ""
+        size = f"{ids:,} ids ({' and '.join(kinds)}) of {int(self.offsets[-1]):,} documents"
+        return f"token ids, taken as they are: {size}; the first begins {first!r}"
+
+    def digest(self, thorough: bool = True) -> str:
+        return digest_of(self.files, thorough)
+
+    def fingerprint(self) -> str:
+        return stamp_of(self.files)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> Tokens:
+        return self._tokens(int(self.numbers[i]))
+
+    def _tokens(self, number: int) -> Tokens:
+        file = int(np.searchsorted(self.offsets, number, "right")) - 1
+        starts, n = self.starts[file], number - int(self.offsets[file])
+        first = int(starts[n])
+        after = int(starts[n + 1]) if n + 1 < len(starts) else self.arrays[file].size
+        ids = self._flat[file][first:after].astype(np.int64)
+        return Tokens(ids, f"document {n + 1:,} of {self.files[file]}, from its id number {first:,} on,")
+
+    @cached_property
+    def _flat(self) -> list[NDArray[Any]]:
+        return [array.reshape(-1) for array in self.arrays]
+
+
+@lru_cache(64)  # a run opens its documents several times, and a file of a gigabyte takes a second
+def document_starts(
+    file: Path, stamp: str, dtype: np.dtype[Any] | None, bos_id: int, eos_id: int | None
+) -> NDArray[np.int64]:
+    """Return where the documents of a file begin, in its ids one after another.
+
+    Args:
+        stamp: changes with the file.
+        dtype: type of the ids in a .bin file.
+    """
+    array = map_ids(file, None if dtype is None else dtype.name, 0)
+    if array.ndim == 2:
+        return np.arange(0, array.size, max(1, array.shape[1]))
+    starts = [np.zeros(1 if len(array) else 0, np.int64)]
+    for first in range(0, len(array), TOGETHER):
+        ids = array[first : first + TOGETHER]
+        starts.append(first + np.flatnonzero(ids == bos_id))
+        if eos_id not in (None, bos_id):
+            starts.append(first + 1 + np.flatnonzero(ids == eos_id))
+    found = np.unique(np.concatenate(starts))
+    found = found[found < len(array)]
+    return found if len(found) > 1 else np.arange(0, len(array), PIECE)
+
+
+def map_ids(file: Path, dtype: str | None, n_ids: int) -> NDArray[Any]:
+    """Map the array of a file; raise a UserError if it holds none."""
+    if file.suffix == ".npy":
+        try:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as e:
+            raise UserError(f"{file} cannot be read as .npy ({first_line(e)}): write it with numpy.save.") from e
+        if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+            raise UserError(
+                f"{file} holds {array.dtype} of shape {array.shape} in the place of token ids: whole numbers on one "
+                "axis, or two (a row is a document), are expected."
+            )
+        return array
+    offset, size = header_size(file), file.stat().st_size
+    kind = np.dtype(dtype or ("uint16" if offset else inferred_type(file, n_ids))).newbyteorder("<")
+    if (size - offset) % kind.itemsize:
+        raise SettingError(f"{file} has {size:,} bytes, no whole ids of {{dtype}}={kind.name}: give another.")
+    return np.memmap(file, kind, "r", offset) if size > offset else np.empty(0, kind)
+
+
+def header_size(file: Path) -> int:
+    magic, size = LLM_C
+    with file.open("rb") as f:
+        return size if f.read(4) == magic.to_bytes(4, "little") else 0
+
+
+def inferred_type(file: Path, n_ids: int) -> str:
+    """Return uint32 or uint16, whichever reads the beginning of a file as ids of the vocabulary.
+
+    Ids of 16 bits that are read in pairs would be below `n_ids` only if every second one were almost 0.
+    """
+    with file.open("rb") as f:
+        read = f.read(4 * LOOKED_AT)
+    for kind in ("<u4", "<u2") if n_ids else ():
+        ids = np.frombuffer(read[: len(read) // 4 * 4], kind)
+        if file.stat().st_size % int(kind[-1]) == 0 and (ids < n_ids).all():
+            return np.dtype(kind).name
+    known = f": neither uint16 nor uint32 gives ids below {n_ids:,}, the size of the vocabulary" if n_ids else ""
+    raise SettingError(f"the type of the ids in {escaped(file)} is not known{known}: type {{dtype}}=uint16 or uint32.")
