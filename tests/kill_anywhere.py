@@ -3,10 +3,11 @@
 Every run must end with the bits of one that was never stopped: parameters, buffers, optimizer state, place in the
 stream, metrics.json and SAE file. Its training log may lack a row (where it was stopped between a checkpoint and the
 log of the same step) but hold none that the other does not. Runs take turns in data (from a store of tokens; the same,
-which the run itself builds; windows of a stream; cached), prefetch (on, off), signal (SIGKILL, SIGTERM, SIGINT) and
-place: any moment, or within the tokenizing, a refill of the block, the reading of a window, the writing of a
-checkpoint, a validation, the calibration, the evaluation; or the process that reads windows is killed instead. Runs are
-forked from a server that has imported all, so that most of their time is work.
+which the run itself builds; windows of a stream; cached; chats, from a store and streamed; token ids), prefetch (on,
+off), signal (SIGKILL, SIGTERM, SIGINT) and place: any moment, or within the tokenizing, a refill of the block, the
+reading of a window, the writing of a checkpoint, a validation, the calibration, the evaluation; or the process that
+reads windows is killed instead. Runs are forked from a server that has imported all, so that most of their time is
+work.
 """
 
 import itertools
@@ -24,18 +25,22 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from shell import FORKS
+from transformers import AutoTokenizer
 
 import sae_lab.evaluate
 import sae_lab.harvest
+import sae_lab.lm
 import sae_lab.train
 import sae_lab.training.run
 import sae_lab.training.trainer
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.data import ActivationData
 from sae_lab.text import store_builder, window_rows
+from sae_lab.text.bundled import StdlibDocuments
 from sae_lab.text.store_builder import StoreBuilder
 from sae_lab.text.window_reader import ReaderProcess
 
@@ -57,8 +62,13 @@ PLACES: dict[str, tuple[Any, str, int]] = {  # where it is called, its name, and
 }
 
 
-KINDS = ("streamed", "store", "window", "cached")
-PLACES_OF_KINDS = {"store": ["tokenizing"], "window": ["window", "reader"]}
+KINDS = ("streamed", "store", "window", "cached", "chats", "stream of chats", "tokens")
+PLACES_OF_KINDS = {
+    "store": ["tokenizing"],
+    "chats": ["tokenizing"],
+    "tokens": ["tokenizing"],
+    "window": ["window", "reader"],
+}
 ANYWHERE = [place for place in PLACES if place not in ("tokenizing", "window", "reader")]
 
 
@@ -192,17 +202,29 @@ class Grounds:
         process.join()
         assert process.exitcode == 0, (folder / "harvest.log").read_text()
         self.whole: dict[str, dict[str, Any]] = {}
+        write_chats_and_tokens(folder)
         for data in ("streamed", "cached", "window"):
-            begun = time.perf_counter()
-            run_to_end(self.overrides(data, False, f"whole-{data}"), folder / "whole.log")
-            self.seconds = time.perf_counter() - begun
-            self.whole[data] = result(folder / f"whole-{data}")
+            self.finish_whole(data)
         self.whole["store"] = self.whole["streamed"]
+
+    def finish_whole(self, data: str) -> None:
+        """Make the uninterrupted run of a kind of data, if there is none yet."""
+        if data not in self.whole:
+            begun = time.perf_counter()
+            run_to_end(self.overrides(data, False, f"whole-{data}"), self.folder / "whole.log")
+            self.seconds = time.perf_counter() - begun
+            self.whole[data] = result(self.folder / f"whole-{data}")
 
     def overrides(self, data: str, prefetch: bool, name: str) -> list[str]:
         source = {
             "cached": ["data=cached", f"data.path={self.folder}/cache"],
             "window": ["data._target_=pages.stdlib_in_pages", "+data.window_tokens=2_048"],
+            "chats": ["data=text_files", f"data.paths=[{self.folder}/chats]", f"lm.tokenizer={self.folder}/tokenizer"],
+            "stream of chats": [
+                *("data=hub", f"data.path={self.folder}/chats", f"lm.tokenizer={self.folder}/tokenizer"),
+                *("data.held_out_documents=4", "data.window_tokens=2_048"),
+            ],
+            "tokens": ["data=tokens", f"data.paths=[{self.folder}/tokens.bin]"],
         }.get(data, [])
         return [
             *source,
@@ -214,9 +236,27 @@ class Grounds:
 
     def kill(self, name: str, data: str, prefetch: bool, kills: list[Kill]) -> tuple[list[int], list[str]]:
         """Exit codes of one run's starts, and what of it is not as in the uninterrupted one."""
-        cache = f"{self.folder}/{name}-tokens" if data == "store" else None
+        self.finish_whole(data)
+        cache = f"{self.folder}/{name}-tokens" if "tokenizing" in PLACES_OF_KINDS.get(data, []) else None
         codes = run_to_end(self.overrides(data, prefetch, name), self.folder / f"{name}.log", kills, cache)
         return codes, differences(self.whole[data], result(self.folder / name))
+
+
+def write_chats_and_tokens(folder: Path) -> None:
+    """Write a folder of chats, the tiny model's tokenizer with a chat template, and a file of token ids."""
+    tokenizer = AutoTokenizer.from_pretrained(Path(sae_lab.lm.__file__).parent / "tiny")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ '## ' + m['role'] + '\n' + m['content'] + '\n' }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    modules = StdlibDocuments().batch(range(40))
+    texts = [text[i : i + 1_000] for text in modules for i in range(0, 9_000, 1_000) if text[i:]]
+    turns = [[{"from": "human", "value": a}, {"from": "gpt", "value": b}] for a, b in itertools.pairwise(texts)]
+    (folder / "chats").mkdir()
+    lines = [json.dumps({"id": f"conv_{i}", "conversations": chat}) for i, chat in enumerate(turns)]
+    (folder / "chats" / "train.jsonl").write_text("\n".join(lines))
+    ids = [[*own, tokenizer.eos_token_id] for own in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    np.array(list(itertools.chain(*ids)), "<u2").tofile(folder / "tokens.bin")
 
 
 def main(runs: int = 20, seed: int = 0) -> int:

@@ -24,6 +24,9 @@ def grounds(tmp_path_factory) -> Grounds:
         ("store", False, Kill(signal.SIGKILL, "tokenizing", 7, 0.0)),
         ("window", True, Kill(signal.SIGKILL, "window", 2, 0.001)),
         ("cached", True, Kill(signal.SIGKILL, "evaluation", 1, 0.005)),
+        ("chats", False, Kill(signal.SIGKILL, "refill", 3, 0.001)),
+        ("stream of chats", False, Kill(signal.SIGKILL, "refill", 4, 0.001)),
+        ("tokens", False, Kill(signal.SIGTERM, "checkpoint", 3, 0.001)),
     ],
 )
 def test_a_killed_run_ends_with_the_same_bits(grounds, data, prefetch, kill):
