@@ -31,7 +31,8 @@ def are_token_files(paths: Sequence[str]) -> bool:
 class TokenFiles(IndexedDocuments):
     """Documents of token ids in .bin and .npy files.
 
-    An array with one axis is cut after each end-of-text token (EOS) and before each BOS; without any, every PIECE ids.
+    An array with one axis is cut after each end-of-text token (EOS) and before each BOS; without any, into ten parts,
+    or more of PIECE ids each.
     An array with two axes has a document per row. One document in `held_out_every` is held out; if there are fewer
     documents, the last one.
 
@@ -127,7 +128,7 @@ def document_starts(
             starts.append(first + 1 + np.flatnonzero(ids == eos_id))
     found = np.unique(np.concatenate(starts))
     found = found[found < len(array)]
-    return found if len(found) > 1 else np.arange(0, len(array), PIECE)
+    return found if len(found) > 1 else np.arange(0, len(array), max(1, min(PIECE, len(array) // 10)))
 
 
 def map_ids(file: Path, dtype: str | None, n_ids: int) -> NDArray[Any]:

@@ -164,9 +164,10 @@ def test_rows_of_seq_len_stay_rows(tmp_path):
 def test_an_array_without_ends_is_cut(tmp_path, monkeypatch):
     monkeypatch.setattr("sae_lab.text.token_files.PIECE", 50)
     path = write_array(tmp_path / "a.bin", np.arange(2, 202).astype("<u2"))
-    documents = TokenFiles(path, **OPTIONS)
-    assert [len(ids) for ids in ids_of(documents)] == [50, 50, 50]
-    assert ids_of(TokenFiles(path, HELD_OUT, **OPTIONS)) == [list(range(152, 202))]
+    assert [len(ids) for ids in ids_of(TokenFiles(path, **OPTIONS))] == [20] * 9
+    assert ids_of(TokenFiles(path, HELD_OUT, **OPTIONS)) == [list(range(182, 202))]
+    longer = write_array(tmp_path / "b.bin", np.arange(2, 202).repeat(5).astype("<u2"))
+    assert {len(ids) for ids in ids_of(TokenFiles(longer, **OPTIONS))} == {50}
 
 
 MISTAKES: dict[str, tuple[str, np.ndarray, dict[str, Any], str]] = {
