@@ -28,9 +28,7 @@ from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.runtime.memory import check_memory_of
-from sae_lab.text.contents import TOKENS
 from sae_lab.text.documents import TRAIN
-from sae_lab.text.encoding import tokenizer_digest
 from sae_lab.text.rows import RowStream
 from sae_lab.text.text import TextSource, TrainingText
 
@@ -354,15 +352,8 @@ class ActivationData(L.LightningDataModule):
         with self.lm_lock:
             digest = self.text.identity()
             of_text = {"the text": digest} if digest else {"the first rows of the text": self._first_rows_digest(32)}
-        kinds = self.text.kinds()
-        of_tokenizer = {} if kinds == TOKENS else {"the tokenizer": tokenizer_digest(self.lm.tokenizer)}
-        of_chats = {"the chat template": self.text.encode.digest(kinds)} if "chat" in kinds else {}
-        return {
-            "the language model's weights": weights_digest(self.lm.model),
-            **of_tokenizer,
-            **of_chats,
-            **of_text,
-        }
+            of_readers = self.text.reader_digests()
+        return {"the language model's weights": weights_digest(self.lm.model), **of_readers, **of_text}
 
     def _first_rows_digest(self, n: int) -> str:
         return digest_of_rows(self.text.first_rows(n))

@@ -102,6 +102,13 @@ class MixedText(TrainingText):
             with reading_part(part.key):
                 part.text.prepare()
 
+    def reading(self) -> dict[str, Any]:
+        """Return how the documents of each part that are no plain text became ids."""
+        return {part.key: reading for part in self.parts if (reading := part.text.reading())}
+
+    def reader_digests(self) -> dict[str, str]:
+        return {name: digest for part in self.parts for name, digest in part.text.reader_digests().items()}
+
     def identity(self) -> str:
         """Return a digest of the shares and the texts; a text without one is identified by its first rows."""
         identities = list[Any]()

@@ -17,6 +17,7 @@ from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import digest_of_json, locked
 from sae_lab.runtime.user_cache import user_cache
+from sae_lab.text.contents import TOKENS
 from sae_lab.text.current_part import part_prefix
 from sae_lab.text.documents import HELD_OUT, TRAIN, Documents, IndexedDocuments, describe_documents
 from sae_lab.text.encoding import Encode
@@ -71,6 +72,10 @@ class TrainingText(TextSource):
     @abstractmethod
     def identity(self) -> str:
         """Return a digest that identifies the text; empty if its source has none."""
+
+    @abstractmethod
+    def reader_digests(self) -> dict[str, str]:
+        """Return digests of what turns the documents into ids: the tokenizer, its chat template; none for token ids."""
 
     def first_rows(self, n: int) -> Int[Tensor, "r t"]:
         return self.rows(TRAIN, repeat=False).take(n)
@@ -137,6 +142,13 @@ class Text(TrainingText):
         of_tokenizer = self.encode.digest(kinds)
         digest = of_tokenizer or self.identity()  # of the tokenizer and how it is used, or of the ids
         return {"kinds": sorted(kinds), "tokenizer_used": bool(of_tokenizer), "digest": digest}
+
+    def reader_digests(self) -> dict[str, str]:
+        kinds = self.kinds()
+        if kinds == TOKENS:
+            return {}
+        of_chats = {"the chat template": self.encode.digest(kinds)} if "chat" in kinds else {}
+        return {"the tokenizer": self.encode.digest(), **of_chats}
 
     def identity(self) -> str:
         documents = self._documents(TRAIN)
