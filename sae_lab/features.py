@@ -28,6 +28,7 @@ class Options(TypedDict):
 
 @entry_point("features", allow_new_keys)
 def main(cfg: DictConfig) -> None:
+    from sae_lab.activations.building import require_text
     from sae_lab.evaluation.latents import choose_latents, describe_latents
     from sae_lab.plots.feature_page import write_page
     from sae_lab.runs.config import read_config
@@ -41,6 +42,7 @@ def main(cfg: DictConfig) -> None:
     keep_freed_memory()
     sae, data, run = load_run(run_dir, cfg.device, trust=cfg.trust, replace=replaced_from(cfg))
     suffix = "" if cfg.overwrite else suffix_of(replaced_settings(read_config(run_dir), run))
+    data = require_text(data, "features")
     latents = choose_latents(sae, cfg.latents, cfg.n_latents)
     sizes = {name: cfg[name] for name in ("n_tokens", "n_top", "n_random", "context", "n_logits", "n_neighbours")}
     description = {"run": run_dir.name} | describe_latents(sae, data, latents, **sizes)

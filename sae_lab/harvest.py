@@ -19,15 +19,12 @@ class Options(TypedDict):
 @entry_point("harvest")
 def main(cfg: DictConfig) -> None:
     """Write the missing part of a cache; `verify=true` only checks it, `rebuild=true` rewrites damaged files."""
-    from sae_lab.activations.data import ActivationData
+    from sae_lab.activations.building import build_data, require_text
     from sae_lab.cache.writer import CacheWriter
-    from sae_lab.runtime.build import build
-    from sae_lab.runtime.memory import keep_freed_memory
 
-    keep_freed_memory()
     check_config(cfg, Options)
     check_config(cfg, CacheWriter.__init__)  # before the language model is loaded
-    data: ActivationData = build(cfg, "data", lm=build(cfg, "lm"))
+    data = require_text(build_data(cfg), "harvest")
     writer = CacheWriter(data, cfg.cache_dir, cfg.n_tokens, cfg.shard_tokens, cfg.dtype, cfg.compression)
     if cfg.verify:
         writer.verify()

@@ -155,7 +155,7 @@ def check_launcher_and_sweeper(overrides: list[str]) -> None:
 
 
 def build_what_is_trained(cfg: DictConfig) -> None:
-    sites = 2 * len(cfg.lm.base.sites) if "base" in cfg.lm else len(cfg.lm.sites or [None])
+    sites = 2 * len(cfg.lm.base.sites) if "base" in cfg.lm else len(cfg.lm.get("sites") or [None])
     n_latents = cfg.n_latents or int(cfg.expansion * WIDTH)
     instantiate(cfg.sae, d_in=WIDTH, n_latents=n_latents, n_sources=sites)
     instantiate(cfg.schedule)(0, n_steps=1000)

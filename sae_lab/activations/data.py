@@ -1,29 +1,25 @@
 """Text -> frozen language model -> shuffled batches of activations, as a LightningDataModule that can resume."""
 
 import logging
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
 from threading import Lock
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import lightning as L
 import torch
 from annotated_types import Ge, Gt
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from sae_lab.activations.buffer import ShuffledBlocks
-from sae_lab.activations.digests import check_unchanged, digest_of_rows, weights_digest
+from sae_lab.activations.digests import digest_of_rows, weights_digest
 from sae_lab.activations.exclusions import Exclusions, ShortRows, is_short, norm_limits, token_ids
 from sae_lab.activations.interleave import InterleavedSource
-from sae_lab.activations.passes import PassTokens, rows_per_pass
+from sae_lab.activations.passes import PassTokens, TextPass, batch_sizes, plan_passes, rows_per_pass
 from sae_lab.activations.prefetch import PrefetchedSource
-from sae_lab.activations.source import LMSource, SharedSource, Source, kept_activations
+from sae_lab.activations.source import LMSource, Source, kept_activations
+from sae_lab.activations.stream import HeldOut, HeldOutRows, StreamData
 from sae_lab.lm.base import LanguageModel
-from sae_lab.parallel.collectives import rank, rank_share, world_size
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError
@@ -39,53 +35,20 @@ PROBE_TOKENS = 4096
 Tokens = Annotated[list[int | str], ErrorMessage("must be a list of token ids or strings, such as [0,' the']")]
 
 
-class Batches:
-    """Iterable for Lightning over the first n_rows rows of the stream; the last batch may be smaller.
-
-    With several processes, each gets its share of every batch. The length is defined because Lightning otherwise reads
-    one batch ahead.
-    """
-
-    def __init__(self, stream: ShuffledBlocks, n_rows: int):
-        self.stream, self.n_rows = stream, n_rows
-
-    def __len__(self) -> int:
-        return math.ceil(self.n_rows / self.stream.batch_size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        while (left := self.n_rows - self.stream.n_batches_given * self.stream.batch_size) > 0:
-            batch = next(self.stream, None)
-            if batch is None:
-                return
-            mine = rank_share(batch[:left])
-            if len(mine) == 0:
-                return
-            yield mine
-
-
-class ActivationData(L.LightningDataModule):
+class ActivationData(StreamData):
     """Batches `(b, s, d)` of a frozen language model's activations, shuffled, deterministic in (config, seed).
 
     Args:
         lm: the language model and its sites. It is never part of a checkpoint.
         text: rows of token ids of the splits `train` and `held_out`.
-        batch_size: activations (tokens) per training batch.
-        n_tokens: exact number of activations to train on; the last batch may be smaller.
-        block_tokens: activations that are shuffled together, at most those of the run. A block takes
-            block_tokens · s · d · bytes of `lm.dtype`, twice that with prefetch.
         lm_batch_rows: text rows per forward pass of the language model; None: as many as have lm_batch_tokens.
         exclude_bos: leave out every BOS token.
         exclude_first: leave out the first n positions of each row.
         exclude_tokens: leave out these tokens wherever they stand: ids, or strings that are one token.
         max_norm: leave out a row whose norm is more than so many times the median norm at any site (see is_short).
-        prefetch: compute the next block during training: on a GPU between the steps, on a CPU in a thread. Does not
-            change any row. "auto" is true on a GPU.
-        repeat: start a new pass over the text if it ends before n_tokens; otherwise the run ends there.
-        n_eval_tokens: held-out tokens of the evaluation after training.
-        n_val_tokens: held-out tokens of the validation during training.
-        seed: seed of the shuffling of activations.
         lm_batch_tokens: tokens per forward pass of the language model, rounded down to whole rows; "auto" is 4,096 on a
             CPU and 32,768 on a GPU, or fewer where these would take more than an eighth of its memory.
+        stream: the other arguments of StreamData.
 
     Raises:
         UserError: there are fewer tokens than one batch, or no position of a row is left after the exclusions.
@@ -97,45 +60,29 @@ class ActivationData(L.LightningDataModule):
         lm: LanguageModel,
         text: TextSource,
         *,
-        batch_size: Annotated[int, Ge(1)],
-        n_tokens: Annotated[int, Ge(1)],
-        block_tokens: Annotated[int, Ge(1)],
         lm_batch_rows: Annotated[int, Ge(1)] | None,
         exclude_bos: bool,
         exclude_first: Annotated[int, Ge(0)],
-        prefetch: bool | Literal["auto"],
-        repeat: bool,
-        n_eval_tokens: Annotated[int, Ge(1)],
-        n_val_tokens: Annotated[int, Ge(1)],
-        seed: Annotated[int, Ge(0)],
         lm_batch_tokens: PassTokens = "auto",
         exclude_tokens: Tokens = [],  # noqa: B006  read only
         max_norm: Annotated[float, Gt(1)] | None = None,
+        **stream: Any,
     ):
-        super().__init__()
+        super().__init__(lm.device, **stream)
         seq_len = text.seq_len
         if lm.context is not None and seq_len > lm.context:
             raise SettingError(
                 f"{{seq_len}}={seq_len} is longer than the context of {lm.name}: give {lm.context} or less."
             )
-        if n_tokens < batch_size:
-            raise SettingError(
-                f"{{n_tokens}}={n_tokens} is less than one batch of {{batch_size}}={batch_size}: raise {{n_tokens}}."
-            )
         if exclude_first + exclude_bos >= seq_len:
             raise SettingError(
                 f"{{exclude_first}}={exclude_first} leaves nothing of a row of {{seq_len}}={seq_len} tokens."
             )
-        self.text, self.seed, self.repeat = text, seed, repeat
-        self.seq_len, self.batch_size, self.n_tokens = seq_len, batch_size, n_tokens
-        # Activations after the run's last batch are never used, so a short run does not wait for a full block.
-        self.block_tokens = min(block_tokens, math.ceil(n_tokens / batch_size) * batch_size)
+        self.text, self.seq_len = text, seq_len
         self._pass_size = (lm_batch_rows, lm_batch_tokens)
         self.fixed_rows = lm_batch_rows or 32  # on any device: for the digest of a text, and chunks of a cache
         self.exclude_bos, self.exclude_first, self.max_norm = exclude_bos, exclude_first, max_norm
         self.exclude_tokens = list(token_ids(lm.tokenizer, exclude_tokens))
-        self.n_eval_tokens, self.n_val_tokens = n_eval_tokens, n_val_tokens
-        self.prefetch = prefetch is True or (prefetch == "auto" and lm.device.type == "cuda")
         self.lm_lock = Lock()
         self._begin(lm, rows_per_pass(lm, seq_len, *self._pass_size))
         if isinstance(text, TrainingText) and (self.exclude_tokens or max_norm is not None):
@@ -144,8 +91,10 @@ class ActivationData(L.LightningDataModule):
     def _begin(self, lm: LanguageModel, lm_batch_rows: int) -> None:
         """Read the sites of `lm`, from the beginning of the stream."""
         self.lm, self.lm_batch_rows = lm, lm_batch_rows
-        self._check_memory()
-        self.stream = self.new_stream(self.prefetch)
+        one_pass = lm_batch_rows * self.seq_len * self.bytes_per_token
+        of_a_pass = "{lm_batch_tokens} tokens" if self._pass_size[0] is None else "{lm_batch_rows} rows"
+        check_memory_of(lm.device, one_pass, f"the activations of {of_a_pass} take {{size}}: lower it.")
+        self.begin()
 
     def with_sites(self, sites: Sequence[str], lm_batch_rows: int | None = None) -> "ActivationData":
         """Return the same data at other sites of the language model, from the beginning of the stream.
@@ -162,50 +111,41 @@ class ActivationData(L.LightningDataModule):
         other._begin(lm, lm_batch_rows or rows_per_pass(lm, self.seq_len, *self._pass_size))
         return other
 
-    def shares_rows_with(self, other: "ActivationData") -> bool:
+    def with_joined_sites(self, sites: Sequence[str]) -> "ActivationData":
+        return self.with_sites(sites, self.lm_batch_rows)
+
+    def shares_rows_with(self, other: StreamData) -> bool:
         """Return whether one pass over the same text gives the rows of both, at other sites but the same positions."""
 
-        def row(data: "ActivationData") -> tuple[Any, ...]:
-            return data.d_in, data.lm.dtype, data.lm_batch_rows, data.max_norm is not None and set(data.lm.sites)
+        def row(data: StreamData) -> tuple[Any, ...]:
+            assert isinstance(data, ActivationData)
+            return data.d_in, data.dtype, data.lm_batch_rows, data.max_norm is not None and set(data.sites)
 
         return row(self) == row(other)
 
     @property
-    def bytes_per_token(self) -> int:
-        return len(self.lm.sites) * self.lm.d * self.lm.dtype.itemsize
+    def float32_forward_in_thread(self) -> bool:  # type: ignore[override]
+        return self.prefetch and self.device.type != "cuda" and self.dtype == torch.float32
 
     @property
-    def block_bytes(self) -> int:
-        """Memory of one block of activations at all sites."""
-        return max(self.block_tokens, self.batch_size) * self.bytes_per_token
-
-    def _check_memory(self) -> None:
-        """Raise a SettingError if a block or a forward pass exceeds the memory of the language model's device."""
-        check_memory_of(
-            self.lm.device,
-            self.block_bytes,
-            "a block takes {size}: lower {block_tokens}, or {batch_size} if that is larger.",
-        )
-        one_pass = self.lm_batch_rows * self.seq_len * self.bytes_per_token
-        of_a_pass = "{lm_batch_tokens} tokens" if self._pass_size[0] is None else "{lm_batch_rows} rows"
-        check_memory_of(self.lm.device, one_pass, f"the activations of {of_a_pass} take {{size}}: lower it.")
+    def name(self) -> str:  # type: ignore[override]
+        return self.lm.name
 
     @property
-    def n_steps(self) -> int:
-        return len(self.train_dataloader())
+    def sites(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.lm.sites
 
     @property
-    def float32_forward_in_thread(self) -> bool:
-        """Whether a thread computes float32 products of the language model during training steps."""
-        return self.prefetch and self.lm.device.type != "cuda" and self.lm.dtype == torch.float32
+    def models(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.lm.models
 
     @property
-    def d_in(self) -> int:
+    def d_in(self) -> int:  # type: ignore[override]
         return self.lm.d
 
     @property
-    def n_sources(self) -> int:
-        return len(self.lm.sites)
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.lm.dtype
 
     @property
     def exclusions(self) -> Exclusions:
@@ -274,14 +214,6 @@ class ActivationData(L.LightningDataModule):
         """Return the training activations before shuffling, from the beginning."""
         return LMSource(self.lm, self.rows(), self.keep_mask, self.lm_batch_rows, self.lm_lock)
 
-    def new_stream(self, prefetch: bool = False) -> ShuffledBlocks:
-        """Return the stream of shuffled training batches, from the beginning."""
-        source, size = self.source(), (self.block_tokens, self.batch_size, self.seed)
-        if not prefetch:
-            return ShuffledBlocks(self.keep_short(SharedSource(source)), *size)
-        ahead = self.read_ahead(source)
-        return ShuffledBlocks(self.keep_short(SharedSource(ahead)), *size, self.n_tokens, ahead.prepare)
-
     def read_ahead(self, source: Any) -> InterleavedSource | PrefetchedSource:
         """Return the source in the form that computes chunks ahead on the language model's device."""
         if self.lm.device.type == "cuda":
@@ -316,34 +248,36 @@ class ActivationData(L.LightningDataModule):
             with self.lm_lock:
                 self.text.prepare()  # here, because later the bar of the training is on the screen
 
-    def train_dataloader(self) -> Batches:
-        return Batches(self.stream, self.n_tokens)
-
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.validation_batches, batch_size=None)  # type: ignore[arg-type]
-
-    @cached_property
-    def validation_batches(self) -> Sequence[Float[Tensor, "b s d"]]:
-        """Batches of held-out activations for the validation during training; this rank's share."""
+    def validation_rows(self) -> Float[Tensor, "n s d"]:
         chunks = self.held_out_rows(self.n_val_tokens).split(self.lm_batch_rows)
         with self.lm_lock:
-            rows = torch.cat([self.kept_activations(tokens) for tokens in chunks])
-        return rows.tensor_split(world_size())[rank()].split(self.batch_size)
+            return torch.cat([self.kept_activations(tokens) for tokens in chunks])
 
-    def calibration_batches(self, n: int) -> Iterator[Float[Tensor, "b s d"]]:
-        """Yield the first n training batches again, or as many as the run has."""
-        stream = self.new_stream()
-        for _ in range(min(n, self.n_steps)):
-            batch = next(stream, None)
-            if batch is None:
-                return
-            yield batch
+    def held_out(self, n_tokens: int) -> HeldOut:
+        """Return the first held-out text rows, in parts of whole rows that hold about a training batch.
 
-    def teardown(self, stage: str) -> None:
-        self.stream.close()
+        Raises:
+            UserError: every position is left out.
+        """
+        rows = self.held_out_rows(n_tokens)
+        parts = [*plan_passes(rows, self.batch_size, self.lm_batch_rows)]
+        if not any(self.keep_mask(tokens).any() for tokens, _ in parts):
+            raise UserError("data.exclude_* leaves out every held-out token: raise data.n_eval_tokens.")
+        return HeldOut(parts, rows.numel(), len(rows) < n_tokens // self.seq_len)
 
-    def on_exception(self, exception: BaseException) -> None:
-        self.stream.close()
+    def held_out_rows_of(self, part: TextPass) -> HeldOutRows:
+        keep, x = self.kept(part.tokens)
+        return HeldOutRows(x, batch_sizes(keep, part.rows), part.tokens[keep] == self.lm.bos_id)
+
+    def origin(self) -> dict[str, Any]:
+        lm = self.lm
+        return {
+            "model": {"name": lm.name, "revision": getattr(getattr(lm.model, "config", None), "_commit_hash", None)},
+            "sites": list(lm.sites),
+            "tokenizer": {"name": lm.tokenizer.name_or_path, "vocab_size": len(lm.tokenizer)},
+            "reading": dict(self.text.reading()),
+            "bos": {"id": lm.bos_id, "policy": "first in every row of seq_len tokens, and between documents"},
+        }
 
     @cached_property
     def source_digests(self) -> dict[str, str]:
@@ -358,18 +292,24 @@ class ActivationData(L.LightningDataModule):
     def _first_rows_digest(self, n: int) -> str:
         return digest_of_rows(self.text.first_rows(n))
 
+    def share_state(self, data: StreamData) -> None:
+        super().share_state(data)
+        assert isinstance(data, ActivationData)
+        self.norm_limits = data.norm_limits
+
     def state_dict(self) -> dict[str, Any]:
-        limits = {} if self.max_norm is None else {"norm_limits": self.norm_limits}
-        return self.stream.state_dict() | {"origin": self.source_digests} | limits
+        return super().state_dict() | ({} if self.max_norm is None else {"norm_limits": self.norm_limits})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the stream; raise a UserError if the text, the tokenizer or the language model changed."""
         state = dict(state_dict)
-        remedy = "restore what it began with, or start over with resume=never."
-        origin, here = state.pop("origin", {}), self.source_digests
-        if "the text" in origin and "the text" not in here:  # before lm_batch_tokens, by the rows of a pass
-            here = here | {"the text": self._first_rows_digest(self.fixed_rows)}
-        check_unchanged(origin, here, remedy)
+        limits = state.pop("norm_limits", {})
+        super().load_state_dict(state)
         if self.max_norm is not None:
-            self.norm_limits.update(state.pop("norm_limits", {}))
-        self.stream.load_state_dict(state)
+            self.norm_limits.update(limits)
+
+    def digests_like(self, origin: dict[str, str]) -> dict[str, str]:
+        here = self.source_digests
+        if "the text" in origin and "the text" not in here:  # before lm_batch_tokens, by the rows of a pass
+            return here | {"the text": self._first_rows_digest(self.fixed_rows)}
+        return here

@@ -1,9 +1,13 @@
 """How many text rows the language model takes in one forward pass."""
 
-from typing import Annotated, Literal, TypeAlias
+import math
+from collections.abc import Iterator
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import torch
 from annotated_types import Ge
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import SettingError
@@ -62,3 +66,30 @@ def peak_of_one_row(lm: LanguageModel, seq_len: int) -> int:
     torch.cuda.reset_peak_memory_stats(lm.device)
     lm.activations(tokens)
     return torch.cuda.max_memory_allocated(lm.device) - before
+
+
+class TextPass(NamedTuple):
+    """Text rows for one forward pass of the language model, and the batches that an SAE makes of them."""
+
+    tokens: Int[Tensor, "n t"]
+    rows: list[int]
+    """Text rows of each batch."""
+
+
+def plan_passes(rows: Int[Tensor, "r t"], batch_size: int, lm_batch_rows: int) -> Iterator[TextPass]:
+    """Divide text rows into batches of about `batch_size` tokens, and those into passes of `lm_batch_rows`.
+
+    The batches depend on batch_size and seq_len only. A pass has one batch at least.
+    """
+    n = math.ceil(batch_size / rows.shape[1])
+    batches = rows.tensor_split(max(1, round(len(rows) / n)))
+    at_once = max(1, lm_batch_rows // n)
+    for first in range(0, len(batches), at_once):
+        mine = batches[first : first + at_once]
+        yield TextPass(torch.cat(mine), [len(tokens) for tokens in mine])
+
+
+def batch_sizes(keep: Bool[Tensor, "n t"], rows: list[int]) -> list[int]:
+    """Return the number of kept positions of each batch of text rows, without empty batches unless all are."""
+    sizes = [int(mask.sum()) for mask in keep.split(rows)]
+    return [size for size in sizes if size] or [0]

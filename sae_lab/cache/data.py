@@ -118,7 +118,7 @@ class CachedData(ActivationData):
         return PrefetchedSource(source, 0, self.lm.device)  # a thread, since reading files releases the lock
 
     @property
-    def float32_forward_in_thread(self) -> bool:
+    def float32_forward_in_thread(self) -> bool:  # type: ignore[override]
         return False  # the thread reads files
 
     @cached_property

@@ -80,10 +80,10 @@ def check_key(key: str, name: str, choice: str, known: list[str]) -> None:
 def composed(choice: str) -> Mapping[str, Any]:
     """Return conf/data/<choice>.yaml with its defaults, uninterpolated, also from a --config-dir."""
     if GlobalHydra.instance().is_initialized():
-        config = hydra.compose(overrides=[f"+data={choice}"])
+        config = hydra.compose(overrides=["+lm=tiny", f"+data={choice}"])  # a choice may have another lm
     else:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            config = hydra.compose(overrides=[f"+data={choice}"])
+            config = hydra.compose(overrides=["+lm=tiny", f"+data={choice}"])
     plain = OmegaConf.to_container(config.data, resolve=False)
     assert isinstance(plain, dict)
     return {str(name): value for name, value in plain.items()}

@@ -1,6 +1,5 @@
 """Evaluation of SAEs on held-out text. They share the text and the clean passes over the language model."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from sae_lab.activations.columns import Columns
 from sae_lab.activations.data import ActivationData
+from sae_lab.activations.passes import TextPass, batch_sizes
+from sae_lab.activations.stream import StreamData
 from sae_lab.evaluation import diffing
 from sae_lab.evaluation.downstream import Replace, constant_ablation, spliced_predictions, zero_ablation
 from sae_lab.evaluation.metrics import (
@@ -26,7 +27,6 @@ from sae_lab.lm.base import LanguageModel
 from sae_lab.lm.predictions import Predictions, cut
 from sae_lab.ops.sparse import Code, l0_per_row
 from sae_lab.runtime.device import synchronized_time
-from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.screen import track
 from sae_lab.saes.base import BaseSAE
 
@@ -47,12 +47,12 @@ class EvaluatedSAE:
     """One SAE under one activation rule, with its accumulated totals.
 
     Args:
-        lm: the language model, at the sites of this SAE.
+        data: the data at the sites of this SAE.
         training_rule: evaluate in `train()` mode, under the batch-wise rule.
     """
 
-    def __init__(self, sae: BaseSAE, lm: LanguageModel, training_rule: bool):
-        self.sae, self.lm, self.training_rule = sae, lm, training_rule
+    def __init__(self, sae: BaseSAE, data: StreamData, training_rule: bool):
+        self.sae, self.data, self.training_rule = sae, data, training_rule
         self.device = next(sae.parameters()).device
         self.reconstruction = ReconstructionMetrics(sae.n_latents).to(self.device)
         self.downstream = DownstreamMetrics()
@@ -88,7 +88,8 @@ class EvaluatedSAE:
 
     def metrics(self) -> dict[str, float]:
         """Compute all metrics from the totals."""
-        return self.reconstruction.compute() | self.downstream.compute()
+        downstream = self.downstream.compute() if self.downstream.update_called else {}
+        return self.reconstruction.compute() | downstream
 
     def undefined(self) -> dict[str, str]:
         """Return the metrics that the data leave undefined, each with the reason."""
@@ -99,7 +100,7 @@ BySites = dict[tuple[str, ...], list[EvaluatedSAE]]
 """The SAEs to evaluate, by their sites."""
 
 
-def evaluate(sae: BaseSAE, data: ActivationData) -> Evaluation:
+def evaluate(sae: BaseSAE, data: StreamData) -> Evaluation:
     """Evaluate an SAE on held-out text: the metrics of metrics.py under the deployed rule.
 
     `metrics["train_mode"]` holds the same metrics under the training rule. `metrics["left_out"]` names the metrics that
@@ -110,7 +111,7 @@ def evaluate(sae: BaseSAE, data: ActivationData) -> Evaluation:
 
 @torch.no_grad()
 def evaluate_all(
-    saes: Mapping[str, BaseSAE], data: ActivationData, lms: Sequence[LanguageModel] | None = None
+    saes: Mapping[str, BaseSAE], data: StreamData, views: Sequence[StreamData] | None = None
 ) -> dict[str, Evaluation]:
     """Evaluate several SAEs with the same two passes over the language model, each to the bit as by itself.
 
@@ -120,29 +121,29 @@ def evaluate_all(
     The state and mode of the SAEs do not change.
 
     Args:
-        lms: the language model of the data at the sites of each SAE, which are among those of the data; None: at all.
+        views: the data at the sites of each SAE, which are among those of `data`; None: at all.
     """
-    rows = data.held_out_rows(data.n_eval_tokens)
-    passes = [*plan_passes(rows, data)]
-    shorter = {"n_held_out_tokens": rows.numel(), "n_eval_tokens_wanted": data.n_eval_tokens}
-    at = dict(zip(saes, lms or [data.lm] * len(saes), strict=True))
+    held_out = data.held_out(data.n_eval_tokens)
+    shorter = {"n_held_out_tokens": held_out.n_tokens, "n_eval_tokens_wanted": data.n_eval_tokens}
+    at = dict(zip(saes, views or [data] * len(saes), strict=True))
     deployed = {name: EvaluatedSAE(sae, at[name], False) for name, sae in saes.items()}
     trained = {name: EvaluatedSAE(sae, at[name], True) for name, sae in saes.items() if sae.batch_rule}
     subjects = group_by_sites([*deployed.values(), *trained.values()])
-    bos = reconstruct_all(subjects, data, passes)
-    splice_all(subjects, data, passes)
+    bos = reconstruct_all(subjects, data, held_out.parts)
+    if isinstance(data, ActivationData):
+        splice_all(subjects, data, held_out.parts)
     evaluations = {}
     for name, subject in deployed.items():
         metrics: dict[str, Any] = subject.metrics()
         train_mode = trained[name].metrics() if name in trained else dict(metrics)
         tables = build_tables(subject, bos)
-        if data.lm.models and not subject.sae.n_inputs:
+        if data.models and not subject.sae.n_inputs:
             tables["relative_norm"] = diffing.latent_table(subject.sae.directions(), subject.reconstruction.density())
             metrics |= diffing.class_counts(tables["relative_norm"])
         metrics |= {"train_mode": train_mode}
         if left_out := trained.get(name, subject).undefined() | subject.undefined():
             metrics |= {"left_out": left_out}
-        if len(rows) < data.n_eval_tokens // data.seq_len:
+        if held_out.too_few:
             metrics |= shorter
         evaluations[name] = Evaluation(metrics, tables, subject.n_rows / subject.seconds)
     return evaluations
@@ -152,58 +153,28 @@ def group_by_sites(subjects: list[EvaluatedSAE]) -> BySites:
     """Return the SAEs of each choice of sites."""
     groups: BySites = {}
     for subject in subjects:
-        groups.setdefault(subject.lm.sites, []).append(subject)
+        groups.setdefault(subject.data.sites, []).append(subject)
     return groups
 
 
-class Pass(NamedTuple):
-    """Text rows for one forward pass of the language model, and the batches that an SAE makes of them."""
-
-    tokens: Int[Tensor, "n t"]
-    rows: list[int]
-    """Text rows of each batch."""
-
-
-def plan_passes(rows: Int[Tensor, "r t"], data: ActivationData) -> Iterator[Pass]:
-    """Divide text rows into batches of about `data.batch_size` tokens, and those into passes of `data.lm_batch_rows`.
-
-    The batches depend on batch_size and seq_len only. A pass has one batch at least.
-    """
-    n = math.ceil(data.batch_size / data.seq_len)
-    batches = rows.tensor_split(max(1, round(len(rows) / n)))
-    at_once = max(1, data.lm_batch_rows // n)
-    for first in range(0, len(batches), at_once):
-        mine = batches[first : first + at_once]
-        yield Pass(torch.cat(mine), [len(tokens) for tokens in mine])
-
-
-def batch_sizes(keep: Bool[Tensor, "n t"], rows: list[int]) -> list[int]:
-    """Return the number of kept positions of each batch of text rows, without empty batches unless all are."""
-    sizes = [int(mask.sum()) for mask in keep.split(rows)]
-    return [size for size in sizes if size] or [0]
-
-
-def reconstruct_all(subjects: BySites, data: ActivationData, passes: list[Pass]) -> Bool[Tensor, " n"]:
+def reconstruct_all(subjects: BySites, data: StreamData, parts: Sequence[Any]) -> Bool[Tensor, " n"]:
     """Run the first pass: reconstruction metrics and L0. Returns a mask of the BOS tokens among the n tokens.
 
     Raises:
-        UserError: the activations are not finite, or every position is left out.
+        UserError: the activations are not finite.
     """
-    if not any(data.keep_mask(tokens).any() for tokens, _ in passes):
-        raise UserError("data.exclude_* leaves out every held-out token: raise data.n_eval_tokens.")
     bos = []
-    for tokens, rows in track(passes, "evaluating reconstruction"):
-        keep, x = data.kept(tokens)
-        sizes = batch_sizes(keep, rows)
+    for part in track(parts, "evaluating reconstruction"):
+        rows = data.held_out_rows_of(part)
         for sites, group in subjects.items():
-            own = Columns(data.lm.sites, sites)(x)
+            own = Columns(data.sites, sites)(rows.x)
             for subject in group:
-                subject.reconstruct_rows(own, sizes)
-        bos.append(tokens[keep] == data.lm.bos_id)
+                subject.reconstruct_rows(own, rows.sizes)
+        bos.append(rows.at_bos)
     return torch.cat(bos)
 
 
-def splice_all(subjects: BySites, data: ActivationData, passes: list[Pass]) -> None:
+def splice_all(subjects: BySites, data: ActivationData, passes: Sequence[TextPass]) -> None:
     """Run the second pass: cross-entropies with activations clean, set to zero or the mean, and replaced by x_hat."""
     means = {sites: constant_ablation(group[0].reconstruction.mean_activation()) for sites, group in subjects.items()}
     for tokens, rows in track(passes, "evaluating cross-entropy"):
@@ -211,10 +182,16 @@ def splice_all(subjects: BySites, data: ActivationData, passes: list[Pass]) -> N
         keep = data.keep_positions(tokens, activations)
         sizes, clean = batch_sizes(keep, rows), dict[bool, Predictions]()
         for sites, group in subjects.items():
-            lm, own = group[0].lm, Columns(data.lm.sites, sites)(activations)
+            lm, own = model_of(group), Columns(data.sites, sites)(activations)
             if lm.is_split not in clean:  # one pass, unless a group's sites need logits of whole rows
                 clean[lm.is_split] = lm.predictions(tokens)
             splice_pass(group, tokens, keep, own, sizes, clean[lm.is_split], means[sites])
+
+
+def model_of(subjects: Sequence[EvaluatedSAE]) -> LanguageModel:
+    """Return the language model at the sites of some SAEs, which are the same."""
+    assert isinstance(subjects[0].data, ActivationData)
+    return subjects[0].data.lm
 
 
 def splice_pass(
@@ -231,7 +208,7 @@ def splice_pass(
     Each SAE sees batches of the given sizes, as in training. Then logits are computed for slices of the predictions,
     see `score`.
     """
-    lm, rows = subjects[0].lm, activations[keep.to(activations.device)]
+    lm, rows = model_of(subjects), activations[keep.to(activations.device)]
     splice = partial(spliced_predictions, lm, tokens, activations, keep)
     ablated = {}
     for n in {subject.sae.n_inputs for subject in subjects}:

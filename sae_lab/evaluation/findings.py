@@ -47,7 +47,7 @@ def find_problems(metrics: Mapping[str, Any]) -> list[str]:
     if wanted := metrics.get("n_eval_tokens_wanted"):
         problems.append(
             f"evaluated on {metrics['n_held_out_tokens']:,} held-out tokens, all there are, and not on {wanted:,}: "
-            "give more text, hold out more of it, or lower data.n_eval_tokens"
+            "give more data, hold out more of them, or lower data.n_eval_tokens"
         )
     l0, n_latents = metrics.get("l0"), metrics.get("n_latents")
     if l0 == 0:

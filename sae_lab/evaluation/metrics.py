@@ -257,6 +257,8 @@ class DownstreamMetrics(Metric):
 
     def undefined(self) -> dict[str, str]:
         """Return the metrics that these predictions leave undefined, each with the reason."""
+        if not self.n_predictions:
+            return dict.fromkeys((*self.TOTALS, "ce_degradation", "loss_recovered"), "there is no language model")
         free = self.ce_zero / self.n_predictions == self.ce_clean / self.n_predictions
         return {"loss_recovered": "setting the activations to zero does not change the cross-entropy"} if free else {}
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sae_lab.activations.data import ActivationData
+from sae_lab.activations.stream import StreamData
 from sae_lab.evaluation.calibration import calibrate
 from sae_lab.evaluation.evaluator import evaluate, evaluate_all
 from sae_lab.ops.pursuit import METHODS
@@ -38,7 +38,7 @@ def convert_activation(sae: BaseSAE, activation: str) -> BaseSAE:
     return other
 
 
-def evaluate_under(activation: str, sae: BaseSAE, data: ActivationData, calibration_batches: int) -> dict[str, Any]:
+def evaluate_under(activation: str, sae: BaseSAE, data: StreamData, calibration_batches: int) -> dict[str, Any]:
     """Evaluate the parameters of `sae` under the rule `activation`."""
     other = convert_activation(sae, activation)
     if other.batch_rule:
@@ -48,7 +48,7 @@ def evaluate_under(activation: str, sae: BaseSAE, data: ActivationData, calibrat
     return (batch_wise if activation == "batch_topk" else metrics) | {"activation": activation}
 
 
-def compare_encoders(sae: BaseSAE, encoder: str, k: int | None, data: ActivationData) -> dict[str, dict[str, Any]]:
+def compare_encoders(sae: BaseSAE, encoder: str, k: int | None, data: StreamData) -> dict[str, dict[str, Any]]:
     """Evaluate the SAE with its own encoder, and its dictionary with a pursuit in place of the encoder.
 
     Args:

@@ -280,7 +280,7 @@ def metadata(provenance: Mapping[str, Any]) -> dict[str, Any]:
         **(hook_names(predicted[0], "_out") if predicted else {}),
         "hook_head_index": None,
         "context_size": data.get("seq_len"),
-        "prepend_bos": True if provenance else None,
+        "prepend_bos": True if provenance.get("bos") else None,
         "exclude_special_tokens": data.get("exclude_bos"),
         "seqpos_slice": [data["exclude_first"], None] if data.get("exclude_first") else [None],
         "dataset_path": data.get("path") or data.get("paths") or data.get("_target_"),

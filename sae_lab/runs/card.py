@@ -28,7 +28,14 @@ def write_card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: 
     provenance = public(provenance)
     header = {"tags": ["sparse-autoencoder", "interpretability", format], "library_name": "sae_lab"}
     model, sites = provenance.get("model", {}).get("name"), ", ".join(provenance.get("sites", []))
-    lines = ["---", yaml.safe_dump(header).strip(), "---", "", f"# {type(sae).__name__} of {model} at {sites}", ""]
+    lines = [
+        "---",
+        yaml.safe_dump(header).strip(),
+        "---",
+        "",
+        f"# {type(sae).__name__} of {f'{model} at ' if model else ''}{sites}",
+        "",
+    ]
     lines += describe_roles(sae, provenance.get("sites", []))
     lines += [f"{sae.n_latents:,} latents, activations of width {sae.d_in}, in the files of {format}. Load it with", ""]
     lines += [

@@ -9,15 +9,15 @@ from annotated_types import Ge
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lab.activations.data import ActivationData
+from sae_lab.activations.building import build_data
 from sae_lab.activations.digests import check_unchanged
+from sae_lab.activations.stream import StreamData
 from sae_lab.runs.checkpoint import origin_of
 from sae_lab.runs.config import config_file, read_config
 from sae_lab.runs.digests import CHECKPOINT, SAE, check_unaltered, warn_if_unchecked
 from sae_lab.runs.folder import check_links
 from sae_lab.runs.replacements import replace_settings, replaced_settings
 from sae_lab.runs.trust import check_trusted
-from sae_lab.runtime.build import build
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
@@ -32,7 +32,7 @@ def load_run(
     sae_dir: str | Path | None = None,
     trust: Sequence[str] | str = (),
     replace: Mapping[str, Any] = MappingProxyType({}),
-) -> tuple[BaseSAE, ActivationData, DictConfig]:
+) -> tuple[BaseSAE, StreamData, DictConfig]:
     """Load a run: its SAE (on the language model's device), its data with the language model, and its config.
 
     Args:
@@ -67,27 +67,27 @@ def load_run(
     if n_eval_tokens is not None:
         run.data.n_eval_tokens = n_eval_tokens
     get_class(run.sae._target_)  # imports an SAE class from outside this package, which registers it
-    data = build(run, "data", lm=build(run, "lm"))
+    data = build_data(run)
     if (folder / CHECKPOINT).is_file():
         check_origin(folder / CHECKPOINT, data, replaced_settings(own, run))
     if sae_dir is None:
         check_unaltered(Path(run_dir), SAE)
-    sae = load_sae_folder(sae_dir or run_dir, data.lm.device)
+    sae = load_sae_folder(sae_dir or run_dir, data.device)
     if (data.n_sources, data.d_in) != (sae.n_sources, sae.d_in):
         raise UserError(
-            f"the SAE takes activations of width {sae.d_in} at {sae.n_sources} sites, and {data.lm.name} has width "
+            f"the SAE takes activations of width {sae.d_in} at {sae.n_sources} sites, and {data.name} has width "
             f"{data.d_in} at the {data.n_sources} of lm.sites: correct the lm.* keys."
         )
     return sae, data, run
 
 
-def check_origin(checkpoint: Path, data: ActivationData, replaced: Collection[str]) -> None:
+def check_origin(checkpoint: Path, data: StreamData, replaced: Collection[str]) -> None:
     """Raise a UserError if model or text are not those of the run. What was replaced on purpose is not compared.
 
     Args:
         replaced: full keys of the settings that were.
     """
-    digests = {"lm": ("the language model's weights", "the tokenizer"), "data": ("the text",)}
+    digests = {"lm": ("the language model's weights", "the tokenizer"), "data": ("the text", "the activations")}
     free = [name for key in replaced for name in digests[key.partition(".")[0]]]
     began_with = origin_of(checkpoint, type(data).__name__)
     began_with = {name: digest for name, digest in began_with.items() if name not in free}

@@ -9,8 +9,10 @@ MIXTURE = ("parts", "sources")
 TEXTS = ("data", *(f"data.{name}.*" for name in MIXTURE))  # `*`: each part of a mixture, in a list or by name
 MAY_MOVE = (*MODELS, "data.paths")
 """Keys that may change when a run is resumed or evaluated: digests of weights, tokenizer and text tell whether what is
-there is the same. `data.path` of a cache belongs to them, but not that of a data set on the hub."""
+there is the same. `data.path` of FILES belongs to them, but not that of a data set on the hub."""
 CACHED = "sae_lab.cache.data.CachedData"
+FILES = (CACHED, "sae_lab.activations.tensor.TensorData")
+"""Data whose `data.path` is a path and never a name on the hub."""
 
 
 def may_move(config: Any) -> tuple[str, ...]:
@@ -18,7 +20,7 @@ def may_move(config: Any) -> tuple[str, ...]:
     data = config.get("data")
     if not isinstance(data, dict):
         return MAY_MOVE
-    if data.get("_target_") == CACHED:
+    if data.get("_target_") in FILES:
         return (*MAY_MOVE, "data.path")
     parts = (f"data.{name}{key}" for name in MIXTURE for key in keys_below(data.get(name)))
     return (*MAY_MOVE, *(f"{part}.paths" for part in parts))

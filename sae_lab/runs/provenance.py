@@ -9,17 +9,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.private import private_values, public, public_text
 
 PACKAGES = ("sae-lab", "torch", "lightning", "transformers", "transformer_lens", "datasets")
 
 
 def provenance(
-    config: dict[Any, Any],
-    lm: LanguageModel,
-    from_environment: Collection[str] = (),
-    reading: Mapping[str, Any] | None = None,
+    config: dict[Any, Any], origin: dict[str, Any], from_environment: Collection[str] = ()
 ) -> dict[str, Any]:
     """Collect the provenance of an SAE: model, sites, tokenizer, BOS policy, text, options, versions, commit.
 
@@ -27,28 +23,33 @@ def provenance(
 
     Args:
         config: the config of the run, with interpolations resolved.
+        origin: model, sites, tokenizer, BOS and reading, as `StreamData.origin` returns them.
         from_environment: keys of the config whose values came from the environment.
-        reading: how documents that are no plain text became ids (see TextSource).
     """
     hidden = private_values(OmegaConf.create(config), from_environment)
     config = public(config, from_environment)
+    model, tokenizer = (with_public_name(origin[part], hidden) for part in ("model", "tokenizer"))
     folded = bool(config["lm"].get("compatibility_mode"))
-    revision = getattr(getattr(lm.model, "config", None), "_commit_hash", None)
     keys = ("lm", "data", "optimizer", "schedule", "n_tokens", "batch_size", "seed")
     return {
         "model": {
-            "name": public_text(lm.name, hidden),
-            "revision": revision or config["lm"].get("revision"),
+            "name": model["name"],
+            "revision": model["revision"] or config["lm"].get("revision"),
             "processing": "layer norms folded, writes centred" if folded else "none",
         },
-        "sites": list(lm.sites),
-        "tokenizer": {"name": public_text(lm.tokenizer.name_or_path, hidden), "vocab_size": len(lm.tokenizer)},
-        **({"reading": dict(reading)} if reading else {}),
-        "bos": {"id": lm.bos_id, "policy": "first in every row of seq_len tokens, and between documents"},
+        "sites": origin["sites"],
+        "tokenizer": tokenizer,
+        **({"reading": origin["reading"]} if origin.get("reading") else {}),
+        "bos": origin["bos"],
         **{key: config[key] for key in keys},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "commit": current_commit(),
     }
+
+
+def with_public_name(part: Any, hidden: Collection[str]) -> Any:
+    """Return a part of the origin whose name holds nothing private; None if there is no such part."""
+    return part | {"name": public_text(part["name"], hidden)} if part and part["name"] else part
 
 
 def current_commit() -> str | None:

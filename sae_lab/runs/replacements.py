@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.from_text import from_documents
+from sae_lab.activations.stream import StreamData
 from sae_lab.runs.folder import differing_keys, flatten
 from sae_lab.runtime.errors import UserError
 
@@ -28,6 +29,7 @@ class Default(NamedTuple):
 def stream_settings() -> set[str]:
     """Return the settings that data of any kind may have, such as seq_len. Other data keep the run's."""
     parameters = [
+        *inspect.signature(StreamData).parameters.values(),
         *inspect.signature(ActivationData).parameters.values(),
         *inspect.signature(from_documents).parameters.values(),
     ]

@@ -12,9 +12,9 @@ from sae_lab.saes.base import BaseSAE
 TEXT, LM, TRAINING = "sae_lab.activations.from_text", "sae_lab.lm", "sae_lab.training"
 TRUSTED = {
     "data": {f"{TEXT}.{name}" for name in ("disassembly", "hub", "stdlib", "text_files")}
-    | {"sae_lab.activations.mixture.mixture", "sae_lab.cache.data.CachedData"},
+    | {"sae_lab.activations.mixture.mixture", "sae_lab.activations.tensor.TensorData", "sae_lab.cache.data.CachedData"},
     "lm": {
-        *(f"{LM}.nnsight.NnsightLM", f"{LM}.paired.PairedLM"),
+        *(f"{LM}.nnsight.NnsightLM", f"{LM}.none.NoLM", f"{LM}.paired.PairedLM"),
         *(f"{LM}.transformer_lens.TransformerLensLM", f"{LM}.transformers.TransformersLM"),
     },
     "callbacks": {f"{TRAINING}.callbacks.KeepSAEs"},

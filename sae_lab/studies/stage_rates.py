@@ -26,13 +26,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from sae_lab.activations.buffer import ShuffledBlocks
+from sae_lab.activations.building import build_data, require_text
 from sae_lab.activations.data import ActivationData
 from sae_lab.cache.reader import Cache, CachedSource
 from sae_lab.cache.writer import CacheWriter, gather_chunks
-from sae_lab.runtime.build import build
 from sae_lab.runtime.device import synchronized_time
 from sae_lab.runtime.files import write_json
-from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import console, track
 from sae_lab.studies.step_cost import training_step
 from sae_lab.training.run import build_sae
@@ -42,8 +41,7 @@ Stage = Callable[[], int]  # processes one slice and returns its number of token
 
 def measure_throughput(cfg: DictConfig) -> dict[str, Any]:
     """Measure the tokens/s of each stage. Prints the figures and writes throughput.json."""
-    keep_freed_memory()
-    data: ActivationData = build(cfg, "data", lm=build(cfg, "lm"))
+    data = require_text(build_data(cfg), "throughput")
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=run_dir) as folder:  # on the disk of the run folder, not in /tmp

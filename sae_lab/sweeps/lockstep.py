@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_lab.activations.buffer import Filling, ShuffledBlocks
 from sae_lab.activations.columns import Columns
-from sae_lab.activations.data import ActivationData
+from sae_lab.activations.stream import StreamData
 from sae_lab.runtime.errors import SafeStop
 from sae_lab.runtime.signals import deferred_signals
 from sae_lab.sweeps.failures import failure_recorded
@@ -65,7 +65,7 @@ class SharedStream:
 class SharedBatches(Sequence):
     """A run's part of the validation batches that several runs share; computed when the first run needs them."""
 
-    def __init__(self, data: ActivationData, columns: Columns):
+    def __init__(self, data: StreamData, columns: Columns):
         self.data, self.columns = data, columns
 
     def __len__(self) -> int:
@@ -75,15 +75,15 @@ class SharedBatches(Sequence):
         return self.columns(self.data.validation_batches[i])
 
 
-def share(member: Member, data: ActivationData) -> None:
+def share(member: Member, data: StreamData) -> None:
     """Let a member read its sites from the stream and the validation batches of `data`, and save the state of both."""
-    columns = Columns(data.lm.sites, member.data.lm.sites)
+    columns = Columns(data.sites, member.data.sites)
     member.data.stream = SharedStream(data.stream, columns)  # type: ignore[assignment]
     member.data.validation_batches = SharedBatches(data, columns)
-    member.data.source_digests, member.data.norm_limits = data.source_digests, data.norm_limits
+    member.data.share_state(data)
 
 
-def train_in_lockstep(members: list[Member], data: ActivationData) -> None:
+def train_in_lockstep(members: list[Member], data: StreamData) -> None:
     """Call `fit` for all members on the same batches. A member that fails drops out, and the others go on.
 
     Args:

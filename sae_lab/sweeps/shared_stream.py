@@ -19,7 +19,7 @@ import psutil
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lab.activations.data import ActivationData
+from sae_lab.activations.stream import StreamData
 from sae_lab.lm.sites import site_names
 from sae_lab.runs.folder import FAILED
 from sae_lab.runtime.build import typed_keys
@@ -131,11 +131,11 @@ class Views:
     def __init__(self, first: Job):
         with report_typed_keys(first.typed):
             self.data = build_data(first.cfg)
-        self.views: dict[tuple[str, ...] | None, ActivationData | None] = {
-            first.sites: self.data.with_sites(self.data.lm.sites)
+        self.views: dict[tuple[str, ...] | None, StreamData | None] = {
+            first.sites: self.data.with_sites(self.data.sites)
         }
 
-    def at(self, job: Job) -> ActivationData | None:
+    def at(self, job: Job) -> StreamData | None:
         """Return the data at the sites of a job; None if they cannot be read together with those of the first job.
 
         They have another width, say, the cache does not have them, or `data.max_norm` leaves out other rows. Such a job
@@ -149,20 +149,20 @@ class Views:
                     self.views[job.sites] = view
         return self.views.setdefault(job.sites, None)
 
-    def joined(self, views: Iterable[ActivationData]) -> ActivationData:
+    def joined(self, views: Iterable[StreamData]) -> StreamData:
         """Return the data at all sites of some views."""
-        return self.data.with_sites(all_sites(views), self.data.lm_batch_rows)
+        return self.data.with_joined_sites(all_sites(views))
 
-    def block_bytes(self, views: Iterable[ActivationData], device: torch.device) -> int:
+    def block_bytes(self, views: Iterable[StreamData], device: torch.device) -> int:
         """Return the memory of a device that a block of activations at all sites of some views takes."""
-        if self.data.lm.device != device:
+        if self.data.device != device:
             return 0
-        return self.data.block_bytes // len(self.data.lm.sites) * len(all_sites(views))
+        return self.data.block_bytes // self.data.n_sources * len(all_sites(views))
 
 
-def all_sites(views: Iterable[ActivationData]) -> tuple[str, ...]:
+def all_sites(views: Iterable[StreamData]) -> tuple[str, ...]:
     """Return the sites of some views, each once, in the order in which they come first."""
-    return tuple(dict.fromkeys(site for view in views for site in view.lm.sites))
+    return tuple(dict.fromkeys(site for view in views for site in view.sites))
 
 
 def train_group(jobs: list[Job], max_members: int | None) -> list[Job]:
@@ -206,7 +206,7 @@ def open_members(
     return members, apart + waiting
 
 
-def open_member(job: Job, data: ActivationData, first: bool) -> Member:
+def open_member(job: Job, data: StreamData, first: bool) -> Member:
     """Build a run that reads from a shared stream. The first one shows the progress."""
     run = open_run(job.cfg)
     progress = TrainingProgress() if first else Throughput()
@@ -220,8 +220,8 @@ def train_members(members: list[Member], views: Views) -> None:
         return
     try:
         data = views.joined(member.data for member in members)
-        block = f"{len(data.lm.sites)} sites, {data.block_bytes / 2**30:.2g} GiB a block"
-        log.info("%d SAEs share one pass over %s (%s)", len(members), data.lm.name, block)
+        block = f"{data.n_sources} sites, {data.block_bytes / 2**30:.2g} GiB a block"
+        log.info("%d SAEs share one pass over %s (%s)", len(members), data.name, block)
         train_in_lockstep(members, data)
     except Exception as e:  # an error of the stream; errors of a member are recorded in `fit_member`
         for member in drop_failed(members):
@@ -247,7 +247,7 @@ def has_room(members: list[Member], free: int, max_members: int | None) -> bool:
     return not sizes or 16 * (sum(sizes) + max(sizes)) < free / 2
 
 
-def finish_together(members: list[Member], data: ActivationData) -> None:
+def finish_together(members: list[Member], data: StreamData) -> None:
     """Calibrate, save and evaluate the members that did not fail, in one pass. An error of the pass fails them all."""
     alive = drop_failed(members)
     if not alive:

@@ -17,8 +17,9 @@ from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_omega_conf_dumper
 
+from sae_lab.activations.building import build_data
 from sae_lab.activations.columns import Columns
-from sae_lab.activations.data import ActivationData
+from sae_lab.activations.stream import StreamData
 from sae_lab.evaluation.calibration import calibrate
 from sae_lab.evaluation.evaluator import evaluate_all
 from sae_lab.evaluation.findings import check_metrics, find_problems
@@ -34,7 +35,7 @@ from sae_lab.runs.provenance import provenance
 from sae_lab.runs.results import read_metrics, write_results
 from sae_lab.runtime.build import build
 from sae_lab.runtime.errors import SafeStop, UserError, first_line
-from sae_lab.runtime.memory import check_memory_of, keep_freed_memory
+from sae_lab.runtime.memory import check_memory_of
 from sae_lab.runtime.private import keys_from_environment, public
 from sae_lab.runtime.screen import print_files, print_metrics
 from sae_lab.runtime.signals import deferred_signals
@@ -58,7 +59,7 @@ class Member:
     sae: BaseSAE
     module: SAEModule
     trainer: L.Trainer
-    data: ActivationData
+    data: StreamData
 
 
 def train_run(cfg: DictConfig) -> dict[str, Any]:
@@ -90,13 +91,7 @@ def open_run(cfg: DictConfig) -> Run:
     return examine_folder(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
 
 
-def build_data(cfg: DictConfig) -> ActivationData:
-    """Build the data and its language model."""
-    keep_freed_memory()
-    return build(cfg, "data", lm=build(cfg, "lm"))
-
-
-def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: ActivationData, callbacks: list[Callback]) -> Member:
+def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: StreamData, callbacks: list[Callback]) -> Member:
     """Build the module and the Trainer of a run. `callbacks` run after those of the config."""
     if cfg.init_from is not None and not run.step:
         initialize_from(sae, cfg.init_from)
@@ -129,7 +124,7 @@ def initialize_from(sae: BaseSAE, source: str) -> None:
         )
 
 
-def build_sae(cfg: DictConfig, data: ActivationData) -> BaseSAE:
+def build_sae(cfg: DictConfig, data: StreamData) -> BaseSAE:
     """Build the SAE of the config, with n_latents latents or, if that is None, expansion * d_in."""
     n_latents = int(cfg.n_latents or cfg.expansion * data.d_in)
     if n_latents < 1:
@@ -196,7 +191,7 @@ def save_at_stop(member: Member, stop: SafeStop) -> SafeStop:
 
 def finish(
     members: Sequence[Member],
-    data: ActivationData,
+    data: StreamData,
     scope: Callable[[Path], AbstractContextManager] = lambda folder: nullcontext(),
 ) -> list[dict[str, Any]]:
     """Calibrate, save and evaluate members that share a stream. Returns the metrics of those that succeed.
@@ -206,22 +201,21 @@ def finish(
         scope: context around what belongs to the member of one folder: its log, and what its failure means. A member
             whose failure the context does not raise is left out from there on.
     """
-    saes = [member.sae.to(data.lm.device) for member in members]  # Lightning moved them to the CPU after training
-    calibrate(saes, data, members[0].cfg.calibration_batches, [member.data.lm.sites for member in members])
+    saes = [member.sae.to(data.device) for member in members]  # Lightning moved them to the CPU after training
+    calibrate(saes, data, members[0].cfg.calibration_batches, [member.data.sites for member in members])
     probe_rows = data.probe_rows()
     saved, metrics = list[Member](), list[dict[str, Any]]()
     for member, sae in zip(members, saes, strict=True):
         with scope(member.run.folder):
             config = OmegaConf.to_container(member.cfg, resolve=True)
             assert isinstance(config, dict)
-            from_environment = read_environment_keys(member.run.folder)
-            said = provenance(config, member.data.lm, from_environment, data.text.reading())
+            said = provenance(config, member.data.origin(), read_environment_keys(member.run.folder))
             with recorded_when_written(member.run.folder, SAE):
-                own_columns = Columns(data.lm.sites, member.data.lm.sites)
+                own_columns = Columns(data.sites, member.data.sites)
                 save_sae(sae, member.run.folder / "sae", said, own_columns(probe_rows))
             saved.append(member)
     subjects = {str(member.run.folder): member.sae for member in saved}
-    evaluations = evaluate_all(subjects, data, [member.data.lm for member in saved]) if saved else {}
+    evaluations = evaluate_all(subjects, data, [member.data for member in saved]) if saved else {}
     for member, evaluation in zip(saved, evaluations.values(), strict=True):
         with scope(member.run.folder):
             files = write_results(evaluation, member.sae, member.run.folder)

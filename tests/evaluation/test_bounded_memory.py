@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import compose
 
+from sae_lab.activations.passes import batch_sizes, plan_passes
 from sae_lab.evaluation import evaluator
-from sae_lab.evaluation.evaluator import batch_sizes, evaluate, plan_passes
+from sae_lab.evaluation.evaluator import evaluate
 from sae_lab.lm.finding import TINY, find_folder
 from sae_lab.runs.loading import load_run
 from sae_lab.training.run import build_data, build_sae
@@ -56,7 +57,7 @@ def test_batches_are_whole_rows_of_about_the_training_size(small, monkeypatch):
     rows = torch.arange(22 * 32).view(22, 32) + 1
     for pass_rows, expected in ((1, [4, 4, 4, 4, 3, 3]), (8, [8, 8, 6]), (99, [22])):
         monkeypatch.setattr(data, "lm_batch_rows", pass_rows)
-        passes = list(plan_passes(rows, data))
+        passes = list(plan_passes(rows, data.batch_size, pass_rows))
         assert [len(tokens) for tokens, _ in passes] == expected
         assert torch.equal(torch.cat([tokens for tokens, _ in passes]), rows)
         assert [n for _, batches in passes for n in batches] == [4, 4, 4, 4, 3, 3]

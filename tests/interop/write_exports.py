@@ -60,7 +60,9 @@ def write_all(
     data = instantiate(cfg.data, lm=instantiate(cfg.lm))
     stream = data.new_stream()
     batches = [next(stream) for _ in range(100)]
-    said = provenance(OmegaConf.to_container(compose("hydra.job.chdir=false", *overrides), resolve=False), data.lm)
+    said = provenance(
+        OmegaConf.to_container(compose("hydra.job.chdir=false", *overrides), resolve=False), data.origin()
+    )
     said["data"] = OmegaConf.to_container(cfg.data, resolve=True)
     for name, normalize, (kind, settings) in product(names, NORMALIZERS, kinds.items()):
         if n_sources > 1 and NORMALIZERS[normalize].by_row:

@@ -91,7 +91,7 @@ def test_a_lost_probe_is_said(x, tmp_path):
 def test_provenance_names_model_text_and_code():
     cfg = compose("data.block_tokens=20_000", "lm.device=cpu")
     data = instantiate(cfg.data, lm=instantiate(cfg.lm))
-    said = provenance.provenance(OmegaConf.to_container(cfg, resolve=False) | {"data": dict(cfg.data)}, data.lm)
+    said = provenance.provenance(OmegaConf.to_container(cfg, resolve=False) | {"data": dict(cfg.data)}, data.origin())
     assert said["model"] == {"name": "tiny", "revision": None, "processing": "none"}
     assert said["sites"] == ["transformer.h.2"]
     assert said["bos"]["id"] == data.lm.bos_id

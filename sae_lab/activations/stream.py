@@ -1,0 +1,277 @@
+"""Shuffled batches of activations as a LightningDataModule that can resume, wherever the rows come from."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from copy import copy
+from functools import cached_property
+from typing import Annotated, Any, Literal, NamedTuple
+
+import lightning as L
+import torch
+from annotated_types import Ge
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sae_lab.activations.buffer import ShuffledBlocks
+from sae_lab.activations.digests import check_unchanged
+from sae_lab.activations.interleave import InterleavedSource
+from sae_lab.activations.prefetch import PrefetchedSource
+from sae_lab.activations.source import SharedSource, Source
+from sae_lab.parallel.collectives import rank, rank_share, world_size
+from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.errors import SettingError
+from sae_lab.runtime.memory import check_memory_of
+
+
+class Batches:
+    """Iterable for Lightning over the first n_rows rows of the stream; the last batch may be smaller.
+
+    With several processes, each gets its share of every batch. The length is defined because Lightning otherwise reads
+    one batch ahead.
+    """
+
+    def __init__(self, stream: ShuffledBlocks, n_rows: int):
+        self.stream, self.n_rows = stream, n_rows
+
+    def __len__(self) -> int:
+        return math.ceil(self.n_rows / self.stream.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while (left := self.n_rows - self.stream.n_batches_given * self.stream.batch_size) > 0:
+            batch = next(self.stream, None)
+            if batch is None:
+                return
+            mine = rank_share(batch[:left])
+            if len(mine) == 0:
+                return
+            yield mine
+
+
+class HeldOut(NamedTuple):
+    """Held-out data of an evaluation, in parts; `StreamData.held_out_rows_of` gives the activations of a part.
+
+    Args:
+        parts: what is read together: text rows, or numbers of pieces.
+        n_tokens: tokens (rows, for activations without text) of all parts.
+        too_few: there are fewer than asked for.
+    """
+
+    parts: Sequence[Any]
+    n_tokens: int
+    too_few: bool
+
+
+class HeldOutRows(NamedTuple):
+    """The activations of a part of HeldOut.
+
+    Args:
+        x: the activations.
+        sizes: rows of each batch that an SAE sees, about those of training.
+        at_bos: which rows are at BOS tokens.
+    """
+
+    x: Float[Tensor, "n s d"]
+    sizes: list[int]
+    at_bos: Bool[Tensor, " n"]
+
+
+class StreamData(L.LightningDataModule, ABC):
+    """Batches `(b, s, d)` of activations, shuffled, deterministic in (config, seed).
+
+    A subclass says where the rows come from, one after the other (`source`), and which are held out. It calls `begin`
+    as soon as it knows them.
+
+    Args:
+        device: device of the activations.
+        batch_size: activations per training batch.
+        n_tokens: exact number of activations to train on; the last batch may be smaller.
+        block_tokens: activations that are shuffled together, at most those of the run. A block takes
+            block_tokens · s · d · bytes of `dtype`, twice that with prefetch.
+        prefetch: compute the next block during training: on a GPU between the steps, on a CPU in a thread. Does not
+            change any row. "auto" is true on a GPU.
+        repeat: start a new pass over the data if they end before n_tokens; otherwise the run ends there.
+        n_eval_tokens: held-out activations of the evaluation after training.
+        n_val_tokens: held-out activations of the validation during training.
+        seed: seed of the shuffling of activations.
+
+    Raises:
+        SettingError: there are fewer activations than one batch, or a block exceeds the memory.
+    """
+
+    name: str
+    """Where the activations come from, for the log: a language model, a file."""
+    sites: tuple[str, ...]
+    """The names of the s sources."""
+    d_in: int
+    dtype: torch.dtype
+    models: tuple[str, ...] = ()
+    """The two models, for model diffing."""
+    float32_forward_in_thread = False
+    """Whether a thread computes float32 products of a language model during training steps."""
+
+    @check_arguments
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        batch_size: Annotated[int, Ge(1)],
+        n_tokens: Annotated[int, Ge(1)],
+        block_tokens: Annotated[int, Ge(1)],
+        prefetch: bool | Literal["auto"],
+        repeat: bool,
+        n_eval_tokens: Annotated[int, Ge(1)],
+        n_val_tokens: Annotated[int, Ge(1)],
+        seed: Annotated[int, Ge(0)],
+    ):
+        super().__init__()
+        if n_tokens < batch_size:
+            raise SettingError(
+                f"{{n_tokens}}={n_tokens} is less than one batch of {{batch_size}}={batch_size}: raise {{n_tokens}}."
+            )
+        self.device, self.seed, self.repeat = device, seed, repeat
+        self.batch_size, self.n_tokens = batch_size, n_tokens
+        # Activations after the run's last batch are never used, so a short run does not wait for a full block.
+        self.block_tokens = min(block_tokens, math.ceil(n_tokens / batch_size) * batch_size)
+        self.n_eval_tokens, self.n_val_tokens = n_eval_tokens, n_val_tokens
+        self.prefetch = prefetch is True or (prefetch == "auto" and device.type == "cuda")
+
+    def begin(self) -> None:
+        """Start the stream, from the beginning."""
+        check_memory_of(
+            self.device,
+            self.block_bytes,
+            "a block takes {size}: lower {block_tokens}, or {batch_size} if that is larger.",
+        )
+        self.stream = self.new_stream(self.prefetch)
+
+    def with_sites(self, sites: Sequence[str]) -> "StreamData":
+        """Return the same data at the same sites, from the beginning of the stream. A subclass may know other sites."""
+        assert tuple(sites) == self.sites
+        other = copy(self)
+        other.__dict__.pop("validation_batches", None)
+        other.begin()
+        return other
+
+    def with_joined_sites(self, sites: Sequence[str]) -> "StreamData":
+        """Return the same data at all sites of several such data, read together as they are."""
+        return self.with_sites(sites)
+
+    def shares_rows_with(self, other: "StreamData") -> bool:
+        """Return whether one pass gives the rows of both, at sites that may differ."""
+        return True
+
+    @property
+    def n_sources(self) -> int:
+        return len(self.sites)
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.n_sources * self.d_in * self.dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of one block of activations at all sites."""
+        return max(self.block_tokens, self.batch_size) * self.bytes_per_token
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.train_dataloader())
+
+    @abstractmethod
+    def source(self) -> Source:
+        """Return the training activations before shuffling, from the beginning."""
+
+    @abstractmethod
+    def read_ahead(self, source: Any) -> InterleavedSource | PrefetchedSource:
+        """Return the source in the form that computes chunks ahead."""
+
+    @abstractmethod
+    def held_out(self, n_tokens: int) -> HeldOut:
+        """Return the first held-out data, n_tokens in all, in parts of about a batch; always the same ones."""
+
+    @abstractmethod
+    def held_out_rows_of(self, part: Any) -> "HeldOutRows":
+        """Return the activations of a part of HeldOut.
+
+        Raises:
+            UserError: they are not finite.
+        """
+
+    @abstractmethod
+    def probe_rows(self, n: int = 16) -> Float[Tensor, "n s d"]:
+        """Return n held-out activations, on which a saved SAE is verified."""
+
+    @abstractmethod
+    def origin(self) -> dict[str, Any]:
+        """Return `model` (name, revision), `sites`, `tokenizer` and `bos` for the provenance of an SAE.
+
+        `reading`, if there is one, is how documents that are no plain text became ids (see TextSource).
+        """
+
+    @cached_property
+    @abstractmethod
+    def source_digests(self) -> dict[str, str]:
+        """Digests of what determines the batches besides the config; they must be the same when a run resumes."""
+
+    def new_stream(self, prefetch: bool = False) -> ShuffledBlocks:
+        """Return the stream of shuffled training batches, from the beginning."""
+        source, size = self.source(), (self.block_tokens, self.batch_size, self.seed)
+        if not prefetch:
+            return ShuffledBlocks(self.keep_short(SharedSource(source)), *size)
+        ahead = self.read_ahead(source)
+        return ShuffledBlocks(self.keep_short(SharedSource(ahead)), *size, self.n_tokens, ahead.prepare)
+
+    def keep_short(self, source: Source) -> Source:
+        """Return the source without rows that are too long. Here none is, whatever its norm."""
+        return source
+
+    def train_dataloader(self) -> Batches:
+        return Batches(self.stream, self.n_tokens)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.validation_batches, batch_size=None)  # type: ignore[arg-type]
+
+    @cached_property
+    def validation_batches(self) -> Sequence[Float[Tensor, "b s d"]]:
+        """Batches of held-out activations for the validation during training; this rank's share."""
+        return self.validation_rows().tensor_split(world_size())[rank()].split(self.batch_size)
+
+    def validation_rows(self) -> Float[Tensor, "n s d"]:
+        return torch.cat([self.held_out_rows_of(part).x for part in self.held_out(self.n_val_tokens).parts])
+
+    def calibration_batches(self, n: int) -> Iterator[Float[Tensor, "b s d"]]:
+        """Yield the first n training batches again, or as many as the run has."""
+        stream = self.new_stream()
+        for _ in range(min(n, self.n_steps)):
+            batch = next(stream, None)
+            if batch is None:
+                return
+            yield batch
+
+    def teardown(self, stage: str) -> None:
+        self.stream.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.stream.close()
+
+    def share_state(self, data: "StreamData") -> None:
+        """Take what a checkpoint holds besides the place in the stream from `data` of the same origin."""
+        self.source_digests = data.source_digests
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict() | {"origin": self.source_digests}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the stream; raise a UserError if what the rows come from changed."""
+        state = dict(state_dict)
+        origin = state.pop("origin", {})
+        check_unchanged(
+            origin, self.digests_like(origin), "restore what it began with, or start over with resume=never."
+        )
+        self.stream.load_state_dict(state)
+
+    def digests_like(self, origin: dict[str, str]) -> dict[str, str]:
+        """Return the digests to compare with those that a run began with."""
+        return self.source_digests

@@ -1,0 +1,201 @@
+"""`data=tensor`: batches of activations from files of anyone, without a language model."""
+
+import logging
+from collections.abc import Generator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.activations.finite import LARGEST
+from sae_lab.activations.prefetch import PrefetchedSource
+from sae_lab.activations.source import Chunk, Source
+from sae_lab.activations.stream import HeldOut, HeldOutRows, StreamData
+from sae_lab.activations.tensor_files import Axes, TensorFiles
+from sae_lab.lm.none import NoLM
+from sae_lab.runtime.checks import check_arguments
+from sae_lab.runtime.device import send
+from sae_lab.runtime.errors import SettingError, UserError
+from sae_lab.runtime.seeds import nth_generator
+from sae_lab.text.documents import stamp_of
+
+log = logging.getLogger(__name__)
+
+PIECE = 128
+"""Rows that are read together; fewer where there would be less than TENTHS · held_out_every pieces."""
+TENTHS = 10
+CHUNK_BYTES = 2**24
+"""Size of a chunk of pieces. It changes no row."""
+
+
+class Pieces:
+    """The pieces of consecutive rows into which the rows of files are cut, and which of them are held out.
+
+    Args:
+        n_rows: rows in all.
+        held_out_every: the last of so many pieces is held out.
+
+    Raises:
+        SettingError: there are fewer than `held_out_every` rows.
+    """
+
+    def __init__(self, n_rows: int, held_out_every: int):
+        if n_rows < held_out_every:
+            raise SettingError(
+                f"{{path}} holds {n_rows:,} rows, too few to hold out one in {{held_out_every}}={held_out_every}: give "
+                "more rows, or lower {held_out_every}."
+            )
+        self.n_rows, self.every = n_rows, held_out_every
+        self.size = min(PIECE, max(1, n_rows // (TENTHS * held_out_every)))
+        self.n = -(-n_rows // self.size)
+
+    def range(self, i: int) -> range:
+        return range(i * self.size, min((i + 1) * self.size, self.n_rows))
+
+    @property
+    def train(self) -> Tensor:
+        numbers = torch.arange(self.n)
+        return numbers[numbers % self.every != self.every - 1]
+
+    @property
+    def held_out(self) -> list[int]:
+        """The held-out pieces in an order that is always the same, so that the first ones come from all over."""
+        numbers = torch.arange(self.every - 1, self.n, self.every)
+        return numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))].tolist()
+
+
+class TensorSource:
+    """A Source that yields every training row once per pass.
+
+    Pass number n visits the pieces in an order drawn from (seed, n), so that each block of a stream mixes rows of all
+    files. The order takes 8 bytes of memory per piece.
+    """
+
+    def __init__(self, data: "TensorData"):
+        self.data, self.pieces = data, data.pieces
+        bytes_of_piece = data.pieces.size * data.bytes_per_token
+        self.pieces_at_once = max(1, CHUNK_BYTES // bytes_of_piece)
+        self.epoch = self.next_piece = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "piece": self.next_piece}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.next_piece = state["epoch"], state["piece"]
+
+    def __iter__(self) -> Generator[Chunk, None, None]:
+        train = self.pieces.train
+        while True:
+            order = train[torch.randperm(len(train), generator=nth_generator(self.data.seed, self.epoch))]
+            while self.next_piece < len(order):
+                state = self.state_dict()
+                pieces = order[self.next_piece : self.next_piece + self.pieces_at_once]
+                self.next_piece += len(pieces)
+                yield Chunk(state, self.data.read(pieces.tolist()))
+            if not self.data.repeat:
+                return
+            self.epoch, self.next_piece = self.epoch + 1, 0
+
+
+class TensorData(StreamData):
+    """Batches `(b, s, d)` of activations in files: `.pt`, `.safetensors`, `.npy`, or a folder of them.
+
+    Rows keep the dtype of the files, but float64 becomes float32. Rows of `n_tokens`, `n_eval_tokens` and
+    `n_val_tokens` are counted as tokens are.
+
+    Args:
+        lm: says on which device the activations are used.
+        path, key, axes: where the activations are; see TensorFiles.
+        held_out_every: one piece of at most PIECE consecutive rows in so many is held out.
+        stream: the other arguments of StreamData.
+
+    Raises:
+        SettingError: the files hold no activations, or fewer than one batch can be made of.
+        UserError: an activation is not finite (raised when it is read).
+    """
+
+    @check_arguments
+    def __init__(
+        self,
+        lm: NoLM,
+        path: str,
+        *,
+        key: str | None,
+        axes: Axes,
+        held_out_every: Annotated[int, Ge(2)],
+        **stream: Any,
+    ):
+        super().__init__(lm.device, **stream)
+        self.files = TensorFiles(path, key, axes)
+        self.pieces = Pieces(len(self.files), held_out_every)
+        file = self.files.files[0]
+        stem = file.stem if file == Path(path) else Path(path).name
+        s = self.files.n_sources
+        self.name, self.d_in, self.dtype = path, self.files.d, self.files.dtype
+        self.sites = (stem,) if s == 1 else tuple(f"{stem}.{i}" for i in range(s))
+        log.info("%s", self.describe())
+        self.begin()
+
+    def describe(self) -> str:
+        """Return one line about what is read."""
+        n, n_held_out = len(self.files), sum(len(self.pieces.range(i)) for i in self.pieces.held_out)
+        shape = f"{n:,} rows of {self.n_sources} × {self.d_in} (sources × width)"
+        of, here = ", ".join(self.files.found), str(self.dtype).removeprefix("torch.")
+        dtype = of if of == here else f"{of}, converted to {here}"
+        passes = self.n_tokens / (n - n_held_out)
+        times = f"{n_held_out:,} are held out, and n_tokens are {passes:.3g} passes over the others"
+        return f"{self.name}: {shape}, {dtype}; {times}."
+
+    def read(self, pieces: Sequence[int]) -> Float[Tensor, "n s d"]:
+        """Return the rows of some pieces, on the device.
+
+        Raises:
+            UserError: a row is not finite, or above LARGEST; it names the file and the row.
+        """
+        ranges = [self.pieces.range(i) for i in pieces]
+        rows = self.files.rows(ranges)
+        low, high = torch.stack(torch.aminmax(rows)).tolist()  # NaN if any number is
+        if not -LARGEST < low <= high < LARGEST:
+            raise UserError(self._describe_bad_row(rows, [row for r in ranges for row in r]))
+        return send(rows, self.device)
+
+    def _describe_bad_row(self, rows: Float[Tensor, "n s d"], numbers: Sequence[int]) -> str:
+        bad = ~(rows.abs() < LARGEST)
+        first = int(bad.flatten(1).any(dim=1).nonzero()[0])
+        part, row = self.files.locate(numbers[first])
+        return (
+            f"{part.file} has {rows[first][bad[first]][0].item():.3g} in row {row:,} (counted from 0): "
+            "leave such rows out, x[x.isfinite().all(-1)], and save the others."
+        )
+
+    def source(self) -> Source:
+        return TensorSource(self)
+
+    def read_ahead(self, source: Source) -> PrefetchedSource:
+        return PrefetchedSource(source, 0, self.device)
+
+    def held_out(self, n_tokens: int) -> HeldOut:
+        at_once, n_pieces = max(1, self.batch_size // self.pieces.size), -(-n_tokens // self.pieces.size)
+        taken = self.pieces.held_out[:n_pieces]
+        n_rows = sum(len(self.pieces.range(i)) for i in taken)
+        parts = [taken[i : i + at_once] for i in range(0, len(taken), at_once)]
+        return HeldOut(parts, n_rows, n_rows < n_tokens)
+
+    def held_out_rows_of(self, part: Sequence[int]) -> HeldOutRows:
+        x = self.read(part)
+        return HeldOutRows(x, [len(x)], torch.zeros(len(x), dtype=torch.bool))
+
+    def probe_rows(self, n: int = 16) -> Float[Tensor, "n s d"]:
+        x = self.read(self.pieces.held_out[: -(-n // self.pieces.size)])
+        return x[:: max(1, len(x) // n)][:n]
+
+    @cached_property
+    def source_digests(self) -> dict[str, str]:
+        return {"the activations": stamp_of(self.files.files)}
+
+    def origin(self) -> dict[str, Any]:
+        return {"model": {"name": None, "revision": None}, "sites": list(self.sites), "tokenizer": None, "bos": None}
