@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
