@@ -12,6 +12,7 @@ from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError
 from sae_lab.text.bundled import DisassembledStdlib, StdlibDocuments
 from sae_lab.text.choice import ChatSetting
+from sae_lab.text.contents import TOKENS
 from sae_lab.text.corpora import FileDocuments, Format, Globs
 from sae_lab.text.documents import Documents
 from sae_lab.text.encoding import Encoder
@@ -101,10 +102,14 @@ def tokens(
         documents: Any = partial(TokenFiles, paths, dtype=dtype, n_ids=n_ids, **ends, **options)
     else:
         documents = partial(FileDocuments, paths, column=column, **options)
-    data = from_documents(lm, documents, seed=seed, **stream)
-    if data.text.reading().get("kinds") != ["tokens"]:
-        raise SettingError(f"{{column}}={column} holds no token ids: type data=text_files for text and chats.")
-    return data
+    make = stream.pop("make", ActivationData)
+
+    def make_of_tokens(lm: LanguageModel, text: Text, **rest: Any) -> Any:
+        if text.kinds() != TOKENS:
+            raise SettingError(f"{{column}}={column} holds no token ids: type data=text_files for text and chats.")
+        return make(lm, text, **rest)
+
+    return from_documents(lm, documents, seed=seed, make=make_of_tokens, **stream)
 
 
 @check_arguments

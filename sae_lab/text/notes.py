@@ -4,6 +4,8 @@ import logging
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from sae_lab.text.current_part import part_prefix
+
 log = logging.getLogger(__name__)
 
 
@@ -56,5 +58,5 @@ class Notes:
         """Log a warning for each kind that is not in `told`, and add it there."""
         for kind, n in self.counts.items():
             if kind not in told:
-                log.warning("%s", SENTENCES[kind].format(n=n, of=self.of, detail=self.details[kind]))
+                log.warning("%s%s", part_prefix(), SENTENCES[kind].format(n=n, of=self.of, detail=self.details[kind]))
                 told.add(kind)

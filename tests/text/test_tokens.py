@@ -15,6 +15,7 @@ from documented import kinds_in_documentation
 from fakes import SETTINGS, Echo
 
 from sae_lab.activations.from_text import hub, text_files, tokens
+from sae_lab.activations.mixture import mixture
 from sae_lab.runtime.errors import UserError
 from sae_lab.text import window_rows
 from sae_lab.text.corpora import FileDocuments
@@ -290,3 +291,17 @@ def test_text_is_no_token_ids(tmp_path):
     path = write(tmp_path, "jsonl", [{"text": "a b", "input_ids": [5]}] * 12)
     with pytest.raises(UserError, match="column=text holds no token ids: type data=text_files"):
         tokens(lm(), [path], **(ROWS | {"column": "text"}), order="shuffled", **SETTINGS)
+
+
+def test_a_mixture_of_text_and_token_ids(tmp_path):
+    path = write_array(tmp_path / "a.bin", np.array(FLAT * 3, "<u2"))
+    parts = {"sources": [partial(tokens, paths=[path], **ROWS)] * 2, "order": "shuffled", **SETTINGS}
+    data = mixture(lm(), **parts)
+    assert set(data.source_digests) == {"the language model's weights", "the text"}
+    assert [one["tokenizer_used"] for one in data.text.reading().values()] == [False, False]
+    (tmp_path / "text.txt").write_text("5 6 7 " * 200)
+    texts = partial(text_files, paths=[str(tmp_path / "*.txt")], format="auto", held_out_every=10, column=None)
+    parts["sources"] = [parts["sources"][0], partial(texts, chat="auto", special_tokens="text")]
+    data = mixture(lm(tokenizer=Echo.tokenizer), **(parts | {"sources": parts["sources"][1:] * 2}))
+    assert data.text.reading() == {}
+    assert "the tokenizer" in data.source_digests
