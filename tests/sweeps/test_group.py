@@ -45,7 +45,7 @@ def test_a_member_equals_the_same_run_alone(alone, tmp_path):
 
 
 def test_a_group_costs_the_language_model_passes_of_one_run(tmp_path, monkeypatch):
-    calls = {"activations": 0, "logits": 0}
+    calls = {"activations": 0, "predictions": 0}
     for method in calls:
         original = getattr(LanguageModel, method)
 
@@ -59,9 +59,9 @@ def test_a_group_costs_the_language_model_passes_of_one_run(tmp_path, monkeypatc
     together(tmp_path / "three", "topk", "batch_topk", "vanilla")
     assert one["activations"] > 10
     assert calls["activations"] == 2 * one["activations"]
-    # Per batch of the evaluation: clean, zero, mean, and one for each SAE and rule; BatchTopK has two rules.
-    batches = one["logits"] // 4
-    assert calls["logits"] == one["logits"] + batches * (3 + 4)
+    # Per pass of the evaluation: clean, zero, mean, and one for each SAE and rule; BatchTopK has two rules.
+    passes = one["predictions"] // 4
+    assert calls["predictions"] == one["predictions"] + passes * (3 + 4)
 
 
 def test_members_at_different_steps_share_a_pass(alone, tmp_path, monkeypatch):
