@@ -267,7 +267,7 @@ def run_part(folder: Path, fail_at: int | None) -> None:
             run, d = open_run(cfg), build_data(cfg)
             with run.begin(hydra_files(cfg)):
                 dist.barrier()
-                fit_run(build_member(cfg, run, build_sae(cfg, d), d, []), d)
+                fit_run(build_member(cfg, run, build_sae(cfg, d), d, []))
         else:
             dist.barrier()
             train_as_follower(folder)
