@@ -43,10 +43,7 @@ def entry_point(
 
     A user's mistake ends the command with one sentence on stderr and exit code 1. HYDRA_FULL_ERROR=1 shows the
     traceback instead. A command imports what it needs inside its `main`, so that `--help` takes half a second and not
-    the four that torch and Lightning need.
-
-    Args:
-        rewrite: returns the arguments of the command line as Hydra gets them.
+    the four that torch and Lightning need. `rewrite` returns the arguments of the command line as Hydra gets them.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -174,18 +175,44 @@ def reconstruct_all(subjects: BySites, data: StreamData, parts: Sequence[Any]) -
     return torch.cat(bos)
 
 
+class Spliced(NamedTuple):
+    """What the language model predicts of one pass with x_hat of an SAE, and with the ablations in its place."""
+
+    subject: EvaluatedSAE
+    predictions: Predictions
+    ablated: dict[str, Predictions]
+    """Shared by SAEs of the same sites that predict the same of them."""
+
+
 def splice_all(subjects: BySites, data: ActivationData, passes: Sequence[TextPass]) -> None:
-    """Run the second pass: cross-entropies with activations clean, set to zero or the mean, and replaced by x_hat."""
+    """Run the second pass: cross-entropies with activations clean, set to zero or the mean, and replaced by x_hat.
+
+    Each SAE sees batches as in the first pass. Then logits are computed for slices of the predictions of as many SAEs
+    as have SLICE_BYTES of hidden states.
+    """
     means = {sites: constant_ablation(group[0].reconstruction.mean_activation()) for sites, group in subjects.items()}
     for tokens, rows in track(passes, "evaluating cross-entropy"):
         activations = data.lm.activations(tokens)
         keep = data.keep_positions(tokens, activations)
-        sizes, clean = batch_sizes(keep, rows), dict[bool, Predictions]()
-        for sites, group in subjects.items():
-            lm, own = model_of(group), Columns(data.sites, sites)(activations)
-            if lm.is_split not in clean:  # one pass, unless a group's sites need logits of whole rows
-                clean[lm.is_split] = lm.predictions(tokens)
-            splice_pass(group, tokens, keep, own, sizes, clean[lm.is_split], means[sites])
+        for part in group_by_kind(subjects):
+            clean = model_of(next(iter(part.values()))).predictions(tokens)
+            spliced = (
+                one
+                for sites, group in part.items()
+                for one in splice(group, tokens, keep, Columns(data.sites, sites)(activations), rows, means[sites])
+            )
+            at_once = max(1, SLICE_BYTES // (clean.nbytes or activations.nbytes))
+            while some := list(islice(spliced, at_once)):
+                for piece in cut(len(tokens), tokens.shape[1], SLICE_BYTES // (4 * data.lm.vocab_size)):
+                    score(some, clean, tokens.to(data.lm.device), piece)
+
+
+def group_by_kind(subjects: BySites) -> list[BySites]:
+    """Return the SAEs in parts, each of which shares the clean predictions: from hidden states, or from whole rows."""
+    parts: dict[bool, BySites] = {}
+    for sites, group in subjects.items():
+        parts.setdefault(model_of(group).is_split, {})[sites] = group
+    return list(parts.values())
 
 
 def model_of(subjects: Sequence[EvaluatedSAE]) -> LanguageModel:
@@ -194,41 +221,28 @@ def model_of(subjects: Sequence[EvaluatedSAE]) -> LanguageModel:
     return subjects[0].data.lm
 
 
-def splice_pass(
+def splice(
     subjects: list[EvaluatedSAE],
     tokens: Int[Tensor, "n t"],
     keep: Bool[Tensor, "n t"],
     activations: Float[Tensor, "n t s d"],
-    sizes: list[int],
-    clean: Predictions,
+    rows_of_batches: list[int],
     mean: Replace,
-) -> None:
-    """Process one pass of `splice_all` for SAEs of the same sites. Those that predict the same share the ablations.
-
-    Each SAE sees batches of the given sizes, as in training. Then logits are computed for slices of the predictions,
-    see `score`.
-    """
-    lm, rows = model_of(subjects), activations[keep.to(activations.device)]
-    splice = partial(spliced_predictions, lm, tokens, activations, keep)
-    ablated = {}
+) -> Iterator[Spliced]:
+    """Run the language model with x_hat of each SAE. The SAEs have the same sites."""
+    rows, sizes = activations[keep.to(activations.device)], batch_sizes(keep, rows_of_batches)
+    run = partial(spliced_predictions, model_of(subjects), tokens, activations, keep)
+    ablated: dict[int, dict[str, Predictions]] = {}
     for n in {subject.sae.n_inputs for subject in subjects}:
         predicted = (torch.arange(rows.shape[1]) >= n).unsqueeze(0)
-        ablated[n] = {"ce_zero": splice(zero_ablation, predicted), "ce_mean": splice(mean, predicted)}
-    held = max(predictions.nbytes for by in ablated.values() for predictions in by.values())
-    size = max(1, SLICE_BYTES // held)
-    for first in range(0, len(subjects), size):
-        group = subjects[first : first + size]
-        spliced = [(by, splice(partial(by.reconstruct, sizes=sizes), by.sae.predicted_mask(rows))) for by in group]
-        for piece in cut(len(tokens), tokens.shape[1], SLICE_BYTES // (4 * lm.vocab_size)):
-            score(spliced, clean, ablated, tokens.to(lm.device), piece)
+        ablated[n] = {"ce_zero": run(zero_ablation, predicted), "ce_mean": run(mean, predicted)}
+    for subject in subjects:
+        predictions = run(partial(subject.reconstruct, sizes=sizes), subject.sae.predicted_mask(rows))
+        yield Spliced(subject, predictions, ablated[subject.sae.n_inputs])
 
 
 def score(
-    spliced: Sequence[tuple[EvaluatedSAE, Predictions]],
-    clean: Predictions,
-    ablated: Mapping[int, Mapping[str, Predictions]],
-    tokens: Int[Tensor, "n t"],
-    piece: tuple[slice, slice],
+    spliced: Sequence[Spliced], clean: Predictions, tokens: Int[Tensor, "n t"], piece: tuple[slice, slice]
 ) -> None:
     """Add the predictions in one slice of rows and positions to the totals of each SAE.
 
@@ -247,12 +261,13 @@ def score(
         log_q = log_probs(predictions)
         return {"ce_spliced": ce(log_q), "kl": kl_divergence(p, log_p, log_q)[:, has_target]}
 
-    ablations = {n: {name: ce(log_probs(x)) for name, x in by.items()} for n, by in ablated.items()}
+    shared = {id(one.ablated): one.ablated for one in spliced}
+    ablations = {key: {name: ce(log_probs(x)) for name, x in by.items()} for key, by in shared.items()}
     log_p = log_probs(clean)
     p, ce_clean = log_p.exp(), ce(log_p)
-    for subject, predictions in spliced:
-        own = ablations[subject.sae.n_inputs] | ce_and_kl(predictions)
-        subject.downstream.to(tokens.device).update(ce_clean=ce_clean, **own)
+    for one in spliced:
+        own = ablations[id(one.ablated)] | ce_and_kl(one.predictions)
+        one.subject.downstream.to(tokens.device).update(ce_clean=ce_clean, **own)
 
 
 def build_tables(subject: EvaluatedSAE, bos: Bool[Tensor, " n"]) -> dict[str, pd.DataFrame]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae_lab.lm.predictions import Predictions, PredictionsOfHidden, PredictionsOfRows, run_body
+from sae_lab.lm.predictions import Predictions, PredictionsOfHidden, PredictionsOfRows, is_split
 from sae_lab.lm.sites import check_sites, join_heads, site_names
 from sae_lab.runtime.errors import SettingError, UserError
 
@@ -160,31 +160,13 @@ class LanguageModel(ABC):
         where: Bool[Tensor, "n t s"] | None = None,
     ) -> Predictions:
         """Run the model as `logits` does, but compute the logits later, slice by slice."""
-        if not self.is_split:
-            return PredictionsOfRows(self.logits, tokens, replace, where)
-        return self._predictions_of_hidden(tokens, replace, where)
-
-    def _predictions_of_hidden(self, tokens: Tensor, replace: Tensor | None, where: Tensor | None) -> Predictions:
-        assert self.body is not None
-        output = run_body(self.body, lambda: self.logits(tokens, replace, where))
-        return PredictionsOfHidden(self.body, self.logits, tokens, output)
+        kind = PredictionsOfHidden if self.is_split else PredictionsOfRows
+        return kind(self, tokens, replace, where)
 
     @cached_property
-    @torch.no_grad()
     def is_split(self) -> bool:
-        """Whether the body alone, then the rest on slices, compute the logits of a forward pass with replaced sites.
-
-        Tried out on one row: some models have more between body and logits, and a site may lie behind the body.
-        """
-        tokens = torch.arange(min(4, self.context or 4)).unsqueeze(0) % self.vocab_size
-        replace = self.activations(tokens) / 2
-        output = None if self.body is None else run_body(self.body, lambda: self.logits(tokens))
-        if not isinstance(output, tuple | Mapping):  # a ModelOutput is a mapping
-            return False
-        whole, split = self.logits(tokens, replace), self._predictions_of_hidden(tokens, replace, None)
-        sliced = torch.cat([split.logits(positions=part) for part in (slice(0, 1), slice(1, None))], dim=1)
-        tolerance = max(1e-3, 4 * torch.finfo(whole.dtype).eps) * whole.abs().max().item()
-        return torch.allclose(sliced, whole, rtol=0, atol=tolerance)
+        """Whether predictions come from hidden states, and not from whole rows; see `predictions.is_split`."""
+        return self.body is not None and is_split(self, self.body)
 
     def _vectors(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t d"]]:
         tokens = self._place_tokens(tokens)

@@ -2,14 +2,17 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+LM: TypeAlias = Any
+"""A LanguageModel, whose file imports this one."""
 ALL = slice(None)
 
 
@@ -31,48 +34,64 @@ class PredictionsOfRows(Predictions):
     """Run the whole model on the rows of each slice: for models whose body is not known.
 
     Args:
-        run: `run(tokens, replace, where)` returns logits.
+        lm: the language model.
         tokens, replace, where: as in `LanguageModel.logits`.
     """
 
     def __init__(
         self,
-        run: Callable[..., Float[Tensor, "r t v"]],
+        lm: LM,
         tokens: Int[Tensor, "n t"],
         replace: Float[Tensor, "n t s d"] | None,
         where: Bool[Tensor, "n t s"] | None,
     ):
-        self.run, self.arguments = run, (tokens, replace, where)
+        self.lm, self.arguments = lm, (tokens, replace, where)
         self.nbytes = sum(x.nbytes for x in (replace, where) if x is not None)
 
     def logits(self, rows: slice = ALL, positions: slice = ALL) -> Float[Tensor, "r p v"]:
-        return self.run(*(None if x is None else x[rows] for x in self.arguments))[:, positions]
+        return self.lm.logits(*(None if x is None else x[rows] for x in self.arguments))[:, positions]
 
 
 class PredictionsOfHidden(Predictions):
     """Run the body of the model once, and the rest (output embedding, softcapping, scale) on slices of hidden states.
 
     Args:
-        body: the module whose first output is the hidden states that the rest of the model maps to logits.
-        run: `run(tokens)` returns logits; it calls `body` once.
-        tokens: the rows of token ids.
-        output: the output of `body` on them.
+        lm: a language model that `is_split` at its body.
+        tokens, replace, where: as in `LanguageModel.logits`.
     """
 
     def __init__(
         self,
-        body: nn.Module,
-        run: Callable[[Int[Tensor, "r p"]], Float[Tensor, "r p v"]],
+        lm: LM,
         tokens: Int[Tensor, "n t"],
-        output: Any,
+        replace: Float[Tensor, "n t s d"] | None,
+        where: Bool[Tensor, "n t s"] | None,
     ):
-        self.body, self.run, self.tokens, self.output = body, run, tokens, output
-        self.nbytes = output[0].nbytes
+        assert lm.body is not None
+        self.lm, self.body, self.tokens = lm, lm.body, tokens
+        self.output = run_body(lm.body, lambda: lm.logits(tokens, replace, where))
+        self.nbytes = self.output[0].nbytes
 
     def logits(self, rows: slice = ALL, positions: slice = ALL) -> Float[Tensor, "r p v"]:
         hidden = self.output[0][rows, positions]
         with body_returns(self.body, replace_first(self.output, hidden)):
-            return self.run(self.tokens[rows, positions])
+            return self.lm.logits(self.tokens[rows, positions])
+
+
+@torch.no_grad()
+def is_split(lm: LM, body: nn.Module) -> bool:
+    """Whether the body alone, then the rest on slices, compute the logits of a forward pass with replaced sites.
+
+    Tried out on one row: some models have more between body and logits, and a site may lie behind the body.
+    """
+    tokens = torch.arange(min(4, lm.context or 4)).unsqueeze(0) % lm.vocab_size
+    if not isinstance(run_body(body, lambda: lm.logits(tokens)), tuple | Mapping):  # a ModelOutput is a mapping
+        return False
+    replace = lm.activations(tokens) / 2
+    whole, split = lm.logits(tokens, replace), PredictionsOfHidden(lm, tokens, replace, None)
+    sliced = torch.cat([split.logits(positions=part) for part in (slice(0, 1), slice(1, None))], dim=1)
+    tolerance = max(1e-3, 4 * torch.finfo(whole.dtype).eps) * whole.abs().max().item()
+    return torch.allclose(sliced, whole, rtol=0, atol=tolerance)
 
 
 class BodyEnded(Exception):

@@ -40,9 +40,9 @@ def load_run(
         device: device of the language model and the SAE.
         n_eval_tokens: held-out tokens of an evaluation; None takes the run's own.
         sae_dir: an SAE folder to load instead of the run's own SAE.
+        trust: modules outside this package whose classes the run's config may name (see runs/trust.py).
         replace: settings of the run's language model and data that differ now, by their full key, such as
             `{"data.lm_batch_rows": 8, "lm.name": "models/gpt2"}`. See runs/replacements.py.
-        trust: modules outside this package whose classes the run's config may name (see runs/trust.py).
 
     Raises:
         UserError: there is no run in `run_dir` or no SAE, one of its files is damaged or a link out of the folder, its
@@ -54,16 +54,11 @@ def load_run(
         raise UserError(f"{run_dir} is not a run folder (no .hydra/config.yaml): give run_dir=<folder of a run>.")
     for written in (folder, Path(sae_dir or folder)):
         check_links(written)
-    run = read_config(folder)
-    check_trusted(OmegaConf.to_container(run), config_file(folder), trust)
-    check_parts(run, config_file(folder))
+    own = read_config(folder)
+    check_trusted(OmegaConf.to_container(own), config_file(folder), trust)
+    check_parts(own, config_file(folder))
     warn_if_unchecked(folder)
-    own = run
-    run = replace_settings(own, replace)
-    if "lm.device" not in replace:
-        run.lm.device = device
-    elif device != "auto":
-        raise UserError(f"device={device} and lm.device={replace['lm.device']} place the same model: give one of them.")
+    run = on_device(replace_settings(own, replace), device, replace.get("lm.device"))
     if n_eval_tokens is not None:
         run.data.n_eval_tokens = n_eval_tokens
     get_class(run.sae._target_)  # imports an SAE class from outside this package, which registers it
@@ -73,12 +68,30 @@ def load_run(
     if sae_dir is None:
         check_unaltered(Path(run_dir), SAE)
     sae = load_sae_folder(sae_dir or run_dir, data.device)
+    check_width(sae, data)
+    return sae, data, run
+
+
+def on_device(run: DictConfig, device: str, replaced: str | None) -> DictConfig:
+    """Put the language model of a config on a device, unless `lm.device` was replaced. Returns the config.
+
+    Raises:
+        UserError: both are given.
+    """
+    if replaced is None:
+        run.lm.device = device
+    elif device != "auto":
+        raise UserError(f"device={device} and lm.device={replaced} place the same model: give one of them.")
+    return run
+
+
+def check_width(sae: BaseSAE, data: StreamData) -> None:
+    """Raise a UserError unless the data have the width and the number of sites that the SAE takes."""
     if (data.n_sources, data.d_in) != (sae.n_sources, sae.d_in):
         raise UserError(
             f"the SAE takes activations of width {sae.d_in} at {sae.n_sources} sites, and {data.name} has width "
             f"{data.d_in} at the {data.n_sources} of lm.sites: correct the lm.* keys."
         )
-    return sae, data, run
 
 
 def check_origin(checkpoint: Path, data: StreamData, replaced: Collection[str]) -> None:

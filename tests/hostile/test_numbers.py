@@ -63,7 +63,7 @@ class BadLM:
         return self.change(self.table[tokens])
 
     def predictions(self, tokens, replace=None, where=None):
-        return PredictionsOfRows(self.logits, tokens, replace, where)
+        return PredictionsOfRows(self, tokens, replace, where)
 
     def logits(self, tokens, replace=None, where=None):
         x = self.activations(tokens)
