@@ -124,13 +124,15 @@ def examine_folder(folder: Path, config: Any, resume: str) -> Run:
                 f"{folder} is not a run folder, but holds {', '.join(found)}: choose another hydra.run.dir."
             )
         return Run(folder, 0, False)
+    step = 0 if complete else check_checkpoint(folder)
     if not config_file(folder).is_file():
         raise UserError(f"{folder} has lost its .hydra/config.yaml: put it back, or type resume=never to start again.")
     there = OmegaConf.to_container(read_config(folder))
-    complete = complete and flatten(there).get("n_tokens") == flatten(config).get("n_tokens")
+    grows = complete and flatten(there).get("n_tokens") != flatten(config).get("n_tokens")
+    complete = complete and not grows
     # A complete run shows its metrics and loads nothing, so no digest would tell that another model was meant.
     raise_if_config_differs(folder, there, config, () if complete else may_move(config))
-    step = 0 if complete else check_checkpoint(folder)
+    step = check_checkpoint(folder) if grows else step
     if ends_with_smaller_batch(flatten(there), step):
         log.warning("the last batch of %s was smaller: a run of the full length in one go differs a little.", folder)
     warn_if_unchecked(folder)
