@@ -107,6 +107,8 @@ def run_or_explain(run: Callable[[], None], config_name: str) -> None:
 def check_flags(arguments: Sequence[str]) -> None:
     """Raise a UserError for a flag that Hydra does not have; argparse would print its usage."""
     _, unknown = get_args_parser().parse_known_args(arguments)
+    if unknown and not unknown[0].startswith("-"):  # argparse takes settings in one piece
+        raise UserError(f"{unknown[0]} stands behind an option: put -m before all settings.")
     if unknown:
         raise UserError(f"{unknown[0]} is not an option: type KEY=VALUE for a setting, or see --help.")
 

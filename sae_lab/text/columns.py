@@ -133,18 +133,21 @@ def plain_text(features: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
     """Return the columns that are plainly the text; none if nothing is.
 
     A column is taken by itself if it has a usual name, or if it is the only one of strings and nothing beside it could
-    be the text: no list, no struct, no bytes, no chat and no token ids.
+    be the text: no list, no struct, no bytes, no chat and no token ids. If something could, a usual name does not help
+    a column of ids, numbers or single words.
 
     Args:
         features: the features of the data set.
-        rows: the first rows. If all their values are URLs, hashes, ids or the like, the column is not taken by itself.
+        rows: the first rows. If 9 in 10 values are URLs, hashes, ids or the like, the column is not taken by itself.
     """
     columns = {column.path: column for column in columns_of(features)}
     strings = {path for path, column in columns.items() if column.is_text and len(column.steps) == 1}
     usual = usual_names(strings)
-    if usual and not all(kind_of_values(columns[name].values(rows), REFERENCES) for name in usual):
+    others = any(may_be_text(column) for path, column in columns.items() if path not in strings)
+    no_text = DOUBTFUL if others else REFERENCES
+    if usual and not all(kind_of_values(columns[name].values(rows), no_text) for name in usual):
         return tuple(columns[name] for name in usual)
-    if not usual and len(strings) == 1 and not any(may_be_text(c) for p, c in columns.items() if p not in strings):
+    if not usual and len(strings) == 1 and not others:
         (only,) = strings
         if only not in CHATS_OR_TOKENS and not kind_of_values(columns[only].values(rows), DOUBTFUL):
             return (columns[only],)
@@ -181,13 +184,16 @@ def may_be_text(column: Column) -> bool:
 
 
 def kind_of_values(values: Sequence[Any], kinds: Mapping[str, str]) -> str | None:
-    """Return what the strings are, if all of them are URLs, ids or the like; None for text and for no strings."""
+    """Return what the strings are, if 9 in 10 of them are URLs, ids or the like; None for text and for no strings."""
     strings = [value for value in values if isinstance(value, str)]
+
+    def are(pattern: str) -> bool:
+        return sum(bool(re.fullmatch(pattern, s, re.IGNORECASE | re.DOTALL)) for s in strings) >= 0.9 * len(strings)
+
     for name, pattern in kinds.items():
-        if strings and all(re.fullmatch(pattern, s, re.IGNORECASE | re.DOTALL) for s in strings):
+        if strings and are(pattern):
             return name
-    words = kinds is DOUBTFUL and len(strings) >= 10 and all(re.fullmatch(WORD, s) for s in strings)
-    return "single words" if words else None
+    return "single words" if kinds is DOUBTFUL and len(strings) >= 10 and are(WORD) else None
 
 
 def question(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], others: Collection[str] = ()) -> str:

@@ -202,7 +202,7 @@ def explain_refusal(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
             raise
         raise UserError(
             f"{folder} cannot be written ({e.strerror}): set the environment variable SAE_LAB_CACHE to a folder that "

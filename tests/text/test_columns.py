@@ -16,7 +16,7 @@ from fakes import SETTINGS, Echo
 
 from sae_lab.activations.from_text import from_documents
 from sae_lab.runtime.errors import UserError
-from sae_lab.text.columns import text_of
+from sae_lab.text.columns import features_of, plain_text, text_of
 from sae_lab.text.corpora import FileDocuments
 from sae_lab.text.streams import HubDocuments
 
@@ -244,3 +244,16 @@ def test_what_is_read_is_said_once(tmp_path, caplog):
         stream.text.first_rows(2)
     line = "text: column text of 12 documents; the first begins '0 1 2'"
     assert [record.getMessage() for record in caplog.records] == [line]
+
+
+def test_a_usual_name_does_not_make_text_of_ids_beside_a_chat():
+    chat = [{"from": "human", "value": "How do I open a file?"}]
+    rows = [{"text": f"conv_{i:06}", "conversations": chat} for i in range(20)]
+    assert plain_text(features_of(rows), rows) == ()
+    rows = [{"text": f"Some text number {i}.", "conversations": chat} for i in range(20)]
+    assert [column.path for column in plain_text(features_of(rows), rows)] == ["text"]
+
+
+def test_one_text_among_hashes_does_not_make_a_column_text():
+    rows = [{"sha": f"{i:040x}"} for i in range(19)] + [{"sha": "first commit of all"}]
+    assert plain_text(features_of(rows), rows) == ()
