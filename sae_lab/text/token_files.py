@@ -20,7 +20,9 @@ TokenType = Literal["uint16", "uint32", "int32", "int64"]
 SUFFIXES = {".bin", ".npy"}
 LOOKED_AT = 2**20  # ids from which the type of a file is inferred
 TOGETHER = 2**24  # ids that are searched together
-LLM_C = (20240520, 1024)  # the first number of a header of llm.c, and the size of the header in bytes
+LLM_C = {20240520: "uint16", 20240801: "uint32"}  # first number of a header of llm.c (GPT-2, Llama 3) -> type of ids
+HEADER = 1024  # bytes of a header of llm.c
+FEW = 8  # of fewer ids every second one may be 0 by chance
 
 
 def are_token_files(paths: Sequence[str]) -> bool:
@@ -40,7 +42,7 @@ class TokenFiles(IndexedDocuments):
         paths: files or globs.
         n_ids: ids are below this number; 0: not known.
         bos_id, eos_id: the ids between documents.
-        dtype: type of the ids in .bin files; None: uint16 or uint32, whichever gives ids of the vocabulary.
+        dtype: type of the ids in .bin files; None: uint16, uint32 or int64, whichever gives ids of the vocabulary.
 
     Raises:
         UserError: no file matches, a file is no such array, or no type gives ids of the vocabulary.
@@ -144,29 +146,70 @@ def map_ids(file: Path, dtype: str | None, n_ids: int) -> NDArray[Any]:
                 "axis, or two (a row is a document), are expected."
             )
         return array
-    offset, size = header_size(file), file.stat().st_size
-    kind = np.dtype(dtype or ("uint16" if offset else inferred_type(file, n_ids))).newbyteorder("<")
+    named, offset = header_of(file)
+    size = file.stat().st_size
+    kind = np.dtype(dtype or named or inferred_type(file, n_ids)).newbyteorder("<")
     if (size - offset) % kind.itemsize:
         raise SettingError(f"{file} has {size:,} bytes, no whole ids of {{dtype}}={kind.name}: give another.")
     return np.memmap(file, kind, "r", offset) if size > offset else np.empty(0, kind)
 
 
-def header_size(file: Path) -> int:
-    magic, size = LLM_C
+def header_of(file: Path) -> tuple[str | None, int]:
+    """Return the type of ids that a header of llm.c tells, and the size of the header; (None, 0) without one."""
     with file.open("rb") as f:
-        return size if f.read(4) == magic.to_bytes(4, "little") else 0
+        named = LLM_C.get(int.from_bytes(f.read(4), "little"))
+    return named, HEADER if named else 0
 
 
 def inferred_type(file: Path, n_ids: int) -> str:
-    """Return uint32 or uint16, whichever reads the beginning of a file as ids of the vocabulary.
+    """Return int64, uint32 or uint16, whichever reads the beginning of a file as ids of the vocabulary.
 
     Ids of 16 bits that are read in pairs would be below `n_ids` only if every second one were almost 0.
     """
     with file.open("rb") as f:
         read = f.read(4 * LOOKED_AT)
-    for kind in ("<u4", "<u2") if n_ids else ():
-        ids = np.frombuffer(read[: len(read) // 4 * 4], kind)
-        if file.stat().st_size % int(kind[-1]) == 0 and (ids < n_ids).all():
-            return np.dtype(kind).name
+    size = file.stat().st_size
+    words = np.frombuffer(read[: len(read) // 4 * 4], "<u4")
+    halves = np.frombuffer(read[: len(read) // 2 * 2], "<u2")
+    if n_ids and size % 8 == 0 and are_int64(words):
+        return "int64"
+    if n_ids and size % 4 == 0 and (words < n_ids).all():
+        return "uint32"
+    if n_ids and size % 4 == 0 and may_be_uint32(halves, n_ids):
+        raise bad_id(file, words, n_ids)
+    if n_ids and size % 2 == 0 and (halves < n_ids).all():
+        return "uint16"
     known = f": neither uint16 nor uint32 gives ids below {n_ids:,}, the size of the vocabulary" if n_ids else ""
     raise SettingError(f"the type of the ids in {escaped(file)} is not known{known}: type {{dtype}}=uint16 or uint32.")
+
+
+def are_int64(words: NDArray[np.uint32]) -> bool:
+    """Whether words of 32 bits are halves of 64: every second one is 0, or -1 for the few negative ids."""
+    low, high = words[::2], words[1::2]
+    if len(high) <= FEW or not low.any():
+        return False
+    return bool(np.isin(high, (0, 2**32 - 1)).all() and (high == 0).mean() > 0.5)
+
+
+def may_be_uint32(halves: NDArray[np.uint16], n_ids: int) -> bool:
+    """Whether words of 16 bits may be halves of ids of 32 bits, some of them outside the vocabulary.
+
+    The upper halves of such ids are almost all small (or all ones: negative), and the lower halves are not; ids of
+    16 bits are alike at even and odd places. Above 65,536 ids any word is an id of 16 bits, so that doubt is enough:
+    small words are rare in ids of 16 bits.
+    """
+    large = (halves > (n_ids - 1) >> 16) & (halves != 2**16 - 1)
+    lower, upper = large[::2].mean(), large[1::2].mean()
+    are_uint32 = upper < 0.5 and lower > 4 * upper
+    return bool(are_uint32 or (n_ids > 2**16 and min(lower, upper) < 0.9))
+
+
+def bad_id(file: Path, words: NDArray[np.uint32], n_ids: int) -> SettingError:
+    """Return the error of a file of uint32 in which an id is outside the vocabulary."""
+    place = int(np.argmax(words >= n_ids))
+    found = int(words[place : place + 1].view("<i4")[0] if words[place] >> 16 == 2**16 - 1 else words[place])
+    return SettingError(
+        f"{escaped(file)}, read as uint32, holds the token id {found:,} as its id number {place:,}, and the model's "
+        f"vocabulary has {n_ids:,}: give data that were tokenized for this model, or type {{dtype}}=uint16 if that is "
+        "the type of the ids."
+    )

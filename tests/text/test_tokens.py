@@ -104,6 +104,7 @@ def test_padding_is_dropped_and_other_columns_are_not_read(tmp_path):
 ARRAYS: dict[str, tuple[str, np.ndarray, dict[str, Any]]] = {
     "uint16.bin": ("bin", np.array(FLAT, "<u2"), {}),
     "uint32.bin": ("bin", np.array(FLAT, "<u4"), {}),
+    "int64.bin": ("bin", np.array(FLAT, "<i8"), {}),
     "int32.bin": ("bin", np.array(FLAT, "<i4"), {"dtype": "int32"}),
     "uint16, named": ("bin", np.array(FLAT, "<u2"), {"dtype": "uint16"}),
     "int64.npy": ("npy", np.array(FLAT), {}),
@@ -134,10 +135,11 @@ def test_the_documentation_lists_what_is_tested_here():
     assert kinds_in_documentation("test_tokens.py") == ["jsonl", "parquet", "arrow", "saved", *ARRAYS]
 
 
-def test_a_header_of_llm_c_is_skipped(tmp_path):
+@pytest.mark.parametrize(("magic", "version", "kind"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
+def test_a_header_of_llm_c_is_skipped(magic, version, kind, tmp_path):
     header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(FLAT)
-    (tmp_path / "a.bin").write_bytes(header.tobytes() + np.array(FLAT, "<u2").tobytes())
+    header[:3] = magic, version, len(FLAT)
+    (tmp_path / "a.bin").write_bytes(header.tobytes() + np.array(FLAT, kind).tobytes())
     assert ids_of(TokenFiles(str(tmp_path / "*.bin"), **OPTIONS))[:2] == [[2, EOS], [12, 13, EOS]]
 
 
@@ -169,6 +171,48 @@ def test_an_array_without_ends_is_cut(tmp_path, monkeypatch):
     assert ids_of(TokenFiles(path, HELD_OUT, **OPTIONS)) == [list(range(182, 202))]
     longer = write_array(tmp_path / "b.bin", np.arange(2, 202).repeat(5).astype("<u2"))
     assert {len(ids) for ids in ids_of(TokenFiles(longer, **OPTIONS))} == {50}
+
+
+LARGE = np.random.default_rng(0).integers(2, 128_000, 1001)
+
+
+@pytest.mark.parametrize("n_ids", [50_257, 128_256])
+def test_the_type_is_inferred_with_a_large_vocabulary(n_ids, tmp_path):
+    for kind in ("<u2", "<u4", "<i8"):
+        for n in (1000, 1001):
+            ids = LARGE[:n] % (50_000 if kind == "<u2" else n_ids)
+            path = write_array(tmp_path / "a.bin", ids.astype(kind))
+            assert np.concatenate(TokenFiles(path, **(OPTIONS | {"n_ids": n_ids}))._flat).tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize(("bad", "said"), [(70_000, "70,000"), (200_000, "200,000"), (-100, "-100")])
+@pytest.mark.parametrize("n_ids", [50_257, 65_537, 128_256])
+def test_uint32_with_a_bad_id_is_not_read_as_uint16(n_ids, bad, said, tmp_path):
+    ids = LARGE[:1000] % n_ids
+    ids[7] = bad
+    path = write_array(tmp_path / "a.bin", ids.astype("<i4"))
+    documents = partial(TokenFiles, path, **(OPTIONS | {"n_ids": n_ids}))
+    if 0 <= bad < n_ids:
+        assert documents()[0].ids[7] == bad
+        return
+    with pytest.raises(UserError, match=rf"holds the token id {said} as its id number 7, .* has {n_ids:,}: give data"):
+        documents()
+
+
+def test_a_file_that_may_be_uint32_needs_a_dtype(tmp_path):
+    ids = LARGE[:1000] % 65_536
+    ids[::3] = BOS  # more small ids than text has
+    path = write_array(tmp_path / "a.bin", ids.astype("<u2"))
+    large = OPTIONS | {"n_ids": 128_256}
+    with pytest.raises(UserError, match="or type dtype=uint16 if that is the type of the ids"):
+        TokenFiles(path, **large)
+    assert TokenFiles(path, dtype="uint16", **large)._flat[0].tolist() == ids.tolist()
+
+
+def test_a_negative_id_of_int64_is_named(tmp_path):
+    path = write_array(tmp_path / "a.bin", np.array([5, 6, EOS, 7, -100, EOS] * 5))
+    with pytest.raises(UserError, match="from its id number 3 on, holds the token id -100"):
+        text_of(partial(TokenFiles, path, **OPTIONS)).first_rows(1)
 
 
 MISTAKES: dict[str, tuple[str, np.ndarray, dict[str, Any], str]] = {
