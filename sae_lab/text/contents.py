@@ -93,19 +93,41 @@ class Content(NamedTuple):
     def _tokens(self, row: Mapping[str, Any], where: str) -> Tokens:
         values, *masks = ([*values_at(row, column.steps)] for column in self.columns)
         ids = integers([] if values == [None] else values, where)
-        for mask in masks:
+        kept = np.ones(len(ids), bool)
+        for column, mask in zip(self.columns[1:], masks, strict=True):
             if len(mask) != len(ids):
                 raise UserError(f"{where} has {len(ids)} ids and a mask of {len(mask)}: mend it, or leave it out.")
-            ids = ids[integers(mask, where) != 0]
+            kept &= booleans(mask, column.path, where)
+        ids = ids[kept]
         return Tokens(ids, where)
 
 
 def integers(values: Sequence[Any], where: str) -> NDArray[np.int64]:
     """Return the values as an array; raise a UserError if one is no whole number."""
-    array = np.asarray(values if len(values) else np.empty(0, np.int64))
-    if array.ndim != 1 or array.dtype.kind not in "iu":
+    array = as_array(values)
+    if array is None or array.dtype.kind not in "iu":
         raise UserError(f"{where} holds {excerpt(values, 30)!r} in the place of token ids: mend it, or leave it out.")
     return array.astype(np.int64)
+
+
+def booleans(values: Sequence[Any], name: str, where: str) -> NDArray[np.bool_]:
+    """Return a mask of booleans, or of 0 and 1, as an array; raise a UserError if a value is none of these."""
+    array = as_array(values)
+    if array is None or array.dtype.kind not in "iub" or not np.isin(array, (0, 1)).all():
+        raise UserError(
+            f"{where} holds {excerpt(values, 30)!r} in its mask {name} in the place of 0 and 1, or false and true: "
+            "mend it, or leave it out."
+        )
+    return array.astype(bool)
+
+
+def as_array(values: Sequence[Any]) -> NDArray[Any] | None:
+    """Return the values as an array with one axis; None if they are lists."""
+    try:
+        array = np.asarray(values if len(values) else np.empty(0, np.int64))
+    except ValueError:  # lists of different lengths
+        return None
+    return array if array.ndim == 1 else None
 
 
 def cleaned(document: Document, clean: Callable[[str], str]) -> Document:

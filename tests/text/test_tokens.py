@@ -100,6 +100,20 @@ def test_padding_is_dropped_and_other_columns_are_not_read(tmp_path):
     assert ids_of(FileDocuments(write(tmp_path, "jsonl", rows), column="x.input_ids")) == [[6, 7]] * 11
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+@pytest.mark.parametrize("mask", [[True, True, False], [1, 1, 0]])
+def test_a_mask_holds_booleans_or_numbers(mask, kind, tmp_path):
+    rows = [{"input_ids": [5, 6, 7], "attention_mask": mask}] * 12
+    assert ids_of(FileDocuments(write(tmp_path, kind, rows), column="input_ids")) == [[5, 6]] * 11
+
+
+@pytest.mark.parametrize("mask", [[1, 2, 0], [0.5, 1.0, 1.0], ["a", "b", "c"], [1, None, 1]])
+def test_a_mask_of_other_values_is_named(mask, tmp_path):
+    rows = [{"input_ids": [5, 6, 7], "attention_mask": mask}] * 3
+    with pytest.raises(UserError, match=r"row 1 of .* in its mask attention_mask in the place of 0 and 1"):
+        FileDocuments(write(tmp_path, "jsonl", rows), column="input_ids")
+
+
 # Kind -> what writes the file, the ids of all documents.
 ARRAYS: dict[str, tuple[str, np.ndarray, dict[str, Any]]] = {
     "uint16.bin": ("bin", np.array(FLAT, "<u2"), {}),
@@ -253,7 +267,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_place(bad, kind, tmp_pat
 
 
 def test_a_value_that_is_no_id_is_named_with_its_place(tmp_path):
-    for value in ([1.5], ["a"], [[1]]):
+    for value in ([1.5], ["a"], [[1]], [[1], [2, 3]], [True]):
         path = write(tmp_path, "jsonl", [{"input_ids": [5]}] * 1000 + [{"input_ids": value}])
         with pytest.raises(UserError, match=rf"row 1,001 of {path} holds .* in the place of token ids"):
             FileDocuments(path, column="input_ids")
