@@ -80,15 +80,31 @@ def named_content(
         ids = tokens[names[0]]
         masks = [c for c in columns.values() if c.steps == (*ids.steps[:-2], MASK_NAME, None)]
         return Content("tokens", (ids, *masks), tuple(c.path for c in columns.values() if c.path in LOSS_MASKS))
+    check_one_list(columns, names)
     chosen = named_columns(columns, names, [*chats, *tokens])
     if pair and len(names) == 1:
         raise SettingError(f"{{column}}={escaped(names[0])} is no list of messages: name one, or type {{chat}}=false.")
     return Content("chat" if pair else "text", chosen)
 
 
+def check_one_list(columns: Mapping[str, Column], names: Sequence[str]) -> None:
+    """Raise a SettingError if a named column holds whole numbers in lists of lists."""
+    for name in names:
+        column = columns.get(name)
+        if column and are_whole(column) and column.steps.count(None) > 1:
+            raise SettingError(
+                f"{{column}}={escaped(name)} holds a list of lists of {column.kind} in each row: one list of token ids "
+                "is expected, so write each inner list as a row of its own."
+            )
+
+
 def is_ids(column: Column) -> bool:
     """Whether a column holds lists of whole numbers."""
-    return column.steps[-1] is None and column.steps.count(None) == 1 and column.kind.lstrip("u").startswith("int")
+    return column.steps[-1] is None and column.steps.count(None) == 1 and are_whole(column)
+
+
+def are_whole(column: Column) -> bool:
+    return column.kind.lstrip("u").startswith("int")
 
 
 def chat_columns(

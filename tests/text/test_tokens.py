@@ -276,6 +276,16 @@ def test_a_value_that_is_no_id_is_named_with_its_place(tmp_path):
         FileDocuments(write(tmp_path, "jsonl", rows), column="input_ids")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+@pytest.mark.parametrize("ids", [[[5, 6], [7]], [[5, 6, 7]]])
+def test_a_list_of_lists_is_one_sentence(ids, kind, tmp_path):
+    path = write(tmp_path, kind, [{"input_ids": ids}] * 3)
+    with pytest.raises(
+        UserError, match=r"input_ids holds a list of lists of int\d\d in each row: one list of token ids"
+    ):
+        FileDocuments(path, column="input_ids")
+
+
 def lm(**changes: Any) -> Any:
     model = Echo()
     for name, value in {"tokenizer": NoTokenizer(), "bos_id": BOS, **changes}.items():
