@@ -17,7 +17,10 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
 # What a repository of the hub holds besides its data.
 NO_DATA = {"readme.md", "license.txt", "license.md", "config.json", "dataset_info.json", "dataset_infos.json"}
-UNDERSTOOD = f"{', '.join(FORMATS)}, each also with {', '.join(COMPRESSED)}, and {', '.join(ARCHIVES)}"
+UNDERSTOOD = (
+    f"{', '.join(FORMATS)}, each also with {', '.join(COMPRESSED)}, {', '.join(ARCHIVES)}, and, with data=tokens, "
+    ".bin and .npy"
+)
 
 
 def is_archive(name: str) -> bool:

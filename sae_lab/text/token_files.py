@@ -15,9 +15,11 @@ from sae_lab.runtime.errors import SettingError, UserError, first_line
 from sae_lab.text.columns import escaped, excerpt
 from sae_lab.text.contents import TOKENS, Tokens
 from sae_lab.text.documents import HELD_OUT, PIECE, TRAIN, IndexedDocuments, digest_of, stamp_of
+from sae_lab.text.formats import format_of, may_be_data
 
 TokenType = Literal["uint16", "uint32", "int32", "int64"]
 SUFFIXES = {".bin", ".npy"}
+ROWS = {"parquet", "arrow", "jsonl", "archive"}  # in a folder with these, arrays are not the data
 LOOKED_AT = 2**20  # ids from which the type of a file is inferred
 TOGETHER = 2**24  # ids that are searched together
 LLM_C = {20240520: "uint16", 20240801: "uint32"}  # first number of a header of llm.c (GPT-2, Llama 3) -> type of ids
@@ -26,8 +28,33 @@ FEW = 8  # of fewer ids every second one may be 0 by chance
 
 
 def are_token_files(paths: Sequence[str]) -> bool:
-    """Whether paths, which may be globs, name arrays of token ids."""
-    return all(Path(path).suffix in SUFFIXES for path in paths)
+    """Whether paths, which may be globs or folders, name arrays of token ids."""
+    return all(Path(path).suffix in SUFFIXES or is_of_arrays(matching(path)) for path in paths)
+
+
+def is_of_arrays(files: Sequence[Path]) -> bool:
+    """Whether files hold arrays of token ids, and no rows."""
+    return any(f.suffix in SUFFIXES for f in files) and not any(format_of(f.name) in ROWS for f in files)
+
+
+def matching(path: str) -> list[Path]:
+    """Return the files that match a glob, or that lie in a folder, at any depth and without hidden ones."""
+    found = [Path(f) for f in sorted(glob(str(Path(path).expanduser()), recursive=True))]  # noqa: PTH207
+    inside = [f for folder in found for f in sorted(folder.rglob("*")) if may_be_data(f.relative_to(folder))]
+    return [f for f in found if f.is_file()] or [f for f in inside if f.is_file()]
+
+
+def arrays_of(path: str) -> list[Path]:
+    """Return the arrays that match a glob, or that lie in a folder: all .bin files, or all .npy files."""
+    if Path(path).suffix in SUFFIXES and not Path(path).expanduser().is_dir():
+        return matching(path)
+    files = [f for f in matching(path) if f.suffix in SUFFIXES]
+    if len({f.suffix for f in files}) > 1:
+        raise SettingError(
+            f"{{paths}}=[{escaped(path)}] has .bin and .npy files: give those of one type, such as "
+            f"{{paths}}=['{escaped(Path(path))}/**/*.bin']."
+        )
+    return files
 
 
 class TokenFiles(IndexedDocuments):
@@ -39,7 +66,7 @@ class TokenFiles(IndexedDocuments):
     documents, the last one.
 
     Args:
-        paths: files or globs.
+        paths: files, globs, or folders of .bin or of .npy files.
         n_ids: ids are below this number; 0: not known.
         bos_id, eos_id: the ids between documents.
         dtype: type of the ids in .bin files; None: uint16, uint32 or int64, whichever gives ids of the vocabulary.
@@ -64,7 +91,7 @@ class TokenFiles(IndexedDocuments):
     ):
         super().__init__(seed, split)
         globs = [paths] if isinstance(paths, str) else [*paths]
-        self.files = sorted({Path(f) for g in globs for f in glob(str(Path(g).expanduser()), recursive=True)})  # noqa: PTH207
+        self.files = sorted({file for path in globs for file in arrays_of(path)})
         if not self.files:
             raise SettingError(f"no file matches {{paths}}={escaped(globs)}: give .bin or .npy files.")
         self.arrays = [map_ids(file, dtype, n_ids) for file in self.files]

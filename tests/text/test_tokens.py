@@ -308,6 +308,34 @@ def test_no_tokenizer_is_used_and_none_is_named(tmp_path, caplog, capsys):
     assert "packed 65 documents: 372 tokens" in capsys.readouterr().out
 
 
+def tokens_of(path: Path) -> Any:
+    return tokens(lm(), [str(path)], **ROWS, order="as_read", **SETTINGS)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "npy"])
+@pytest.mark.parametrize("where", [".", "**", "*"])
+def test_the_shards_of_a_folder_are_read_in_order(where, suffix, tmp_path):
+    for i, name in enumerate(["b", "a", "c"]):
+        write_array(tmp_path / f"{name}.{suffix}", np.array([10 + i, EOS] * 20, "<u2"))
+    (tmp_path / "README.md").write_text("shards")
+    (tmp_path / "meta.json").write_text("{}")
+    (tmp_path / "index.idx").write_bytes(b"1")
+    same = [TokenFiles(str(tmp_path / glob), **OPTIONS) for glob in (where, f"*.{suffix}")]
+    assert [ids for ids, _ in ids_of(same[0])] == [11] * 18 + [10] * 18 + [12] * 18
+    assert same[0].digest() == same[1].digest()
+    assert torch.equal(tokens_of(tmp_path / where).text.first_rows(20), tokens_of(tmp_path).text.first_rows(20))
+
+
+def test_a_folder_without_ids_of_one_type_is_one_sentence(tmp_path):
+    (tmp_path / "a.xyz").write_text("a")
+    with pytest.raises(UserError, match=r"no file that is understood: .*, and, with data=tokens, \.bin and \.npy\."):
+        tokens_of(tmp_path)
+    for suffix in ("bin", "npy"):
+        write_array(tmp_path / f"a.{suffix}", np.array(FLAT, "<u2"))
+    with pytest.raises(UserError, match=r"has .bin and .npy files: give those of one type, such as .*/\*\*/\*.bin'\]"):
+        tokens_of(tmp_path).text.first_rows(1)
+
+
 def test_every_source_of_ids_gives_the_same_rows(tmp_path):
     text = {"chat": "auto", "special_tokens": "text", "column": "input_ids"}
     settings = SETTINGS | {"order": "as_read", "seed": 3}
