@@ -20,12 +20,15 @@ from torch import Tensor
 from torch.serialization import set_default_mmap_options
 
 from sae_lab.runtime.errors import SettingError, UserError, first_line
+from sae_lab.text.archives import LFS_POINTER
 
 Axes = Literal["auto", "nd", "nsd", "ntd", "ntsd"]
 NDIM = {"nd": 2, "nsd": 3, "ntd": 3, "ntsd": 4}
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The numbers of activations, by their names in .safetensors files; tensors of others are not looked at."""
 DTYPES = tuple(SAFETENSORS.values())
+PT_BEGINS = (b"PK", b"\x80")
+"""How a file of torch.save begins: a zip archive or, before torch 1.6, a pickle."""
 
 
 class Part(NamedTuple):
@@ -106,32 +109,52 @@ def find_files(path: str) -> list[Path]:
 
 def read_parts(file: Path, key: str | None, axes: Axes) -> list[Part]:
     """Return the tensors of a file that hold the activations: one, or those of a list."""
-    chosen = choose(READERS[file.suffix](file), key, file)
+    chosen = choose(read_file(file), key, file)
     tensors = [chosen] if isinstance(chosen, Tensor) else chosen
     return [Part(file, as_rows(tensor.detach(), axes, file)) for tensor in tensors]
 
 
+def read_file(file: Path) -> Any:
+    """Return what a file holds.
+
+    Raises:
+        UserError: it cannot be read, whatever the reader says of it: readers trip over broken files in many ways.
+    """
+    try:
+        if first_bytes(file).startswith(LFS_POINTER):
+            raise UserError(f"{file} is a pointer of Git LFS and not the file: run git lfs pull.")
+        return READERS[file.suffix](file)
+    except (UserError, MemoryError):
+        raise
+    except Exception as e:
+        raise UserError(f"{file} cannot be read ({first_line(e)}): save it again.") from e
+
+
+def first_bytes(file: Path) -> bytes:
+    with file.open("rb") as f:
+        return f.read(len(LFS_POINTER))
+
+
 def load_pt(file: Path) -> Any:
     """Return what torch.save wrote, mapped into memory; the format of before torch 1.6 is loaded whole."""
+    if (begin := first_bytes(file)) and not begin.startswith(PT_BEGINS):
+        raise UserError(f"{file} is no .pt file: save the tensor with torch.save(x, 'acts.pt').")
     # A private mapping counts as memory that might be written to, so Linux refuses one that exceeds the memory.
     share = set_default_mmap_options(MAP_SHARED) if os.access(file, os.W_OK) else nullcontext()
     try:
         with share:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
-    except pickle.UnpicklingError as e:
+    except (pickle.UnpicklingError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "TorchScript" not in str(e):
+            raise
         raise UserError(
             f"{file} holds more than plain tensors, and opening it could run code of its author: if you trust it, load "
             "it with torch.load(..., weights_only=False) yourself, and save the tensor alone with torch.save."
         ) from e
-    except (RuntimeError, EOFError, OSError) as e:
-        raise unreadable(file, e) from e
 
 
 def load_npy(file: Path) -> Tensor:
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
-        raise unreadable(file, e) from e
+    array = np.load(file, mmap_mode="r", allow_pickle=False)
     try:
         return read_only(array)
     except (TypeError, ValueError) as e:  # strings, structs, the other byte order, negative strides
@@ -142,17 +165,14 @@ def load_npy(file: Path) -> Tensor:
 
 def load_safetensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors by name. The library's own reader makes a private mapping (see load_pt)."""
-    try:
-        content = read_only(np.memmap(file, np.uint8, "r"))
-        start = 8 + int(content[:8].view(torch.int64))
-        header = json.loads(bytes(content[8:start].numpy()))
-        return {
-            name: content[start:][slice(*entry["data_offsets"])].view(SAFETENSORS[entry["dtype"]]).view(entry["shape"])
-            for name, entry in header.items()
-            if name != "__metadata__" and entry["dtype"] in SAFETENSORS
-        }
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as e:
-        raise unreadable(file, e) from e
+    content = read_only(np.memmap(file, np.uint8, "r"))
+    start = 8 + int(content[:8].view(torch.int64))
+    header = json.loads(bytes(content[8:start].numpy()))
+    return {
+        name: content[start:][slice(*entry["data_offsets"])].view(SAFETENSORS[entry["dtype"]]).view(entry["shape"])
+        for name, entry in header.items()
+        if name != "__metadata__" and entry["dtype"] in SAFETENSORS
+    }
 
 
 def read_only(array: np.ndarray) -> Tensor:
@@ -168,10 +188,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
     ".safetensors": load_safetensors,
     ".npy": load_npy,
 }
-
-
-def unreadable(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} cannot be read ({first_line(error)}): save it again.")
 
 
 def literal(file: Path | str) -> str:
@@ -216,6 +232,10 @@ def as_rows(x: Tensor, axes: Axes, file: Path) -> Float[Tensor, "n s d"]:
     Raises:
         SettingError: it cannot be activations, or it is not known what its axes are.
     """
+    if x.is_nested:
+        raise UserError(f"{file} holds a nested tensor: save its rows one after the other (torch.cat(x.unbind())).")
+    if x.is_meta:
+        raise UserError(f"{file} holds a tensor of the meta device, which has no numbers: save the activations.")
     shape = tuple(x.shape)
     if x.dtype not in DTYPES or x.layout != torch.strided:
         what = str(x.dtype if x.layout == torch.strided else x.layout).removeprefix("torch.")

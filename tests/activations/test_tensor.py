@@ -199,6 +199,20 @@ REFUSED = {
     "an empty file": (lambda f: f.touch(), {}, r"acts\.pt cannot be read .*: save it again\."),
     "a cut file": (lambda f: (torch.save(X, f), f.write_bytes(f.read_bytes()[:9000])), {}, "cannot be read"),
     "code": (lambda f: torch.save(Code(), f), {}, r"holds more than plain tensors, .*save the tensor alone"),
+    "TorchScript": (lambda f: torch.jit.script(torch.nn.ReLU()).save(f), {}, "holds more than plain tensors"),
+    "text": (lambda f: f.write_text("hello"), {}, r"acts\.pt is no \.pt file: save the tensor with torch\.save\(x, "),
+    "a pointer of Git LFS": (
+        lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        {},
+        r"acts\.pt is a pointer of Git LFS and not the file: run git lfs pull\.",
+    ),
+    "a broken pickle": (lambda f: f.write_bytes(b"\x80\x02hello"), {}, r"acts\.pt cannot be read .*: save it again\."),
+    "a nested tensor": (
+        lambda f: torch.save(torch.nested.nested_tensor([X[:2], X[:4]]), f),
+        {},
+        r"holds a nested tensor: save its rows one after the other \(torch\.cat\(x\.unbind\(\)\)\)",
+    ),
+    "a meta tensor": (lambda f: torch.save(X.to("meta"), f), {}, "the meta device, which has no numbers: save the act"),
     "no tensor": (lambda f: torch.save({"a": 1}, f), {}, "holds no tensor but a dict"),
     "several tensors": (
         lambda f: torch.save({"a": X, "b": {"c": X}}, f),
@@ -245,6 +259,11 @@ REFUSED = {
         lambda f: f.with_suffix(".safetensors").write_bytes(b"\x08\0\0\0"),
         {"path": "acts.safetensors"},
         "cannot be read",
+    ),
+    "safetensors with a list for a header": (
+        lambda f: f.with_suffix(".safetensors").write_bytes(b"\x08" + bytes(7) + b"[1, 2]  "),
+        {"path": "acts.safetensors"},
+        r"acts\.safetensors cannot be read .*: save it again\.",
     ),
     "NaN": (lambda f: torch.save(NAN, f), {}, r"acts\.pt has nan in row 123 \(counted from 0\): leave such rows out"),
     "infinity after a conversion": (lambda f: torch.save(INF, f), {"held_out_every": 1000}, r"has inf in row 999 "),
