@@ -53,7 +53,7 @@ class HeldOut(NamedTuple):
     """Held-out data of an evaluation, in parts; `StreamData.held_out_rows_of` gives the activations of a part.
 
     Args:
-        parts: what is read together: text rows, or numbers of pieces.
+        parts: what is read together: text rows, or ranges of rows.
         n_tokens: tokens (rows, for activations without text) of all parts.
         too_few: there are fewer than asked for.
     """

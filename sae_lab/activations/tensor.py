@@ -67,6 +67,16 @@ class Pieces:
         numbers = torch.arange(self.every - 1, self.n, self.every)
         return numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))].tolist()
 
+    def first_held_out(self, n_rows: int) -> list[range]:
+        """Return so many rows of the held-out pieces, or all of them: the last piece is cut."""
+        found, left = list[range](), n_rows
+        for i in self.held_out:
+            if left <= 0:
+                break
+            found.append(self.range(i)[:left])
+            left -= len(found[-1])
+        return found
+
 
 class TensorSource:
     """A Source that yields every training row once per pass.
@@ -156,7 +166,9 @@ class TensorData(StreamData):
         Raises:
             UserError: a row is not finite, or above LARGEST; it names the file and the row.
         """
-        ranges = [self.pieces.range(i) for i in pieces]
+        return self._read_ranges([self.pieces.range(i) for i in pieces])
+
+    def _read_ranges(self, ranges: Sequence[range]) -> Float[Tensor, "n s d"]:
         rows = self.files.rows(ranges)
         low, high = torch.stack(torch.aminmax(rows)).tolist()  # NaN if any number is
         if not -LARGEST < low <= high < LARGEST:
@@ -179,14 +191,14 @@ class TensorData(StreamData):
         return PrefetchedSource(source, 0, self.device)
 
     def held_out(self, n_tokens: int) -> HeldOut:
-        at_once, n_pieces = max(1, self.batch_size // self.pieces.size), -(-n_tokens // self.pieces.size)
-        taken = self.pieces.held_out[:n_pieces]
-        n_rows = sum(len(self.pieces.range(i)) for i in taken)
+        at_once = max(1, self.batch_size // self.pieces.size)
+        taken = self.pieces.first_held_out(n_tokens)
+        n_rows = sum(map(len, taken))
         parts = [taken[i : i + at_once] for i in range(0, len(taken), at_once)]
         return HeldOut(parts, n_rows, n_rows < n_tokens)
 
-    def held_out_rows_of(self, part: Sequence[int]) -> HeldOutRows:
-        x = self.read(part)
+    def held_out_rows_of(self, part: Sequence[range]) -> HeldOutRows:
+        x = self._read_ranges(part)
         return HeldOutRows(x, [len(x)], torch.zeros(len(x), dtype=torch.bool))
 
     def probe_rows(self, n: int = 16) -> Float[Tensor, "n s d"]:

@@ -122,6 +122,18 @@ def test_a_pass_has_every_training_row_once_and_no_held_out_one(tmp_path):
     assert other.held_out(50) == d.held_out(50)
 
 
+def test_exactly_as_many_rows_are_held_out_as_are_asked_for(tmp_path):
+    torch.save(torch.zeros(20_000, 2), tmp_path / "acts.pt")
+    d = data(tmp_path / "acts.pt", n_val_tokens=300)
+    assert len(d.validation_rows()) == 300
+    for asked, found in ((1, 1), (1500, 1500), (1536, 1536), (5000, 15 * 128)):
+        held_out = d.held_out(asked)
+        assert (held_out.n_tokens, held_out.too_few) == (found, found < asked)
+        assert sum(len(d.held_out_rows_of(part).x) for part in held_out.parts) == found
+    more = [row for part in d.held_out(1500).parts for r in part for row in r]
+    assert [row for part in d.held_out(1400).parts for r in part for row in r] == more[:1400]
+
+
 def test_passes_differ_and_a_stream_continues_at_any_batch(tmp_path):
     d = data(saved(tmp_path, "folder")[0], prefetch=True)
     stream, batches, states = d.stream, [], []
