@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Generator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -15,7 +14,7 @@ from sae_lab.activations.finite import LARGEST
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Chunk, Source
 from sae_lab.activations.stream import HeldOut, HeldOutRows, StreamData
-from sae_lab.activations.tensor_files import Axes, TensorFiles
+from sae_lab.activations.tensor_files import Axes, TensorFiles, expanded
 from sae_lab.lm.none import NoLM
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.device import send
@@ -143,7 +142,7 @@ class TensorData(StreamData):
         self.files = TensorFiles(path, key, axes)
         self.pieces = Pieces(len(self.files), held_out_every)
         file = self.files.files[0]
-        stem = file.stem if file == Path(path) else Path(path).name
+        stem = file.stem if file == expanded(path) else expanded(path).name
         s = self.files.n_sources
         self.name, self.d_in, self.dtype = path, self.files.d, self.files.dtype
         self.sites = (stem,) if s == 1 else tuple(f"{stem}.{i}" for i in range(s))

@@ -94,7 +94,7 @@ class TensorFiles:
 
 def find_files(path: str) -> list[Path]:
     """Return the file, or the files of the folder that have a known ending, in the order of their names."""
-    here, known = Path(path), ", ".join(READERS)
+    here, known = expanded(path), ", ".join(READERS)
     if here.is_dir():
         found = [f for f in sorted(here.rglob("*")) if f.suffix in READERS and not f.name.startswith(".")]
         if not found:
@@ -105,6 +105,11 @@ def find_files(path: str) -> list[Path]:
     if here.suffix not in READERS:
         raise SettingError(f"{{path}}={literal(path)} is none of {known}: save it with torch.save(x, 'acts.pt').")
     return [here]
+
+
+def expanded(path: str) -> Path:
+    """Return a path without `~`."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (does not raise for an unknown user)
 
 
 def read_parts(file: Path, key: str | None, axes: Axes) -> list[Part]:

@@ -163,6 +163,16 @@ def test_dtypes_are_kept_or_converted_and_said(saved_as, kept_as, tmp_path, capl
     assert "; 100 are held out, and n_tokens are 4.55 passes over the others." in caplog.text
 
 
+def test_the_home_folder_may_be_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved(tmp_path, "pt")
+    d = data(Path("~/acts.pt"))
+    assert (d.sites, len(d.files)) == (("acts",), N)
+    assert data(Path("~") / shards(tmp_path).name).sites == ("shards",)
+    with pytest.raises(UserError, match=r"path=~nobody-of-this-name/acts\.pt does not exist"):
+        data(Path("~nobody-of-this-name/acts.pt"))
+
+
 def test_files_of_several_dtypes_become_float32(tmp_path):
     torch.save(X.half(), tmp_path / "a.pt")
     torch.save(X.bfloat16(), tmp_path / "b.pt")
