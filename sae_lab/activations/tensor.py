@@ -147,6 +147,8 @@ class TensorData(StreamData):
         self.name, self.d_in, self.dtype = path, self.files.d, self.files.dtype
         self.sites = (stem,) if s == 1 else tuple(f"{stem}.{i}" for i in range(s))
         log.info("%s", self.describe())
+        if axes in ("auto", "nd") and len(self.files) < 2 * self.d_in:
+            log.warning("%s", self.warn_of_width())
         self.begin()
 
     def describe(self) -> str:
@@ -158,6 +160,13 @@ class TensorData(StreamData):
         passes = self.n_tokens / (n - n_held_out)
         times = f"{n_held_out:,} are held out, and n_tokens are {passes:.3g} passes over the others"
         return f"{self.name}: {shape}, {dtype}; {times}."
+
+    def warn_of_width(self) -> str:
+        """Return the sentence about rows that are few for their width, as those of a transposed tensor are."""
+        return (
+            f"{self.name} has {len(self.files):,} rows of width {self.d_in:,}, fewer than twice the width: if these axes "
+            "are the wrong way round, save x.T instead of x; otherwise give more rows."
+        )
 
     def read(self, pieces: Sequence[int]) -> Float[Tensor, "n s d"]:
         """Return the rows of some pieces, on the device.

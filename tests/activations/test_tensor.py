@@ -163,6 +163,17 @@ def test_dtypes_are_kept_or_converted_and_said(saved_as, kept_as, tmp_path, capl
     assert "; 100 are held out, and n_tokens are 4.55 passes over the others." in caplog.text
 
 
+def test_few_rows_for_their_width_are_warned_of(tmp_path, caplog):
+    torch.save(X[:600].T.clone().repeat(4, 1), tmp_path / "acts.pt")
+    data(tmp_path / "acts.pt", batch_size=8, n_tokens=8)
+    sentence = "acts.pt has 24 rows of width 600, fewer than twice the width: if these axes are the wrong way round, save"
+    assert f"{sentence} x.T" in caplog.text
+    caplog.clear()
+    torch.save(X[:12], tmp_path / "acts.pt")
+    data(tmp_path / "acts.pt", batch_size=8, n_tokens=8)
+    assert not caplog.text
+
+
 def test_the_home_folder_may_be_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     saved(tmp_path, "pt")
