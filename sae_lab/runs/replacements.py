@@ -67,6 +67,8 @@ def replace_settings(run: DictConfig, settings: Mapping[str, Any]) -> DictConfig
 def describe(parent: str, leaf: str, node: Any) -> str:
     """Return what a part of a config has, and which of it may have been meant, for an error message."""
     names = [str(name) for name in node if str(name)[0] != "_"] if isinstance(node, dict) else []
+    if parent == "data" and leaf in stream_settings():
+        return f"the run's data has no such setting, only other data do: leave it out; data has {', '.join(names)}"
     close = difflib.get_close_matches(leaf, names, n=1)
     hint = f"did you mean {parent}.{close[0]}? " if close else ""
     return f"{hint}{parent} has {', '.join(names) or 'no settings'}"

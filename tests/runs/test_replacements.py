@@ -70,6 +70,13 @@ def test_a_setting_is_replaced_or_named():
             replace_settings(config, {key: 1})
 
 
+def test_a_setting_of_other_data_is_no_misspelling():
+    config = OmegaConf.create({"lm": {}, "data": {"_target_": "a.tensor", "path": "x.pt", "batch_size": 8}})
+    sentence = "run: the run's data has no such setting, only other data do: leave it out; data has path, batch_size"
+    with pytest.raises(UserError, match=f"^data.lm_batch_rows is not a setting of this {sentence}"):
+        replace_settings(config, {"data.lm_batch_rows": 4})
+
+
 def test_other_data_keep_the_settings_of_the_stream():
     config = OmegaConf.create({"lm": {}, "data": {"_target_": "a.stdlib", "held_out_every": 10, "seq_len": 7}})
     chosen = {"_target_": "a.text_files", "paths": ["x"], "seq_len": Default(), "order": Default("as_read")}
