@@ -52,7 +52,7 @@ class Pieces:
         self.size = min(PIECE, max(1, n_rows // (TENTHS * held_out_every)))
         self.n = -(-n_rows // self.size)
 
-    def range(self, i: int) -> range:
+    def rows_of(self, i: int) -> range:
         return range(i * self.size, min((i + 1) * self.size, self.n_rows))
 
     @property
@@ -72,7 +72,7 @@ class Pieces:
         for i in self.held_out:
             if left <= 0:
                 break
-            found.append(self.range(i)[:left])
+            found.append(self.rows_of(i)[:left])
             left -= len(found[-1])
         return found
 
@@ -153,7 +153,7 @@ class TensorData(StreamData):
 
     def describe(self) -> str:
         """Return one line about what is read."""
-        n, n_held_out = len(self.files), sum(len(self.pieces.range(i)) for i in self.pieces.held_out)
+        n, n_held_out = len(self.files), sum(len(self.pieces.rows_of(i)) for i in self.pieces.held_out)
         shape = f"{n:,} rows of {self.n_sources} × {self.d_in} (sources × width)"
         of, here = ", ".join(self.files.found), str(self.dtype).removeprefix("torch.")
         dtype = of if of == here else f"{of}, converted to {here}"
@@ -164,7 +164,7 @@ class TensorData(StreamData):
     def warn_of_width(self) -> str:
         """Return the sentence about rows that are few for their width, as those of a transposed tensor are."""
         return (
-            f"{self.name} has {len(self.files):,} rows of width {self.d_in:,}, fewer than twice the width: if these axes "
+            f"{self.name} has {len(self.files):,} rows of width {self.d_in:,}, fewer than twice the width: if the axes "
             "are the wrong way round, save x.T instead of x; otherwise give more rows."
         )
 
@@ -174,7 +174,7 @@ class TensorData(StreamData):
         Raises:
             UserError: a row is not finite, or above LARGEST; it names the file and the row.
         """
-        return self._read_ranges([self.pieces.range(i) for i in pieces])
+        return self._read_ranges([self.pieces.rows_of(i) for i in pieces])
 
     def _read_ranges(self, ranges: Sequence[range]) -> Float[Tensor, "n s d"]:
         rows = self.files.rows(ranges)

@@ -166,7 +166,7 @@ def test_dtypes_are_kept_or_converted_and_said(saved_as, kept_as, tmp_path, capl
 def test_few_rows_for_their_width_are_warned_of(tmp_path, caplog):
     torch.save(X[:600].T.clone().repeat(4, 1), tmp_path / "acts.pt")
     data(tmp_path / "acts.pt", batch_size=8, n_tokens=8)
-    sentence = "acts.pt has 24 rows of width 600, fewer than twice the width: if these axes are the wrong way round, save"
+    sentence = "acts.pt has 24 rows of width 600, fewer than twice the width: if the axes are the wrong way round, save"
     assert f"{sentence} x.T" in caplog.text
     caplog.clear()
     torch.save(X[:12], tmp_path / "acts.pt")
@@ -356,6 +356,6 @@ def test_rows_are_cut_into_pieces_that_fit_their_number(tmp_path):
         torch.save(torch.zeros(n, 2), tmp_path / "acts.pt")
         d = data(tmp_path / "acts.pt", batch_size=2, n_tokens=2)
         assert d.pieces.size == size
-        assert sum(len(d.pieces.range(i)) for i in range(d.pieces.n)) == n
+        assert sum(len(d.pieces.rows_of(i)) for i in range(d.pieces.n)) == n
         assert len(d.pieces.held_out) == d.pieces.n // 10
-        assert len(d.probe_rows()) == min(16, sum(len(d.pieces.range(i)) for i in d.pieces.held_out))
+        assert len(d.probe_rows()) == min(16, sum(len(d.pieces.rows_of(i)) for i in d.pieces.held_out))
