@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError, first_line
+from sae_lab.runtime.files import digest_of_json
 from sae_lab.text.columns import escaped, excerpt
 from sae_lab.text.contents import TOKENS, Tokens
 from sae_lab.text.documents import HELD_OUT, PIECE, TRAIN, IndexedDocuments, digest_of, stamp_of
@@ -115,7 +116,7 @@ class TokenFiles(IndexedDocuments):
         return digest_of(self.files, thorough)
 
     def fingerprint(self) -> str:
-        return stamp_of(self.files)
+        return digest_of_json([stamp_of(self.files), [array.dtype.name for array in self.arrays]])
 
     def __len__(self) -> int:
         return len(self.numbers)

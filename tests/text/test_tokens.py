@@ -223,6 +223,13 @@ def test_a_file_that_may_be_uint32_needs_a_dtype(tmp_path):
     assert TokenFiles(path, dtype="uint16", **large)._flat[0].tolist() == ids.tolist()
 
 
+def test_a_store_of_another_inferred_type_is_not_used(tmp_path, monkeypatch):
+    path = write_array(tmp_path / "a.bin", np.array(FLAT * 3))
+    right = text_of(partial(TokenFiles, path, **OPTIONS)).first_rows(5)
+    monkeypatch.setattr("sae_lab.text.token_files.inferred_type", lambda *_: "uint32")
+    assert not torch.equal(text_of(partial(TokenFiles, path, **OPTIONS)).first_rows(5), right)
+
+
 def test_a_negative_id_of_int64_is_named(tmp_path):
     path = write_array(tmp_path / "a.bin", np.array([5, 6, EOS, 7, -100, EOS] * 5))
     with pytest.raises(UserError, match="from its id number 3 on, holds the token id -100"):
