@@ -59,6 +59,7 @@ MISTAKES = [
     (["data.exclude_first=128"], "data.exclude_first=128 leaves nothing of a row of seq_len=128 tokens."),
     (["data.repeat=maybe"], "data.repeat=maybe must be true or false."),
     (["lm.sites=null"], "lm.sites=null must name at least one site, and none twice: choose among transformer.h.0 ... "),
+    (["lm.load=[16,16]"], "lm.load=[16, 16] must be a mapping, such as 'lm.load={attn_implementation: eager}'."),
     (["lm.sites=true"], "lm.sites=true must be null, a list of strings or a string."),
     (
         [

@@ -24,8 +24,11 @@ def loading_options(load: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the settings of `lm.load` as arguments of `from_pretrained`, with a config object for a quantisation.
 
     Raises:
-        UserError: one of them has a setting of its own or cannot be set, or the quantisation is unknown.
+        UserError: they are not a mapping, one of them has a setting of its own or cannot be set, or the quantisation is
+            unknown.
     """
+    if not isinstance(load, Mapping | None):
+        raise SettingError(f"{{load}}={load} must be a mapping, such as '{{load}}={{{{attn_implementation: eager}}}}'.")
     options = dict(load or {})
     for name in options:
         if name in OWN_KEYS:
