@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.activations.finite import LARGEST
+from sae_lab.activations.pieces import PiecePasses
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Chunk, Source
 from sae_lab.activations.stream import HeldOut, HeldOutRows, StreamData
@@ -19,7 +20,6 @@ from sae_lab.lm.none import NoLM
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.device import send
 from sae_lab.runtime.errors import SettingError, UserError
-from sae_lab.runtime.seeds import nth_generator
 from sae_lab.text.documents import stamp_of
 
 log = logging.getLogger(__name__)
@@ -78,36 +78,22 @@ class Pieces:
 
 
 class TensorSource:
-    """A Source that yields every training row once per pass.
-
-    Pass number n visits the pieces in an order drawn from (seed, n), so that each block of a stream mixes rows of all
-    files. The order takes 8 bytes of memory per piece.
-    """
+    """A Source that yields every training row once per pass, in the order of PiecePasses."""
 
     def __init__(self, data: "TensorData"):
-        self.data, self.pieces = data, data.pieces
-        bytes_of_piece = data.pieces.size * data.bytes_per_token
-        self.pieces_at_once = max(1, CHUNK_BYTES // bytes_of_piece)
-        self.epoch = self.next_piece = 0
+        self.data = data
+        at_once = CHUNK_BYTES // (data.pieces.size * data.bytes_per_token)
+        self.passes = PiecePasses(data.pieces.train, at_once, data.seed, data.repeat)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "piece": self.next_piece}
+        return self.passes.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.next_piece = state["epoch"], state["piece"]
+        self.passes.load_state_dict(state)
 
     def __iter__(self) -> Generator[Chunk, None, None]:
-        train = self.pieces.train
-        while True:
-            order = train[torch.randperm(len(train), generator=nth_generator(self.data.seed, self.epoch))]
-            while self.next_piece < len(order):
-                state = self.state_dict()
-                pieces = order[self.next_piece : self.next_piece + self.pieces_at_once]
-                self.next_piece += len(pieces)
-                yield Chunk(state, self.data.read(pieces.tolist()))
-            if not self.data.repeat:
-                return
-            self.epoch, self.next_piece = self.epoch + 1, 0
+        for state, pieces in self.passes:
+            yield Chunk(state, self.data.read(pieces.tolist()))
 
 
 class TensorData(StreamData):

@@ -15,12 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.activations.finite import check_finite
+from sae_lab.activations.pieces import PiecePasses
 from sae_lab.activations.source import Chunk
 from sae_lab.cache.pieces import PIECE
 from sae_lab.cache.shards import Manifest, MappedShard, read_held_out
 from sae_lab.cache.store import Store
 from sae_lab.runtime.errors import UserError
-from sae_lab.runtime.seeds import nth_generator
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +104,9 @@ class Cache:
 
 
 class CachedSource:
-    """A Source that yields every row of a cache once per pass.
+    """A Source that yields every row of a cache once per pass, in the order of PiecePasses.
 
-    Pass number n visits the pieces in an order drawn from (seed, n), so each block of a stream mixes text from the
-    whole cache. The order takes 8 bytes of memory per piece; rows are read from disk when they are needed.
+    Rows are read from disk when they are needed.
 
     Args:
         sites: the sites to read, as indices into `lm.sites` of the key, in the order of axis s; None: all. They change
@@ -123,13 +122,12 @@ class CachedSource:
         device: torch.device,
         sites: Sequence[int] | None = None,
     ):
-        self.cache, self.seed, self.repeat, self.device = cache, seed, repeat, device
+        self.cache, self.device = cache, device
         self.sites = range(len(cache.manifest.key["lm.sites"])) if sites is None else sites
-        self.pieces_at_once = max(1, chunk_rows // PIECE)
-        self.epoch = self.next_piece = 0
+        self.passes = PiecePasses(torch.arange(cache.n_pieces), chunk_rows // PIECE, seed, repeat, log_new_pass)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"cache": self.cache.identity, "epoch": self.epoch, "piece": self.next_piece}
+        return {"cache": self.cache.identity} | self.passes.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["cache"] != self.cache.identity:
@@ -137,7 +135,7 @@ class CachedSource:
                 f"{self.cache.store.url} is not the cache that this run began with: "
                 "use that cache, or start over with resume=never."
             )
-        self.epoch, self.next_piece = state["epoch"], state["piece"]
+        self.passes.load_state_dict(state)
 
     def __iter__(self) -> Generator[Chunk, None, None]:
         with ThreadPoolExecutor(N_THREADS, "cache") as threads:
@@ -145,16 +143,11 @@ class CachedSource:
 
     def _chunks(self, threads: Executor) -> Generator[Chunk, None, None]:
         names = [self.cache.manifest.key["lm.sites"][i] for i in self.sites]
-        while True:
-            order = torch.randperm(self.cache.n_pieces, generator=nth_generator(self.seed, self.epoch))
-            while self.next_piece < len(order):
-                state = self.state_dict()
-                pieces = order[self.next_piece : self.next_piece + self.pieces_at_once]
-                pieces = pieces.sort().values  # read in the order of the disk
-                self.next_piece += len(pieces)
-                rows = self.cache.pieces(pieces.tolist(), threads, self.sites)
-                yield Chunk(state, check_finite(rows.to(self.device), names, BAD_CACHE))
-            if not self.repeat:
-                return
-            self.epoch, self.next_piece = self.epoch + 1, 0
-            log.info("End of the cache: starting pass %d over it, in a new order.", self.epoch + 1)
+        for state, pieces in self.passes:
+            in_order_of_disk = pieces.sort().values.tolist()
+            rows = self.cache.pieces(in_order_of_disk, threads, self.sites)
+            yield Chunk({"cache": self.cache.identity} | state, check_finite(rows.to(self.device), names, BAD_CACHE))
+
+
+def log_new_pass(number: int) -> None:
+    log.info("End of the cache: starting pass %d over it, in a new order.", number)
