@@ -9,6 +9,7 @@ import torch
 from conftest import compose, equal
 
 from sae_lab.activations.buffer import ShuffledBlocks
+from sae_lab.training.run import train_run
 
 N_STEPS = 12
 SMALL = [
@@ -29,6 +30,13 @@ SMALL = [
 
 def config(folder: Path, *overrides: str):
     return compose(*SMALL, *overrides, f"run_dir={folder}")
+
+
+def train_each(root: Path, members: dict[str, list[str]]) -> Path:
+    """Every member's run, by itself."""
+    for name, overrides in members.items():
+        train_run(config(root / name, *overrides))
+    return root
 
 
 def stop_at_batch(monkeypatch, n: int, signum: signal.Signals = signal.SIGTERM) -> None:

@@ -37,6 +37,19 @@ class Counter:
             yield Chunk(state, rows)
 
 
+def assert_state_is_exact(plain, ahead) -> None:
+    """Two makers of streams: one that prefetches has the state of a plain one after every batch, and resumes there."""
+    unprefetched = plain()
+    states = [unprefetched.state_dict()] + [unprefetched.state_dict() for _ in unprefetched]
+    whole, prefetched = numbers(plain()), ahead()
+    for given, state in enumerate(states):
+        assert prefetched.state_dict() == state
+        resumed = ahead()
+        resumed.load_state_dict(prefetched.state_dict())
+        assert numbers(resumed) == whole[given:]
+        next(prefetched, None)
+
+
 def numbers(batches) -> list[list[int]]:
     return [batch.flatten().int().tolist() for batch in batches]
 

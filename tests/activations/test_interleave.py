@@ -10,7 +10,7 @@ from threading import Lock
 import pytest
 import torch
 from fakes import SETTINGS, Echo, Numbers, data
-from test_buffer import Counter, numbers
+from test_buffer import Counter, assert_state_is_exact, numbers
 
 from sae_lab.activations import source
 from sae_lab.activations.buffer import ShuffledBlocks
@@ -63,15 +63,7 @@ def test_no_row_changes(block_rows, n_rows):
 
 
 def test_the_state_is_exact_at_any_moment():
-    unprefetched = plain()
-    states = [unprefetched.state_dict()] + [unprefetched.state_dict() for _ in unprefetched]
-    whole, ahead = numbers(plain()), stream()
-    for given, state in enumerate(states):
-        assert ahead.state_dict() == state
-        resumed = stream()
-        resumed.load_state_dict(ahead.state_dict())
-        assert numbers(resumed) == whole[given:]
-        next(ahead, None)
+    assert_state_is_exact(plain, stream)
 
 
 def test_a_closed_stream_goes_on_where_it_was():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_buffer import Counter, numbers
+from test_buffer import Counter, assert_state_is_exact, numbers
 
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.prefetch import PrefetchedSource
@@ -33,16 +33,7 @@ def test_no_row_changes(ahead, block_rows):
 
 
 def test_the_state_is_exact_at_any_moment():
-    plain = ShuffledBlocks(Counter(13), 20, 4, seed=3)
-    states = [plain.state_dict()] + [plain.state_dict() for _ in plain]
-    whole = numbers(ShuffledBlocks(Counter(13), 20, 4, seed=3))
-    ahead = stream()
-    for given, state in enumerate(states):
-        assert ahead.state_dict() == state
-        resumed = stream()
-        resumed.load_state_dict(ahead.state_dict())
-        assert numbers(resumed) == whole[given:]
-        next(ahead, None)
+    assert_state_is_exact(lambda: ShuffledBlocks(Counter(13), 20, 4, seed=3), stream)
 
 
 def test_a_closed_stream_goes_on_where_it_was():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from groups import N_STEPS, assert_same_run, config, stop_at_batch
+from groups import N_STEPS, assert_same_run, config, stop_at_batch, train_each
 
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.lm.base import LanguageModel
@@ -31,11 +31,7 @@ def together(root: Path, *names: str, **options) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """Every member's run, by itself."""
-    root = tmp_path_factory.mktemp("alone")
-    for name, overrides in MEMBERS.items():
-        train_run(config(root / name, *overrides))
-    return root
+    return train_each(tmp_path_factory.mktemp("alone"), MEMBERS)
 
 
 def test_a_member_equals_the_same_run_alone(alone, tmp_path):

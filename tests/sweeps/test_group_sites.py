@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from groups import assert_same_run, config, stop_at_batch
+from groups import assert_same_run, config, stop_at_batch, train_each
 
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import Interrupted
@@ -32,10 +32,7 @@ def jobs(root: Path, **members: list[str]):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("alone")
-    for name, overrides in MEMBERS.items():
-        train_run(config(root / name, *overrides))
-    return root
+    return train_each(tmp_path_factory.mktemp("alone"), MEMBERS)
 
 
 def test_a_member_equals_the_same_run_alone(alone, tmp_path, caplog):
