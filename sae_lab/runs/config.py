@@ -37,6 +37,7 @@ MOVED = {
 """Old → new `_target_`. Keep an entry as long as runs with the old name must open."""
 LOADED_LM = {"tokenizer": None, "base_model": None, "trust_remote_code": False, "load": None}
 OF_ROWS = {"chat": "auto", "special_tokens": "text"}
+LINEAR_SAES = ("topk", "batch_topk", "matryoshka", "jumprelu", "gated", "vanilla", "cross_layer")
 ADDED: dict[str, dict[str, Any]] = {
     "sae_lab.activations.from_text.": {
         "order": "as_read",
@@ -48,6 +49,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "sae_lab.activations.from_text.text_files": {"format": "auto", **OF_ROWS},
     "sae_lab.cache.data.CachedData": {"lm_batch_tokens": "auto", "exclude_tokens": [], "max_norm": None},
     **{f"sae_lab.lm.{back_end}.": LOADED_LM for back_end in ("transformers", "transformer_lens", "nnsight")},
+    **{f"sae_lab.saes.{family}": {"encoder_norm": "drawn"} for family in LINEAR_SAES},
 }
 """`_target_` → settings that it has got since, with the values that mean "as before". A beginning that ends in a dot
 stands for all streams of activations; the parts of a mixture (`_partial_`) have no settings of a stream."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from sae_lab.ops.fixed_size import is_fixed_size, true_positions_padded
 from sae_lab.ops.matmul import linear_by_part
 from sae_lab.ops.row_gradients import select_rows
 from sae_lab.ops.sparse import Code
+from sae_lab.ops.unit_norm import divide_by_norm
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.saes.base import BaseSAE, SAEOutput
@@ -45,12 +46,15 @@ class LinearSAE(DictionarySAE):
         x_hat = z W_dec + b_dec
         loss  = mean (x - x_hat)² + aux
 
-    W_dec starts as W_enc with its rows divided by their norms. A transcoder does not subtract b_dec from x, because
-    b_dec belongs to other sources, and its W_enc is drawn independently of W_dec. In the auxiliary loss, dead latents
-    reconstruct the residual (see ops/auxk.py).
+    W_enc starts as W_dec, with rows of the norm that `encoder_norm` gives. A transcoder does not subtract b_dec from x,
+    because b_dec belongs to other sources, and its W_enc is drawn independently of W_dec. In the auxiliary loss, dead
+    latents reconstruct the residual (see ops/auxk.py).
 
     Args:
         encoder_bias: whether h includes b_enc.
+        encoder_norm: norm of each latent's row of W_enc, over all sources that it reads, at the start. `drawn`: as
+            drawn, sqrt(2 r d / f) with a relative spread of sqrt(0.2 / (r d)) (see `draw_weights`); `unit`: 1, so that
+            W_enc starts equal to W_dec of an SAE; a number: that norm.
         hidden: widths of the hidden layers of an MLP that is added to h (see parts/mlp.py); empty: no MLP.
         tied: whether W_enc and W_dec are one parameter, with unit rows and the sum of both gradients. A saved SAE holds
             both of them, equal, so that it can be read like any other.
@@ -63,12 +67,14 @@ class LinearSAE(DictionarySAE):
             batch, as the BatchTopK write-up suggests.
 
     Raises:
-        UserError: a setting is unknown or out of range, or `tied` is used with `frozen_decoder` or in a transcoder.
+        UserError: a setting is unknown or out of range, or `tied` is used with `frozen_decoder`, with an `encoder_norm`
+            other than that of W_dec, or in a transcoder.
     """
 
     def __init__(
         self,
         encoder_bias: bool = False,
+        encoder_norm: Annotated[float, Gt(0)] | Literal["drawn", "unit"] = "drawn",
         hidden: Widths = (),
         tied: bool = False,
         frozen_decoder: bool = False,
@@ -78,14 +84,9 @@ class LinearSAE(DictionarySAE):
         **dictionary: Any,
     ):
         super().__init__(**dictionary)
-        if tied and frozen_decoder:
-            raise SettingError("{tied}=true with {frozen_decoder}=true leaves nothing to train: choose one of them.")
-        if tied and self.n_inputs:
-            raise SettingError(
-                "{tied}=true is impossible for a transcoder, since its W_enc and W_dec are of different sites: "
-                "give {tied}=false."
-            )
+        check_tied(tied, frozen_decoder, encoder_norm, self.n_inputs)
         self.encoder_bias, self.hidden, self.tied, self.frozen_decoder = encoder_bias, [*hidden], tied, frozen_decoder
+        self.encoder_norm = encoder_norm
         self.auxk_coefficient, self.k_aux, self.auxk_selection = auxk_coefficient, k_aux, auxk_selection
         for parameter in (self.W_dec, self.b_dec):
             parameter.requires_grad_(not frozen_decoder)
@@ -95,6 +96,9 @@ class LinearSAE(DictionarySAE):
         W_enc = self.draw_weights(self.sources.n_written, generator)  # the same numbers as W_dec, from the same seed
         if self.n_inputs:
             W_enc = self.draw_weights(self.sources.n_read // self.layers.n_layers, generator)
+        if encoder_norm != "drawn":
+            divide_by_norm(W_enc, "joint")
+            W_enc *= 1.0 if encoder_norm == "unit" else encoder_norm
         self.W_enc = self.W_dec if tied else nn.Parameter(W_enc)
         self.b_enc = nn.Parameter(torch.zeros(self.n_latents)) if encoder_bias else None
         self.mlp = MLP(self.sources.n_read * self.d_in, self.hidden, self.n_latents) if self.hidden else None
@@ -171,3 +175,19 @@ class LinearSAE(DictionarySAE):
     def after_step(self) -> None:
         if not self.frozen_decoder:
             super().after_step()
+
+
+def check_tied(tied: bool, frozen_decoder: bool, encoder_norm: float | str, n_inputs: int) -> None:
+    """Raise a SettingError if one parameter cannot be both W_enc and W_dec under the other settings."""
+    if tied and frozen_decoder:
+        raise SettingError("{tied}=true with {frozen_decoder}=true leaves nothing to train: choose one of them.")
+    if tied and encoder_norm not in ("drawn", "unit", 1):
+        raise SettingError(
+            f"{{encoder_norm}}={encoder_norm} is impossible with {{tied}}=true, since the rows of W_dec have norm 1: "
+            "give {encoder_norm}=drawn or {tied}=false."
+        )
+    if tied and n_inputs:
+        raise SettingError(
+            "{tied}=true is impossible for a transcoder, since its W_enc and W_dec are of different sites: "
+            "give {tied}=false."
+        )

@@ -5,7 +5,8 @@ import torch
 from conftest import build, planted
 
 from sae_lab.runtime.errors import UserError
-from sae_lab.saes import TopKSAE
+from sae_lab.saes import BatchTopKSAE, TopKSAE
+from sae_lab.saes.cross_layer import CrossLayerTopKSAE
 from sae_lab.saes.files import load_sae_folder, save_sae
 
 X = planted(64)[0] + 0.1
@@ -89,3 +90,46 @@ def test_dead_latents_of_a_frozen_dictionary_learn_to_encode():
 def test_nothing_to_train_is_refused():
     with pytest.raises(UserError, match="leaves nothing to train"):
         TopKSAE(k=2, d_in=2, n_latents=4, tied=True, frozen_decoder=True)
+
+
+def rows_of(sae) -> torch.Tensor:
+    return sae.W_enc.detach().flatten(1)
+
+
+SHAPES = {
+    "sae": {},
+    "crosscoder": {"n_sources": 3},
+    "transcoder": {"n_sources": 3, "n_inputs": 2, "normalize": "none"},
+    "cross_layer": {"cls": CrossLayerTopKSAE, "n_sources": 4, "normalize": "none"},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("encoder_norm", "norm"), [("unit", 1.0), (1, 1.0), (0.3, 0.3)])
+def test_encoder_rows_start_with_the_norm_that_is_asked_for(shape, encoder_norm, norm):
+    """Over all sources that a latent reads. Their directions, and all of W_dec, are those without the setting."""
+    settings = {"k": 2, "d_in": 16, "n_latents": 64, **SHAPES[shape]}
+    cls = settings.pop("cls", TopKSAE)
+    sae, drawn = cls(**settings, encoder_norm=encoder_norm), cls(**settings)
+    torch.testing.assert_close(rows_of(sae).norm(dim=1), torch.full((64,), norm))
+    torch.testing.assert_close(rows_of(sae), rows_of(drawn) / rows_of(drawn).norm(dim=1, keepdim=True) * norm)
+    assert torch.equal(sae.W_dec, drawn.W_dec)
+
+
+def test_drawn_encoder_rows_have_the_documented_norm_and_spread():
+    norms = rows_of(TopKSAE(k=2, d_in=128, n_latents=4096)).norm(dim=1)
+    assert norms.mean() == pytest.approx((2 * 128 / 4096) ** 0.5, rel=0.01)
+    assert norms.std() / norms.mean() == pytest.approx((0.2 / 128) ** 0.5, rel=0.05)
+
+
+def test_unit_encoder_rows_are_those_of_the_decoder_and_train_away_from_them():
+    sae = BatchTopKSAE(k=4, d_in=16, n_latents=64, encoder_norm="unit")
+    assert torch.equal(sae.W_enc, sae.W_dec)
+    train(sae)
+    assert not torch.allclose(rows_of(sae).norm(dim=1), torch.ones(64), atol=1e-4)
+
+
+def test_tied_weights_have_the_decoders_norm_only():
+    assert TopKSAE(k=2, d_in=2, n_latents=4, tied=True, encoder_norm="unit").W_enc.norm(dim=-1).allclose(torch.ones(4))
+    with pytest.raises(UserError, match=r"encoder_norm=0\.5 is impossible with tied=true"):
+        TopKSAE(k=2, d_in=2, n_latents=4, tied=True, encoder_norm=0.5)

@@ -23,6 +23,7 @@ BAD = [
     *((name, value, "a number of at least 0") for name in WEIGHTS for value in (-1, "abc", True)),
     *((name, value, "must be true or false") for name in FLAGS for value in ("maybe", 1, None)),
     *(("bandwidth", value, "a number above 0") for value in (0, "abc")),
+    *(("encoder_norm", value, "a number above 0, drawn or unit") for value in (0, -1, "abc", True, None)),
     *(("quantile_rate", value, "a number above 0 and at most 1") for value in (0, 2, "abc")),
     *(("k", value, "number") for value in ("abc", [1], True)),
     *(("k_start", value, sentence) for value, sentence in {"abc": "a number", 0: BETWEEN}.items()),
