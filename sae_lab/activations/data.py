@@ -1,6 +1,7 @@
 """Text -> frozen language model -> shuffled batches of activations, as a LightningDataModule that can resume."""
 
 import logging
+import math
 from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
@@ -18,7 +19,8 @@ from sae_lab.activations.interleave import InterleavedSource
 from sae_lab.activations.passes import PassTokens, TextPass, batch_sizes, plan_passes, rows_per_pass
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import LMSource, Source, kept_activations
-from sae_lab.activations.stream import HeldOut, HeldOutRows, StreamData
+from sae_lab.activations.stream import Batches, HeldOut, HeldOutRows, StreamData
+from sae_lab.activations.text_batches import TextBatches, WholeBatches
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_arguments
@@ -53,6 +55,10 @@ class ActivationData(StreamData):
     Raises:
         UserError: there are fewer tokens than one batch, or no position of a row is left after the exclusions.
     """
+
+    whole_rows = False
+    """Whether a training batch is a TextBatch; see `in_whole_rows`. n_tokens then counts positions that are left out
+    as well."""
 
     @check_arguments
     def __init__(
@@ -204,6 +210,40 @@ class ActivationData(StreamData):
             shares["data.max_norm"] = 1 - kept / max(1, int(self.keep_mask(tokens).sum()))
         shown = ", ".join(f"{key} {share:.2%}" for key, share in shares.items() if share)
         log.info("Left out of %s held-out tokens: %s.", f"{tokens.numel():,}", shown or "none")
+
+    def in_whole_rows(self) -> "ActivationData":
+        if not isinstance(self.text, TrainingText):
+            super().in_whole_rows()
+        if self.batch_size < self.seq_len:
+            raise SettingError(
+                f"{{batch_size}}={self.batch_size} is less than one text row of {{seq_len}}={self.seq_len}: raise "
+                "{batch_size}."
+            )
+        other = copy(self)
+        other.whole_rows = True
+        other.begin()
+        return other
+
+    def begin(self) -> None:
+        super().begin()
+        if self.whole_rows:
+            sizes = (self.seq_len, self.rows_per_batch, self.n_tokens // self.seq_len)
+            self.stream = TextBatches(self.rows(), self._kept_by_pass, *sizes)
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Text rows of a TextBatch."""
+        return self.batch_size // self.seq_len
+
+    def train_dataloader(self) -> Batches | WholeBatches:
+        if not self.whole_rows:
+            return super().train_dataloader()
+        return WholeBatches(self.stream, math.ceil(self.n_tokens // self.seq_len / self.rows_per_batch))
+
+    def _kept_by_pass(self, tokens: Int[Tensor, "n t"]) -> tuple[Bool[Tensor, "n t"], Float[Tensor, "m s d"]]:
+        """Return what `kept` does, from passes of lm_batch_rows."""
+        parts = [self.kept(part) for part in tokens.split(self.lm_batch_rows)]
+        return torch.cat([keep for keep, _ in parts]), torch.cat([x for _, x in parts])
 
     def rows(self) -> RowStream:
         """Return the rows of token ids of the training text, from the beginning."""

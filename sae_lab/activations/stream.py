@@ -19,9 +19,10 @@ from sae_lab.activations.digests import check_unchanged
 from sae_lab.activations.interleave import InterleavedSource
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import SharedSource, Source
+from sae_lab.activations.text_batches import WholeBatches
 from sae_lab.parallel.collectives import rank, rank_share, world_size
 from sae_lab.runtime.checks import check_arguments
-from sae_lab.runtime.errors import SettingError
+from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.runtime.memory import check_memory_of
 
 
@@ -137,6 +138,17 @@ class StreamData(L.LightningDataModule, ABC):
         self.n_eval_tokens, self.n_val_tokens = n_eval_tokens, n_val_tokens
         self.prefetch = prefetch is True or (prefetch == "auto" and device.type == "cuda")
 
+    def in_whole_rows(self) -> "StreamData":
+        """Return the same data in training batches of whole text rows (TextBatch), from the beginning of the stream.
+
+        Raises:
+            UserError: the data have no text rows.
+        """
+        raise UserError(
+            f"{self.name} gives activations in no order of a text, which loss=kl_mse needs: choose data of text, such "
+            "as data=text_files, or leave loss out."
+        )
+
     def begin(self) -> None:
         """Start the stream, from the beginning."""
         check_memory_of(
@@ -144,7 +156,7 @@ class StreamData(L.LightningDataModule, ABC):
             self.block_bytes,
             "a block takes {size}: lower {block_tokens}, or {batch_size} if that is larger.",
         )
-        self.stream = self.new_stream(self.prefetch)
+        self.stream: Any = self.new_stream(self.prefetch)
 
     def with_sites(self, sites: Sequence[str]) -> "StreamData":
         """Return the same data at the same sites, from the beginning of the stream. A subclass may know other sites."""
@@ -227,7 +239,7 @@ class StreamData(L.LightningDataModule, ABC):
         """Return the source without rows that are too long. Here none is, whatever its norm."""
         return source
 
-    def train_dataloader(self) -> Batches:
+    def train_dataloader(self) -> Batches | WholeBatches:
         return Batches(self.stream, self.n_tokens)
 
     def val_dataloader(self) -> DataLoader:

@@ -32,8 +32,23 @@ def spliced_predictions(
         predicted: the sources of each row to replace; None replaces all.
     """
     keep = keep.to(activations.device)
-    spliced, where = activations.clone(), keep.unsqueeze(-1).repeat(1, 1, activations.shape[2])
-    spliced[keep] = replace(activations[keep]).to(spliced)
+    return predictions_with(lm, tokens, keep, replace(activations[keep]).to(activations), predicted)
+
+
+def predictions_with(
+    lm: LanguageModel,
+    tokens: Int[Tensor, "n t"],
+    keep: Bool[Tensor, "n t"],
+    rows: Float[Tensor, "b s d"],
+    predicted: Bool[Tensor, "#b s"] | None = None,
+) -> Predictions:
+    """Return the model's predictions with the activations at the b positions of `keep` replaced by `rows`.
+
+    Differentiable with respect to `rows`; the other arguments are those of `spliced_predictions`.
+    """
+    keep = keep.to(rows.device)
+    spliced, where = rows.new_zeros(*keep.shape, *rows.shape[1:]), keep.unsqueeze(-1).repeat(1, 1, rows.shape[1])
+    spliced[keep] = rows
     if predicted is not None:
         where[keep] = predicted.to(where.device)
     return lm.predictions(tokens, spliced, where)

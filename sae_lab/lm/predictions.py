@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy
 from typing import Any, TypeAlias
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 LM: TypeAlias = Any
 """A LanguageModel, whose file imports this one."""
 ALL = slice(None)
+Loss: TypeAlias = Callable[[Float[Tensor, "r p v"], tuple[slice, slice]], Float[Tensor, ""]]
 
 
 class Predictions(ABC):
@@ -28,6 +29,33 @@ class Predictions(ABC):
     @abstractmethod
     def logits(self, rows: slice = ALL, positions: slice = ALL) -> Float[Tensor, "r p v"]:
         """Return the logits at a slice of the rows and positions, in the model's dtype."""
+
+    @property
+    @abstractmethod
+    def source(self) -> Tensor:
+        """What `logits` starts from, with autograd's graph back to what replaced the activations."""
+
+    @abstractmethod
+    def from_source(self, source: Tensor) -> "Predictions":
+        """Return the predictions that start from `source` instead."""
+
+    def backward(self, loss: Loss, pieces: Iterable[tuple[slice, slice]]) -> Float[Tensor, ""]:
+        """Add the gradient of the sum of `loss` over slices to what replaced the activations. Returns the sum.
+
+        The graph of one slice's logits exists at a time. Then one backward pass goes through the rest of the model.
+
+        Args:
+            loss: maps the logits of a slice, and the slice, to a scalar.
+            pieces: slices (rows, positions); see `cut`.
+        """
+        leaf = self.source.detach().requires_grad_()
+        predictions, total = self.from_source(leaf), torch.zeros((), device=leaf.device)
+        for piece in pieces:
+            value = loss(predictions.logits(*piece), piece)
+            value.backward()
+            total += value.detach()
+        self.source.backward(leaf.grad)
+        return total
 
 
 class PredictionsOfRows(Predictions):
@@ -50,6 +78,15 @@ class PredictionsOfRows(Predictions):
 
     def logits(self, rows: slice = ALL, positions: slice = ALL) -> Float[Tensor, "r p v"]:
         return self.lm.logits(*(None if x is None else x[rows] for x in self.arguments))[:, positions]
+
+    @property
+    def source(self) -> Float[Tensor, "n t s d"]:
+        assert self.arguments[1] is not None
+        return self.arguments[1]
+
+    def from_source(self, source: Float[Tensor, "n t s d"]) -> "PredictionsOfRows":
+        tokens, _, where = self.arguments
+        return PredictionsOfRows(self.lm, tokens, source, where)
 
 
 class PredictionsOfHidden(Predictions):
@@ -76,6 +113,15 @@ class PredictionsOfHidden(Predictions):
         hidden = self.output[0][rows, positions]
         with body_returns(self.body, replace_first(self.output, hidden)):
             return self.lm.logits(self.tokens[rows, positions])
+
+    @property
+    def source(self) -> Float[Tensor, "n t h"]:
+        return self.output[0]
+
+    def from_source(self, source: Float[Tensor, "n t h"]) -> "PredictionsOfHidden":
+        other = copy(self)
+        other.output = replace_first(self.output, source)
+        return other
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 from sae_lab.activations.buffer import Filling, ShuffledBlocks
 from sae_lab.activations.columns import Columns
 from sae_lab.activations.stream import StreamData
+from sae_lab.activations.text_batches import TextBatch, TextBatches
 from sae_lab.runtime.errors import SafeStop
 from sae_lab.runtime.signals import deferred_signals
 from sae_lab.sweeps.failures import failure_recorded
@@ -27,7 +28,7 @@ class SharedStream:
         columns: selects the sites of this run.
     """
 
-    def __init__(self, stream: ShuffledBlocks, columns: Columns):
+    def __init__(self, stream: ShuffledBlocks | TextBatches, columns: Columns):
         self.stream, self.columns, self.batch_size = stream, columns, stream.batch_size
 
     @property
@@ -55,11 +56,11 @@ class SharedStream:
     def __iter__(self) -> "SharedStream":
         return self
 
-    def __next__(self) -> Float[Tensor, "b s d"]:
+    def __next__(self) -> Float[Tensor, "b s d"] | TextBatch:
         batch = getcurrent().parent.switch()
         if batch is None:
             raise StopIteration
-        return self.columns(batch)
+        return batch.at(self.columns) if isinstance(batch, TextBatch) else self.columns(batch)
 
 
 class SharedBatches(Sequence):
@@ -78,7 +79,7 @@ class SharedBatches(Sequence):
 def share(member: Member, data: StreamData) -> None:
     """Let a member read its sites from the stream and the validation batches of `data`, and save the state of both."""
     columns = Columns(data.sites, member.data.sites)
-    member.data.stream = SharedStream(data.stream, columns)  # type: ignore[assignment]
+    member.data.stream = SharedStream(data.stream, columns)
     member.data.validation_batches = SharedBatches(data, columns)
     member.data.share_state(data)
 
@@ -105,7 +106,7 @@ def train_in_lockstep(members: list[Member], data: StreamData) -> None:
         data.stream.close()
 
 
-def take_turns(members: list[Member], stream: ShuffledBlocks) -> None:
+def take_turns(members: list[Member], stream: ShuffledBlocks | TextBatches) -> None:
     """Run the members in greenlets until all have ended. A stop comes where all wait for a batch: each saves then."""
     waiting, alive = list(members), list[greenlet]()
     while waiting or alive:

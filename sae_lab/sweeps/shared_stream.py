@@ -31,9 +31,9 @@ from sae_lab.sweeps.search import search_score
 from sae_lab.training.progress import Throughput, TrainingProgress
 from sae_lab.training.run import (
     Member,
-    build_data,
     build_member,
     build_sae,
+    build_training_data,
     finish,
     hydra_files,
     open_run,
@@ -90,8 +90,8 @@ def train_jobs(jobs: list[Job], max_members: int | None = None) -> None:
 def group_by_stream(jobs: list[Job]) -> list[list[Job]]:
     """Group the incomplete jobs by the text and the model that they read; sort each group by the step to resume from.
 
-    They are `lm`, but for its sites, and `data`. `calibration_batches` must be equal too, because members calibrate
-    together.
+    They are `lm`, but for its sites, `data` and `loss`. `calibration_batches` must be equal too, because members
+    calibrate together.
     """
     groups: dict[str, list[tuple[int, Job]]] = {}
     for job in jobs:
@@ -115,7 +115,7 @@ def sites_of(cfg: DictConfig) -> tuple[str, ...] | None:
 
 def stream_key(cfg: DictConfig) -> str:
     """Return what decides the batches of a run, but for the sites: members of a group may read different ones."""
-    stream: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, ["lm", "data", "calibration_batches"]))
+    stream: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, ["lm", "data", "calibration_batches", "loss"]))
     if sites_of(cfg) is not None:
         del stream["lm"]["sites"]
     return json.dumps(stream, sort_keys=True)
@@ -130,7 +130,7 @@ class Views:
 
     def __init__(self, first: Job):
         with report_typed_keys(first.typed):
-            self.data = build_data(first.cfg)
+            self.data = build_training_data(first.cfg)
         self.views: dict[tuple[str, ...] | None, StreamData | None] = {
             first.sites: self.data.with_sites(self.data.sites)
         }

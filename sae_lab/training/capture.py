@@ -22,7 +22,7 @@ from sae_lab.ops.sparse import HAS_TRITON
 from sae_lab.parallel.collectives import world_size
 from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import BaseSAE
-from sae_lab.training.step import StepResult, TrainingStep
+from sae_lab.training.step import Splice, StepResult, TrainingStep
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,8 @@ class CapturedStep(TrainingStep):
         self.stream = None if record else torch.cuda.Stream(self.device, priority=-1)
         self.pool = None if record else torch.cuda.graph_pool_handle()
 
-    def __call__(self, x: Float[Tensor, "b s d"]) -> StepResult:
+    def __call__(self, x: Float[Tensor, "b s d"], splice: Splice | None = None) -> StepResult:
+        assert splice is None  # see why_eager
         if self.stream is None:
             return super().__call__(x)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -107,7 +108,7 @@ class CapturedStep(TrainingStep):
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return result
 
-    def run(self, x: Float[Tensor, "b s d"], plan: Hashable) -> StepResult:
+    def run(self, x: Float[Tensor, "b s d"], plan: Hashable, splice: Splice | None = None) -> StepResult:
         key = (x.shape, x.dtype, plan)
         self.seen[key] += 1
         if self.failed or self.seen[key] <= WARM:
@@ -174,7 +175,7 @@ def prepare_step(
     on_gpu = next(step.sae.parameters()).is_cuda
     set_capturable(step.optimizer, on_gpu)
     step.products = choose_products(products, on_gpu, data)
-    reason = why_not_captured(step.sae, step.optimizer) if on_gpu else "there is no GPU"
+    reason = (step.why_eager or why_not_captured(step.sae, step.optimizer)) if on_gpu else "there is no GPU"
     if capture is True and reason:
         raise SettingError(f"{{capture}}=true is impossible, since {reason}: give {{capture}}=auto.")
     if capture and not reason:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -10,11 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lab.activations.finite import check_finite
+from sae_lab.activations.text_batches import TextBatch
 from sae_lab.evaluation.metrics import ReconstructionMetrics, batch_fvu
 from sae_lab.ops.sparse import l0_per_row
 from sae_lab.parallel.collectives import mean_over_ranks, world_size
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
+from sae_lab.training.splice_loss import SpliceLoss
 from sae_lab.training.step import StepResult, TrainingStep
 
 log = logging.getLogger(__name__)
@@ -34,6 +37,7 @@ class SAEModule(L.LightningModule):
         optimizer: function from parameters to a torch optimizer.
         schedule: function from step to factor of the learning rate.
         max_grad_norm: clip the gradient to this norm; None does not clip.
+        splice: the language model's part of the loss. Then a batch is a TextBatch.
     """
 
     tokens: Tensor
@@ -45,27 +49,32 @@ class SAEModule(L.LightningModule):
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         schedule: Callable[[int], float],
         max_grad_norm: float | None = None,
+        splice: SpliceLoss | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.sae, self.validation = sae, ReconstructionMetrics(sae.n_latents)
         self.register_buffer("tokens", torch.zeros((), dtype=torch.long))
         self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
+        self.splice = splice
         self._left_out: set[str] = set()
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(list(self.sae.parameters()))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         self.step = TrainingStep(self.sae, optimizer, self.max_grad_norm)
+        self.step.why_eager = "the loss runs the language model" if self.splice else None
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # The count that numbers the rows of the log. Lightning 2.6 counts one step too many when it resumes from a
         # checkpoint of between a validation and the next batch, and skips that validation.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
-    def training_step(self, x: Float[Tensor, "b s d"], batch_idx: int) -> None:
-        result = self.step(x)
+    def training_step(self, batch: Float[Tensor, "b s d"] | TextBatch, batch_idx: int) -> None:
+        x = batch.x if isinstance(batch, TextBatch) else batch
+        splice = partial(self.splice, batch=batch) if self.splice and isinstance(batch, TextBatch) else None
+        result = self.step(x, splice)
         self.tokens += len(x) * world_size()
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             row = training_row(self.sae, result)
@@ -138,6 +147,7 @@ def training_row(sae: BaseSAE, result: StepResult) -> dict[str, Tensor]:
     out, terms = result.out, result.terms
     row = {"loss": mean_over_ranks(result.loss)}
     row |= {f"loss/{name}": mean_over_ranks(term) for name, term in terms.items()}
+    row |= {} if result.kl is None else {"kl": result.kl}
     row |= {"fvu": batch_fvu(out.target, out.x_hat), "l0": mean_over_ranks(l0_per_row(out.code).float().mean())}
     if out.target.shape[1] > 1:
         sources = zip(out.target.split(1, dim=1), out.x_hat.split(1, dim=1), strict=True)

@@ -1,6 +1,6 @@
 """Validation of the top-level options of a run."""
 
-from typing import Annotated, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 from annotated_types import Ge, Gt, Len, Lt
 from omegaconf import DictConfig
@@ -37,6 +37,7 @@ class Options(TypedDict):
     calibration_batches: Annotated[int, Ge(1)]
     goal_l0: Annotated[float, Ge(0)] | None
     init_from: str | None
+    loss: Literal["kl_mse"] | None
     run_dir: str
 
 
@@ -54,6 +55,8 @@ def check_options(cfg: DictConfig) -> None:
     for key in ("batch_size", "n_tokens"):
         if cfg[key] % cfg.trainer.devices:
             raise SettingError(f"{key}={cfg[key]} must be a multiple of trainer.devices={cfg.trainer.devices}.")
+    if cfg.get("loss") and cfg.trainer.devices > 1:
+        raise SettingError(f"loss={cfg.loss} trains in one process, not {cfg.trainer.devices}: give trainer.devices=1.")
     check_lm_device(cfg)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from sae_lab.activations.buffer import Filling, ShuffledBlocks
+from sae_lab.activations.buffer import Filling
 from sae_lab.parallel.collectives import world_size
 from sae_lab.runtime.screen import console, format_duration
 
@@ -41,7 +41,7 @@ class TrainingProgress(Throughput):
     def __init__(self, seconds: float = 15.0):
         self.seconds = seconds
         self._bar: Progress | None = None
-        self._stream: ShuffledBlocks | None = None
+        self._stream: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -19,6 +19,7 @@ from omegaconf._utils import get_omega_conf_dumper
 
 from sae_lab.activations.building import build_data
 from sae_lab.activations.columns import Columns
+from sae_lab.activations.data import ActivationData
 from sae_lab.activations.stream import StreamData
 from sae_lab.evaluation.calibration import calibrate
 from sae_lab.evaluation.evaluator import evaluate_all
@@ -46,6 +47,7 @@ from sae_lab.training.loggers import finish_loggers
 from sae_lab.training.module import SAEModule
 from sae_lab.training.options import check_options
 from sae_lab.training.progress import TrainingProgress
+from sae_lab.training.splice_loss import SpliceLoss
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ def train_run(cfg: DictConfig) -> dict[str, Any]:
     run = open_run(cfg)
     if run.complete:
         return show_complete(run)
-    data = build_data(cfg)
+    data = build_training_data(cfg)
     member = build_member(cfg, run, build_sae(cfg, data), data, [TrainingProgress()])
     with run.begin(hydra_files(cfg)):  # after everything is built, so that an invalid config leaves no folder
         ranks = launch_ranks(run.folder, cfg.trainer.devices, f"{__name__}:{train_as_follower.__name__}")
@@ -80,7 +82,7 @@ def train_run(cfg: DictConfig) -> dict[str, Any]:
 def train_as_follower(folder: Path) -> None:
     """Train the run in `folder` as a rank above 0. Rank 0 has created the folder and writes all files."""
     cfg = read_config(folder)
-    data = build_data(cfg)
+    data = build_training_data(cfg)
     run = examine_folder(folder, OmegaConf.to_container(cfg), "auto")
     fit(build_member(cfg, run, build_sae(cfg, data), data, []))
 
@@ -91,16 +93,29 @@ def open_run(cfg: DictConfig) -> Run:
     return examine_folder(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
 
 
+def build_training_data(cfg: DictConfig) -> StreamData:
+    """Build the data of a config in the batches that its loss needs."""
+    data = build_data(cfg)
+    return data.in_whole_rows() if cfg.get("loss") else data
+
+
 def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: StreamData, callbacks: list[Callback]) -> Member:
     """Build the module and the Trainer of a run. `callbacks` run after those of the config."""
     if cfg.init_from is not None and not run.step:
         initialize_from(sae, cfg.init_from)
     schedule = partial(build(cfg, "schedule"), n_steps=data.n_steps)
-    module = SAEModule(sae, build(cfg, "optimizer"), schedule, cfg.max_grad_norm)
+    module = SAEModule(sae, build(cfg, "optimizer"), schedule, cfg.max_grad_norm, splice_loss(data))
     module.configure_optimizers()  # raises on invalid arguments before the run begins
     observers = [build(cfg, f"callbacks.{name}") for name in cfg.callbacks or {}]
     trainer = build(cfg, "trainer")(run_dir=run.folder, n_steps=data.n_steps, callbacks=[*observers, *callbacks])
     return Member(cfg, run, sae, module, trainer, data)
+
+
+def splice_loss(data: StreamData) -> SpliceLoss | None:
+    """Return the language model's part of the loss, for data in whole text rows."""
+    if isinstance(data, ActivationData) and data.whole_rows:
+        return SpliceLoss(data.lm, data.lm_batch_rows)
+    return None
 
 
 @torch.no_grad()

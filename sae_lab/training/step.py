@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from sae_lab.ops.sparse import HAS_TRITON
 from sae_lab.parallel.collectives import average_gradients, world_size
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.training.row_adam import RowAdam
+from sae_lab.training.splice_loss import Spliced
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class StepResult:
     out: SAEOutput
     terms: dict[str, Tensor]
     loss: Tensor
+    kl: Tensor | None = None
+    """The KL divergence in nats, if it has a part in the loss."""
 
     def detach(self) -> "StepResult":
         """Return the same numbers without autograd's graph."""
@@ -43,6 +46,10 @@ def _detach(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: _detach(getattr(value, field.name)) for field in fields(value)})
     return value
+
+
+Splice: TypeAlias = Callable[[BaseSAE, Tensor], Spliced]
+"""SpliceLoss of one batch: a function of the SAE and the reconstruction term of its loss."""
 
 
 class TrainingStep:
@@ -72,26 +79,31 @@ class TrainingStep:
     ):
         self.sae, self.optimizer, self.max_grad_norm, self.forward = sae, optimizer, max_grad_norm, forward
         self.row_adam = RowAdam(sae, optimizer, max_grad_norm)
+        self.why_eager: str | None = None
+        """Why the step cannot be captured, whatever the SAE and the optimizer."""
         self.products: Products = "highest"
         """Precision of float32 products. Parameters and their updates are float32 in any case."""
 
-    def __call__(self, x: Float[Tensor, "b s d"]) -> StepResult:
+    def __call__(self, x: Float[Tensor, "b s d"], splice: Splice | None = None) -> StepResult:
+        """Take the step on a batch. `splice` adds the language model's part of the loss."""
         for parameter, rows in self.sae.resample(x):
             reset_optimizer_rows(self.optimizer, parameter, rows)
         with fixed_size(has_fixed_size(x)), float32_products(self.products):
-            return self.run(x, self.sae.plan_step())
+            return self.run(x, self.sae.plan_step(), splice)
 
-    def run(self, x: Float[Tensor, "b s d"], plan: Hashable) -> StepResult:
+    def run(self, x: Float[Tensor, "b s d"], plan: Hashable, splice: Splice | None = None) -> StepResult:
         """Take the part of the step that can be captured."""
         self.optimizer.zero_grad()
         with self.row_adam.collect(is_fixed_size()):
             out = self.forward(self.sae, x)
             terms = self.sae.losses(out)
+            spliced = splice(self.sae, terms["reconstruction"]) if splice else None
+            terms |= {"kl": spliced.term} if spliced else {}
             loss = torch.stack(list(terms.values())).sum()
             with torch.autocast(x.device.type, enabled=False):
                 loss.backward()
                 self.update()
-        return StepResult(out, terms, loss)
+        return StepResult(out, terms, loss, spliced.kl if spliced else None)
 
     def update(self) -> None:
         """Update the parameters by the gradients of a backward pass."""
