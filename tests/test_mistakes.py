@@ -46,7 +46,10 @@ MISTAKES = [
         "sae.k_start=0 must lie between 1 and the dictionary's 1024 latents.",
     ),
     (["sae.decoder_norm=both"], "sae.decoder_norm=both is not known: choose joint or sum."),
-    (["sae.normalize=rms"], "sae.normalize=rms is not known: choose none, per_token, constant_norm or mean_norm."),
+    (
+        ["sae.normalize=rms"],
+        "sae.normalize=rms is not known: choose none, per_token, constant_norm, mean_norm, centred or whiten.",
+    ),
     (
         ["sae=matryoshka", "sae.group_sizes=[3]"],
         "sae.group_sizes=[3] must sum to the dictionary's 1024 latents: each is what its group adds.",

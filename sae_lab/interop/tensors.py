@@ -8,13 +8,18 @@ norm n_i = |W_dec_i|:
                         codes: unchanged
     fold_scale          weights for x / r and x_hat / w  ->  W_enc / r, W_dec w, b_dec w, W_skip w / r
                         codes: unchanged
+    fold_shift          weights for x - r and x_hat - w  ->  b_dec + w; for a transcoder b_enc - W_enc r
+                        codes: unchanged
+    fold_mixing         weights for x R and x_hat W⁻¹  ->  W_enc Rᵀ, W_dec W, b_dec W, Wᵀ W_skip Rᵀ
+                        codes: unchanged
     fold_decoder_norm   W_dec_i  ->  W_dec_i / n_i;  W_enc_i, biases and threshold of latent i  ->  times n_i
                         codes: code_i  ->  n_i code_i
 
-r and w are the same number for an SAE. They differ for a transcoder, which reads one site and predicts another; its h
-is x W_encᵀ + b_enc, without b_dec. A cross-layer transcoder has one r and one w per layer.
+r and w are the same for an SAE, and R = W⁻¹, so its h needs no new bias: h = (x - b_dec) W_encᵀ holds in both units.
+They differ for a transcoder, which reads one site and predicts another; its h is x W_encᵀ + b_enc, without b_dec. A
+cross-layer transcoder has one r and one w per layer.
 
-On export, `check_exportable` folds the scale of a normalizer that uses one scale for all rows.
+On export, `check_exportable` folds a normalizer that treats all rows alike.
 """
 
 from collections.abc import Collection, Mapping
@@ -33,7 +38,7 @@ from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.files import atomic_file, write_atomically
 from sae_lab.runtime.memory import check_memory
 from sae_lab.saes.base import BaseSAE
-from sae_lab.saes.parts.normalize import NORMALIZERS
+from sae_lab.saes.parts.normalize import NORMALIZERS, Context, mix
 
 TRAINING_STATE = ("batches_since_fired", "steps", "threshold_updates")
 TRANSCODERS = {
@@ -117,8 +122,7 @@ def check_exportable(
 ) -> BaseSAE:
     """Return the SAE in a form that a library can represent, or raise a UserError.
 
-    The result is `sae` itself, or a copy with its scale folded into the weights if its normalizer uses one scale for
-    all rows.
+    The result is `sae` itself, or a copy with its normalizer folded into the weights if that treats all rows alike.
 
     Args:
         sae: the SAE to export.
@@ -199,11 +203,22 @@ def fold_normalizer(sae: Any) -> BaseSAE:
     Raises:
         UserError: the normalizer has no scale yet.
     """
-    read = sae.sources.normalizer.divisor().cpu()
-    written = sae.sources.target_normalizer.divisor().cpu() if sae.n_inputs else read
-    raw = BaseSAE.from_config(type(sae).__name__, sae.config | {"normalize": "none", "tied": False})
-    raw.load_state_dict({key: t for key, t in sae.state_dict().items() if not key.startswith("sources.")})
-    fold_scale(raw, read, written)
+    read = sae.sources.normalizer.constant()
+    written = sae.sources.target_normalizer.constant() if sae.n_inputs else read
+    config = sae.config | {"normalize": "none", "tied": False}
+    if sae.n_inputs and isinstance(read.shift, Tensor):
+        config["encoder_bias"] = True
+    raw = BaseSAE.from_config(type(sae).__name__, config)
+    state = {key: t for key, t in sae.state_dict().items() if not key.startswith("sources.")}
+    raw.load_state_dict({"b_enc": raw.b_enc, **state} if raw.b_enc is not None else state)
+    read, written = (
+        Context(*(t.cpu() if isinstance(t, Tensor) else t for t in context)) for context in (read, written)
+    )
+    if read.unmixing is not None and written.mixing is not None:
+        fold_mixing(raw, read.unmixing, written.mixing)
+    fold_scale(raw, read.scale, written.scale)
+    if isinstance(read.shift, Tensor) and isinstance(written.shift, Tensor):
+        fold_shift(raw, read.shift, written.shift)
     return raw.eval()
 
 
@@ -218,7 +233,11 @@ def add_input_bias(sae: Any) -> None:
 
     Changes nothing for a transcoder: its encoder reads x here too.
     """
-    shift = sae.W_enc.flatten(1) @ sae.encoder_center().flatten()
+    add_to_pre_activations(sae, sae.W_enc.flatten(1) @ sae.encoder_center().flatten())
+
+
+def add_to_pre_activations(sae: Any, shift: Float[Tensor, " f"]) -> None:
+    """Add one number per latent to h, in place."""
     sae.b_enc += shift
     if hasattr(sae, "b_mag"):
         sae.b_mag += sae.r_mag.exp() * shift
@@ -240,6 +259,35 @@ def fold_scale(sae: Any, read: float | Float[Tensor, "r 1"], written: float | Fl
     sae.b_dec *= written
     if sae.skip:
         sae.W_skip *= written / read
+
+
+@torch.no_grad()
+def fold_shift(sae: Any, read: Float[Tensor, "r d"], written: Float[Tensor, "w d"]) -> None:
+    """Adapt weights, in place, from an SAE that reads x - read and returns x_hat - written to one in raw units."""
+    sae.b_dec += written
+    if sae.n_inputs:
+        by_layer = sae.W_enc.unflatten(0, (sae.layers.n_layers, -1)).flatten(2)
+        add_to_pre_activations(sae, -(by_layer @ read.view(len(by_layer), -1, 1)).flatten())
+    if sae.skip:
+        sae.b_dec -= (sae.W_skip @ read.flatten()).view_as(sae.b_dec)
+
+
+@torch.no_grad()
+def fold_mixing(sae: Any, read: Float[Tensor, "r d d"], written: Float[Tensor, "w d d"]) -> None:
+    """Adapt weights, in place, from an SAE that reads x @ read and returns x_hat with x_hat @ written in raw units.
+
+    Args:
+        sae: the SAE to change. A skip connection must have one source on either side.
+        read: R of the module docstring; symmetric.
+        written: W of the module docstring; symmetric.
+    """
+    n_layers = sae.layers.n_layers
+    by_layer = sae.W_enc.unflatten(0, (n_layers, -1))  # a latent reads only the sources of its layer
+    sae.W_enc.copy_(torch.einsum("lfrd,lrde->lfre", by_layer, read.unflatten(0, (n_layers, -1))).flatten(0, 1))
+    sae.W_dec.copy_(mix(sae.W_dec, written))
+    sae.b_dec.copy_(mix(sae.b_dec.unsqueeze(0), written)[0])
+    if sae.skip:
+        sae.W_skip.copy_(written[0] @ sae.W_skip @ read[0])
 
 
 @torch.no_grad()

@@ -129,7 +129,10 @@ class BaseSAE(Registered, ABC):
 
     @abstractmethod
     def directions(self) -> Float[Tensor, "f w d"]:
-        """Return the dictionary: what one unit of each latent adds to x_hat, in the SAE's own (normalized) units."""
+        """Return the dictionary: what one unit of each latent adds to x_hat, in the SAE's own (normalized) units.
+
+        But for whitening, which is undone: these are directions of activations.
+        """
 
     def reconstruct(self, x: Float[Tensor, "*row d"], edit: Edit | None = None) -> Float[Tensor, "*row d"]:
         """Map raw activations to x_hat in raw units, in the shape and dtype of x.

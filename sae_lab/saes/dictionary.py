@@ -51,7 +51,7 @@ class DictionarySAE(BaseSAE):
         n_sources: s.
         n_inputs: the first n_inputs sources are only read, and x_hat predicts the others. 0: every source is read and
             predicted.
-        normalize: `per_token`, `none`, `constant_norm` or `mean_norm` (see parts/normalize.py).
+        normalize: a key of NORMALIZERS (see parts/normalize.py).
         skip: whether the x_hat of a transcoder includes x W_skip, which starts at zero.
         seed: seed of the initial weights, which are drawn by a separate generator.
         dead_after: training batches without firing after which a latent is dead.
@@ -197,7 +197,7 @@ class DictionarySAE(BaseSAE):
         return self.sources.predicted_mask(x)
 
     def directions(self) -> Float[Tensor, "f w d"]:
-        return self.W_dec.detach()
+        return self.sources.unwhiten(self.W_dec.detach())
 
     def before_step(self) -> None:
         if self.W_dec.grad is not None:

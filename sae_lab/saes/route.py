@@ -47,8 +47,7 @@ class RouteSAE(BaseSAE):
         aggre: `sum` or `mean` over the sites. For the router the difference is a temperature of s.
         routing: `hard` or `soft`.
         seed: seed of the router's initial weights; the inner SAE has its own.
-        normalize: `per_token`, `none`, `constant_norm` or `mean_norm` (see parts/normalize.py). Applied to each site by
-            itself, before the router.
+        normalize: a key of NORMALIZERS (see parts/normalize.py). Applied to each site by itself, before the router.
 
     Raises:
         UserError: a setting is unknown, or the inner SAE normalizes, which would undo the router's weight.
@@ -131,7 +130,7 @@ class RouteSAE(BaseSAE):
         return torch.where(weights.unsqueeze(-1) > 0, x_hat.to(x.dtype), self.as_rows(x).to(x.dtype)).view_as(x), code
 
     def directions(self) -> Float[Tensor, "f s d"]:
-        return self.inner.directions().expand(-1, self.n_sources, -1)
+        return self.sources.unwhiten(self.inner.directions().expand(-1, self.n_sources, -1))
 
     def predicted_mask(self, x: Tensor) -> Bool[Tensor, "b s"]:
         return self.route(x)[1] > 0

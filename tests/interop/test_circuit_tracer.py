@@ -61,7 +61,7 @@ def traced(folder, x):
     return torch.cat(codes, dim=1), y_hat
 
 
-@pytest.mark.parametrize("normalize", ["none", "mean_norm"])
+@pytest.mark.parametrize("normalize", ["none", "mean_norm", "centred", "whiten"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_cross_layer_transcoder_computes_the_same_there_and_back(name, normalize, tmp_path):
     sae, x = cross_layer(name, normalize), rows(seed=1)

@@ -90,7 +90,7 @@ def test_sae_lens_files_compute_the_same(name, normalize, tmp_path):
     torch.testing.assert_close(back.reconstruct(x), sae.reconstruct(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("normalize", ["none", "mean_norm"])
+@pytest.mark.parametrize("normalize", ["none", "mean_norm", "centred", "whiten"])
 @pytest.mark.parametrize("name", PLAIN)
 def test_dictionary_learning_files_compute_the_same(name, normalize, tmp_path):
     sae, x = trained(name, f"sae.normalize={normalize}"), planted(50)[0]
@@ -143,7 +143,7 @@ def test_an_sae_that_has_no_scale_yet_is_not_exported(tmp_path):
 
 
 @pytest.mark.parametrize("skip", ["true", "false"])
-@pytest.mark.parametrize("normalize", ["none", "mean_norm"])
+@pytest.mark.parametrize("normalize", ["none", "mean_norm", "centred", "whiten"])
 @pytest.mark.parametrize(
     ("format", "name", "said"),
     [
@@ -167,6 +167,21 @@ def test_transcoders_compute_the_same_elsewhere(format, name, said, normalize, s
     if skip == "true":
         said = {key: value if value is True else value.replace("trans", "skip_trans") for key, value in said.items()}
     assert {key: config[key] for key in said} == said
+
+
+@pytest.mark.parametrize("normalize", ["centred", "whiten"])
+def test_a_mean_goes_out_in_the_biases(normalize, tmp_path):
+    """b_dec of an SAE takes all of it; a transcoder reads without b_dec, so it gets a b_enc where it had none."""
+    x = 3 * planted(50, n_sources=2, seed=1)[0] + 5
+    sae = build("topk", f"sae.normalize={normalize}")
+    sae(x[:, :1])
+    sparsify.write(sae.eval(), tmp_path / "sae", PROVENANCE)
+    assert not load_file(tmp_path / "sae" / "sae.safetensors")["encoder.bias"].any()
+    crossing = build("topk", f"sae.normalize={normalize}", "sae.n_inputs=1", n_sources=2)
+    crossing(x)
+    sparsify.write(crossing.eval(), tmp_path / "transcoder", PROVENANCE)
+    torch.testing.assert_close(load_sae(tmp_path / "transcoder").predict(x), crossing.predict(x), rtol=1e-4, atol=1e-4)
+    assert load_file(tmp_path / "transcoder" / "sae.safetensors")["encoder.bias"].all()
 
 
 def test_the_two_scales_of_a_transcoder_go_out_in_its_weights(tmp_path):

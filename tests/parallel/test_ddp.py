@@ -221,6 +221,7 @@ TRAINED = [
     ("topk", "sae.tied=true"),
     ("topk", "sae.normalize=mean_norm"),
     ("route", "sae.normalize=mean_norm"),
+    ("topk", "sae.normalize=whiten"),
     ("batch_topk", DEAD, TRANSCODER, "sae.skip=true", "sae.normalize=mean_norm"),
 ]
 

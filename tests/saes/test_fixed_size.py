@@ -30,6 +30,8 @@ STEPS = {
     "route": (2, "route"),
     "crosscoder": (2, "batch_topk"),
     "transcoder": (2, "topk", "sae.n_inputs=1", "sae.normalize=mean_norm", "sae.skip=true"),
+    "centred": (1, "batch_topk", "sae.normalize=centred"),
+    "whitened": (2, "jumprelu", "sae.n_inputs=1", "sae.normalize=whiten"),
     "cross_layer": (4, "batch_topk", CROSS_LAYER.format("BatchTopK"), "sae.normalize=none"),
     "cross_layer_jumprelu": (4, "jumprelu", CROSS_LAYER.format("JumpReLU"), "sae.normalize=none"),
     "mlp": (1, "batch_topk", "sae.hidden=[8]"),
@@ -307,7 +309,15 @@ def test_true_positions_padded(n):
     assert true_positions_padded(mask, n).tolist() == ([1, 2, 4] + 5 * [6])[:n]
 
 
-BY_LATENT = {"batch_topk": 2, "topk": 2, "crosscoder": 2, "transcoder": 2, "warmup": 2, "auxk_of_batch": 2}
+BY_LATENT = {
+    "batch_topk": 2,
+    "topk": 2,
+    "crosscoder": 2,
+    "transcoder": 2,
+    "warmup": 2,
+    "auxk_of_batch": 2,
+    "centred": 2,
+}
 BY_LATENT |= {"matryoshka": 1, "route": 2}
 """How many of W_enc and W_dec are updated by latent, in steps without dead latents at least."""
 

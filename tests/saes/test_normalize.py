@@ -1,4 +1,4 @@
-"""mean_norm: one scale for all rows of a source, measured on the first training batch."""
+"""mean_norm, centred, whiten: what all rows of a source share, measured on the first training batch."""
 
 import copy
 from functools import partial
@@ -12,8 +12,9 @@ from test_contract import same, snapshot, step
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, PursuitSAE, RouteSAE, TopKSAE
 from sae_lab.saes.files import load_sae_folder, save_sae
-from sae_lab.saes.parts.normalize import MeanNorm
+from sae_lab.saes.parts.normalize import MeanNorm, Whiten
 
+SHARED = ("mean_norm", "centred", "whiten")
 mean_normed = partial(build, "topk", "sae.normalize=mean_norm")
 
 
@@ -39,11 +40,63 @@ def test_the_scale_is_the_first_batchs_mean_norm(n_sources):
     torch.testing.assert_close(sae.sources.normalizer.undo(y, context), 3 * x)
 
 
+def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, scale after it, and covariance after both, of each source, by numpy in float64."""
+    shift = x.mean(0)
+    scale = np.sqrt(((x - shift) ** 2).sum(-1)).mean(0)[:, None] / np.sqrt(x.shape[-1])
+    y = (x - shift) / scale
+    return shift, scale, np.einsum("bsd,bse->sde", y, y) / len(x)
+
+
+@pytest.mark.parametrize("n_sources", [1, 3])
+def test_centred_rows_are_the_formula(n_sources):
+    sae, x = build("topk", "sae.normalize=centred", n_sources=n_sources), shifted(200, n_sources)
+    shift, scale, _ = moments(x.numpy().astype(np.float64))
+    np.testing.assert_allclose(sae(x).target.numpy(), (x.numpy() - shift) / scale, rtol=1e-4, atol=1e-5)
+    known = snapshot(sae.sources)
+    y, context = sae(7 * x).target, sae.sources.read(7 * x)[1]
+    assert same(known, snapshot(sae.sources))
+    torch.testing.assert_close(sae.sources.undo(y, context), 7 * x)
+
+
+@pytest.mark.parametrize("n_sources", [1, 3])
+def test_whitened_rows_have_the_covariance_of_the_formula(n_sources):
+    """U diag(λ / (λ + RIDGE)) Uᵀ: nearly the identity, and small where there is next to no variance."""
+    x = shifted(200, n_sources) * torch.logspace(0, -2, 16)
+    sae = build("topk", "sae.normalize=whiten", n_sources=n_sources)
+    rows = sae(x).target.numpy().astype(np.float64)
+    variances, U = np.linalg.eigh(moments(x.numpy().astype(np.float64))[2])
+    assert variances.min() < Whiten.RIDGE / 10
+    assert (variances / (variances + Whiten.RIDGE)).max() > 0.99
+    expected = np.einsum("sde,se,sfe->sdf", U, variances / (variances + Whiten.RIDGE), U)
+    np.testing.assert_allclose(rows.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(np.einsum("bsd,bse->sde", rows, rows) / len(x), expected, atol=2e-4)
+    y, context = sae.sources.read(7 * x)
+    torch.testing.assert_close(sae.sources.undo(y, context), 7 * x, rtol=1e-4, atol=1e-4)
+
+
+def test_whitening_needs_rows_enough():
+    with pytest.raises(UserError, match=r"needs at least 32 rows, not 31: give batch_size=32 or more"):
+        build("topk", "sae.normalize=whiten")(shifted(31, 1))
+
+
+def test_whitened_directions_are_those_of_activations():
+    """A latent's decoder row is given as what it adds to x_hat in raw units, but for the scale."""
+    sae, x = build("topk", "sae.normalize=whiten"), shifted(64, 1) * torch.logspace(0, -1, 16)
+    sae(x)
+    sae.eval()
+    one = sae.reconstruct(x, lambda z: z.zero_().index_fill(1, torch.tensor([5]), 1.0))
+    added = one - sae.reconstruct(x, lambda z: z.zero_())
+    expected = sae.directions()[5, 0] * sae.sources.normalizer.scale.item()
+    torch.testing.assert_close(added[0, 0], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalize", SHARED)
 @pytest.mark.parametrize("name", SAE_NAMES)
-def test_every_sae_trains_alike_on_rows_of_any_size(name):
+def test_every_sae_trains_alike_on_rows_of_any_size(name, normalize):
     """By a power of two no bit of the weights changes; codes are the same, reconstructions as much larger."""
     x = planted(64)[0]
-    saes = [build(name, "sae.normalize=mean_norm") for _ in range(2)]
+    saes = [build(name, f"sae.normalize={normalize}") for _ in range(2)]
     adams = [torch.optim.Adam(sae.parameters(), lr=1e-2) for sae in saes]
     for _ in range(5):
         for sae, adam, size in zip(saes, adams, (1, 1024), strict=True):
@@ -54,15 +107,16 @@ def test_every_sae_trains_alike_on_rows_of_any_size(name):
     assert torch.equal(other.reconstruct(1024 * x), 1024 * one.reconstruct(x))
 
 
+@pytest.mark.parametrize("normalize", SHARED)
 @pytest.mark.parametrize("name", SAE_NAMES)
-def test_only_a_training_forward_pass_measures(name):
-    sae, x = build(name, "sae.normalize=mean_norm"), planted(64)[0]
+def test_only_a_training_forward_pass_measures(name, normalize):
+    sae, x = build(name, f"sae.normalize={normalize}"), planted(64)[0]
     before = snapshot(sae)
     for training in (True, False):
         sae.train(training)
         for use in (sae.encode, sae.reconstruct):
             with pytest.raises(
-                UserError, match="mean_norm has no scale before training, since the first batch sets it"
+                UserError, match=f"{normalize} has no scale before training, since the first batch sets it"
             ):
                 use(x)
     with pytest.raises(UserError, match="no scale before training"):
@@ -74,27 +128,29 @@ def test_only_a_training_forward_pass_measures(name):
     assert same(measured, snapshot(sae))
 
 
+@pytest.mark.parametrize("normalize", SHARED)
 @pytest.mark.parametrize("spoil", [0.0, float("inf"), float("nan")])
-def test_a_source_that_has_no_norm_is_refused(spoil):
-    sae, x = mean_normed(n_sources=2), shifted(10, 2)
+def test_a_source_that_has_no_norm_is_refused(spoil, normalize):
+    sae, x = build("topk", f"sae.normalize={normalize}", n_sources=2), shifted(40, 2)
     x[:, 1] *= spoil
     with pytest.raises(UserError, match="by source: leave out the source that is zero or not finite"):
         sae(x)
-    sae(shifted(10, 2))
+    sae(shifted(40, 2))
     assert (sae.sources.normalizer.scale > 0).all()
 
 
-def test_the_scale_travels_with_the_weights(tmp_path):
+@pytest.mark.parametrize("normalize", SHARED)
+def test_what_is_measured_travels_with_the_weights(normalize, tmp_path):
     """P-25: into files, copies, other classes and searches; who takes over the weights measures nothing anew."""
-    sae, x = mean_normed(), shifted(64, 1)
+    sae, started = (build("topk", f"sae.normalize={normalize}") for _ in range(2))
+    x = shifted(64, 1)
     sae(x)
-    scale, x_hat = sae.sources.normalizer.scale.clone(), sae.eval().reconstruct(x)
-    started = mean_normed()
+    measured, x_hat = snapshot(sae.sources), sae.eval().reconstruct(x)
     started.start_from(sae)
     started(100 * x)
     heirs = [load_sae_folder(save_sae(sae, tmp_path)), copy.deepcopy(sae), started, sae.convert_to(BatchTopKSAE)]
     heirs.append(PursuitSAE.of(sae, "gradient_pursuit"))
-    assert all(torch.equal(heir.sources.normalizer.scale, scale) for heir in heirs)
+    assert all(same(snapshot(heir.sources), measured) for heir in heirs)
     assert torch.equal(heirs[0].reconstruct(x), x_hat)
     assert torch.equal(heirs[1].reconstruct(x), x_hat)
 
@@ -139,12 +195,12 @@ def test_a_routed_row_is_undone_by_its_sites_scale():
 
 
 def test_an_unknown_word_is_told_the_known_ones():
-    with pytest.raises(UserError, match="choose none, per_token, constant_norm or mean_norm"):
+    with pytest.raises(UserError, match="choose none, per_token, constant_norm, mean_norm, centred or whiten"):
         TopKSAE(k=2, d_in=4, n_latents=8, normalize="rms")
 
 
 def test_float64_rows_have_a_float64_scale():
-    normalizer, x = MeanNorm(1).double(), shifted(50, 1).double()
+    normalizer, x = MeanNorm(1, 16).double(), shifted(50, 1).double()
     normalizer.observe(x)
     assert normalizer.scale.dtype == torch.float64
     assert normalizer.divisor().item() == pytest.approx(x.norm(dim=-1).mean().item() / 4, rel=1e-12)

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.parts.normalize import NORMALIZERS, Context, Normalization
 
+SHARED = ", ".join(word for word, normalizer in NORMALIZERS.items() if normalizer.shared) + " or none"
+"""Normalizations that treat all rows alike, for messages."""
+
 
 class Sources(nn.Module):
     """The r sources that are read, the w sources that are predicted, and their normalizers.
@@ -31,8 +34,8 @@ class Sources(nn.Module):
         check_width(d_in, normalize)
         self.n_sources, self.n_inputs = n_sources, n_inputs
         self.n_read, self.n_written = n_inputs or n_sources, n_sources - n_inputs
-        self.normalizer = NORMALIZERS[normalize](self.n_read)
-        self.target_normalizer = NORMALIZERS[normalize](self.n_written) if n_inputs else None
+        self.normalizer = NORMALIZERS[normalize](self.n_read, d_in)
+        self.target_normalizer = NORMALIZERS[normalize](self.n_written, d_in) if n_inputs else None
 
     def observe(self, rows: Float[Tensor, "b s d"]) -> None:
         """Let the normalizers measure what they need on a training batch. Called before its forward pass."""
@@ -59,6 +62,10 @@ class Sources(nn.Module):
         """Return x_hat in raw units."""
         return self.normalizer.undo(x_hat, context)
 
+    def unwhiten(self, directions: Float[Tensor, "f w d"]) -> Float[Tensor, "f w d"]:
+        """Return directions of x_hat as directions of activations."""
+        return (self.target_normalizer or self.normalizer).unwhiten(directions)
+
     def predicted_mask(self, x: Float[Tensor, "b s d"]) -> Bool[Tensor, "b s"] | None:
         """Return a mask of the predicted sources of each row; None if all are predicted."""
         if not self.n_inputs:
@@ -76,7 +83,7 @@ def check_inputs(n_inputs: int, n_sources: int, normalize: Normalization) -> Non
     if n_inputs and NORMALIZERS[normalize].by_row:
         raise SettingError(
             f"{{normalize}}={normalize} is impossible for a transcoder, since undoing it needs the row to predict: "
-            "give {normalize}=mean_norm or none."
+            f"give {{normalize}}={SHARED}."
         )
 
 
@@ -85,5 +92,5 @@ def check_width(d_in: int, normalize: Normalization) -> None:
     if d_in == 1 and NORMALIZERS[normalize].by_row:
         raise SettingError(
             f"{{normalize}}={normalize} leaves nothing of activations of width 1, since it scales each row by itself: "
-            "give {normalize}=mean_norm or none."
+            f"give {{normalize}}={SHARED}."
         )
