@@ -11,6 +11,7 @@ from sae_lab.ops.matmul import linear
 from sae_lab.ops.selection import (
     Pieces,
     Preactivations,
+    compared,
     just_below,
     kth_largest,
     select_top_k,
@@ -34,6 +35,7 @@ def auxk_loss(
     W_dec: Float[Tensor, "n_dead m"],
     k_aux: int,
     over_batch: bool = False,
+    signed: bool = False,
 ) -> Tensor:
     """Compute the auxiliary loss: the MSE between the residual e and its reconstruction from dead latents.
 
@@ -49,11 +51,13 @@ def auxk_loss(
         k_aux: dead latents that take part, per row.
         over_batch: choose the top k_aux · b entries of the whole batch instead of the top k_aux of each row. Which of
             several entries tied for the last place are chosen is not specified.
+        signed: choose by |h_i|, and keep h_i in place of relu(h_i).
     """
     if len(W_enc) < SPARSE_FROM[x.device.type] * k_aux:
-        return _AuxK.apply(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch)
+        return _AuxK.apply(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch, signed)
     with torch.no_grad():
-        code = (select_top_of_batch if over_batch else select_top_k)(Preactivations(x, W_enc, b_enc), k_aux)
+        select = select_top_of_batch if over_batch else select_top_k
+        code = select(Preactivations(x, W_enc, b_enc), k_aux, signed=signed)
     code = attach_encoder_gradient(code, x.unsqueeze(1), torch.zeros_like(x[:1]), W_enc.unsqueeze(1), b_enc)
     e_hat = decode(code, W_dec.unsqueeze(1), torch.zeros_like(residual[:1]))
     return (e_hat.squeeze(1) - residual).square().mean()
@@ -76,23 +80,25 @@ class _AuxK(torch.autograd.Function):
         W_dec: Tensor,
         k_aux: int,
         over_batch: bool,
+        signed: bool,
     ) -> Tensor:
         total = residual.new_zeros(())
         grad_W_enc, grad_W_dec = torch.zeros_like(W_enc), torch.zeros_like(W_dec)
         grad_b_enc = None if b_enc is None else torch.zeros_like(b_enc)
         h = Preactivations(x, W_enc, b_enc)
-        least = batch_threshold(h, k_aux) if over_batch else None
+        least = batch_threshold(h, k_aux, signed) if over_batch else None
         start = 0
         for piece in h:
             rows = slice(start, start := start + len(piece))
-            bound = just_below(row_thresholds(piece, k_aux) if least is None else least).clamp_min(0)
-            z = piece.mul_(piece > bound)
+            sizes = compared(piece, signed)
+            bound = just_below(row_thresholds(sizes, k_aux) if least is None else least).clamp_min(0)
+            z = piece.mul_(sizes > bound)
             error = linear(z, W_dec.T) - residual[rows]
             total += error.square().sum()
             grad = error.mul_(2 / residual.numel())
             zT = z.T.contiguous()  # the products below read whole rows of it and of its gradient
             grad_W_dec += linear(zT, grad.T)
-            grad_zT = linear(W_dec, grad).mul_(zT > 0)
+            grad_zT = linear(W_dec, grad).mul_(zT != 0)
             grad_W_enc += linear(grad_zT, x[rows].T)
             if grad_b_enc is not None:
                 grad_b_enc += grad_zT.sum(dim=1)
@@ -103,7 +109,7 @@ class _AuxK(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         W_enc, b_enc, W_dec = (None if g is None else g * grad for g in ctx.grads)
-        return None, None, W_enc, b_enc, W_dec, None, None
+        return None, None, W_enc, b_enc, W_dec, None, None, None
 
 
 def row_thresholds(h: Float[Tensor, "n n_dead"], k: int) -> Float[Tensor, "n 1"]:
@@ -112,8 +118,11 @@ def row_thresholds(h: Float[Tensor, "n n_dead"], k: int) -> Float[Tensor, "n 1"]
     return kth_largest(sortable(h), k).view(h.dtype).unsqueeze(-1)
 
 
-def batch_threshold(h: Pieces, k: int) -> Tensor:
-    """Return the smallest of the k · b largest positive entries of the batch, over all ranks; 0 if there are none."""
-    values = select_top_of_batch(h, k).values
+def batch_threshold(h: Pieces, k: int, signed: bool) -> Tensor:
+    """Return the smallest of the k · b largest positive entries of the batch, over all ranks; 0 if there are none.
+
+    With `signed`, of the largest absolute values.
+    """
+    values = compared(select_top_of_batch(h, k, signed=signed).values, signed)
     smallest = min_over_ranks(values.amin() if len(values) else values.new_tensor(torch.inf))
     return smallest.masked_fill(smallest.isinf(), 0)

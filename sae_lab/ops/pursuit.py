@@ -2,10 +2,10 @@
 
 For rows y = x - b_dec and a dictionary D of unit rows, a pursuit takes k steps to solve approximately
 
-    min_w |y - w D|²    with w >= 0 and at most k entries of w positive
+    min_w |y - w D|²    with w >= 0 and at most k entries of w not zero
 
 Each step computes the residual r = y - w D, the correlations c = r Dᵀ, the best latent j = argmax_f c_f and the active
-set S = {i : w_i > 0} ∪ {j}. The methods differ in how they update w on S:
+set S = {i : w_i != 0} ∪ {j}. The methods differ in how they update w on S:
 
     matching pursuit             w_j += relu(c_j)                                    Mallat and Zhang 1993
     gradient pursuit             w <- relu(w + α g),  g = c on S,  α = |g|² / |g D|²  Blumensath and Davies 2008
@@ -15,6 +15,7 @@ set S = {i : w_i > 0} ∪ {j}. The methods differ in how they update w on S:
 - A latent may be chosen twice and a weight may be clipped to zero, so L0 can end below k.
 - Rows of D are scaled to unit norm for the search, or long rows would be preferred; the code is scaled back.
 - If a least-squares weight is negative, its latent is removed from S and the others are solved for again.
+- Signed codes have no constraint w >= 0: j = argmax_f |c_f|, without relu, and no latent is removed from S.
 
 The cost of a step is that of c, which is computed for one piece of the rows at a time; all else touches at most k
 entries per row. If the Gram matrix D Dᵀ fits into memory, c = y Dᵀ - w D Dᵀ: one dense product at the start, then t
@@ -61,8 +62,8 @@ class Dictionary:
 class Search(ABC):
     """State of a pursuit on some rows after t steps: the latent chosen at each step, and its weight on a unit row."""
 
-    def __init__(self, y: Float[Tensor, "b n"], dictionary: Dictionary):
-        self.y, self.dictionary = y, dictionary
+    def __init__(self, y: Float[Tensor, "b n"], dictionary: Dictionary, signed: bool = False):
+        self.y, self.dictionary, self.signed = y, dictionary, signed
         self.start = None if dictionary.gram is None else linear(y, dictionary.unit)
         self.latents = y.new_empty(len(y), 0, dtype=torch.long)
         self.weights = y.new_empty(len(y), 0)
@@ -73,7 +74,7 @@ class Search(ABC):
         """Take k steps."""
         for _ in range(k):
             c = self.correlations()
-            j = argmax(c).unsqueeze(1)
+            j = argmax(c.abs() if self.signed else c).unsqueeze(1)
             seen = (self.first & (self.latents == j)).any(dim=1, keepdim=True)
             self.first, self.latents = torch.cat([self.first, ~seen], dim=1), torch.cat([self.latents, j], dim=1)
             self.weights = F.pad(self.weights, (0, 1))
@@ -98,7 +99,11 @@ class Search(ABC):
 
     def active(self, new: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
         """Return the active set S as a mask."""
-        return (self.weights > 0) | new
+        return (self.weights != 0) | new
+
+    def feasible(self, weights: Float[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+        """Return the weights, with 0 in place of negative ones unless codes are signed."""
+        return weights if self.signed else weights.relu()
 
     def combine(self, weights: Float[Tensor, "b t"], rows: Float[Tensor, "f m"]) -> Float[Tensor, "b m"]:
         """Compute the weighted sum of the `rows` of the latents chosen so far."""
@@ -109,7 +114,7 @@ class Search(ABC):
     def code(self) -> SparseCode:
         """Return the code, in the units of the original rows of D."""
         n_latents = len(self.dictionary)
-        latents, order = torch.where(self.weights > 0, self.latents, n_latents).sort(dim=1)
+        latents, order = torch.where(self.weights != 0, self.latents, n_latents).sort(dim=1)
         kept = latents < n_latents
         row_offsets = F.pad(kept.sum(dim=1).cumsum(0), (1, 0))
         pattern = Pattern(row_offsets, latents[kept], n_latents)
@@ -120,7 +125,7 @@ class MatchingPursuit(Search):
     """w_j += relu(c_j)"""
 
     def update(self, new: Tensor, c: Tensor) -> Tensor:
-        return self.weights + new * c.relu()
+        return self.weights + new * self.feasible(c)
 
 
 class GradientPursuit(Search):
@@ -130,14 +135,14 @@ class GradientPursuit(Search):
         g = c * self.active(new)
         norm = self.combine(g, self.dictionary.unit).square().sum(dim=1, keepdim=True)
         alpha = torch.where(norm > 0, g.square().sum(dim=1, keepdim=True) / norm, 0)  # 0 if the residual is zero
-        return (self.weights + alpha * g).relu()
+        return self.feasible(self.weights + alpha * g)
 
 
 class OrthogonalMatchingPursuit(Search):
     """w <- argmin |y - w D|² over all w >= 0 supported on S"""
 
-    def __init__(self, y: Float[Tensor, "b n"], dictionary: Dictionary):
-        super().__init__(y, dictionary)
+    def __init__(self, y: Float[Tensor, "b n"], dictionary: Dictionary, signed: bool = False):
+        super().__init__(y, dictionary, signed)
         self.gram = y.new_empty(len(y), 0, 0)
         """Gram matrix of the chosen latents, per row."""
 
@@ -152,7 +157,7 @@ class OrthogonalMatchingPursuit(Search):
         active = self.active(new)
         while True:
             weights = least_squares(self.gram, target, active)
-            if bool((weights >= 0).all()):
+            if self.signed or bool((weights >= 0).all()):
                 return weights
             active = active & (weights > 0)
 
@@ -185,14 +190,17 @@ def argmax(c: Float[Tensor, "b f"]) -> Int[Tensor, " b"]:
 
 
 @torch.no_grad()
-def pursue(method: Method, y: Float[Tensor, "b n"], dictionary: Dictionary, k: int) -> SparseCode:
+def pursue(
+    method: Method, y: Float[Tensor, "b n"], dictionary: Dictionary, k: int, signed: bool = False
+) -> SparseCode:
     """Return the code of each row of y after k steps of `method`, a key of METHODS.
 
     Runs without autocast: the residual is a difference of nearly equal numbers.
     """
     rows = max(512, PIECE[y.device.type] // len(dictionary))
     with torch.autocast(y.device.type, enabled=False):
-        return concatenate_codes([METHODS[method](piece, dictionary).run(k).code() for piece in y.split(rows)])
+        searches = (METHODS[method](piece, dictionary, signed) for piece in y.split(rows))
+        return concatenate_codes([search.run(k).code() for search in searches])
 
 
 def concatenate_codes(codes: list[SparseCode]) -> SparseCode:

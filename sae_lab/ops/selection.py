@@ -1,7 +1,8 @@
 """Selection of active latents: rules that read the pre-activations h in pieces of rows and keep the selected entries.
 
 Every rule is exact, selects only positive entries and breaks ties by the lowest position, so the code does not depend
-on how h is cut into pieces. On a CPU the primitives at the end of this file use numpy, whose search and partition with
+on how h is cut into pieces. With `signed`, a rule compares |h| instead of h, and the selected entries keep their sign:
+all but zeros may be selected. On a CPU the primitives at the end of this file use numpy, whose search and partition with
 AVX-512 are several times faster than torch's.
 """
 
@@ -61,9 +62,10 @@ class Preactivations:
             yield linear_by_part(x, self.W, self.bias, self.n_parts)
 
 
-def select_above(h: Pieces, threshold: Tensor) -> SparseCode:
-    """Return z = relu(h) · 1[h > threshold]."""
-    return gather_candidates(h, lambda piece, _: sortable(round_down(threshold.clamp_min(0), piece.dtype))).code()
+def select_above(h: Pieces, threshold: Tensor, signed: bool = False) -> SparseCode:
+    """Return z = relu(h) · 1[h > threshold], or z = h · 1[|h| > threshold] if `signed`."""
+    bound = threshold.clamp_min(0)
+    return gather_candidates(h, lambda piece, _: sortable(round_down(bound, piece.dtype)), signed).code()
 
 
 def whole(h: Pieces) -> Float[Tensor, "b f"]:
@@ -71,8 +73,15 @@ def whole(h: Pieces) -> Float[Tensor, "b f"]:
     return h.whole() if isinstance(h, Preactivations) else torch.cat(list(h))
 
 
-def select_top_of_batch(h: Pieces, k: float, lower: Float[Tensor, ""] | None = None) -> SparseCode:
-    """Keep the floor(k·b) largest entries of relu(h) over the whole batch.
+def compared(x: Tensor, signed: bool) -> Tensor:
+    """Return what a rule compares: |x| if `signed`, else x."""
+    return x.abs() if signed else x
+
+
+def select_top_of_batch(
+    h: Pieces, k: float, lower: Float[Tensor, ""] | None = None, signed: bool = False
+) -> SparseCode:
+    """Keep the floor(k·b) largest entries of relu(h), or of |h| if `signed`, over the whole batch.
 
     Only entries above a bound are gathered. The bound is estimated on the first piece such that about 1.5·k entries
     per row exceed it; if fewer than k·b entries of the batch do, h is computed again with a lower bound. With several
@@ -84,33 +93,46 @@ def select_top_of_batch(h: Pieces, k: float, lower: Float[Tensor, ""] | None = N
     if is_fixed_size():
         all_h = whole(h)
         lower = torch.zeros((), device=all_h.device) if lower is None else lower
-        return top_of_batch(all_h, min(int(k * len(all_h)), all_h.numel()), lower)
+        n = min(int(k * len(all_h)), all_h.numel())
+        return with_values_of(all_h, top_of_batch(compared(all_h, signed), n, lower), signed)
     for margin in (1.5, 12, 96, math.inf):
-        found = gather_candidates(h, partial(estimate_batch_bound, m=margin * k))
-        values, own = concatenate_ranks(found.values)
+        found = gather_candidates(h, partial(estimate_batch_bound, m=margin * k), signed)
+        sizes, own = concatenate_ranks(found.sizes())
         n = int(k * found.n_rows * world_size())
-        if len(values) >= n:
-            return found.keep(largest_of_batch(values, n)[own]).code()
+        if len(sizes) >= n:
+            return found.keep(largest_of_batch(sizes, n)[own]).code()
     return found.code()
 
 
-def select_top_k(h: Pieces, k: int) -> SparseCode:
-    """Keep the k largest entries of relu(h) on each row."""
+def select_top_k(h: Pieces, k: int, signed: bool = False) -> SparseCode:
+    """Keep the k largest entries of relu(h), or of |h| if `signed`, on each row."""
     if is_fixed_size():
         all_h = whole(h)
-        return top_of_rows(all_h, min(k, all_h.shape[1]))
-    found = gather_candidates(h, lambda piece, _: row_bounds(piece, k))
+        code = top_of_rows(compared(all_h, signed), min(k, all_h.shape[1]))
+        return with_values_of(all_h, code, signed)
+    found = gather_candidates(h, lambda piece, _: row_bounds(piece, k), signed)
     return found.keep(largest_of_rows(found, k)).code()
 
 
+def with_values_of(h: Float[Tensor, "b f"], code: SparseCode, signed: bool) -> SparseCode:
+    """Return a code selected by `compared(h, signed)` with the values of h at its entries; padding stays 0."""
+    if not signed or h.numel() == 0:
+        return code
+    rows, latents = (at.clamp_max(n - 1) for at, n in zip((code.pattern.rows, code.latents), h.shape, strict=True))
+    return SparseCode(code.pattern, torch.where(code.values > 0, h[rows, latents], code.values))
+
+
 class Entries(NamedTuple):
-    """Entries of h: ascending positions in the flattened matrix, and values in `sortable` form."""
+    """Entries of h: ascending positions in the flattened matrix, and values."""
 
     positions: Int[Tensor, " n"]
-    values: Tensor
+    values: Float[Tensor, " n"]
     n_rows: int
     n_latents: int
-    dtype: torch.dtype
+
+    def sizes(self) -> Tensor:
+        """Return the absolute values in `sortable` form."""
+        return sortable(self.values.abs())
 
     def rows(self) -> Int[Tensor, " n"]:
         """Return the row of each entry."""
@@ -128,20 +150,26 @@ class Entries(NamedTuple):
         rows = self.rows()
         row_offsets = torch.searchsorted(rows, torch.arange(self.n_rows + 1, device=rows.device))
         pattern = Pattern(row_offsets, self.positions - rows * self.n_latents, self.n_latents)
-        return SparseCode(pattern, self.values.view(self.dtype))
+        return SparseCode(pattern, self.values)
 
 
-def gather_candidates(h: Pieces, bound_of: Callable[[Tensor, Tensor | None], Tensor]) -> Entries:
-    """Gather the entries of each piece above `bound_of(piece, previous bound)`, which is non-negative and sortable."""
+def gather_candidates(
+    h: Pieces, bound_of: Callable[[Tensor, Tensor | None], Tensor], signed: bool = False
+) -> Entries:
+    """Gather the entries of each piece above `bound_of(piece, previous bound)`, which is non-negative and sortable.
+
+    With `signed`, the absolute values of the piece are compared, and given to `bound_of`.
+    """
     positions, values, bound, n_rows = [], [], None, 0
     for piece in h:
-        bound = bound_of(piece, bound)
+        sizes = compared(piece, signed)
+        bound = bound_of(sizes, bound)
         with one_thread():
-            place, value = find_above(sortable(piece), bound)
+            place = find_above(sortable(sizes), bound)
+            values.append(take(piece, place))
             positions.append(place.add_(n_rows * piece.shape[1]))
-            values.append(value)
         n_rows += len(piece)
-    return Entries(torch.cat(positions), torch.cat(values), n_rows, piece.shape[1], piece.dtype)
+    return Entries(torch.cat(positions), torch.cat(values), n_rows, piece.shape[1])
 
 
 def estimate_batch_bound(piece: Float[Tensor, "n f"], bound: Tensor | None, m: float) -> Tensor:
@@ -179,12 +207,12 @@ def largest_of_batch(values: Float[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:
 
 @one_thread()
 def largest_of_rows(entries: Entries, k: int) -> Bool[Tensor, " n"]:
-    """Mark the k largest of the positive entries on each row; the first ones among ties."""
-    rows = entries.rows()
+    """Mark the k entries of largest absolute value on each row; the first ones among ties."""
+    rows, sizes = entries.rows(), entries.sizes()
     starts = torch.searchsorted(rows, torch.arange(entries.n_rows, device=rows.device))
     place = torch.arange(len(rows), device=rows.device) - starts[rows]
-    table = entries.values.new_zeros(entries.n_rows, max(k, int(place.max()) + 1 if len(rows) else 0))
-    table[rows, place] = entries.values
+    table = sizes.new_zeros(entries.n_rows, max(k, int(place.max()) + 1 if len(rows) else 0))
+    table[rows, place] = sizes
     kth = kth_largest(table, k).unsqueeze(-1)
     larger, tied = table > kth, table == kth
     room = k - larger.sum(dim=-1, keepdim=True)
@@ -210,13 +238,18 @@ def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(y > x, just_below(y), y)
 
 
-def find_above(h: Tensor, bound: Tensor) -> tuple[Int[Tensor, " found"], Tensor]:
-    """Find the entries of h that exceed the bound: ascending positions in the flattened h, and values."""
+def find_above(h: Tensor, bound: Tensor) -> Int[Tensor, " found"]:
+    """Return the ascending positions in the flattened h of the entries that exceed the bound."""
     if h.device.type == "cpu":
-        indices = np.flatnonzero(h.numpy() > bound.numpy())
-        return torch.from_numpy(indices), torch.from_numpy(h.numpy().reshape(-1)[indices])
-    found = true_positions(h > bound)
-    return found, h.flatten()[found]
+        return torch.from_numpy(np.flatnonzero(h.numpy() > bound.numpy()))
+    return true_positions(h > bound)
+
+
+def take(h: Tensor, positions: Int[Tensor, " n"]) -> Tensor:
+    """Return the entries of h at these positions of the flattened h."""
+    if h.device.type == "cpu":
+        return torch.from_numpy(sortable(h).numpy().reshape(-1)[positions.numpy()]).view(h.dtype)
+    return h.flatten()[positions]
 
 
 def true_positions(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " true"]:

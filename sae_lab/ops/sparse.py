@@ -139,11 +139,11 @@ def fired_latents(code: Code) -> Bool[Tensor, " f"]:
     return fire_counts(code) > 0 if isinstance(code, SparseCode) else (code != 0).any(dim=0)
 
 
-def smallest_positive(code: Code) -> Tensor:
-    """Return min{z_ij | z_ij > 0}, a scalar; infinity if no entry is positive."""
+def smallest_active(code: Code) -> Tensor:
+    """Return min{|z_ij| : z_ij != 0}, a scalar; infinity if no latent is active."""
     values = code.values if isinstance(code, SparseCode) else code.flatten()
     infinity = values.new_full((1,), float("inf"))
-    return torch.cat([values.masked_fill(values <= 0, float("inf")), infinity]).min()
+    return torch.cat([values.abs().masked_fill(values == 0, float("inf")), infinity]).min()
 
 
 def split_by_group(code: Code, sizes: Sequence[int]) -> list[Code]:

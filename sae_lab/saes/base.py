@@ -57,6 +57,9 @@ class BaseSAE(Registered, ABC):
     varying_size: str | None = None
     """Why a training step has shapes that depend on data, even in fixed-size mode; None if it has none."""
 
+    signed: bool = False
+    """Whether active latents may be negative. Then the sign of a dictionary row means nothing by itself."""
+
     n_sources: int
     d_in: int
     n_latents: int

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.ops.selection import Pieces, select_above, select_top_of_batch
-from sae_lab.ops.sparse import Code, SparseCode, l0_per_row, smallest_positive
+from sae_lab.ops.sparse import Code, SparseCode, l0_per_row, smallest_active
 from sae_lab.parallel.collectives import mean_over_ranks, min_over_ranks
 from sae_lab.saes.sparse_linear import SparseLinearSAE
 
@@ -19,7 +19,9 @@ class BatchTopKSAE(SparseLinearSAE):
 
         train      z keeps the k·b largest entries of relu(h) over the batch of b rows
         eval       z = relu(h) · 1[h > threshold]
-        threshold  E_batches[min{z_ij | z_ij > 0}]
+        threshold  E_batches[min{|z_ij| : z_ij != 0}]
+
+    With signed=true (see SparseLinearSAE), |h| takes the place of relu(h) and the entries keep their sign.
 
     During training the threshold is a bias-corrected running mean (rate 0.01). After training, `calibrate` replaces it
     by the plain mean over batches of training size, which is the write-up's estimate.
@@ -69,8 +71,8 @@ class BatchTopKSAE(SparseLinearSAE):
     def select(self, h: Pieces) -> SparseCode:
         batch_wise = self.training and (self.batch_rule or self.threshold_updates == 0)
         if batch_wise:
-            return select_top_of_batch(h, self.current_k, self.lower_bound)
-        return select_above(h, self.threshold)
+            return select_top_of_batch(h, self.current_k, self.lower_bound, self.signed)
+        return select_above(h, self.threshold, self.signed)
 
     @torch.no_grad()
     def observe(self, code: Code) -> None:
@@ -102,7 +104,7 @@ class BatchTopKSAE(SparseLinearSAE):
             code: the code of the batch.
             rate: maps the number of updates so far to the rate of this one.
         """
-        smallest = min_over_ranks(smallest_positive(code)).to(self.threshold)
+        smallest = min_over_ranks(smallest_active(code)).to(self.threshold)
         known = smallest.isfinite()
         self.threshold_updates += known
         weight = rate(self.threshold_updates.clamp_min(1).to(self.threshold)) * known

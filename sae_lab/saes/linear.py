@@ -160,7 +160,7 @@ class LinearSAE(DictionarySAE):
         W_enc, W_dec = self.layers.encoder_rows(W, dead), select_rows(self.W_dec.flatten(1), dead, self.W_dec)
         b_enc = None if self.b_enc is None else F.pad(self.b_enc, (0, 1)).index_select(0, dead)
         k_aux = self.k_aux or max(1, self.sources.n_written * self.d_in // 2)
-        loss = auxk_loss(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch=self.auxk_selection == "batch")
+        loss = auxk_loss(x, residual, W_enc, b_enc, W_dec, k_aux, self.auxk_selection == "batch", self.signed)
         return loss * (dead[0] < self.n_latents)
 
     def plan_step(self) -> Hashable:

@@ -17,7 +17,7 @@ from sae_lab.saes.dictionary import DictionarySAE
 class PursuitSAE(DictionarySAE):
     """Dictionary without an encoder: k steps of a pursuit find the code.
 
-        min_z |x - b_dec - z W_dec|²     with z >= 0 and at most k active latents per row
+        min_z |x - b_dec - z W_dec|²     with z >= 0 (unless signed) and at most k active latents per row
 
     ops/pursuit.py has the pursuits. No gradient flows through the code. Training alternates between searching for codes
     in the dictionary and one step of the dictionary for these codes, as dictionary learning does (Engan et al. 1999;
@@ -30,6 +30,7 @@ class PursuitSAE(DictionarySAE):
     Args:
         k: number of steps, and so the maximum number of active latents per row.
         method: a key of METHODS in ops/pursuit.py.
+        signed: whether z may be negative.
 
     Raises:
         UserError: the method is unknown, or k is not a whole number between 1 and n_latents.
@@ -37,7 +38,9 @@ class PursuitSAE(DictionarySAE):
 
     varying_size = "a pursuit keeps as many latents as it needs"
 
-    def __init__(self, k: int, method: Method = "orthogonal_matching_pursuit", **dictionary: Any):
+    def __init__(
+        self, k: int, method: Method = "orthogonal_matching_pursuit", signed: bool = False, **dictionary: Any
+    ):
         super().__init__(**dictionary)
         if self.n_inputs:
             raise SettingError(
@@ -49,7 +52,7 @@ class PursuitSAE(DictionarySAE):
                 f"{{k}}={k} must be a whole number from 1 to the dictionary's {self.n_latents} latents: "
                 "a pursuit takes k steps."
             )
-        self.k, self.method = k, method
+        self.k, self.method, self.signed = k, method, signed
 
     @classmethod
     def of(cls, sae: BaseSAE, method: Method, k: int | None = None) -> "PursuitSAE":
@@ -76,7 +79,7 @@ class PursuitSAE(DictionarySAE):
     def encode_normalized(self, x: Float[Tensor, "b s d"]) -> tuple[SparseCode, None]:
         y, rows = (x - self.b_dec).detach().flatten(1), self.W_dec.detach().flatten(1)
         gram = len(y) * self.k > self.n_latents  # the Gram matrix costs f / b products and saves about k / 2
-        return pursue(self.method, y, Dictionary(rows, gram), self.k), None
+        return pursue(self.method, y, Dictionary(rows, gram), self.k, self.signed), None
 
 
 def require_dictionary(sae: BaseSAE) -> DictionarySAE:

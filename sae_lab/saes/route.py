@@ -81,6 +81,7 @@ class RouteSAE(BaseSAE):
         if self.inner.config.get("normalize", "none") != "none":
             raise SettingError("the rows of the inner SAE are normalized already: give {inner}.normalize=none.")
         self.batch_rule, self.varying_size = self.inner.batch_rule, self.inner.varying_size
+        self.signed = self.inner.signed
         generator = nth_generator(seed, 1)  # other random numbers than the inner SAE's
         bound = d_in**-0.5
         self.W_router = nn.Parameter(torch.empty(n_sources, d_in).uniform_(-bound, bound, generator=generator))

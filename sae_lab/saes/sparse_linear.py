@@ -22,11 +22,17 @@ class SparseLinearSAE(LinearSAE):
     h is computed in pieces of rows and never held as a whole. After the encoder's product, everything including the
     gradients touches active entries only (see ops/sparse.py).
 
+    With `signed`, the rule keeps the entries of largest |h| with their sign, in place of those of largest relu(h); so
+    does the auxiliary loss, and a threshold is one of |h|. A latent then stands for both ends of an axis, such as
+    singular and plural, which take two latents otherwise. TopK with signed codes is AbsTopK: Zhu, Khalili, Zhu 2025,
+    arXiv 2510.00404.
+
     Args:
         k: number of active latents per row, or its mean if the rule selects over the whole batch.
         k_warmup: training batches over which k falls linearly from k_start; 0: k from the start. Latents that are
             active early, while many are, have learned a direction by the time when few are.
         k_start: k of the first batch; None: s·d, or f if that is less.
+        signed: whether entries are compared by |h| and keep their sign.
 
     Raises:
         UserError: k or k_start is not between 1 and n_latents, or k_warmup is negative.
@@ -38,10 +44,11 @@ class SparseLinearSAE(LinearSAE):
         k_warmup: Annotated[int, Ge(0)] = 0,
         k_start: float | None = None,
         auxk_coefficient: Annotated[float, Ge(0)] = 1 / 32,
+        signed: bool = False,
         **linear: Any,
     ):
         super().__init__(auxk_coefficient=auxk_coefficient, **linear)
-        self.k, self.k_warmup, self.k_start = k, k_warmup, k_start
+        self.k, self.k_warmup, self.k_start, self.signed = k, k_warmup, k_start, signed
         self._k_start = min(self.sources.n_written * self.d_in, self.n_latents) if k_start is None else k_start
         check_active(self.n_latents, k=self.k, k_start=self._k_start)
         self.planned_k = self.k

@@ -13,9 +13,9 @@ WholeK = Annotated[int, ErrorMessage("must be a whole number here: only rules ov
 class TopKSAE(SparseLinearSAE):
     """TopK SAE: on each row the k largest positive pre-activations are kept, the others become zero.
 
-        z = TopK_k(relu(h))
+        z = TopK_k(relu(h))        signed: z = h · 1[|h| is among the k largest]
 
-    Gao et al. 2024, arXiv 2406.04093.
+    Gao et al. 2024, arXiv 2406.04093. With signed=true it is AbsTopK (see SparseLinearSAE).
 
     Args:
         k: the number of active latents per row.
@@ -28,4 +28,4 @@ class TopKSAE(SparseLinearSAE):
         super().__init__(k=k, **sparse)
 
     def select(self, h: Pieces) -> SparseCode:
-        return select_top_k(h, round(self.current_k))
+        return select_top_k(h, round(self.current_k), self.signed)

@@ -156,13 +156,14 @@ def dense_forward(sae: LinearSAE, x: Tensor) -> SAEOutput:
 
 
 def dense_code(sae: LinearSAE, h: Float[Tensor, "b f"]) -> Code:
-    """Keep the k largest entries of relu(h) on each row, or on average over the batch for a batch-wise rule."""
+    """Keep the k largest entries of relu(h), or |h|, on each row, or on average over the batch for a batch-wise rule."""
     k = sae.config.get("k")
     if k is None:
         return sae.activate(h)
-    rows = h.relu().view(1, -1) if sae.batch_rule else h.relu()
-    values, kept = rows.topk(int(k * len(h) / len(rows)), dim=-1)
-    return torch.zeros_like(rows).scatter(-1, kept, values).view_as(h)
+    rows = h if sae.signed else h.relu()
+    rows = rows.view(1, -1) if sae.batch_rule else rows
+    kept = rows.abs().topk(int(k * len(h) / len(rows)), dim=-1).indices
+    return torch.zeros_like(rows).scatter(-1, kept, rows.gather(-1, kept)).view_as(h)
 
 
 def floor_step(cfg: DictConfig, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Step:

@@ -41,7 +41,7 @@ def test_to_dense_lets_gradients_through():
 def test_statistics_of_a_code_do_not_depend_on_its_form(k):
     code = random_code(k=k)
     dense = code.to_dense()
-    for statistic in (sparse.l0_per_row, sparse.fire_counts, sparse.fired_latents, sparse.smallest_positive, losses.l1):
+    for statistic in (sparse.l0_per_row, sparse.fire_counts, sparse.fired_latents, sparse.smallest_active, losses.l1):
         torch.testing.assert_close(statistic(code), statistic(dense))
 
 

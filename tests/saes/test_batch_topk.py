@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import build, planted
 
-from sae_lab.ops.sparse import l0_per_row, smallest_positive
+from sae_lab.ops.sparse import l0_per_row, smallest_active
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, MatryoshkaSAE
 
@@ -33,7 +33,7 @@ def test_the_first_batch_gives_its_own_quantile_and_the_next_what_exceeds_that()
     sae, other = running(), planted(64, seed=1)[0]
     first = sae(X).code
     assert l0_per_row(first).sum() == 4 * 64
-    assert sae.threshold.item() == pytest.approx(smallest_positive(first).item())
+    assert sae.threshold.item() == pytest.approx(smallest_active(first).item())
     threshold = sae.threshold.item()
     h = sae.pre_activations(sae.sources.normalizer(other)[0])
     torch.testing.assert_close(sae(other).code.to_dense(), h * (h > threshold))
