@@ -22,6 +22,7 @@ import pytest
 from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 
+import sae_lab.cli.entry  # noqa: F401 (registers the resolvers of conf/)
 from sae_lab.cli.help import CONF
 from sae_lab.runtime.build import build as build_node
 from sae_lab.saes.base import BaseSAE

@@ -19,6 +19,7 @@ from sae_lab.cli.explain import explain
 from sae_lab.cli.folder_names import folder_name, new_folder
 from sae_lab.cli.help import CONF, config_text, list_choices
 from sae_lab.cli.mixture_parts import parts_of_mixture
+from sae_lab.cli.share_of_steps import share_of_steps
 from sae_lab.runtime.errors import Interrupted, UserError
 from sae_lab.runtime.os_errors import AGAIN
 from sae_lab.runtime.plain_text import for_terminal
@@ -30,6 +31,7 @@ OmegaConf.register_new_resolver("new_folder", new_folder, replace=True, use_cach
 OmegaConf.register_new_resolver("choices", list_choices, replace=True)
 OmegaConf.register_new_resolver("config_text", config_text, replace=True)
 OmegaConf.register_new_resolver("parts_of_mixture", parts_of_mixture, replace=True)
+OmegaConf.register_new_resolver("share_of_steps", share_of_steps, replace=True)
 
 # How to continue a stopped command. Commands that are not listed start from the beginning.
 CONTINUES = {"train": ": the same command{} continues", "harvest": ": the same command continues"}

@@ -1,6 +1,7 @@
 """Loss terms as pure functions."""
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_lab.ops.sparse import Code, SparseCode
@@ -16,3 +17,34 @@ def l1(code: Code) -> Tensor:
     if isinstance(code, SparseCode):
         return code.values.float().abs().sum() / code.shape[0]
     return code.float().abs().sum(dim=-1).mean()
+
+
+def lp(code: Float[Tensor, "b f"], p: Tensor | float) -> Tensor:
+    """Return mean_b sum_{f: z != 0} |z|^p, computed in float32 at any precision. With p = 1 it is the L1 penalty.
+
+    Inactive latents get no gradient, although that of |z|^p grows without bound where z falls to zero (p < 1).
+    """
+    z = code.float().abs()
+    active = z > 0
+    return torch.where(active, torch.where(active, z, 1.0).pow(p), 0.0).sum(dim=-1).mean()
+
+
+def quadratic_frequency(frequencies: Float[Tensor, " f"], scale: float) -> Tensor:
+    """Return sum_f p_f² / scale for the share of rows p_f on which each latent is active.
+
+    A penalty on L0 = sum_f p_f alone does not see whether few latents fire often or many rarely. This one weighs as
+    much as L0 for a latent of p_f = scale, more for denser latents and less for rarer ones.
+
+    Smith, Rajamanoharan et al. 2025 (GDM Mech Interp Team Progress Update #2).
+    """
+    return frequencies.square().sum() / scale
+
+
+def pre_activation(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], dead: Bool[Tensor, " f"]) -> Tensor:
+    """Return mean_b sum_{dead f} relu(theta_f - h_f): how far dead latents are below their thresholds.
+
+    It lowers the thresholds of dead latents and raises their pre-activations, whatever the reconstruction needs.
+
+    Conerly et al. 2025 (Anthropic, January 2025), there for every latent that is not active; SAELens takes dead ones.
+    """
+    return ((theta - h).relu() * dead).float().sum(dim=-1).mean()

@@ -13,6 +13,7 @@ from sae_lab.saes.gated import GatedSAE
 from sae_lab.saes.jumprelu import JumpReLUSAE
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.saes.matryoshka import MatryoshkaSAE, MatryoshkaTopKSAE
+from sae_lab.saes.p_anneal import PAnnealGatedSAE, PAnnealSAE
 from sae_lab.saes.pursuit_sae import PursuitSAE
 from sae_lab.saes.route import RouteSAE
 from sae_lab.saes.topk import TopKSAE
@@ -27,6 +28,8 @@ __all__ = [
     "LinearSAE",
     "MatryoshkaSAE",
     "MatryoshkaTopKSAE",
+    "PAnnealGatedSAE",
+    "PAnnealSAE",
     "PursuitSAE",
     "RouteSAE",
     "SAEOutput",

@@ -7,9 +7,11 @@ from annotated_types import Ge
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae_lab.ops import losses
 from sae_lab.parallel.collectives import concatenate_ranks
 from sae_lab.runtime.errors import SettingError
 from sae_lab.runtime.seeds import nth_generator
+from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.saes.parts.resample import SCALE, draw_badly_reconstructed, scale_to_unit_norm
 
@@ -75,3 +77,11 @@ class PenalizedLinearSAE(LinearSAE):
     def scale_by_warmup(self, penalty: Tensor) -> Tensor:
         """Multiply the penalty by the warm-up factor min(steps / sparsity_warmup, 1)."""
         return penalty * (self.steps / self.sparsity_warmup).clamp_max(1) if self.sparsity_warmup else penalty
+
+    def penalized(self, out: SAEOutput) -> Float[Tensor, "b f"]:
+        """Return what `sparsity` is computed from: one number of at least 0 for each row and latent."""
+        raise NotImplementedError
+
+    def sparsity(self, z: Float[Tensor, "b f"]) -> Tensor:
+        """Compute the penalty on `penalized`, without its coefficient: the L1 norm."""
+        return losses.l1(z)

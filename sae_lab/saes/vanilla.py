@@ -6,7 +6,6 @@ from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.ops import losses
 from sae_lab.ops.sparse import Code
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
@@ -37,9 +36,12 @@ class VanillaSAE(PenalizedLinearSAE):
         return h.relu()
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
+        penalty = self.sparsity(self.penalized(out))
+        return super().losses(out) | {"sparsity": self.scale_by_warmup(self.l1_coefficient * penalty)}
+
+    def penalized(self, out: SAEOutput) -> Tensor:
         assert isinstance(out.code, Tensor)
-        z = out.code if self.unit_norm else out.code * self.W_dec.flatten(1).norm(dim=1)
-        return super().losses(out) | {"sparsity": self.scale_by_warmup(self.l1_coefficient * losses.l1(z))}
+        return out.code if self.unit_norm else out.code * self.W_dec.flatten(1).norm(dim=1)
 
     def before_step(self) -> None:
         if self.unit_norm:

@@ -10,8 +10,9 @@ from sae_lab.saes import TopKSAE
 
 SAES = [sae for sae in map(build, SAE_NAMES) if type(sae).__name__ in saes.__all__]  # an SAE of a user's is their own
 COUNTS = {"dead_after": 1, "k_aux": 1, "k_warmup": 0, "sparsity_warmup": 0, "resample_every": 0, "seed": 0}
-COUNTS["n_inputs"] = 0
+COUNTS |= {"n_inputs": 0, "anneal_start": 0, "anneal_end": 1}
 WEIGHTS = ("auxk_coefficient", "l1_coefficient", "sparsity_coefficient", "theta")
+WEIGHTS += ("frequency_coefficient", "preact_coefficient")
 FLAGS = ("encoder_bias", "tied", "frozen_decoder", "unit_norm", "include_bias_level", "skip")
 BETWEEN = "must lie between 1 and"
 BAD = [
@@ -22,8 +23,9 @@ BAD = [
     ),
     *((name, value, "a number of at least 0") for name in WEIGHTS for value in (-1, "abc", True)),
     *((name, value, "must be true or false") for name in FLAGS for value in ("maybe", 1, None)),
-    *(("bandwidth", value, "a number above 0") for value in (0, "abc")),
+    *((name, value, "a number above 0") for name in ("bandwidth", "frequency_scale") for value in (0, "abc")),
     *(("encoder_norm", value, "a number above 0, drawn or unit") for value in (0, -1, "abc", True, None)),
+    *(("p_end", value, "a number above 0 and at most 1") for value in (0, 2, "abc")),
     *(("quantile_rate", value, "a number above 0 and at most 1") for value in (0, 2, "abc")),
     *(("k", value, "number") for value in ("abc", [1], True)),
     *(("k_start", value, sentence) for value, sentence in {"abc": "a number", 0: BETWEEN}.items()),
