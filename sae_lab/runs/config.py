@@ -38,6 +38,12 @@ MOVED = {
 LOADED_LM = {"tokenizer": None, "base_model": None, "trust_remote_code": False, "load": None}
 OF_ROWS = {"chat": "auto", "special_tokens": "text"}
 LINEAR_SAES = ("topk", "batch_topk", "matryoshka", "jumprelu", "gated", "vanilla", "cross_layer")
+OF_JUMPRELU = {
+    "kernel_gradient": "thresholds",
+    "frequency_coefficient": 0.0,
+    "frequency_scale": 0.1,
+    "preact_coefficient": 0.0,
+}
 ADDED: dict[str, dict[str, Any]] = {
     "sae_lab.activations.from_text.": {
         "order": "as_read",
@@ -48,6 +54,8 @@ ADDED: dict[str, dict[str, Any]] = {
     "sae_lab.activations.from_text.hub": {"held_out_every": None, "window_tokens": 16_777_216, **OF_ROWS},
     "sae_lab.activations.from_text.text_files": {"format": "auto", **OF_ROWS},
     "sae_lab.cache.data.CachedData": {"lm_batch_tokens": "auto", "exclude_tokens": [], "max_norm": None},
+    "sae_lab.saes.jumprelu.JumpReLUSAE": OF_JUMPRELU,
+    "sae_lab.saes.cross_layer.CrossLayerJumpReLUSAE": OF_JUMPRELU,
     **{f"sae_lab.lm.{back_end}.": LOADED_LM for back_end in ("transformers", "transformer_lens", "nnsight")},
     **{f"sae_lab.saes.{family}": {"encoder_norm": "drawn"} for family in LINEAR_SAES},
 }

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sae_lab.ops.losses import pre_activation, quadratic_frequency
 from sae_lab.parallel.collectives import mean_over_ranks
 from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import SAEOutput
@@ -22,17 +23,24 @@ class JumpReLUSAE(PenalizedLinearSAE):
         L0      = mean_b sum_f 1[h > theta]
         penalty = (L0 / k - 1)² (target_l0),   L0 (l0)   or   mean_b sum_f tanh(4 z) (tanh)
         loss    = mean (x - x_hat)² + sparsity_coefficient * penalty + aux
+                  [+ frequency_coefficient * sum_f p_f² / frequency_scale]             p_f = mean_b 1[h_f > theta_f]
+                  [+ preact_coefficient * mean_b sum_{dead f} relu(theta_f - h_f)]
 
     The step has no gradient in theta. Training uses the gradient of a step blurred by the kernel R(u) = 1[|u| < 1/2]:
 
         d z / d theta            = -(theta / bandwidth) R((h - theta) / bandwidth)
         d 1[h > theta] / d theta = -R((h - theta) / bandwidth) / bandwidth
 
+    Both depend on h - theta alone, so the kernel's gradient in h is the negative of that in theta. Rajamanoharan et al.
+    leave it out (kernel_gradient=thresholds); Anthropic adds it (all).
+
     R is applied to h, not to z: z is zero below theta, so half of the window would be empty. The parameter is theta
     itself, at least zero, in float32. As exp(phi) it would hardly move: under Adam by about theta · lr per step. A
     latent that has fallen below the window gets no gradient from these terms, hence the auxiliary loss.
 
-    Rajamanoharan et al. 2024, arXiv 2407.14435 (l0, and target_l0 in an appendix); tanh: Anthropic, January 2025.
+    Rajamanoharan et al. 2024, arXiv 2407.14435 (l0, and target_l0 in an appendix); tanh, preact_coefficient and
+    kernel_gradient=all: Conerly et al. 2025 (Anthropic, January 2025); frequency_coefficient: Smith, Rajamanoharan et
+    al. 2025 (GDM Mech Interp Team Progress Update #2), and Gemma Scope 2 together with target_l0.
     The default is target_l0, because k then has the same meaning as in a top-k SAE. With the other penalties L0 depends
     on the coefficient, d, f and the scale of the input. As h has a bias b_enc, subtracting b_dec only affects the
     initial state.
@@ -43,6 +51,10 @@ class JumpReLUSAE(PenalizedLinearSAE):
         sparsity_coefficient: weight of the penalty; None: COEFFICIENTS[penalty], for inputs of unit std.
         theta: initial value of all thresholds.
         bandwidth: width of R, in units of h.
+        kernel_gradient: `thresholds` or `all`: whether the kernel's gradient also reaches h, and so the encoder.
+        frequency_coefficient: weight of the penalty on latents that fire often; 0: none.
+        frequency_scale: share of rows from which on that penalty weighs more than one on L0.
+        preact_coefficient: weight of the loss that pulls dead latents up to their thresholds; 0: none.
 
     Raises:
         UserError: a setting is unknown or out of range, or target_l0 has no k between 1 and n_latents.
@@ -61,6 +73,10 @@ class JumpReLUSAE(PenalizedLinearSAE):
         sparsity_coefficient: Annotated[float, Ge(0)] | None = None,
         theta: Annotated[float, Ge(0)] = 0.1,
         bandwidth: Annotated[float, Gt(0)] = 0.1,
+        kernel_gradient: Literal["thresholds", "all"] = "thresholds",
+        frequency_coefficient: Annotated[float, Ge(0)] = 0.0,
+        frequency_scale: Annotated[float, Gt(0)] = 0.1,
+        preact_coefficient: Annotated[float, Ge(0)] = 0.0,
         auxk_coefficient: Annotated[float, Ge(0)] = 1 / 32,
         **penalized: Any,
     ):
@@ -70,18 +86,28 @@ class JumpReLUSAE(PenalizedLinearSAE):
                 raise SettingError("{penalty}=target_l0 needs a k to aim at: give {k}=..., or another penalty.")
             check_active(self.n_latents, k=k)
         self.k, self.penalty, self.sparsity_coefficient = k, penalty, sparsity_coefficient
-        self.theta, self.bandwidth = theta, bandwidth
+        self.theta, self.bandwidth, self.kernel_gradient = theta, bandwidth, kernel_gradient
+        self.frequency_coefficient, self.frequency_scale = frequency_coefficient, frequency_scale
+        self.preact_coefficient = preact_coefficient
         self.coefficient = self.COEFFICIENTS[penalty] if sparsity_coefficient is None else sparsity_coefficient
         self.thresholds = nn.Parameter(torch.full((self.n_latents,), float(theta)))
 
     def activate(self, h: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
-        return jump_relu(h, self.thresholds, self.bandwidth)
+        return jump_relu(h, self.thresholds, self.bandwidth, self.kernel_gradient == "all")
 
     def resampled_values(self) -> list[tuple[nn.Parameter, float]]:
         return [*super().resampled_values(), (self.thresholds, self.theta)]
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
-        return super().losses(out) | {"sparsity": self.scale_by_warmup(self.coefficient * self.compute_penalty(out))}
+        assert out.h is not None
+        terms = super().losses(out) | {"sparsity": self.scale_by_warmup(self.coefficient * self.compute_penalty(out))}
+        if self.frequency_coefficient:
+            frequencies = mean_over_ranks(self.frequencies(out.h))
+            penalty = quadratic_frequency(frequencies, self.frequency_scale)
+            terms["frequency"] = self.scale_by_warmup(self.frequency_coefficient * penalty)
+        if self.preact_coefficient:
+            terms["preact"] = self.preact_coefficient * pre_activation(out.h, self.thresholds, self.dead())
+        return terms
 
     def compute_penalty(self, out: SAEOutput) -> Tensor:
         """Compute the penalty, without its coefficient."""
@@ -89,8 +115,12 @@ class JumpReLUSAE(PenalizedLinearSAE):
             assert isinstance(out.code, Tensor)
             return (4 * out.code.float()).tanh().sum(dim=-1).mean()
         assert out.h is not None
-        l0 = mean_l0(out.h, self.thresholds, self.bandwidth)
+        l0 = self.frequencies(out.h).sum()
         return l0 if self.k is None or self.penalty == "l0" else (mean_over_ranks(l0) / self.k - 1).square()
+
+    def frequencies(self, h: Float[Tensor, "b f"]) -> Float[Tensor, " f"]:
+        """Compute the share of rows on which each latent is active; its sum is L0."""
+        return step_frequencies(h, self.thresholds, self.bandwidth, self.kernel_gradient == "all")
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -98,14 +128,18 @@ class JumpReLUSAE(PenalizedLinearSAE):
         self.thresholds.clamp_min_(0)
 
 
-def jump_relu(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float) -> Float[Tensor, "b f"]:
-    """Compute h · 1[h > theta], with the kernel's gradient for theta."""
-    return _JumpReLU.apply(h, theta, bandwidth)
+def jump_relu(
+    h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float, into_h: bool = False
+) -> Float[Tensor, "b f"]:
+    """Compute h · 1[h > theta], with the kernel's gradient for theta, and for h as well if `into_h`."""
+    return _JumpReLU.apply(h, theta, bandwidth, into_h)
 
 
-def mean_l0(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float) -> Tensor:
-    """Compute mean_b sum_f 1[h > theta], with the kernel's gradient for theta and none for h."""
-    return _MeanL0.apply(h.detach(), theta, bandwidth)
+def step_frequencies(
+    h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float, into_h: bool = False
+) -> Float[Tensor, " f"]:
+    """Compute mean_b 1[h > theta], with the kernel's gradient for theta, and for h as well if `into_h`."""
+    return _StepFrequencies.apply(h if into_h else h.detach(), theta, bandwidth)
 
 
 def in_kernel_window(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float) -> Bool[Tensor, "b f"]:
@@ -115,28 +149,32 @@ def in_kernel_window(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwi
 
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float, into_h: bool) -> Tensor:
         ctx.save_for_backward(h, theta)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth, ctx.into_h = bandwidth, into_h
         return h * (h > theta)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, theta = ctx.saved_tensors
-        near = (grad * in_kernel_window(h, theta, ctx.bandwidth)).sum(dim=0, dtype=theta.dtype)
-        return grad * (h > theta), -(theta / ctx.bandwidth) * near, None
+        near, height = grad * in_kernel_window(h, theta, ctx.bandwidth), theta / ctx.bandwidth
+        grad_h = grad * (h > theta)
+        if ctx.into_h:
+            grad_h += (height * near).to(h.dtype)
+        return grad_h, -height * near.sum(dim=0, dtype=theta.dtype), None, None
 
 
-class _MeanL0(torch.autograd.Function):
+class _StepFrequencies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
-        near = in_kernel_window(h, theta, bandwidth).sum(dim=0)
-        ctx.save_for_backward(near.to(theta.dtype) / (bandwidth * len(h)))
-        return (h > theta).sum().to(theta.dtype) / len(h)
+        near, rows = in_kernel_window(h, theta, bandwidth), bandwidth * len(h)
+        ctx.rows = rows
+        ctx.save_for_backward(near.sum(dim=0).to(theta.dtype) / rows, near if ctx.needs_input_grad[0] else None)
+        return (h > theta).sum(dim=0).to(theta.dtype) / len(h)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (density,) = ctx.saved_tensors
-        return None, -grad * density, None
+        density, near = ctx.saved_tensors
+        return None if near is None else grad / ctx.rows * near, -grad * density, None

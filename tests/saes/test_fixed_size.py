@@ -20,13 +20,16 @@ from sae_lab.training.step import TrainingStep
 HOST_READS = (DataDependentOutputException, DynamicOutputShapeException, RuntimeError)
 
 CROSS_LAYER = "sae._target_=sae_lab.saes.cross_layer.CrossLayer{}SAE"
+JUMPRELU_2025 = ("sae.frequency_coefficient=1", "sae.preact_coefficient=1", "sae.kernel_gradient=all")
 STEPS = {
     "batch_topk": (1, "batch_topk"),
     "topk": (1, "topk"),
     "matryoshka": (1, "matryoshka", "sae.group_sizes=[8,24,32]"),
     "vanilla": (1, "vanilla"),
     "jumprelu": (1, "jumprelu"),
+    "jumprelu_2025": (1, "jumprelu", *JUMPRELU_2025),
     "gated": (1, "gated"),
+    "p_anneal": (1, "p_anneal", "sae.anneal_start=2", "sae.anneal_end=6"),
     "route": (2, "route"),
     "crosscoder": (2, "batch_topk"),
     "transcoder": (2, "topk", "sae.n_inputs=1", "sae.normalize=mean_norm", "sae.skip=true"),

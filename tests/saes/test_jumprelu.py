@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import build, planted
 
+from sae_lab.ops.losses import quadratic_frequency
 from sae_lab.runtime.errors import UserError
-from sae_lab.saes.jumprelu import JumpReLUSAE, in_kernel_window, jump_relu, mean_l0
+from sae_lab.saes.jumprelu import JumpReLUSAE, in_kernel_window, jump_relu, step_frequencies
 
 X = planted(256, seed=1)[0]
 
@@ -22,7 +23,7 @@ def test_golden_f_the_window_looks_at_pre_activations():
     h, theta = torch.tensor([[0.95], [1.04], [1.2], [0.5]]), torch.ones(1, requires_grad=True)
     assert in_kernel_window(h, theta, 0.2)[:, 0].tolist() == [True, True, False, False]
     for i, expected in enumerate([-5.0, -5.0, 0.0, 0.0]):
-        (gradient,) = torch.autograd.grad(mean_l0(h[i : i + 1], theta, 0.2), theta)
+        (gradient,) = torch.autograd.grad(step_frequencies(h[i : i + 1], theta, 0.2).sum(), theta)
         assert gradient.item() == pytest.approx(expected)
     assert jump_relu(h, theta, 0.2)[:, 0].tolist() == pytest.approx([0, 1.04, 1.2, 0])
 
@@ -67,7 +68,7 @@ def test_the_kernels_gradient_is_that_of_the_expectation():
     h = torch.randn(1_000_000, 1, generator=torch.Generator().manual_seed(0))
     theta = torch.tensor([0.7], requires_grad=True)
     estimates = {
-        "l0": lambda t: mean_l0(h, t, 0.1),
+        "l0": lambda t: step_frequencies(h, t, 0.1).sum(),
         "code": lambda t: jump_relu(h, t, 0.1).mean(),
     }
     for name, mean in estimates.items():
@@ -109,7 +110,7 @@ def test_target_l0_is_reached():
 def test_thresholds_get_a_float32_gradient_from_bfloat16_pre_activations():
     h, theta = torch.randn(64, 8).bfloat16().requires_grad_(), torch.full((8,), 0.1, requires_grad=True)
     z = jump_relu(h, theta, 0.3)
-    (z.float().sum() + mean_l0(h, theta, 0.3)).backward()
+    (z.float().sum() + step_frequencies(h, theta, 0.3).sum()).backward()
     assert z.dtype == h.grad.dtype == torch.bfloat16
     assert theta.grad.dtype == torch.float32
     assert theta.grad.norm() > 0
@@ -123,3 +124,67 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="must lie between 1 and"):
         JumpReLUSAE(d_in=2, n_latents=4, k=5)
     assert JumpReLUSAE(d_in=2, n_latents=4, penalty="l0").k is None
+
+
+def reference_step(h, theta, bandwidth: float):
+    """1[h > theta] with the kernel's gradient for both, as a function of h - theta, by autograd in float64."""
+    hard, u = (h > theta).double(), (h - theta) / bandwidth
+    window = (u.abs() < 0.5).double()
+    return hard + window * (u - u.detach())
+
+
+@pytest.mark.parametrize("into_h", [False, True])
+def test_gradients_in_h_and_theta_against_a_dense_reference(into_h):
+    """The reference: h · step and step as autograd differentiates them, where h of the step is fixed unless into_h."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(50, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    theta = torch.rand(8, dtype=torch.float64, generator=generator).requires_grad_()
+    weights = torch.randn(50, 8, dtype=torch.float64, generator=generator)
+    step = reference_step(h if into_h else h.detach(), theta, 0.3)
+    # z = h · step(h - theta): the kernel acts where h is near theta, and the paper sets h there to theta
+    at_jump = theta.detach() * (step - step.detach()) + h * step.detach()
+    expected = (at_jump * weights).sum() + step.mean(0).square().sum()
+    z, frequencies = jump_relu(h, theta, 0.3, into_h), step_frequencies(h, theta, 0.3, into_h)
+    mine = (z * weights).sum() + frequencies.square().sum()
+    torch.testing.assert_close(z, at_jump)
+    pairs = zip(*(torch.autograd.grad(loss, (h, theta)) for loss in (mine, expected)), strict=True)
+    for gradient, reference in pairs:
+        torch.testing.assert_close(gradient, reference)
+
+
+def test_frequency_penalty_grows_with_the_square_of_a_latents_frequency():
+    """One latent on 40 % of the rows costs what L0 costs at the scale, and four on 10 % cost a quarter."""
+    assert quadratic_frequency(torch.tensor([0.1]), 0.1) == pytest.approx(0.1)
+    assert quadratic_frequency(torch.tensor([0.4]), 0.1) == pytest.approx(1.6)
+    assert quadratic_frequency(torch.full((4,), 0.1), 0.1) == pytest.approx(0.4)
+
+
+def test_frequency_and_preact_are_terms_of_the_loss():
+    off = build("jumprelu", "sae.frequency_coefficient=0", "sae.preact_coefficient=0")
+    assert not {"frequency", "preact"} & off.losses(off(X)).keys()
+    sae = build("jumprelu", "sae.frequency_coefficient=0.5", "sae.frequency_scale=0.2", "sae.preact_coefficient=0.25")
+    sae.batches_since_fired[:8] = 100
+    with torch.no_grad():
+        sae.thresholds[:8] = 50.0
+    out = sae(X)
+    terms, p = sae.losses(out), (out.code != 0).float().mean(0)
+    torch.testing.assert_close(terms["frequency"], 0.5 * (p**2).sum() / 0.2)
+    torch.testing.assert_close(terms["preact"], 0.25 * (50 - out.h[:, :8]).relu().sum(1).mean())
+    gradient = torch.autograd.grad(terms["preact"], [sae.thresholds, sae.b_enc, sae.W_dec], allow_unused=True)
+    torch.testing.assert_close(gradient[0], torch.where(torch.arange(64) < 8, 0.25, 0.0))
+    torch.testing.assert_close(gradient[1], -gradient[0])
+    assert gradient[2] is None
+
+
+def test_preact_revives_dead_latents():
+    sae = build("jumprelu", "sae.normalize=none", "sae.auxk_coefficient=0", "sae.preact_coefficient=0.1")
+    with torch.no_grad():
+        sae.b_enc[:20] = -3.0
+    adam = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    for i in range(200):
+        adam.zero_grad()
+        torch.stack(list(sae.losses(sae(planted(64, seed=i)[0])).values())).sum().backward()
+        sae.before_step()
+        adam.step()
+        sae.after_step()
+    assert not sae.dead()[:20].all()
