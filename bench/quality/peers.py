@@ -14,13 +14,12 @@ from coding import Rows, write_all
 SYSTEMS = {"SAELens": "sae_lens_peer", "dictionary_learning": "dictionary_learning_peer", "sparsify": "sparsify_peer"}
 
 
-def size_of(args: argparse.Namespace, d: int) -> dict:
-    """Return what is equal for every system. Prefixes of Matryoshka are those of conf/sae/matryoshka.yaml."""
-    f = args.n_latents
-    prefixes = sorted({max(p, d) for p in (f // 16, f // 8, f // 4, f // 2)} | {f})
+def size_of(d: int, f: int, k: int) -> dict:
+    """Return what is equal for every system. Matryoshka's groups are the default ones of this project."""
+    prefixes = [p for p in (f // 16, f // 8, f // 4, f // 2) if d <= p < f] + [f]
     widths = [b - a for a, b in zip([0, *prefixes], prefixes, strict=False)]
     fractions = [w / f for w in widths]
-    return {"d": d, "n_latents": f, "k": args.k, "prefixes": prefixes, "group_fractions": fractions}
+    return {"d": d, "n_latents": f, "k": k, "prefixes": prefixes, "group_fractions": fractions}
 
 
 def train_one(system: str, family: str, rate: float | None, args: argparse.Namespace) -> None:
@@ -35,7 +34,9 @@ def train_one(system: str, family: str, rate: float | None, args: argparse.Names
     held_out = torch.from_numpy(np.load(args.rows / "held_out.npy"))
     start = time.process_time()
     folder.mkdir(parents=True, exist_ok=True)
-    deployed, trained, settings = peer.train(family, rate, rows, size_of(args, held_out.shape[1]), args.seed, folder)
+    deployed, trained, settings = peer.train(
+        family, rate, rows, size_of(held_out.shape[1], args.n_latents, args.k), args.seed, folder
+    )
     seconds = time.process_time() - start
     row = {"system": system, "family": family, "rate": "default" if rate is None else f"{rate:g}", "seed": args.seed}
     row |= {"settings": settings, "n_tokens": len(rows.rows), "cpu_seconds": round(seconds, 1)}

@@ -24,12 +24,16 @@ def data_of(overrides: list[str]) -> StreamData:
 
 
 def write_training_rows(data: StreamData, file: Path) -> None:
-    rows = open_memmap(file, "w+", "float32", (data.n_tokens, data.d_in))
+    """Write the rows to a file that appears whole or not at all."""
+    partial = file.with_suffix(".partial")
+    rows = open_memmap(partial, "w+", "float32", (data.n_tokens, data.n_sources * data.d_in))
     start = 0
     for batch in data.train_dataloader():
         rows[start : start + len(batch)] = batch.flatten(1).float().cpu().numpy()
         start += len(batch)
     assert start == data.n_tokens, f"the text ended after {start} of {data.n_tokens} rows"
+    rows.flush()
+    partial.rename(file)
 
 
 def write_held_out(data: StreamData, n_tokens: int, folder: Path) -> None:
@@ -46,6 +50,9 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     data = data_of(args.overrides)
+    assert data.n_sources == 1, (
+        f"other libraries' SAEs read one site, not {', '.join(data.sites)}: give one in lm.sites"
+    )
     write_held_out(data, args.held_out, args.folder)
     write_training_rows(data, args.folder / "train.npy")
 
