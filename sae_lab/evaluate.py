@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, TypedDict
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point, folder_from, section_from
@@ -16,6 +16,7 @@ class Options(TypedDict):
 
     sae_dir: str | None
     activation: str | None
+    k: Annotated[float, Gt(0)] | None
     n_eval_tokens: Annotated[int, Ge(1)] | None
     device: str
     trust: Sequence[str] | str
@@ -27,12 +28,12 @@ class Options(TypedDict):
 def main(cfg: DictConfig) -> None:
     """Evaluate the SAE of a run on the run's own data, or with other settings of data and language model.
 
-    With `activation`, `encoder` or a setting that changes numbers, the run's metrics.json and figures stay as they are,
-    and metrics_<what differs>.json is written beside it. With `sae_dir`, everything is written into the folder of that
-    SAE.
+    With `activation`, `k`, `encoder` or a setting that changes numbers, the run's metrics.json and figures stay as they
+    are, and metrics_<what differs>.json is written beside it. With `sae_dir`, everything is written into the folder of
+    that SAE.
     """
     from sae_lab.evaluation.evaluator import evaluate
-    from sae_lab.evaluation.rules import compare_encoders, evaluate_under
+    from sae_lab.evaluation.rules import compare_encoders, evaluate_under, set_k
     from sae_lab.runs.config import read_config
     from sae_lab.runs.loading import load_run
     from sae_lab.runs.replacements import replaced_settings, suffix_of
@@ -43,7 +44,7 @@ def main(cfg: DictConfig) -> None:
     from sae_lab.saes.files import sae_folder
 
     check_config(cfg, Options)
-    k = section_from(cfg, "pursuit").k
+    pursuit_k = section_from(cfg, "pursuit").k
     run_dir = folder_from(cfg, "run_dir")
     folder = run_dir if cfg.sae_dir is None else sae_folder(folder_from(cfg, "sae_dir"))
     if cfg.activation is not None and cfg.encoder != "own":
@@ -51,15 +52,17 @@ def main(cfg: DictConfig) -> None:
     keep_freed_memory()
     sae, data, run = load_run(run_dir, cfg.device, cfg.n_eval_tokens, cfg.sae_dir, cfg.trust, replaced_from(cfg))
     replaced = {} if cfg.overwrite else replaced_settings(read_config(run_dir), run)
+    if cfg.k is not None:
+        sae, replaced = set_k(sae, cfg.k, data, run.calibration_batches), {"k": cfg.k} | replaced
     suffix, said = suffix_of(replaced), {"settings": replaced} if replaced else {}
     if cfg.activation is not None:
         metrics = evaluate_under(cfg.activation, sae, data, run.calibration_batches)
         print_metrics(metrics, folder)
         print_files([write_metrics(metrics | said, sae, folder / f"metrics_{cfg.activation}{suffix}.json")])
     elif cfg.encoder != "own":
-        metrics = compare_encoders(sae, cfg.encoder, k, data)
+        metrics = compare_encoders(sae, cfg.encoder, pursuit_k, data)
         print_metrics(metrics["own"] | {"train_mode": metrics[cfg.encoder]}, folder, ("own", cfg.encoder))
-        print_files([write_comparison(metrics | said, cfg.encoder, k, folder, suffix)])
+        print_files([write_comparison(metrics | said, cfg.encoder, pursuit_k, folder, suffix)])
     else:
         evaluation = evaluate(sae, data)
         print_metrics(evaluation.metrics, folder)

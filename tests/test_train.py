@@ -245,6 +245,17 @@ def test_evaluate_under_another_activation_writes_a_file_of_its_own(run_dir):
     assert thresholded == own | {"activation": "threshold"}
 
 
+def test_evaluate_takes_another_k_and_calibrates_for_it(run_dir):
+    before = (run_dir / "metrics.json").read_bytes()
+    done = run(f"run_dir={run_dir}", "k=6", "overwrite=true", module="evaluate")
+    assert done.returncode == 0, done.stderr
+    assert (run_dir / "metrics.json").read_bytes() == before
+    metrics = json.loads((run_dir / "metrics_k=6.json").read_text())
+    assert metrics["settings"] == {"k": 6}
+    assert metrics["l0"] == pytest.approx(6, rel=0.2)
+    assert metrics["fvu"] > json.loads(before)["fvu"]
+
+
 def test_evaluate_compares_a_pursuit_with_the_saes_own_encoder(run_dir):
     before = (run_dir / "metrics.json").read_bytes()
     done = run(f"run_dir={run_dir}", "encoder=gradient_pursuit", "pursuit.k=12", module="evaluate")

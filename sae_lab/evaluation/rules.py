@@ -38,6 +38,18 @@ def convert_activation(sae: BaseSAE, activation: str) -> BaseSAE:
     return other
 
 
+def set_k(sae: BaseSAE, k: float, data: StreamData, calibration_batches: int) -> BaseSAE:
+    """Return the SAE with another k, and its threshold, if it has one, calibrated for it.
+
+    Raises:
+        UserError: the SAE cannot take this k after training.
+    """
+    other = sae.with_k(k)
+    if other.batch_rule:
+        calibrate([other], data, calibration_batches)
+    return other
+
+
 def evaluate_under(activation: str, sae: BaseSAE, data: StreamData, calibration_batches: int) -> dict[str, Any]:
     """Evaluate the parameters of `sae` under the rule `activation`."""
     other = convert_activation(sae, activation)

@@ -122,8 +122,8 @@ def check_exportable(
 ) -> BaseSAE:
     """Return the SAE in a form that a library can represent, or raise a UserError.
 
-    The result is `sae` itself, or a copy: of its `deployed_class`, where it has one, and with its normalizer folded into
-    the weights if that treats all rows alike.
+    The result is `sae.deployed()`, or a copy of it with its normalizer folded into the weights if that treats all rows
+    alike.
 
     Args:
         sae: the SAE to export.
@@ -136,8 +136,7 @@ def check_exportable(
         UserError: the library cannot represent the class, the normalization, several sites, an MLP in the encoder, or
             `active_groups`.
     """
-    if sae.deployed_class:
-        sae = sae.convert_to(BaseSAE.registry[sae.deployed_class])
+    sae = sae.deployed()
     name, config = type(sae).__name__, sae.config
     if sae.n_inputs:
         check_transcoder(sae, transcoders, library)

@@ -10,6 +10,7 @@ from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.batch_topk import BatchTopKSAE
 from sae_lab.saes.dictionary import DictionarySAE
 from sae_lab.saes.gated import GatedSAE
+from sae_lab.saes.hierarchical_topk import HierarchicalTopKSAE
 from sae_lab.saes.jumprelu import JumpReLUSAE
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.saes.matryoshka import MatryoshkaSAE, MatryoshkaTopKSAE
@@ -24,6 +25,7 @@ __all__ = [
     "BatchTopKSAE",
     "DictionarySAE",
     "GatedSAE",
+    "HierarchicalTopKSAE",
     "JumpReLUSAE",
     "LinearSAE",
     "MatryoshkaSAE",

@@ -7,7 +7,7 @@ reads the first r sources and predicts the other w sources; for all other SAEs r
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -52,8 +52,6 @@ class BaseSAE(Registered, ABC):
     pre_activation_parameters: tuple[str, ...] = ("b_enc",)
     """Names of the parameters (one number per latent) that are added to h or compared with it, in the units of h."""
 
-    deployed_class: str | None = None
-    """Class that computes the same with the same parameters, where only training differs; None: there is none."""
 
     resample_every: int = 0
     """Training batches between two calls of `resample` that may do something; 0: it never does."""
@@ -91,6 +89,20 @@ class BaseSAE(Registered, ABC):
         assert isinstance(other, cls)
         other.start_from(self)
         return other.to(next(self.parameters()).device).train(self.training)
+
+    def with_k(self, k: float) -> Self:
+        """Return this SAE with another number of active latents per row. It shares no memory with this SAE.
+
+        A rule over the batch must be calibrated again before it is used in `eval()` mode.
+
+        Raises:
+            UserError: k is not possible, or only training can set it.
+        """
+        raise UserError(f"a {type(self).__name__} cannot take k={k} after training: train it with that L0.")
+
+    def deployed(self) -> "BaseSAE":
+        """Return the plainest SAE that encodes and decodes as this one does in `eval()` mode, which exports write."""
+        return self
 
     @torch.no_grad()
     def start_from(self, other: "BaseSAE") -> None:

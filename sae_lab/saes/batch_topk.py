@@ -1,7 +1,7 @@
 """BatchTopK: k active latents per row on average, selected over the whole batch."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from annotated_types import Gt, Le
@@ -67,6 +67,10 @@ class BatchTopKSAE(SparseLinearSAE):
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
         self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.long))
         self.register_buffer("lower_bound", torch.zeros((), dtype=torch.float32), persistent=False)
+
+    def with_k(self, k: float) -> Self:
+        """Return this SAE with another k and `quantile=batch`: a running threshold is that of the trained k."""
+        return self.convert_to(type(self), k=k, quantile="batch")
 
     def select(self, h: Pieces) -> SparseCode:
         batch_wise = self.training and (self.batch_rule or self.threshold_updates == 0)

@@ -78,12 +78,14 @@ class PAnneal(PenalizedLinearSAE):
 
 
 class PAnnealSAE(PAnneal, VanillaSAE):
-    """ReLU SAE with an annealed penalty (see PAnneal); deployed, it is a VanillaSAE."""
+    """ReLU SAE with an annealed penalty (see PAnneal)."""
 
-    deployed_class = "VanillaSAE"
+    def deployed(self) -> VanillaSAE:
+        return self.convert_to(VanillaSAE)
 
 
 class PAnnealGatedSAE(PAnneal, GatedSAE):
-    """Gated SAE with an annealed penalty on its gate (see PAnneal); deployed, it is a GatedSAE."""
+    """Gated SAE with an annealed penalty on its gate (see PAnneal)."""
 
-    deployed_class = "GatedSAE"
+    def deployed(self) -> GatedSAE:
+        return self.convert_to(GatedSAE)

@@ -1,6 +1,6 @@
 """Pursuit: a dictionary without an encoder, with codes found by search."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -64,6 +64,9 @@ class PursuitSAE(DictionarySAE):
                 f"a {type(sae).__name__} has no k of its own: give pursuit.k=<maximum number of latents per row>."
             )
         return sae.convert_to(cls, method=method, k=k)
+
+    def with_k(self, k: float) -> Self:
+        return self.convert_to(type(self), k=k)
 
     @torch.no_grad()
     def start_from(self, other: BaseSAE) -> None:

@@ -1,7 +1,7 @@
 """RouteSAE: for each token, a learned router chooses the site to explain."""
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from annotated_types import Ge
@@ -89,6 +89,10 @@ class RouteSAE(BaseSAE):
     @property
     def config(self) -> dict[str, Any]:
         return super().config | {"inner": {"class": type(self.inner).__name__, "config": self.inner.config}}
+
+    def with_k(self, k: float) -> Self:
+        inner = self.inner.with_k(k)
+        return self.convert_to(type(self), inner={"class": type(inner).__name__, "config": inner.config})
 
     def probabilities(self, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b s"]:
         """Compute r from normalized rows."""

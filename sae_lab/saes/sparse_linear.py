@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Hashable
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
 from annotated_types import Ge
@@ -70,6 +70,9 @@ class SparseLinearSAE(LinearSAE):
         if not self.k_warmup:
             return self.k
         return self.k + (self._k_start - self.k) * max(0.0, 1 - int(self.steps) / self.k_warmup)
+
+    def with_k(self, k: float) -> Self:
+        return self.convert_to(type(self), k=k)
 
     def row_parameters(self) -> dict[nn.Parameter, bool]:
         if self.tied or self.mlp is not None or self.layers.n_layers > 1:

@@ -25,6 +25,8 @@ STEPS = {
     "batch_topk": (1, "batch_topk"),
     "topk": (1, "topk"),
     "matryoshka": (1, "matryoshka", "sae.group_sizes=[8,24,32]"),
+    "hierarchical_topk": (1, "hierarchical_topk"),
+    "all_budgets": (2, "hierarchical_topk", "sae.budgets=all", "sae.k_warmup=9"),
     "vanilla": (1, "vanilla"),
     "jumprelu": (1, "jumprelu"),
     "jumprelu_2025": (1, "jumprelu", *JUMPRELU_2025),
@@ -252,6 +254,7 @@ MOST_OPERATIONS = {
     "batch_topk": (115, 210),
     "topk": (92, 185),
     "matryoshka": (260, 335),
+    "hierarchical_topk": (135, 230),
     "route": (140, 235),
     "vanilla": (100, 100),
     "jumprelu": (145, 205),
@@ -321,7 +324,7 @@ BY_LATENT = {
     "auxk_of_batch": 2,
     "centred": 2,
 }
-BY_LATENT |= {"matryoshka": 1, "route": 2}
+BY_LATENT |= {"matryoshka": 1, "route": 2, "hierarchical_topk": 2, "all_budgets": 2}
 """How many of W_enc and W_dec are updated by latent, in steps without dead latents at least."""
 
 

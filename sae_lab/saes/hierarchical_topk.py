@@ -1,0 +1,90 @@
+"""Hierarchical TopK: one SAE for every number of active latents up to k."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from annotated_types import Ge
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.ops import losses, sparse
+from sae_lab.ops.sparse import Code, SparseCode
+from sae_lab.runtime.annotations import ErrorMessage
+from sae_lab.runtime.errors import SettingError
+from sae_lab.saes.base import SAEOutput
+from sae_lab.saes.topk import TopKSAE, WholeK
+
+Budgets = Annotated[
+    Sequence[Annotated[int, Ge(1)]] | Literal["all"] | None,
+    ErrorMessage("must be null, all, or a list of whole numbers of at least 1"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetsOutput(SAEOutput):
+    """Output of a forward pass, with the reconstruction at every budget."""
+
+    levels: Float[Tensor, "b n w d"]
+    """Reconstructions by the largest latents of each row, as many as each budget allows; the last one is x_hat."""
+
+
+class HierarchicalTopKSAE(TopKSAE):
+    """TopK SAE whose largest latents reconstruct at every budget, so that k can be lowered after training.
+
+        x_hat^(j) = sum_{i among the j largest z} z_i W_dec_i + b_dec
+        loss      = mean_{j in budgets} mean (x - x_hat^(j))² + aux
+
+    z is TopK's, and the auxiliary loss uses the residual at k. `with_k(j)` encodes with the j largest latents.
+
+    All budgets together cost one decoding of the code: each row is split by rank into as many rows as there are
+    budgets, and their reconstructions are added up. The memory is that of b · d numbers for each budget.
+
+    Balagansky et al. 2025, arXiv 2505.24473. The paper's loss has every budget from 1 to k, all with equal weight
+    (`all`). The default has the powers of two instead, which weighs small budgets more.
+
+    Args:
+        k: the largest budget.
+        budgets: the numbers of active latents at which the loss is taken, none above k; k itself always is one of
+            them. None: the powers of two. `all`: every number.
+
+    Raises:
+        UserError: k is not a whole number between 1 and n_latents, or a budget is above k.
+    """
+
+    starts: Tensor
+    """The rank of the first latent that each budget adds to the one before."""
+
+    def __init__(self, k: WholeK, budgets: Budgets = None, **sparse: Any):
+        super().__init__(k=k, **sparse)
+        self.budgets = budgets
+        if budgets is None:
+            chosen = [2**i for i in range(int(k).bit_length())]
+        else:
+            chosen = list(range(1, int(k))) if budgets == "all" else [int(n) for n in budgets]
+        if above := [n for n in chosen if n > k]:
+            raise SettingError(f"{{budgets}}={budgets} has {above[0]}, which is above {{k}}={k}: lower it, or raise k.")
+        starts = torch.tensor([0, *sorted({n for n in chosen if n < k})])
+        self.register_buffer("starts", starts, persistent=False)
+
+    def with_k(self, k: float) -> Self:
+        given = self.budgets
+        budgets = [n for n in given if n <= k] if isinstance(given, Sequence) and given != "all" else given
+        return self.convert_to(type(self), k=k, budgets=budgets)
+
+    def deployed(self) -> TopKSAE:
+        return self.convert_to(TopKSAE)
+
+    def output(
+        self, x: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"], code: Code, h: Float[Tensor, "b f"] | None
+    ) -> BudgetsOutput:
+        assert isinstance(code, SparseCode)
+        added = sparse.split_by_rank(code, self.starts)
+        parts = sparse.decode(added, self.W_dec, torch.zeros_like(self.b_dec)).unflatten(0, (len(x), len(self.starts)))
+        levels = parts.cumsum(dim=1) + self.decoder_offset(x).unsqueeze(-3)
+        return BudgetsOutput(x, target, levels[:, -1], code, h, levels=levels)
+
+    def reconstruction(self, out: SAEOutput) -> Tensor:
+        assert isinstance(out, BudgetsOutput)
+        return losses.mse(out.target.unsqueeze(1), out.levels)
