@@ -52,7 +52,6 @@ class BaseSAE(Registered, ABC):
     pre_activation_parameters: tuple[str, ...] = ("b_enc",)
     """Names of the parameters (one number per latent) that are added to h or compared with it, in the units of h."""
 
-
     resample_every: int = 0
     """Training batches between two calls of `resample` that may do something; 0: it never does."""
     varying_size: str | None = None

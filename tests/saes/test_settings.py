@@ -25,6 +25,7 @@ BAD = [
     *((name, value, "must be true or false") for name in FLAGS for value in ("maybe", 1, None)),
     *((name, value, "a number above 0") for name in ("bandwidth", "frequency_scale") for value in (0, "abc")),
     *(("encoder_norm", value, "a number above 0, drawn or unit") for value in (0, -1, "abc", True, None)),
+    *(("budgets", value, "null, all, or a list of whole numbers") for value in (0, "some", [0], True)),
     *(("p_end", value, "a number above 0 and at most 1") for value in (0, 2, "abc")),
     *(("quantile_rate", value, "a number above 0 and at most 1") for value in (0, 2, "abc")),
     *(("k", value, "number") for value in ("abc", [1], True)),
