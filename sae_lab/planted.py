@@ -10,7 +10,7 @@ def main(cfg: DictConfig) -> float:
     from sae_lab.studies.recovery import measure_recovery
 
     section_from(cfg, "planted")
-    return measure_recovery(cfg)["mmcs"]
+    return measure_recovery(cfg)["mcc"]
 
 
 if __name__ == "__main__":

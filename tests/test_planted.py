@@ -9,7 +9,8 @@ import torch
 from shell import run
 
 from sae_lab.saes.topk import TopKSAE
-from sae_lab.studies.planted_features import PlantedFeatures, recovery
+from sae_lab.studies.planted_features import PlantedFeatures
+from sae_lab.studies.recovery import recovery
 
 TREES = PlantedFeatures(d_in=32, n_trees=8, n_children=2, active=2.0, noise=0.0)
 
@@ -27,12 +28,13 @@ def test_directions_are_unit_and_unchanged_by_normalising():
 
 def test_a_child_is_active_only_with_its_root_and_the_mean_is_as_asked():
     planted = PlantedFeatures(d_in=64, n_trees=8, n_children=2, active=2.0, noise=0.0)
-    x, _ = rows(planted)
+    x = rows(planted).x
     strengths = x[:, 0] @ torch.linalg.pinv(planted.directions)  # 24 features in 64 dimensions: a row tells them apart
     active = strengths > 0.5
     assert strengths[active].min() >= 1 - 1e-4
     assert strengths[active].max() <= 2 + 1e-4
     root, children = active[:, :8], active[:, 8:].view(-1, 8, 2)
+    torch.testing.assert_close(strengths * active, rows(planted).strengths, atol=1e-3, rtol=0)
     assert not (children.any(dim=-1) & ~root).any()
     assert children.sum(dim=-1).max() == 1
     assert active.sum(dim=-1).float().mean() == pytest.approx(2.0, abs=0.05)
@@ -41,7 +43,7 @@ def test_a_child_is_active_only_with_its_root_and_the_mean_is_as_asked():
 
 def test_features_stand_at_their_site_and_noise_at_the_others():
     planted = PlantedFeatures(d_in=32, n_trees=6, n_children=1, active=2.0, n_sites=3, noise=0.0)
-    x, site = rows(planted, 3000)
+    x, site, _ = rows(planted, 3000)
     assert planted.home.tolist() == [0, 1, 2, 0, 1, 2] * 2
     for s in range(3):
         here = x[site == s, s]
@@ -56,7 +58,7 @@ def test_recovery_of_a_dictionary_that_has_all_roots_and_half_of_the_children():
         sae.W_dec.zero_()
         sae.W_dec[:8, 0] = TREES.directions[:8]
         sae.W_dec[24:32, 0] = TREES.directions[8:16]
-    figures = recovery(sae, TREES, n_rows=256)
+    figures = recovery(sae, TREES, n_rows=256).figures
     assert figures["found_roots"] == 1
     assert figures["mmcs_roots"] == pytest.approx(1)
     assert figures["found_children"] == 0.5
