@@ -60,16 +60,21 @@ def dictionary(sae: BaseSAE) -> BaseSAE:
     return getattr(sae, "inner", sae)
 
 
-def planted(n: int, d_in: int = 16, n_features: int = 24, active: int = 3, n_sources: int = 1, seed: int = 0):
-    """Rows that are sparse non-negative sums of known unit directions: (x (n, s, d), directions (features, s, d)).
+def planted(
+    n: int, d_in: int = 16, n_features: int = 24, active: int = 3, n_sources: int = 1, seed: int = 0,
+    signed: bool = False,
+):  # fmt: skip
+    """Rows that are sparse sums of known unit directions: (x (n, s, d), directions (features, s, d)).
 
-    The directions are always the same; the seed is of the rows.
+    The directions are always the same; the seed is of the rows. The weights of a sum are positive unless signed.
     """
     directions = torch.randn(n_features, n_sources * d_in, generator=torch.Generator().manual_seed(12345))
     directions /= directions.norm(dim=-1, keepdim=True)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.rand(n, n_features, generator=generator).topk(active, dim=-1).indices
     strengths = torch.zeros(n, n_features).scatter(-1, chosen, 1 + torch.rand(n, active, generator=generator))
+    if signed:
+        strengths *= 2.0 * torch.randint(2, strengths.shape, generator=generator) - 1
     return (strengths @ directions).view(n, n_sources, d_in), directions.view(n_features, n_sources, d_in)
 
 

@@ -39,7 +39,8 @@ def read_text(name: str, latents: torch.Tensor) -> tuple[ActivationData, Activat
     found = gather_activations(sae, data, latents, n_tokens=30)
     x, keep = data.lm.activations(found.tokens).flatten(0, 1), data.keep_mask(found.tokens).flatten()
     code = torch.where(keep.unsqueeze(1), sae.encode(x).detach(), 0)[:, latents]
-    assert (code > 0).any(dim=0).sum() > 1
+    assert (code != 0).any(dim=0).sum() > 1
+    assert (code < 0).any() == sae.signed
     return data, found, code
 
 
@@ -80,9 +81,36 @@ def test_describe():
     assert [row["max"] for row in found] == [4.0, 0.0, 1.0]
     assert found[0]["top"] == [{"tokens": [1, 2, 3, 4, 5], "activations": [0, 0, 4.0, 0, 0], "centre": 2}]
     assert [e["activations"] for e in found[0]["random"]] == [[0, 0, 2.0, 1.0, 0]]  # 31 stands in the window of 30
-    assert found[1]["top"] == found[1]["random"] == []
+    assert found[1]["top"] == found[1]["random"] == found[0]["bottom"] == []
     assert sum(found[0]["histogram"]["counts"]) == 3
     assert found[0]["histogram"]["counts"][-1] == 1
+
+
+def test_both_ends_of_a_signed_latent_are_shown_apart():
+    found, only_negative = describe_activations(
+        activations([(0, 3, 4.0), (0, 12, -3.0), (0, 30, -5.0), (0, 40, 1.0), (0, 60, -1.0), (1, 3, -2.0)]),
+        2, n_top=1, n_random=5, context=2,
+    )  # fmt: skip
+    assert [e["activations"][e["centre"]] for e in found["top"]] == [4.0]
+    assert [e["activations"][e["centre"]] for e in found["bottom"]] == [-5.0]
+    assert sorted(e["activations"][e["centre"]] for e in found["random"]) == [-3.0, -1.0, 1.0]
+    assert (found["max"], found["min"], found["density"]) == (4.0, -5.0, 5 / 96)
+    assert (found["histogram"]["bottom"], found["histogram"]["top"]) == (-5.0, 4.0)
+    assert sum(found["histogram"]["counts"]) == 5
+    assert (only_negative["max"], only_negative["min"], only_negative["top"]) == (0.0, -2.0, [])
+    assert len(only_negative["bottom"]) == 1
+
+
+def test_neighbours_of_a_signed_latent_may_point_the_other_way():
+    for name, nearest in (("topk", {"latent": 9, "cosine": 0.8}), ("abs_topk", {"latent": 2, "cosine": -1.0})):
+        sae = build(name, d_in=8, n_latents=12)
+        with torch.no_grad():
+            sae.W_dec[:] = torch.eye(8)[1:2]
+            sae.W_dec[5, 0], sae.W_dec[2, 0] = torch.eye(8)[0], -torch.eye(8)[0]
+            sae.W_dec[9, 0] = torch.tensor([0.8, 0.6, *6 * [0.0]])
+        lm = SimpleNamespace(unembedding=lambda: None)
+        (described,) = describe_directions(sae, lm, torch.tensor([5]), 3, 2)
+        assert described["neighbours"][0] == nearest
 
 
 def test_an_excerpt_stays_in_its_row():

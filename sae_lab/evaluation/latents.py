@@ -52,7 +52,8 @@ def describe_latents(
     Args:
         latents: their numbers, ascending.
         n_tokens: tokens of the text to read.
-        n_top, n_random: contexts of the strongest activations, and of activations drawn at random.
+        n_top, n_random: contexts of the strongest activations (of signed codes: as many for either sign), and of
+            activations drawn at random.
         context: tokens on either side of an activation.
         n_logits: tokens that a direction promotes and suppresses most.
         n_neighbours: latents with the most similar directions.
@@ -109,10 +110,10 @@ def active_entries(code: Code) -> tuple[Tensor, Tensor, Tensor]:
 def describe_activations(
     activations: Activations, n: int, *, n_top: int, n_random: int, context: int, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Describe each of the n chosen latents: density, largest activation, histogram and contexts.
+    """Describe each of the n chosen latents: density, range of activations, histogram and contexts.
 
     Args:
-        n_top: contexts with the strongest activations.
+        n_top: contexts with the most positive activations (`top`), and with the most negative ones (`bottom`).
         n_random: contexts drawn among the other activations.
         context: tokens to show on either side.
     """
@@ -124,17 +125,24 @@ def describe_activations(
         values, positions = activations.values[mine], activations.positions[mine]
         row: dict[str, Any] = {
             "density": len(mine) / max(1, activations.n_positions),
-            "max": float(values.max()) if len(mine) else 0.0,
+            "max": max(0.0, float(values.max())) if len(mine) else 0.0,
+            "min": min(0.0, float(values.min())) if len(mine) else 0.0,
         }
-        ranked = keep_one_per_window(positions[values.argsort(descending=True, stable=True)], context)
-        rest = ranked[n_top:]
+        up, down = (rank_contexts(positions, sign * values, context) for sign in (1, -1))
+        rest = keep_one_per_window(torch.cat([up[n_top:], down[n_top:]]), context)
         drawn = rest[torch.randperm(len(rest), generator=generator)[:n_random]]
         strengths = dict(zip(positions.tolist(), values.tolist(), strict=True))
         row["histogram"] = histogram(values)
-        for name, centres in (("top", ranked[:n_top]), ("random", drawn)):
+        for name, centres in (("top", up[:n_top]), ("bottom", down[:n_top]), ("random", drawn)):
             row[name] = [excerpt(activations.tokens, c, context, strengths) for c in centres.tolist()]
         described.append(row)
     return described
+
+
+def rank_contexts(positions: Int[Tensor, " m"], values: Float[Tensor, " m"], context: int) -> Int[Tensor, " _"]:
+    """Return the positions of positive values, the largest first, one in each window of the text."""
+    order = values.argsort(descending=True, stable=True)
+    return keep_one_per_window(positions[order[values[order] > 0]], context)
 
 
 def keep_one_per_window(positions: Int[Tensor, " m"], context: int) -> Int[Tensor, " _"]:
@@ -156,9 +164,10 @@ def excerpt(tokens: Int[Tensor, "n t"], centre: int, context: int, strengths: di
 
 
 def histogram(values: Float[Tensor, " m"]) -> dict[str, Any]:
-    """Count activations in bins of equal width from 0 to the largest activation."""
-    top = float(values.max()) if len(values) else 1.0
-    return {"counts": np.histogram(values.numpy(), bins=N_BINS, range=(0, top))[0].tolist(), "top": top}
+    """Count activations in bins of equal width from `bottom`, 0 or the most negative one, to `top`, the largest or 0."""
+    bottom, top = (min(0.0, float(values.min())), max(0.0, float(values.max()))) if len(values) else (0.0, 1.0)
+    counts = np.histogram(values.numpy(), bins=N_BINS, range=(bottom, top))[0]
+    return {"counts": counts.tolist(), "bottom": bottom, "top": top}
 
 
 @torch.no_grad()
@@ -168,7 +177,8 @@ def describe_directions(
     """Describe each latent's decoder row: the tokens that it promotes and suppresses, and its nearest neighbours.
 
     Logits are the row times the unembedding, minus their mean over the vocabulary. They are left out if the widths of
-    site and unembedding differ. Neighbours are the latents with the largest cosine similarity of decoder rows.
+    site and unembedding differ. Neighbours are the latents with the largest cosine similarity of decoder rows; its
+    absolute value counts where codes are signed.
     """
     rows = F.normalize(sae.directions().float().flatten(1), dim=-1)
     unembedding = lm.unembedding()
@@ -176,9 +186,10 @@ def describe_directions(
     for chunk in latents.to(rows.device).split(256):
         row: list[dict[str, Any]] = [{} for _ in chunk]
         similarity = rows[chunk] @ rows.T
-        similarity[torch.arange(len(chunk)), chunk] = -torch.inf
-        near = similarity.topk(min(n_neighbours, len(rows) - 1))
-        for i, (cosines, others) in enumerate(zip(near.values.tolist(), near.indices.tolist(), strict=True)):
+        closeness = similarity.abs() if sae.signed else similarity.clone()
+        closeness[torch.arange(len(chunk)), chunk] = -torch.inf
+        near = closeness.topk(min(n_neighbours, len(rows) - 1)).indices
+        for i, (cosines, others) in enumerate(zip(similarity.gather(1, near).tolist(), near.tolist(), strict=True)):
             row[i]["neighbours"] = [{"latent": o, "cosine": round(c, 3)} for o, c in zip(others, cosines, strict=True)]
         if unembedding is not None and unembedding.shape[1] == rows.shape[1]:
             logits = rows[chunk] @ unembedding.to(rows).T
@@ -209,6 +220,6 @@ def choose_latents(sae: BaseSAE, latents: Any, n_latents: int) -> Int[Tensor, " 
 
 def spell_tokens(tokenizer: Any, found: list[dict[str, Any]]) -> dict[int, str]:
     """Spell every token id in the descriptions."""
-    ids = {t for row in found for name in ("top", "random") for e in row[name] for t in e["tokens"]}
+    ids = {t for row in found for name in ("top", "bottom", "random") for e in row[name] for t in e["tokens"]}
     ids |= {p["token"] for row in found for name in ("promoted", "suppressed") for p in row.get(name, [])}
     return {i: spell(tokenizer, i) for i in sorted(ids)}

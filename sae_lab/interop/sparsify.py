@@ -30,7 +30,8 @@ def read(folder: Path) -> BaseSAE:
         h = (x - b_dec) W_encᵀ + b_enc     SAE
         h = x W_encᵀ + b_enc               transcoder, with or without W_skip
 
-    All tensors have the shapes that they have here, without the axis s.
+    All tensors have the shapes that they have here, without the axis s. `signed` was a setting of earlier versions: the
+    k entries of largest |h|, with their sign.
 
     Raises:
         UserError: the errors of Tensors; an SAE with a skip connection; an activation other than topk.
@@ -41,11 +42,8 @@ def read(folder: Path) -> BaseSAE:
     if skip and not transcode:
         raise UserError(f"{file} has skip_connection without transcode: only transcoders may have a skip connection.")
     activation = config.get("activation", "topk")
-    if activation != "topk" or config.get("signed"):
-        signed = bool(config.get("signed"))
-        raise UserError(
-            f"{file} has the activation {activation!r} with signed={signed}: it must be 'topk' with signed=False."
-        )
+    if activation != "topk":
+        raise UserError(f"{file} has the activation {activation!r}: it must be 'topk'.")
     d, k = require(config, "d_in", file), require(config, "k", file)
     f = config.get("num_latents") or d * require(config, "expansion_factor", file)
     with Tensors(folder / WEIGHTS, read_safetensors(folder / WEIGHTS)) as t:
@@ -54,7 +52,8 @@ def read(folder: Path) -> BaseSAE:
         if skip:
             ours["W_skip"] = t.take("W_skip", d, d)
     sources = {**ONE_TO_ONE, "skip": skip} if transcode else {}
-    return build("TopKSAE", ours, k=k, normalize="none", **sources)
+    signed = bool(config.get("signed"))
+    return build("TopKSAE", ours, k=k, normalize="none", signed=signed, **sources)
 
 
 def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:

@@ -134,7 +134,7 @@ def check_exportable(
 
     Raises:
         UserError: the library cannot represent the class, the normalization, several sites, an MLP in the encoder, or
-            `active_groups`.
+            `active_groups`, or signed codes.
     """
     sae = sae.deployed()
     name, config = type(sae).__name__, sae.config
@@ -156,6 +156,11 @@ def check_exportable(
         raise UserError(
             f"{library} cannot represent sae.hidden={config['hidden']} (an MLP in the encoder): "
             "train with sae.hidden=[], or export with format=sae_lab."
+        )
+    if sae.signed:
+        raise UserError(
+            f"{library} cannot represent sae.signed=true, because none of its activations keeps negative values: "
+            "export with format=sae_lab, or train with sae.signed=false."
         )
     if config.get("active_groups") is not None:
         raise UserError(

@@ -190,9 +190,7 @@ def argmax(c: Float[Tensor, "b f"]) -> Int[Tensor, " b"]:
 
 
 @torch.no_grad()
-def pursue(
-    method: Method, y: Float[Tensor, "b n"], dictionary: Dictionary, k: int, signed: bool = False
-) -> SparseCode:
+def pursue(method: Method, y: Float[Tensor, "b n"], dictionary: Dictionary, k: int, signed: bool = False) -> SparseCode:
     """Return the code of each row of y after k steps of `method`, a key of METHODS.
 
     Runs without autocast: the residual is a difference of nearly equal numbers.

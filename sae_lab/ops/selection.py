@@ -153,9 +153,7 @@ class Entries(NamedTuple):
         return SparseCode(pattern, self.values)
 
 
-def gather_candidates(
-    h: Pieces, bound_of: Callable[[Tensor, Tensor | None], Tensor], signed: bool = False
-) -> Entries:
+def gather_candidates(h: Pieces, bound_of: Callable[[Tensor, Tensor | None], Tensor], signed: bool = False) -> Entries:
     """Gather the entries of each piece above `bound_of(piece, previous bound)`, which is non-negative and sortable.
 
     With `signed`, the absolute values of the piece are compared, and given to `bound_of`.

@@ -44,6 +44,10 @@ OF_JUMPRELU = {
     "frequency_scale": 0.1,
     "preact_coefficient": 0.0,
 }
+MAY_BE_SIGNED = (
+    *("topk.TopKSAE", "batch_topk.BatchTopKSAE", "matryoshka.Matryoshka", "pursuit_sae.PursuitSAE"),
+    *("cross_layer.CrossLayerTopKSAE", "cross_layer.CrossLayerBatchTopKSAE"),
+)
 ADDED: dict[str, dict[str, Any]] = {
     "sae_lab.activations.from_text.": {
         "order": "as_read",
@@ -56,6 +60,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "sae_lab.cache.data.CachedData": {"lm_batch_tokens": "auto", "exclude_tokens": [], "max_norm": None},
     "sae_lab.saes.jumprelu.JumpReLUSAE": OF_JUMPRELU,
     "sae_lab.saes.cross_layer.CrossLayerJumpReLUSAE": OF_JUMPRELU,
+    **{f"sae_lab.saes.{family}": {"signed": False} for family in MAY_BE_SIGNED},
     **{f"sae_lab.lm.{back_end}.": LOADED_LM for back_end in ("transformers", "transformer_lens", "nnsight")},
     **{f"sae_lab.saes.{family}": {"encoder_norm": "drawn"} for family in LINEAR_SAES},
 }

@@ -38,9 +38,7 @@ class PursuitSAE(DictionarySAE):
 
     varying_size = "a pursuit keeps as many latents as it needs"
 
-    def __init__(
-        self, k: int, method: Method = "orthogonal_matching_pursuit", signed: bool = False, **dictionary: Any
-    ):
+    def __init__(self, k: int, method: Method = "orthogonal_matching_pursuit", signed: bool = False, **dictionary: Any):
         super().__init__(**dictionary)
         if self.n_inputs:
             raise SettingError(

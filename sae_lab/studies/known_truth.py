@@ -32,11 +32,13 @@ class Matching:
         planted: the features.
         cosines: of each feature (n) with each latent (f).
         decoder: unit rows of each latent and site.
+        signed: whether a latent may stand for a feature of the opposite direction.
     """
 
     planted: PlantedRows
     cosines: Float[Tensor, "n f"]
     decoder: Float[Tensor, "f s d"]
+    signed: bool
 
     @classmethod
     def of(cls, sae: BaseSAE, planted: PlantedRows) -> "Matching":
@@ -45,7 +47,7 @@ class Matching:
         home, cosines = planted.home, planted.directions.new_empty(len(planted.directions), len(decoder))
         for site in range(planted.n_sites):
             cosines[home == site] = planted.directions[home == site] @ decoder[:, site].T
-        return cls(planted, cosines, decoder)
+        return cls(planted, cosines, decoder, sae.signed)
 
     @cached_property
     def latent(self) -> Int[Tensor, " n"]:
@@ -62,6 +64,11 @@ class Matching:
     def tracked(self) -> Bool[Tensor, " n"]:
         """Whether each feature has a latent whose direction is close to it."""
         return self.matched.abs() > TRACKED
+
+    @cached_property
+    def best_latent(self) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+        """The largest cosine of each feature, by absolute value where codes are signed, and its latent."""
+        return (self.cosines.abs() if self.signed else self.cosines).max(dim=1)
 
     @cached_property
     def best_feature(self) -> Int[Tensor, " f"]:
@@ -204,6 +211,7 @@ def share(part: Tensor, whole: Tensor) -> Tensor:
 def feature_table(firing: Firing) -> pd.DataFrame:
     """Return a table with one row per feature: level, parent, frequency, latent and cosine, and how it is absorbed."""
     matching = firing.matching
+    max_cosine, best_latent = matching.best_latent
     table = pd.DataFrame(
         {
             "feature": range(len(matching.matched)),
@@ -212,8 +220,8 @@ def feature_table(firing: Firing) -> pd.DataFrame:
             "frequency": (firing.totals["active"] / firing.n_rows).tolist(),
             "latent": matching.latent.tolist(),
             "cosine": matching.matched.abs().tolist(),
-            "best_latent": matching.cosines.argmax(dim=1).tolist(),
-            "max_cosine": matching.cosines.max(dim=1).values.tolist(),
+            "best_latent": best_latent.tolist(),
+            "max_cosine": max_cosine.tolist(),
             "absorbed": firing.absorbed().tolist(),
         }
     )

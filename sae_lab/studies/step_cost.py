@@ -156,7 +156,7 @@ def dense_forward(sae: LinearSAE, x: Tensor) -> SAEOutput:
 
 
 def dense_code(sae: LinearSAE, h: Float[Tensor, "b f"]) -> Code:
-    """Keep the k largest entries of relu(h), or |h|, on each row, or on average over the batch for a batch-wise rule."""
+    """Keep the k largest entries of relu(h), signed of |h|, of each row; of the whole batch for a batch-wise rule."""
     k = sae.config.get("k")
     if k is None:
         return sae.activate(h)

@@ -7,7 +7,7 @@ from conftest import build, planted
 from sae_lab.evaluation.rules import convert_activation
 from sae_lab.ops.sparse import l0_per_row
 from sae_lab.runtime.errors import UserError
-from sae_lab.saes import BatchTopKSAE, JumpReLUSAE, TopKSAE, VanillaSAE
+from sae_lab.saes import BatchTopKSAE, JumpReLUSAE, PursuitSAE, TopKSAE, VanillaSAE
 
 X = planted(64)[0] + 0.1
 
@@ -36,6 +36,17 @@ def test_a_topk_sae_under_the_batch_rule_and_under_a_threshold():
     thresholded.calibrate(X, 0)
     torch.testing.assert_close(thresholded.threshold, last)
     torch.testing.assert_close(thresholded.encode(X), h * (h > last))
+
+
+def test_signed_codes_keep_their_signs_under_another_rule():
+    sae = build("abs_topk").eval()
+    h = sae.pre_activations(sae.sources.normalizer(X)[0]).detach()
+    other = convert_activation(sae, "threshold")
+    other.calibrate(X, 0)
+    last = h.abs().flatten().topk(4 * 64).values[-1]
+    torch.testing.assert_close(other.threshold, last)
+    torch.testing.assert_close(other.encode(X), h * (h.abs() > last))
+    assert PursuitSAE.of(sae, "gradient_pursuit").signed
 
 
 def test_the_running_quantile_gives_way_to_the_batch_rule():

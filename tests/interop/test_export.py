@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_load import CASES, FIXTURES, output, source
 
 from sae_lab import load_sae
-from sae_lab.interop import dictionary_learning, sae_lens, sparsify
+from sae_lab.interop import circuit_tracer, dictionary_learning, sae_lens, sparsify
 from sae_lab.runs.export import export_run, push_to_hub
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import MatryoshkaTopKSAE
@@ -57,8 +57,8 @@ def transcoder(name: str, *overrides: str, n_sources: int = 2):
 
 
 PLAIN = [
-    name for name in SAE_NAMES if hasattr(build(name), "W_enc")
-]  # a routed one and a search have no form elsewhere
+    name for name in SAE_NAMES if hasattr(build(name), "W_enc") and not build(name).signed
+]  # a routed one, a search and signed codes have no form elsewhere
 
 
 def test_tied_weights_go_out_twice(tmp_path):
@@ -303,6 +303,16 @@ def test_metadata_says_where_the_activations_come_from(sites, processing, hook, 
             sae_lens.write,
             build("matryoshka", "sae.active_groups=1"),
             "active_groups=1: save it with active_groups=null",
+        ),
+        *(
+            (module.write, build("abs_topk", "sae.normalize=none"), r"cannot represent sae\.signed=true")
+            for module in (sae_lens, sparsify, dictionary_learning)
+        ),
+        (sae_lens.write, build("abs_batch_topk", "sae.normalize=none"), r"SAELens cannot represent sae\.signed=true"),
+        (
+            circuit_tracer.write,
+            build("matryoshka", "sae.signed=true", "sae.normalize=none", "sae.n_inputs=1", n_sources=2),
+            r"circuit-tracer cannot represent sae\.signed=true",
         ),
     ],
 )

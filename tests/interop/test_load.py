@@ -54,6 +54,19 @@ def test_there_is_a_fixture_of_every_kind():
     }  # fmt: skip
 
 
+def test_signed_codes_of_earlier_sparsify_are_read_with_their_signs(tmp_path):
+    """Its rule: the k entries of largest |h| of each row, without ReLU."""
+    folder = shutil.copytree(source("sparsify/topk"), tmp_path / "sae")
+    config = json.loads((folder / "cfg.json").read_text()) | {"signed": True}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    sae, x = load_sae(folder), load_file(folder / "expected.safetensors")["x"]
+    h = sae.pre_activations(x.unsqueeze(1)).detach()
+    kept = h.abs().topk(sae.k).indices
+    code = torch.zeros_like(h).scatter(1, kept, h.gather(1, kept))
+    assert (code < 0).any()
+    assert_same(sae.encode(x), code)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if "transcoder" in case])
 def test_a_transcoder_reads_one_site_and_predicts_another(case):
     sae = load_sae(source(case))

@@ -27,7 +27,7 @@ from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.parts.normalize import NORMALIZERS
 
-NAMES = [name for name in SAE_NAMES if hasattr(build(name), "W_enc")]
+NAMES = [name for name in SAE_NAMES if hasattr(build(name), "W_enc") and not build(name).signed]
 
 
 def train(sae: BaseSAE, batches: list[torch.Tensor]) -> BaseSAE:

@@ -30,6 +30,24 @@ def problem(n: int = 40, f: int = 256, d: int = 32, active: int = 6) -> tuple[to
     return torch.zeros(n, f, dtype=torch.float64).scatter(1, chosen, strengths) @ dictionary, dictionary
 
 
+def signed_reference(method: str, y: np.ndarray, D: np.ndarray, k: int) -> np.ndarray:
+    """One row without the constraint w >= 0."""
+    w = np.zeros(len(D))
+    for _ in range(k):
+        c = D @ (y - w @ D)
+        j = np.abs(c).argmax()
+        S = (w != 0) | (np.arange(len(D)) == j)
+        if method == "matching_pursuit":
+            w[j] += c[j]
+        elif method == "gradient_pursuit":
+            v = (c * S) @ D
+            w = w + (c * S) * ((c * S) @ (c * S)) / (v @ v)
+        else:
+            w = np.zeros(len(D))
+            w[S] = np.linalg.lstsq(D[S].T, y, rcond=None)[0]
+    return w
+
+
 def reference(method: str, y: np.ndarray, D: np.ndarray, k: int) -> np.ndarray:
     """One row, by the formulas of pursuit.py's docstring."""
     w = np.zeros(len(D))
@@ -111,6 +129,16 @@ def test_no_step_makes_the_residual_larger(method):
     errors = torch.stack([(y - code @ dictionary).square().sum(1) for code in codes])
     assert (errors.diff(dim=0) <= 1e-12).all()
     assert (errors[-1] < 0.1 * errors[0]).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_signed_search_is_that_without_the_constraint(method, gram):
+    y, dictionary = problem()
+    y[::2] *= -1
+    code = pursue(method, y, Dictionary(dictionary), 12, signed=True).to_dense().numpy()
+    expected = np.stack([signed_reference(method, row, dictionary.numpy(), 12) for row in y.numpy()])
+    np.testing.assert_allclose(code, expected, atol=1e-9)
+    assert (code < 0).sum() > 40
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.ops import selection
+from sae_lab.ops.fixed_size import fixed_size
 from sae_lab.ops.selection import Preactivations, select_above, select_top_k, select_top_of_batch
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -49,6 +50,40 @@ def test_selection_is_its_definition_however_h_is_cut(case, dtype):
                 assert torch.equal(select_top_of_batch(pieces, mean_k).to_dense(), dense_top_of_batch(h, mean_k))
             threshold = torch.tensor(0.7351)
             assert torch.equal(select_above(pieces, threshold).to_dense(), h * (h.float() > threshold))
+
+
+def dense_signed(dense, h: Tensor, k: float) -> Tensor:
+    """What a rule keeps of |h|, with the signs of h."""
+    return dense(h.abs(), k) * h.sign()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["normal", "ties", "mostly negative", "uneven rows", "all negative"])
+def test_signed_selection_is_that_of_absolute_values_however_h_is_cut(case, dtype):
+    for seed in range(8):
+        h = random_h(case, seed, dtype)
+        k, threshold = 1 + seed * h.shape[1] // 30, torch.tensor(0.7351)
+        for pieces in ([h], h.split(7)):
+            assert torch.equal(select_top_k(pieces, k, signed=True).to_dense(), dense_signed(dense_top_k, h, k))
+            batch = select_top_of_batch(pieces, k - 0.37, signed=True)
+            assert torch.equal(batch.to_dense(), dense_signed(dense_top_of_batch, h, k - 0.37))
+            above = select_above(pieces, threshold, signed=True)
+            assert torch.equal(above.to_dense(), h * (h.abs().float() > threshold))
+            assert (above.values != 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["normal", "ties", "all negative"])
+def test_signed_selection_of_a_fixed_size_is_the_same_with_padding(case, dtype):
+    h = random_h(case, 3, dtype)
+    h[:3] = 0
+    for rule, k in ((select_top_k, 5), (select_top_of_batch, h.shape[1] - 0.5)):
+        plain = rule([h], k, signed=True)
+        with fixed_size():
+            padded = rule([h], k, signed=True)
+        assert torch.equal(padded.to_dense(), plain.to_dense())
+        assert len(padded.values) > len(plain.values)
+        assert (padded.values[len(plain.values) :] == 0).all()
 
 
 @pytest.mark.gpu

@@ -43,6 +43,9 @@ STEPS = {
     "tied": (1, "topk", "sae.tied=true"),
     "auxk_of_batch": (1, "batch_topk", "sae.auxk_selection=batch", "sae.encoder_bias=true"),
     "warmup": (1, "batch_topk", "sae.k_warmup=9"),
+    "abs_topk": (1, "abs_topk"),
+    "abs_batch_topk": (1, "abs_batch_topk", "sae.auxk_selection=batch", "sae.encoder_bias=true"),
+    "abs_matryoshka": (1, "matryoshka", "sae.signed=true", "sae.group_sizes=[8,24,32]"),
 }
 """Number of sources and settings of each SAE."""
 
@@ -253,6 +256,7 @@ class Count(TorchDispatchMode):
 MOST_OPERATIONS = {
     "batch_topk": (115, 210),
     "topk": (92, 185),
+    "abs_topk": (105, 205),
     "matryoshka": (260, 335),
     "hierarchical_topk": (135, 230),
     "route": (140, 235),
@@ -323,8 +327,12 @@ BY_LATENT = {
     "warmup": 2,
     "auxk_of_batch": 2,
     "centred": 2,
+    "abs_topk": 2,
+    "abs_batch_topk": 2,
+    "hierarchical_topk": 2,
+    "all_budgets": 2,
 }
-BY_LATENT |= {"matryoshka": 1, "route": 2, "hierarchical_topk": 2, "all_budgets": 2}
+BY_LATENT |= {"matryoshka": 1, "abs_matryoshka": 1, "route": 2}
 """How many of W_enc and W_dec are updated by latent, in steps without dead latents at least."""
 
 

@@ -7,7 +7,7 @@ from conftest import build
 
 from sae_lab.ops import selection
 from sae_lab.ops.auxk import SPARSE_FROM, auxk_loss
-from sae_lab.ops.sparse import l0_per_row, smallest_positive
+from sae_lab.ops.sparse import l0_per_row, smallest_active
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, TopKSAE
 from sae_lab.saes.parts.normalize import NORMALIZERS, ConstantNorm, PerToken
@@ -26,7 +26,7 @@ def test_golden_a_batch_topk(k, kept, l0, smallest):
     code = BatchTopKSAE(k=k, d_in=2, n_latents=4).activate(A)
     torch.testing.assert_close(code.to_dense(), torch.tensor(kept).float())
     assert l0_per_row(code).tolist() == l0
-    assert smallest_positive(code) == pytest.approx(smallest)
+    assert smallest_active(code) == pytest.approx(smallest)
 
 
 def test_topk_keeps_exactly_the_k_largest_of_each_row():
@@ -111,13 +111,13 @@ def test_batches_without_active_latents_do_not_count():
     for i, x in enumerate([torch.zeros(3, 1, 2), torch.tensor([[[1.0, -1.0]], [[-1.0, 1.0]]])]):
         sae.calibrate(x, i)
     assert sae.threshold_updates == 1
-    assert sae.threshold == smallest_positive(sae.train().encode(x))
+    assert sae.threshold == smallest_active(sae.train().encode(x))
 
 
 def test_defaults_of_signature_and_yaml_agree(sae_name):
     """An SAE built in a notebook is the SAE that the command line builds."""
     from_conf = build(sae_name)
-    required = ("d_in", "n_latents", "k", "inner")
+    required = ("d_in", "n_latents", "k", "inner", "signed")  # signed: what abs_topk.yaml sets
     given = {name: value for name, value in from_conf.config.items() if name in required}
     assert type(from_conf)(**given).config == from_conf.config
 
@@ -126,7 +126,7 @@ def test_calibration_is_the_mean_of_the_batches_minima():
     sae = build("batch_topk").eval()
     batches = [torch.randn(32, 1, 16, generator=torch.Generator().manual_seed(i)) for i in range(20)]
     sae.train()
-    expected = torch.stack([smallest_positive(sae.encode(x)) for x in batches]).mean()
+    expected = torch.stack([smallest_active(sae.encode(x)) for x in batches]).mean()
     sae.eval()
     for _ in range(2):  # starting over at i = 0 forgets what was there
         for i, x in enumerate(batches):
