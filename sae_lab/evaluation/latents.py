@@ -164,7 +164,7 @@ def excerpt(tokens: Int[Tensor, "n t"], centre: int, context: int, strengths: di
 
 
 def histogram(values: Float[Tensor, " m"]) -> dict[str, Any]:
-    """Count activations in bins of equal width from `bottom`, 0 or the most negative one, to `top`, the largest or 0."""
+    """Count activations in equal bins from `bottom`, 0 or the most negative one, to `top`, the largest one or 0."""
     bottom, top = (min(0.0, float(values.min())), max(0.0, float(values.max()))) if len(values) else (0.0, 1.0)
     counts = np.histogram(values.numpy(), bins=N_BINS, range=(bottom, top))[0]
     return {"counts": counts.tolist(), "bottom": bottom, "top": top}

@@ -1,9 +1,9 @@
 """Selection of active latents: rules that read the pre-activations h in pieces of rows and keep the selected entries.
 
 Every rule is exact, selects only positive entries and breaks ties by the lowest position, so the code does not depend
-on how h is cut into pieces. With `signed`, a rule compares |h| instead of h, and the selected entries keep their sign:
-all but zeros may be selected. On a CPU the primitives at the end of this file use numpy, whose search and partition with
-AVX-512 are several times faster than torch's.
+on how h is cut into pieces. With `signed`, a rule compares |h| instead of h, and the selected entries keep their sign.
+On a CPU the primitives at the end of this file use numpy, whose search and partition with AVX-512 are several times
+faster than torch's.
 """
 
 import math
