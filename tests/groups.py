@@ -39,9 +39,9 @@ def train_each(root: Path, members: dict[str, list[str]]) -> Path:
     return root
 
 
-def stop_at_batch(monkeypatch, n: int, signum: signal.Signals = signal.SIGTERM) -> None:
+def stop_at_batch(monkeypatch, n: int, signum: signal.Signals = signal.SIGTERM, stream=ShuffledBlocks) -> None:
     """A signal to this process where the n-th batch is asked for, which stops it after n - 1 steps."""
-    draw, drawn = ShuffledBlocks.__next__, []
+    draw, drawn = stream.__next__, []
 
     def stopping(self):
         drawn.append(None)
@@ -49,7 +49,7 @@ def stop_at_batch(monkeypatch, n: int, signum: signal.Signals = signal.SIGTERM) 
             os.kill(os.getpid(), signum)
         return draw(self)
 
-    monkeypatch.setattr(ShuffledBlocks, "__next__", stopping)
+    monkeypatch.setattr(stream, "__next__", stopping)
 
 
 def assert_same_run(theirs: Path, ours: Path) -> None:
