@@ -37,6 +37,7 @@ MOVED = {
 """Old → new `_target_`. Keep an entry as long as runs with the old name must open."""
 LOADED_LM = {"tokenizer": None, "base_model": None, "trust_remote_code": False, "load": None}
 OF_ROWS = {"chat": "auto", "special_tokens": "text"}
+OF_LINEAR = {"encoder_norm": "drawn", "b_dec_init": "zeros", "b_enc_init": "zeros"}
 LINEAR_SAES = ("topk", "batch_topk", "matryoshka", "jumprelu", "gated", "vanilla", "cross_layer")
 OF_JUMPRELU = {
     "kernel_gradient": "thresholds",
@@ -62,7 +63,8 @@ ADDED: dict[str, dict[str, Any]] = {
     "sae_lab.saes.cross_layer.CrossLayerJumpReLUSAE": OF_JUMPRELU,
     **{f"sae_lab.saes.{family}": {"signed": False} for family in MAY_BE_SIGNED},
     **{f"sae_lab.lm.{back_end}.": LOADED_LM for back_end in ("transformers", "transformer_lens", "nnsight")},
-    **{f"sae_lab.saes.{family}": {"encoder_norm": "drawn"} for family in LINEAR_SAES},
+    **{f"sae_lab.saes.{family}": OF_LINEAR for family in LINEAR_SAES},
+    "sae_lab.saes.pursuit_sae": {"b_dec_init": "zeros"},
 }
 """`_target_` → settings that it has got since, with the values that mean "as before". A beginning that ends in a dot
 stands for all streams of activations; the parts of a mixture (`_partial_`) have no settings of a stream."""

@@ -13,12 +13,13 @@ from sae_lab.ops import losses, sparse
 from sae_lab.ops.matmul import linear
 from sae_lab.ops.sparse import Code, SparseCode, fired_latents
 from sae_lab.ops.unit_norm import divide_by_norm, project_gradient
-from sae_lab.parallel.collectives import on_any_rank
+from sae_lab.parallel.collectives import concatenate_ranks, on_any_rank
 from sae_lab.runtime.errors import SettingError
 from sae_lab.runtime.memory import check_memory_of
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
 from sae_lab.saes.parts.normalize import Context, Normalization
 from sae_lab.saes.parts.sources import Sources
+from sae_lab.saes.parts.starts import B_DEC
 
 TOO_MANY_LATENTS = "the decoder of that many latents takes {size}: lower n_latents or expansion."
 
@@ -59,6 +60,8 @@ class DictionarySAE(BaseSAE):
             are equal if s is 1. The norm is the unit of z_i, so it decides what selection, thresholds and penalties
             compare: if it is one, z_i equals z_i · norm_i. Published crosscoders weight latents by the sum. With
             `joint`, a latent of a single source counts for up to sqrt(s) times more than a shared one.
+        b_dec_init: b_dec at the start: `zeros`; `mean` or `geometric_median`: that of the first training batch, over
+            the rows of all ranks, each source by itself, in the units of x_hat (see parts/starts.py).
 
     Raises:
         UserError: a setting is unknown or out of range, no source is left to predict, `normalize` would need the row
@@ -80,6 +83,7 @@ class DictionarySAE(BaseSAE):
         seed: Annotated[int, Ge(0)] = 0,
         dead_after: Annotated[int, Ge(1)] = 5,
         decoder_norm: Literal["joint", "sum"] = "joint",
+        b_dec_init: Literal["zeros", "mean", "geometric_median"] = "zeros",
     ):
         super().__init__()
         if skip and not n_inputs:
@@ -89,7 +93,8 @@ class DictionarySAE(BaseSAE):
             )
         self.d_in, self.n_latents, self.n_sources, self.n_inputs = d_in, n_latents, n_sources, n_inputs
         self.normalize, self.skip, self.seed = normalize, skip, seed
-        self.dead_after, self.decoder_norm = dead_after, decoder_norm
+        self.dead_after, self.decoder_norm, self.b_dec_init = dead_after, decoder_norm, b_dec_init
+        self._has_start = b_dec_init == "zeros"
         self.sources = Sources(d_in, n_sources, n_inputs, normalize)
         n_read, n_written = self.sources.n_read, self.sources.n_written
         check_memory_of(torch.device("cpu"), 4 * n_latents * n_written * d_in, TOO_MANY_LATENTS)
@@ -126,10 +131,34 @@ class DictionarySAE(BaseSAE):
         if self.training:
             self.sources.observe(rows)
         read, target = self.sources(rows)
+        if self.training and not self.has_start:
+            self.start_biases(read, target)
         code, h = self.encode_normalized(read)
         if self.training:
             self.observe(code)
         return self.output(read, target, code, h)
+
+    @property
+    def has_start(self) -> bool:
+        """Whether no bias waits for the first batch. Reads `steps` only until then, since reading waits for the GPU."""
+        self._has_start = self._has_start or bool(self.steps > 0)
+        return self._has_start
+
+    @torch.no_grad()
+    def start_biases(self, read: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"]) -> None:
+        """Set the biases that start at a statistic of the first training batch, over the rows of all ranks."""
+        with torch.autocast(read.device.type, enabled=False):
+            self.set_biases(concatenate_ranks(read)[0], concatenate_ranks(target)[0])
+        self._has_start = True
+
+    def set_biases(self, read: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"]) -> None:
+        """Set the biases by the normalized rows of a batch."""
+        if self.b_dec_init != "zeros":
+            self.b_dec.copy_(B_DEC[self.b_dec_init](target))
+
+    def start_from(self, other: BaseSAE) -> None:
+        super().start_from(other)
+        self._has_start = self._has_start or getattr(other, "has_start", True)
 
     def output(
         self, x: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"], code: Code, h: Float[Tensor, "b f"] | None

@@ -92,6 +92,9 @@ class JumpReLUSAE(PenalizedLinearSAE):
         self.coefficient = self.COEFFICIENTS[penalty] if sparsity_coefficient is None else sparsity_coefficient
         self.thresholds = nn.Parameter(torch.full((self.n_latents,), float(theta)))
 
+    def firing_level(self) -> Float[Tensor, " f"]:
+        return self.thresholds
+
     def activate(self, h: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
         return jump_relu(h, self.thresholds, self.bandwidth, self.kernel_gradient == "all")
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.dictionary import DictionarySAE
 from sae_lab.saes.parts.layers import OneLayer
 from sae_lab.saes.parts.mlp import MLP
+from sae_lab.saes.parts.starts import level_exceeded_by
 
 Widths = Annotated[
     Sequence[Annotated[int, Ge(1)]],
@@ -55,6 +56,8 @@ class LinearSAE(DictionarySAE):
         encoder_norm: norm of each latent's row of W_enc, over all sources that it reads, at the start. `drawn`: as
             drawn, sqrt(2 r d / f) with a relative spread of sqrt(0.2 / (r d)) (see `draw_weights`); `unit`: 1, so that
             W_enc starts equal to W_dec of an SAE; a number: that norm.
+        b_enc_init: b_enc at the start: `zeros`; a number below 1: each latent may be active on that share of the first
+            training batch, over the rows of all ranks (Anthropic, January 2025, who choose 10,000 / f).
         hidden: widths of the hidden layers of an MLP that is added to h (see parts/mlp.py); empty: no MLP.
         tied: whether W_enc and W_dec are one parameter, with unit rows and the sum of both gradients. A saved SAE holds
             both of them, equal, so that it can be read like any other.
@@ -75,6 +78,7 @@ class LinearSAE(DictionarySAE):
         self,
         encoder_bias: bool = False,
         encoder_norm: Annotated[float, Gt(0)] | Literal["drawn", "unit"] = "drawn",
+        b_enc_init: Annotated[float, Gt(0), Lt(1)] | Literal["zeros"] = "zeros",
         hidden: Widths = (),
         tied: bool = False,
         frozen_decoder: bool = False,
@@ -85,8 +89,10 @@ class LinearSAE(DictionarySAE):
     ):
         super().__init__(**dictionary)
         check_tied(tied, frozen_decoder, encoder_norm, self.n_inputs)
+        check_starts(encoder_bias, b_enc_init, frozen_decoder, self.b_dec_init)
         self.encoder_bias, self.hidden, self.tied, self.frozen_decoder = encoder_bias, [*hidden], tied, frozen_decoder
-        self.encoder_norm = encoder_norm
+        self.encoder_norm, self.b_enc_init = encoder_norm, b_enc_init
+        self._has_start = self._has_start and b_enc_init == "zeros"
         self.auxk_coefficient, self.k_aux, self.auxk_selection = auxk_coefficient, k_aux, auxk_selection
         for parameter in (self.W_dec, self.b_dec):
             parameter.requires_grad_(not frozen_decoder)
@@ -115,6 +121,18 @@ class LinearSAE(DictionarySAE):
                 "an SAE with tied=true cannot start from an SAE with different W_enc and W_dec: give tied=false."
             )
         super().start_from(other)
+
+    def set_biases(self, read: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"]) -> None:
+        super().set_biases(read, target)
+        if self.b_enc is not None and self.b_enc_init != "zeros":
+            inputs, center, W = self.encoder(read)
+            rows = self.layers.encoder_rows(W, torch.arange(self.n_latents, device=W.device))
+            level = level_exceeded_by(self.b_enc_init, (inputs - center).flatten(1), rows)
+            self.b_enc.copy_(self.firing_level() - level)
+
+    def firing_level(self) -> Float[Tensor, " f"] | float:
+        """Return what h must exceed for a latent to be active, whatever the others do."""
+        return 0.0
 
     @abstractmethod
     def activate(self, h: Float[Tensor, "b f"]) -> Code:
@@ -190,4 +208,17 @@ def check_tied(tied: bool, frozen_decoder: bool, encoder_norm: float | str, n_in
         raise SettingError(
             "{tied}=true is impossible for a transcoder, since its W_enc and W_dec are of different sites: "
             "give {tied}=false."
+        )
+
+
+def check_starts(encoder_bias: bool, b_enc_init: float | str, frozen_decoder: bool, b_dec_init: str) -> None:
+    """Raise a SettingError if a bias that is missing or not trained is to start somewhere."""
+    if not encoder_bias and b_enc_init != "zeros":
+        raise SettingError(
+            f"{{b_enc_init}}={b_enc_init} needs a b_enc: give {{encoder_bias}}=true, or {{b_enc_init}}=zeros."
+        )
+    if frozen_decoder and b_dec_init != "zeros":
+        raise SettingError(
+            f"{{b_dec_init}}={b_dec_init} would change b_dec, which {{frozen_decoder}}=true forbids: "
+            "give {b_dec_init}=zeros."
         )

@@ -76,6 +76,7 @@ class PursuitSAE(DictionarySAE):
         self.W_dec.copy_(source.W_dec)
         self.b_dec.copy_(source.b_dec)
         divide_by_norm(self.W_dec, self.decoder_norm)
+        self._has_start = self._has_start or source.has_start
 
     def encode_normalized(self, x: Float[Tensor, "b s d"]) -> tuple[SparseCode, None]:
         y, rows = (x - self.b_dec).detach().flatten(1), self.W_dec.detach().flatten(1)

@@ -222,6 +222,7 @@ TRAINED = [
     ("topk", "sae.normalize=mean_norm"),
     ("route", "sae.normalize=mean_norm"),
     ("topk", "sae.normalize=whiten"),
+    ("vanilla", "sae.b_dec_init=geometric_median", "sae.b_enc_init=0.1"),
     ("batch_topk", DEAD, TRANSCODER, "sae.skip=true", "sae.normalize=mean_norm"),
 ]
 

@@ -42,6 +42,7 @@ STEPS = {
     "mlp": (1, "batch_topk", "sae.hidden=[8]"),
     "tied": (1, "topk", "sae.tied=true"),
     "auxk_of_batch": (1, "batch_topk", "sae.auxk_selection=batch", "sae.encoder_bias=true"),
+    "starts": (1, "topk", "sae.encoder_bias=true", "sae.b_dec_init=geometric_median", "sae.b_enc_init=0.2"),
     "warmup": (1, "batch_topk", "sae.k_warmup=9"),
     "abs_topk": (1, "abs_topk"),
     "abs_batch_topk": (1, "abs_batch_topk", "sae.auxk_selection=batch", "sae.encoder_bias=true"),

@@ -27,6 +27,8 @@ BAD = [
     *(("encoder_norm", value, "a number above 0, drawn or unit") for value in (0, -1, "abc", True, None)),
     *(("budgets", value, "null, all, or a list of whole numbers") for value in (0, "some", [0], True)),
     *(("p_end", value, "a number above 0 and at most 1") for value in (0, 2, "abc")),
+    *(("b_enc_init", value, "a number above 0 and below 1 or zeros") for value in (0, 1, -1, "abc", True, None)),
+    *(("b_dec_init", value, "zeros, mean or geometric_median") for value in (0, "median", True, None)),
     *(("quantile_rate", value, "a number above 0 and at most 1") for value in (0, 2, "abc")),
     *(("k", value, "number") for value in ("abc", [1], True)),
     *(("k_start", value, sentence) for value, sentence in {"abc": "a number", 0: BETWEEN}.items()),

@@ -48,7 +48,7 @@ STATEFUL = [
     ("gated", "sae.resample_every=3", "sae.dead_after=2", "sae.hidden=[8]"),
     ("topk", "sae.tied=true"),
     ("topk", "sae.normalize=mean_norm"),
-    ("topk", "sae.normalize=whiten"),
+    ("topk", "sae.normalize=whiten", "sae.b_dec_init=geometric_median"),
 ]
 
 
