@@ -19,13 +19,13 @@ MISTAKES = [
         "sae.inner.bogus is not a setting of DictionarySAE (sae.inner._target_): remove it, or correct its name.",
     ),
     (["sae.hidden=[0]"], "sae.hidden=[0] must be a list of positive widths: [512], or [] for no MLP."),
-    (["optimizer.lr=-1"], "optimizer.lr=-1 must be a number above 0."),
+    (["optimizer.lr=-1"], "optimizer.lr=-1 must be a number above 0, or auto."),
     (
         ["+trainer.bogus=1"],
         "trainer.bogus is not a setting of build_trainer (trainer._target_): remove it, or correct its name.",
     ),
     (
-        ["optimizer._target_=torch.optim.Muon"],
+        ["optimizer._target_=torch.optim.Muon", "optimizer.lr=1e-3"],
         "optimizer.betas is not a setting of Muon (optimizer._target_): remove it, or correct its name.",
     ),
     (
@@ -102,7 +102,7 @@ MISTAKES = [
 OF_OTHER_COMMANDS = [
     ("planted", ["planted.noise=-1"], "planted.noise=-1 must be a number of at least 0."),
     ("planted", ["planted.active=0"], "planted.active=0 must be a number above 0."),
-    ("planted", ["planted=3"], "planted=3 is in the place of a part of the config: set its keys, planted.KEY=VALUE."),
+    ("planted", ["planted=3"], "planted=3 names no choice of planted: type planted=NAME, one of hierarchy, "),
     ("planted", ["k=0"], "k=0 must lie between 1 and the dictionary's 512 latents."),
     ("planted", ["n_steps=0"], f"n_steps=0 {WHOLE} 1."),
     ("harvest", ["cache_dir=cache", "shard_tokens=0"], f"shard_tokens=0 {WHOLE} 1."),
@@ -139,8 +139,8 @@ NO_OVERRIDES = [
         "k=${nokey}",
         "k=${nokey} cannot be resolved (Interpolation key 'nokey' not found): correct what stands in ${...},",
     ),
-    ("sae=matrioshka", "sae=matrioshka is not known: did you mean matryoshka? It must be one of batch_topk, gated, "),
-    ("sae=[0]", "sae=[0] names no choice of sae: type sae=NAME, one of batch_topk, gated, jumprelu, matryoshka, "),
+    ("sae=matrioshka", "sae=matrioshka is not known: did you mean matryoshka? It must be one of abs_batch_topk, abs_topk, "),
+    ("sae=[0]", "sae=[0] names no choice of sae: type sae=NAME, one of abs_batch_topk, abs_topk, batch_topk, "),
     ("~sae", "sae must be a part of the config with a sae._target_, not null: leave out the override of sae, and set "),
     ("+k=3", "k is in the config already: leave out the + before it."),
     ("+sae=topk", "sae is given two choices: leave out the + before it."),

@@ -101,7 +101,7 @@ def test_what_is_not_found_has_no_place(tmp_path):
             "or raise planted.n_trees.",
         ),
         (["n_latents=4"], "planted.active=6 is more than n_latents=4: change one of them."),
-        (["optimizer.lr=0"], "optimizer.lr=0 must be a number above 0."),
+        (["optimizer.lr=0"], "optimizer.lr=0 must be a number above 0, or auto."),
         (["optimizer.betas=0.9"], "optimizer.betas=0.9 must be two numbers from 0 to below 1, such as [0.9,0.99]."),
         (
             ["planted.n_sites=2", "sae.n_inputs=1", "sae.normalize=none"],

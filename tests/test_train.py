@@ -200,7 +200,7 @@ def test_a_folder_of_another_config_is_refused_and_kept(run_dir):
     before = (run_dir / ".hydra" / "config.yaml").read_bytes()
     refused = run(*SMALL, "k=8", "optimizer.lr=3e-4", f"hydra.run.dir={run_dir}")
     assert_one_sentence(refused, "k is 16 there and 8 here")
-    assert "optimizer.lr is 0.001 there and 0.0003 here" in refused.stderr
+    assert "optimizer.lr is auto there and 0.0003 here" in refused.stderr
     assert (run_dir / ".hydra" / "config.yaml").read_bytes() == before
 
 
@@ -329,7 +329,7 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         (["expansion=nan"], ["expansion=nan must be null or a number of at least 0"]),
         (["seq_len=64.5"], ["seq_len=64.5 must be a whole number of at least 2"]),
         (["optimizer.lr=fast"], ["optimizer.lr=fast must be a number"]),
-        *(([f"optimizer.lr={lr}"], [f"optimizer.lr={lr} must be a number above 0."]) for lr in ("0", "-0.001", "nan")),
+        *(([f"optimizer.lr={lr}"], [f"optimizer.lr={lr} must be a number above 0, or auto."]) for lr in ("0", "-0.001", "nan")),
         (["n_tokens=null"], ["n_tokens=null must be a whole number of at least 1"]),
         (["trainer.devices=null"], ["trainer.devices=null must be a whole number of at least 1"]),
         (["expansion=null"], ["n_latents=null with expansion=null does not define the size of the dictionary"]),

@@ -20,8 +20,8 @@ def reason_not_to_grow(there: Mapping[str, Any], here: Mapping[str, Any]) -> str
     n, more = there.get("n_tokens"), here.get("n_tokens")
     if not (isinstance(n, int) and isinstance(more, int)) or more < n:
         return "n_tokens can only grow"
-    if any(there.get(key) != value for key, value in CONSTANT.items()):
-        return "the learning rate depends on n_tokens, unless schedule.warmup=0 schedule.decay=0"
+    if any(there.get(key) != value for key, value in CONSTANT.items()) or there.get("optimizer.lr") == "auto":
+        return "the learning rate depends on n_tokens, unless schedule=constant and optimizer.lr is a number"
     if n < there.get("data.block_tokens", 0):
         return "a run shorter than data.block_tokens shuffles fewer activations together"
     return None

@@ -28,6 +28,7 @@ from sae_lab.saes.files import save_sae
 from sae_lab.studies.known_truth import FOUND, Firing, Matching, feature_table
 from sae_lab.studies.planted_rows import PlantedRows, Rows
 from sae_lab.training.options import check_optimizer
+from sae_lab.training.rate import resolve_rate
 from sae_lab.training.run import has_frozen_dictionary
 from sae_lab.training.step import TrainingStep
 
@@ -64,7 +65,8 @@ def measure_recovery(cfg: DictConfig) -> dict[str, Any]:
     device = resolve_device(cfg.device)
     planted: PlantedRows = build(cfg, "planted", device=device)
     sae = build_sae(cfg, planted).to(device)
-    optimizer = build(cfg, "optimizer")([p for p in sae.parameters() if p.requires_grad])
+    rate = resolve_rate(cfg.optimizer, sae.d_in, sae.n_latents, cfg.n_steps)
+    optimizer = build(cfg, "optimizer", **rate)([p for p in sae.parameters() if p.requires_grad])
     schedule = LambdaLR(optimizer, partial(build(cfg, "schedule"), n_steps=cfg.n_steps))
     train_on_planted(sae, planted, optimizer, schedule, cfg.n_steps, cfg.batch_size, seed=cfg.seed + 1)
     found = recovery(sae, planted, cfg.n_eval_rows)

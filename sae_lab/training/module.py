@@ -66,6 +66,11 @@ class SAEModule(L.LightningModule):
         self.step.why_eager = "the loss runs the language model" if self.splice else None
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate before the schedule's factor."""
+        return float(self.step.optimizer.param_groups[0]["initial_lr"])
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # The count that numbers the rows of the log. Lightning 2.6 counts one step too many when it resumes from a
         # checkpoint of between a validation and the next batch, and skips that validation.

@@ -96,7 +96,7 @@ def check_optimizer(cfg: DictConfig) -> None:
 class OptimizerSettings(TypedDict):
     """Settings of an optimizer, by their names in torch.optim."""
 
-    lr: Annotated[float, Gt(0)]
+    lr: Annotated[Annotated[float, Gt(0)] | Literal["auto"], ErrorMessage("must be a number above 0, or auto")]
     eps: Annotated[float, Ge(0)]
     weight_decay: Annotated[float, Ge(0)]
     betas: Betas

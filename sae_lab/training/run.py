@@ -47,6 +47,7 @@ from sae_lab.training.loggers import finish_loggers
 from sae_lab.training.module import SAEModule
 from sae_lab.training.options import check_options
 from sae_lab.training.progress import TrainingProgress
+from sae_lab.training.rate import resolve_rate
 from sae_lab.training.splice_loss import SpliceLoss
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,9 @@ def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: StreamData, call
     if cfg.init_from is not None and not run.step:
         initialize_from(sae, cfg.init_from)
     schedule = partial(build(cfg, "schedule"), n_steps=data.n_steps)
-    module = SAEModule(sae, build(cfg, "optimizer"), schedule, cfg.max_grad_norm, splice_loss(data))
+    rate = resolve_rate(cfg.optimizer, sae.d_in, sae.n_latents, data.n_steps)
+    optimizer = build(cfg, "optimizer", **rate)
+    module = SAEModule(sae, optimizer, schedule, cfg.max_grad_norm, splice_loss(data))
     module.configure_optimizers()  # raises on invalid arguments before the run begins
     observers = [build(cfg, f"callbacks.{name}") for name in cfg.callbacks or {}]
     trainer = build(cfg, "trainer")(run_dir=run.folder, n_steps=data.n_steps, callbacks=[*observers, *callbacks])
@@ -163,7 +166,8 @@ def fit(member: Member) -> None:
         SafeStop: a signal arrived, and a checkpoint of the last step is saved.
     """
     run, trainer, data = member.run, member.trainer, member.data
-    log.info("training %d steps of %d tokens in %s", data.n_steps, data.batch_size, run.folder)
+    steps, rate = f"{data.n_steps} steps of {data.batch_size} tokens", member.module.peak_rate
+    log.info("training %s at learning rate %.2g in %s", steps, rate, run.folder)
     if run.step:
         check_fits(run.last_checkpoint, member.module, type(data).__name__)
         log.info("continuing from step %d of %s", run.step, run.checkpoint)

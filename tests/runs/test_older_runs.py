@@ -25,7 +25,7 @@ OVERRIDES = [
     "batch_size=64",
     *("n_tokens=12800", "calibration_batches=4", "data.n_eval_tokens=512", "data.n_val_tokens=256"),
     *("data.lm_batch_rows=8", "data.block_tokens=4096", "trainer.accelerator=cpu", "trainer.checkpoint_every=100"),
-    *("trainer.validate_every=100", "sae.normalize=mean_norm"),
+    *("trainer.validate_every=100", "sae.normalize=mean_norm", "optimizer.lr=1e-3", "schedule=constant"),
 ]
 
 

@@ -10,6 +10,7 @@ from small_runs import SMALL, assert_one_sentence
 from sae_lab.runs.growth import ends_with_smaller_batch, reason_not_to_grow
 
 SHORT, LONG = "n_tokens=20_480", "n_tokens=40_000"
+CONSTANT = [*SMALL, "optimizer.lr=1e-3", "schedule=constant"]
 CONFIG = {
     "n_tokens": 20_480,
     "batch_size": 1024,
@@ -23,20 +24,20 @@ CONFIG = {
 @pytest.mark.process
 def test_a_complete_run_grows_to_the_bits_of_a_longer_one(tmp_path):
     once, grown = tmp_path / "once", tmp_path / "grown"
-    assert run(*SMALL, LONG, f"hydra.run.dir={once}").returncode == 0
-    assert run(*SMALL, SHORT, f"hydra.run.dir={grown}").returncode == 0
-    first = Forked(*SMALL, LONG, f"hydra.run.dir={grown}")
+    assert run(*CONSTANT, LONG, f"hydra.run.dir={once}").returncode == 0
+    assert run(*CONSTANT, SHORT, f"hydra.run.dir={grown}").returncode == 0
+    first = Forked(*CONSTANT, LONG, f"hydra.run.dir={grown}")
     while (grown / "metrics.json").is_file():
         assert first.running, first.communicate().stderr
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    again = run(*SMALL, LONG, f"hydra.run.dir={grown}")
+    again = run(*CONSTANT, LONG, f"hydra.run.dir={grown}")
     assert again.returncode == 0, again.stderr
     assert "continuing from step" in again.stderr
     for file in ("metrics.json", "sae/sae.safetensors"):
         assert (grown / file).read_bytes() == (once / file).read_bytes(), file
-    refused = run(*SMALL, SHORT, f"hydra.run.dir={grown}")
+    refused = run(*CONSTANT, SHORT, f"hydra.run.dir={grown}")
     assert_one_sentence(refused, "n_tokens can only grow", f"init_from={grown}")
 
 
@@ -46,6 +47,7 @@ def test_a_complete_run_grows_to_the_bits_of_a_longer_one(tmp_path):
         ({}, None),
         ({"n_tokens": 50_000}, "n_tokens can only grow"),
         ({"schedule.decay": 0.2}, "the learning rate depends on n_tokens"),
+        ({"optimizer.lr": "auto"}, "the learning rate depends on n_tokens"),
         ({"schedule._target_": "mine.cosine"}, "the learning rate depends on n_tokens"),
         ({"data.block_tokens": 20_481}, "shuffles fewer activations together"),
     ],
