@@ -40,7 +40,7 @@ from sae_lab.runtime.memory import check_memory
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.parts.normalize import NORMALIZERS, Context, mix
 
-TRAINING_STATE = ("batches_since_fired", "steps", "threshold_updates")
+TRAINING_STATE = ("batches_since_fired", "steps", "threshold_updates", "width")
 TRANSCODERS = {
     "sae_lens": ("VanillaSAE", "JumpReLUSAE", "BatchTopKSAE", "MatryoshkaSAE"),
     "sparsify": ("TopKSAE", "MatryoshkaTopKSAE"),

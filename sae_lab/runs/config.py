@@ -40,6 +40,7 @@ OF_ROWS = {"chat": "auto", "special_tokens": "text"}
 OF_LINEAR = {"encoder_norm": "drawn", "b_dec_init": "zeros", "b_enc_init": "zeros"}
 LINEAR_SAES = ("topk", "batch_topk", "matryoshka", "jumprelu", "gated", "vanilla", "cross_layer")
 OF_JUMPRELU = {
+    "calibrated": False,
     "kernel_gradient": "thresholds",
     "frequency_coefficient": 0.0,
     "frequency_scale": 0.1,

@@ -159,6 +159,10 @@ class BaseSAE(Registered, ABC):
         """
         return self.autoencode(x)[0] if edit is None else self.autoencode(x, edit)[0]
 
+    def may_resample(self) -> bool:
+        """Return whether `resample` may do something at the next batch."""
+        return bool(self.resample_every)
+
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
         """Reinitialize dead latents if it is time for it. Called before the forward pass of a training batch.
 

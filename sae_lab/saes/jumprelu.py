@@ -4,16 +4,19 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sae_lab.ops.losses import pre_activation, quadratic_frequency
-from sae_lab.parallel.collectives import mean_over_ranks
+from sae_lab.parallel.collectives import concatenate_ranks, mean_over_ranks
 from sae_lab.runtime.errors import SettingError
-from sae_lab.saes.base import SAEOutput
+from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
 from sae_lab.saes.sparse_linear import check_active
+
+THETA = 0.1
+"""Thresholds of the start where no batch decides them."""
 
 
 class JumpReLUSAE(PenalizedLinearSAE):
@@ -48,9 +51,15 @@ class JumpReLUSAE(PenalizedLinearSAE):
     Args:
         k: the mean number of active latents per row that target_l0 aims at; the other penalties ignore it.
         penalty: `target_l0`, `l0` or `tanh`.
-        sparsity_coefficient: weight of the penalty; None: COEFFICIENTS[penalty], for inputs of unit std.
-        theta: initial value of all thresholds.
-        bandwidth: width of R, in units of h.
+        sparsity_coefficient: weight of the penalty. `auto`: COEFFICIENTS[penalty], for inputs of unit std; None: the
+            same, but 1 for target_l0, as in runs of before `auto`.
+        theta: initial value of all thresholds. None: with target_l0, the value that makes k latents active on a row of
+            the first training batch, on average; else 0.1. Adam moves a threshold by about lr per step, while h, a sum
+            of d products, moves by up to lr · d: thresholds that start far below h do not catch up in a short run.
+        bandwidth: width of R, in units of h. None: half of the thresholds of the start, so that it suits any d and any
+            scale of the input.
+        calibrated: whether, after training with target_l0, one factor on all thresholds makes L0 equal to k (see
+            `calibrate`).
         kernel_gradient: `thresholds` or `all`: whether the kernel's gradient also reaches h, and so the encoder.
         frequency_coefficient: weight of the penalty on latents that fire often; 0: none.
         frequency_scale: share of rows from which on that penalty weighs more than one on L0.
@@ -62,17 +71,21 @@ class JumpReLUSAE(PenalizedLinearSAE):
 
     pre_activation_parameters = ("b_enc", "thresholds")
 
-    # With 1, target_l0 ended 7 % above k on the bundled model after 2 M tokens at expansion 8. Runs of other lengths or
-    # sizes end at other values.
-    COEFFICIENTS = {"target_l0": 1.0, "l0": 0.005, "tanh": 0.005}
+    width: Tensor
+    """The bandwidth, if it follows from the thresholds of the start."""
+
+    # Where L0 settles, the pulls of penalty and reconstruction on the thresholds are equal, so it lies above k by an
+    # amount that falls with the coefficient: 7 % with 1 on the bundled model.
+    COEFFICIENTS = {"target_l0": 10.0, "l0": 0.005, "tanh": 0.005}
 
     def __init__(
         self,
         k: float | None = None,
         penalty: Literal["target_l0", "l0", "tanh"] = "target_l0",
-        sparsity_coefficient: Annotated[float, Ge(0)] | None = None,
-        theta: Annotated[float, Ge(0)] = 0.1,
-        bandwidth: Annotated[float, Gt(0)] = 0.1,
+        sparsity_coefficient: Annotated[float, Ge(0)] | Literal["auto"] | None = None,
+        theta: Annotated[float, Ge(0)] | None = 0.1,
+        bandwidth: Annotated[float, Gt(0)] | None = 0.1,
+        calibrated: bool = False,
         kernel_gradient: Literal["thresholds", "all"] = "thresholds",
         frequency_coefficient: Annotated[float, Ge(0)] = 0.0,
         frequency_scale: Annotated[float, Gt(0)] = 0.1,
@@ -87,19 +100,75 @@ class JumpReLUSAE(PenalizedLinearSAE):
             check_active(self.n_latents, k=k)
         self.k, self.penalty, self.sparsity_coefficient = k, penalty, sparsity_coefficient
         self.theta, self.bandwidth, self.kernel_gradient = theta, bandwidth, kernel_gradient
+        self.calibrated = calibrated
         self.frequency_coefficient, self.frequency_scale = frequency_coefficient, frequency_scale
         self.preact_coefficient = preact_coefficient
-        self.coefficient = self.COEFFICIENTS[penalty] if sparsity_coefficient is None else sparsity_coefficient
-        self.thresholds = nn.Parameter(torch.full((self.n_latents,), float(theta)))
+        self.coefficient = self.choose_coefficient()
+        self.thresholds = nn.Parameter(torch.full((self.n_latents,), THETA if theta is None else float(theta)))
+        if bandwidth is None:
+            self.register_buffer("width", self.thresholds[0].detach() / 2)
+        self.started = False
+
+    def choose_coefficient(self) -> float:
+        if self.sparsity_coefficient is None and self.penalty == "target_l0":
+            return 1.0
+        if self.sparsity_coefficient in (None, "auto"):
+            return self.COEFFICIENTS[self.penalty]
+        return self.sparsity_coefficient
 
     def firing_level(self) -> Float[Tensor, " f"]:
         return self.thresholds
 
     def activate(self, h: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
-        return jump_relu(h, self.thresholds, self.bandwidth, self.kernel_gradient == "all")
+        return jump_relu(h, self.thresholds, self.kernel_width(), self.kernel_gradient == "all")
+
+    def kernel_width(self) -> float | Tensor:
+        return self.width if self.bandwidth is None else self.bandwidth
+
+    def may_resample(self) -> bool:
+        return super().may_resample() or not self.started
+
+    def start_from(self, other: BaseSAE) -> None:
+        super().start_from(other)
+        self.started = True
+
+    def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
+        if not self.started:  # asked once: reading the number of steps makes the host wait for the GPU
+            if self.theta is None and self.penalty == "target_l0" and int(self.steps) == 0:
+                self.start_thresholds(x)
+            self.started = True
+        return super().resample(x)
+
+    @torch.no_grad()
+    def start_thresholds(self, x: Float[Tensor, "b s d"]) -> None:
+        """Set all thresholds to one value, with which k latents are active on a row of x on average."""
+        rows = self.as_rows(x)
+        self.sources.observe(rows)  # the scale, which the first batch sets
+        h, _ = concatenate_ranks(self.pre_activations(self.sources(rows)[0]))
+        self.thresholds.copy_(self.kth_largest(h).expand_as(self.thresholds))
+        if self.bandwidth is None:
+            self.width.copy_(self.thresholds[0] / 2)
+
+    @torch.no_grad()
+    def calibrate(self, x: Float[Tensor, "b s d"], i: int) -> None:
+        """Multiply the thresholds by the factor with which k latents are active on a row, as a mean over batches.
+
+        A latent stays active where h / theta is above the factor, so a batch's factor is the k·b-th largest ratio. The
+        running mean of the factors needs no memory, since each ratio already has the mean of before in theta.
+        """
+        if not self.calibrated or self.penalty != "target_l0":
+            return
+        h = self.pre_activations(self.read(x)[0])
+        factor = mean_over_ranks(self.kth_largest(h / self.thresholds.clamp_min(1e-12)))
+        self.thresholds.mul_(1 + (factor - 1) / (i + 1))
+
+    def kth_largest(self, h: Float[Tensor, "b f"]) -> Tensor:
+        """Return the k·b-th largest of the entries of all latents and rows; at least 0."""
+        assert self.k is not None
+        return h.flatten().topk(max(1, int(self.k * len(h)))).values[-1].clamp_min(0)
 
     def resampled_values(self) -> list[tuple[nn.Parameter, float]]:
-        return [*super().resampled_values(), (self.thresholds, self.theta)]
+        return [*super().resampled_values(), (self.thresholds, THETA if self.theta is None else self.theta)]
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
         assert out.h is not None
@@ -123,7 +192,7 @@ class JumpReLUSAE(PenalizedLinearSAE):
 
     def frequencies(self, h: Float[Tensor, "b f"]) -> Float[Tensor, " f"]:
         """Compute the share of rows on which each latent is active; its sum is L0."""
-        return step_frequencies(h, self.thresholds, self.bandwidth, self.kernel_gradient == "all")
+        return step_frequencies(h, self.thresholds, self.kernel_width(), self.kernel_gradient == "all")
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -132,27 +201,29 @@ class JumpReLUSAE(PenalizedLinearSAE):
 
 
 def jump_relu(
-    h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float, into_h: bool = False
+    h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float | Tensor, into_h: bool = False
 ) -> Float[Tensor, "b f"]:
     """Compute h · 1[h > theta], with the kernel's gradient for theta, and for h as well if `into_h`."""
     return _JumpReLU.apply(h, theta, bandwidth, into_h)
 
 
 def step_frequencies(
-    h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float, into_h: bool = False
+    h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float | Tensor, into_h: bool = False
 ) -> Float[Tensor, " f"]:
     """Compute mean_b 1[h > theta], with the kernel's gradient for theta, and for h as well if `into_h`."""
     return _StepFrequencies.apply(h if into_h else h.detach(), theta, bandwidth)
 
 
-def in_kernel_window(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float) -> Bool[Tensor, "b f"]:
+def in_kernel_window(
+    h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float | Tensor
+) -> Bool[Tensor, "b f"]:
     """Compute R((h - theta) / bandwidth): True where h is within half a bandwidth of its threshold."""
     return (h - theta).abs() < bandwidth / 2
 
 
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float, into_h: bool) -> Tensor:
+    def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float | Tensor | Tensor, into_h: bool) -> Tensor:
         ctx.save_for_backward(h, theta)
         ctx.bandwidth, ctx.into_h = bandwidth, into_h
         return h * (h > theta)
@@ -170,7 +241,7 @@ class _JumpReLU(torch.autograd.Function):
 
 class _StepFrequencies(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float | Tensor) -> Tensor:
         near, rows = in_kernel_window(h, theta, bandwidth), bandwidth * len(h)
         ctx.rows = rows
         ctx.save_for_backward(near.sum(dim=0).to(theta.dtype) / rows, near if ctx.needs_input_grad[0] else None)

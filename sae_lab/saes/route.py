@@ -143,7 +143,7 @@ class RouteSAE(BaseSAE):
     @torch.no_grad()
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
         self.sources.observe(self.as_rows(x))  # routing needs the scale, which the first batch sets
-        return self.inner.resample(self.route(x)[0]) if self.inner.resample_every else []
+        return self.inner.resample(self.route(x)[0]) if self.inner.may_resample() else []
 
     def plan_step(self) -> Hashable:
         return self.inner.plan_step()

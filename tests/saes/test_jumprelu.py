@@ -6,6 +6,7 @@ from conftest import build, planted
 
 from sae_lab.ops.losses import quadratic_frequency
 from sae_lab.runtime.errors import UserError
+from sae_lab.saes.files import load_sae_folder, save_sae
 from sae_lab.saes.jumprelu import JumpReLUSAE, in_kernel_window, jump_relu, step_frequencies
 
 X = planted(256, seed=1)[0]
@@ -114,6 +115,65 @@ def test_thresholds_get_a_float32_gradient_from_bfloat16_pre_activations():
     assert z.dtype == h.grad.dtype == torch.bfloat16
     assert theta.grad.dtype == torch.float32
     assert theta.grad.norm() > 0
+
+
+def start(x, *overrides: str):
+    sae = build("jumprelu", *overrides, n_sources=1)
+    sae.resample(x)
+    return sae
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_thresholds_start_where_k_latents_are_active_at_any_scale(scale):
+    sae = start(scale * X, "sae.normalize=none")
+    assert (sae(scale * X).code != 0).sum() == 4 * len(X) - 1  # the last one is at the threshold
+    assert sae.width == sae.thresholds[0] / 2
+    sae.resample(scale * X)
+    assert torch.equal(sae.thresholds, start(scale * X, "sae.normalize=none").thresholds)
+
+
+def test_only_the_first_training_batch_starts_thresholds(tmp_path):
+    """Not a resumed run's, and not one whose weights come from another SAE."""
+    sae = start(X)
+    before = sae.thresholds.clone()
+    sae.resample(100 * X)
+    assert torch.equal(sae.thresholds, before)
+    sae(X)
+    resumed = load_sae_folder(save_sae(sae, tmp_path)).train()
+    resumed.resample(100 * X)
+    assert torch.equal(resumed.thresholds, before)
+    assert resumed.width == sae.width
+    other = build("jumprelu")
+    other.start_from(JumpReLUSAE(d_in=16, n_latents=64, penalty="l0", theta=0.3))
+    other.resample(X)
+    assert torch.equal(other.thresholds, torch.full((64,), 0.3))
+
+
+def test_calibration_makes_the_deployed_l0_k_and_keeps_the_ratios_of_thresholds():
+    sae = sae_with("target_l0")
+    before = sae.thresholds.detach().clone()
+    batches = [planted(256, seed=i)[0] for i in range(10)]
+    for _ in range(2):  # the second time starts over, and finds the same
+        for i, x in enumerate(batches):
+            sae.calibrate(x, i)
+        assert (sae.eval().encode(torch.cat(batches)) != 0).sum(1).float().mean() == pytest.approx(4, rel=0.01)
+    ratios = sae.thresholds.detach() / before
+    torch.testing.assert_close(ratios, ratios[:1].expand(64))
+    plain = sae_with("tanh")
+    plain.calibrate(X, 0)
+    assert torch.equal(plain.thresholds, before)
+
+
+def test_given_numbers_and_other_penalties_leave_the_start_alone():
+    for overrides, theta in [(["sae.theta=0.2"], 0.2), (["sae.penalty=tanh"], 0.1)]:
+        sae = start(X, *overrides)
+        assert torch.equal(sae.thresholds, torch.full((64,), theta))
+
+
+def test_coefficients_of_runs_before_auto():
+    assert build("jumprelu", "sae.sparsity_coefficient=null").coefficient == 1
+    assert build("jumprelu").coefficient == 10
+    assert build("jumprelu", "sae.sparsity_coefficient=0.3").coefficient == 0.3
 
 
 def test_mistakes_are_named():

@@ -13,7 +13,7 @@ COUNTS = {"dead_after": 1, "k_aux": 1, "k_warmup": 0, "sparsity_warmup": 0, "res
 COUNTS |= {"n_inputs": 0, "anneal_start": 0, "anneal_end": 1}
 WEIGHTS = ("auxk_coefficient", "l1_coefficient", "sparsity_coefficient", "theta")
 WEIGHTS += ("frequency_coefficient", "preact_coefficient")
-FLAGS = ("encoder_bias", "tied", "frozen_decoder", "unit_norm", "include_bias_level", "skip", "signed")
+FLAGS = ("encoder_bias", "tied", "frozen_decoder", "unit_norm", "include_bias_level", "skip", "signed", "calibrated")
 BETWEEN = "must lie between 1 and"
 BAD = [
     *(
