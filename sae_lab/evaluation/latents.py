@@ -63,7 +63,7 @@ def describe_latents(
     meanings = describe_directions(sae, data.lm, latents, n_logits, n_neighbours)
     found = [{"latent": i} | a | b for i, a, b in zip(latents.tolist(), found, meanings, strict=True)]
     return {
-        "sae": type(sae).__name__,
+        "sae": type(sae).__name__ + (" with signed codes" if sae.signed else ""),
         "n_latents": sae.n_latents,
         "lm": data.lm.name,
         "sites": list(data.lm.sites),

@@ -37,6 +37,8 @@ def write_card(sae: BaseSAE, provenance: dict[str, Any], run_dir: Path, format: 
         "",
     ]
     lines += describe_roles(sae, provenance.get("sites", []))
+    if sae.signed:
+        lines += ["Codes have signs: a latent is active where its value is not zero.", ""]
     lines += [f"{sae.n_latents:,} latents, activations of width {sae.d_in}, in the files of {format}. Load it with", ""]
     lines += [
         "```python",
