@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         PursuitSAE,
         RouteSAE,
         SAEOutput,
+        TemporalSAE,
         TopKSAE,
         VanillaSAE,
     )
@@ -38,6 +39,7 @@ __all__ = [
     "PursuitSAE",
     "RouteSAE",
     "SAEOutput",
+    "TemporalSAE",
     "TopKSAE",
     "VanillaSAE",
     "load_run",

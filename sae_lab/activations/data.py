@@ -18,6 +18,7 @@ from sae_lab.activations.exclusions import Exclusions, ShortRows, is_short, norm
 from sae_lab.activations.interleave import InterleavedSource
 from sae_lab.activations.passes import PassTokens, TextPass, batch_sizes, plan_passes, rows_per_pass
 from sae_lab.activations.prefetch import PrefetchedSource
+from sae_lab.activations.previous import WithPrevious, has_previous
 from sae_lab.activations.source import LMSource, Source, kept_activations
 from sae_lab.activations.stream import Batches, HeldOut, HeldOutRows, StreamData
 from sae_lab.activations.text_batches import TextBatches, WholeBatches
@@ -89,7 +90,7 @@ class ActivationData(StreamData):
         self.fixed_rows = lm_batch_rows or 32  # on any device: for the digest of a text, and chunks of a cache
         self.exclude_bos, self.exclude_first, self.max_norm = exclude_bos, exclude_first, max_norm
         self.exclude_tokens = list(token_ids(lm.tokenizer, exclude_tokens))
-        self.lm_lock = Lock()
+        self.lm_lock, self.pairs = Lock(), False
         self._begin(lm, rows_per_pass(lm, seq_len, *self._pass_size))
         if isinstance(text, TrainingText) and (self.exclude_tokens or max_norm is not None):
             self._log_left_out()
@@ -129,6 +130,18 @@ class ActivationData(StreamData):
 
         return row(self) == row(other)
 
+    def with_previous(self) -> StreamData:
+        if self.whole_rows:
+            raise UserError("loss=kl_mse has batches of whole text rows, not of pairs: leave it out for this SAE.")
+        other = copy(self)
+        other.pairs = True
+        other._begin(self.lm, self.lm_batch_rows)
+        return other
+
+    @property
+    def bytes_per_token(self) -> int:
+        return super().bytes_per_token * (1 + self.pairs)
+
     @property
     def float32_forward_in_thread(self) -> bool:  # type: ignore[override]
         return self.prefetch and self.device.type != "cuda" and self.dtype == torch.float32
@@ -161,6 +174,10 @@ class ActivationData(StreamData):
         """Return a mask of the positions that are not left out for their token or place; `max_norm` may leave fewer."""
         return self.exclusions.keep(tokens)
 
+    def pair_mask(self, tokens: Int[Tensor, "n t"]) -> Bool[Tensor, "n t"]:
+        """Return a mask of the positions that make pairs with the position before."""
+        return has_previous(tokens, self.keep_mask(tokens), self.lm.bos_id)
+
     def keep_positions(self, tokens: Int[Tensor, "n t"], activations: Float[Tensor, "n t s d"]) -> Bool[Tensor, "n t"]:
         """Return a mask of the positions on which an SAE is trained and evaluated."""
         keep = self.keep_mask(tokens)
@@ -188,7 +205,8 @@ class ActivationData(StreamData):
         return source if self.max_norm is None else ShortRows(source, self._is_short)
 
     def _is_short(self, rows: Float[Tensor, "*n s d"]) -> Bool[Tensor, "*n"]:
-        return is_short(rows, [self.norm_limits[site] for site in self.lm.sites])
+        limits = [self.norm_limits[site] for site in self.lm.sites]
+        return is_short(rows, limits * (rows.shape[-2] // len(limits)))  # a pair has the sites twice
 
     @cached_property
     def norm_limits(self) -> dict[str, float]:
@@ -252,6 +270,9 @@ class ActivationData(StreamData):
 
     def source(self) -> Source:
         """Return the training activations before shuffling, from the beginning."""
+        if self.pairs:
+            lm: Any = WithPrevious(self.lm)
+            return LMSource(lm, self.rows(), self.pair_mask, self.lm_batch_rows, self.lm_lock)
         return LMSource(self.lm, self.rows(), self.keep_mask, self.lm_batch_rows, self.lm_lock)
 
     def read_ahead(self, source: Any) -> InterleavedSource | PrefetchedSource:

@@ -170,6 +170,19 @@ class StreamData(L.LightningDataModule, ABC):
         """Return the same data at all sites of several such data, read together as they are."""
         return self.with_sites(sites)
 
+    def with_previous(self) -> "StreamData":
+        """Return the same data with training batches (b, 2·s, d): each row, then that of the token before it.
+
+        Tokens without one in their document are left out. Everything held out stays (b, s, d).
+
+        Raises:
+            UserError: the rows are not in the order of a text.
+        """
+        raise UserError(
+            f"{self.name} does not tell which row comes before another, which this SAE compares it with: "
+            "give data that a language model computes from text, such as data=stdlib."
+        )
+
     def shares_rows_with(self, other: "StreamData") -> bool:
         """Return whether one pass gives the rows of both, at sites that may differ."""
         return True

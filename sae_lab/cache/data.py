@@ -12,6 +12,7 @@ from torch import Tensor
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Source
+from sae_lab.activations.stream import StreamData
 from sae_lab.cache.key import lm_key
 from sae_lab.cache.pieces import PIECE
 from sae_lab.cache.reader import Cache, CachedSource
@@ -94,6 +95,9 @@ class CachedData(ActivationData):
         assert isinstance(other, CachedData)
         other._compare_first_rows()
         return other
+
+    def with_previous(self) -> StreamData:
+        return StreamData.with_previous(self)  # a cache gives its rows in another order
 
     def _compare_first_rows(self) -> None:
         """Compute the cache's first rows again and compare: this finds differences that the key does not cover."""

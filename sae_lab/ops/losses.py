@@ -48,3 +48,12 @@ def pre_activation(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], dead: Bo
     Conerly et al. 2025 (Anthropic, January 2025), there for every latent that is not active; SAELens takes dead ones.
     """
     return ((theta - h).relu() * dead).float().sum(dim=-1).mean()
+
+
+def contrast(z: Float[Tensor, "b f"], other: Float[Tensor, "b f"]) -> Tensor:
+    """Return the mean cross-entropy of finding each row's partner, in both directions, in float32 at any precision.
+
+    L = -½ mean_i (log softmax_j(z_i · other_j) + log softmax_j(z_j · other_i)) at j = i
+    """
+    logits = z.float() @ other.float().T
+    return -(logits.log_softmax(dim=1).diagonal() + logits.log_softmax(dim=0).diagonal()).mean() / 2

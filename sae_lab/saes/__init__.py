@@ -17,6 +17,7 @@ from sae_lab.saes.matryoshka import MatryoshkaSAE, MatryoshkaTopKSAE
 from sae_lab.saes.p_anneal import PAnnealGatedSAE, PAnnealSAE
 from sae_lab.saes.pursuit_sae import PursuitSAE
 from sae_lab.saes.route import RouteSAE
+from sae_lab.saes.temporal import TemporalSAE
 from sae_lab.saes.topk import TopKSAE
 from sae_lab.saes.vanilla import VanillaSAE
 
@@ -35,6 +36,7 @@ __all__ = [
     "PursuitSAE",
     "RouteSAE",
     "SAEOutput",
+    "TemporalSAE",
     "TopKSAE",
     "VanillaSAE",
 ]

@@ -59,6 +59,8 @@ class BaseSAE(Registered, ABC):
 
     signed: bool = False
     """Whether active latents may be negative. Then the sign of a dictionary row means nothing by itself."""
+    reads_previous: bool = False
+    """Whether a training batch is (b, 2·s, d): each row, then that of the token before it in the text."""
 
     n_sources: int
     d_in: int

@@ -80,6 +80,11 @@ class RouteSAE(BaseSAE):
                 self.inner = inner(d_in=d_in, n_latents=n_latents, n_sources=1)
         if self.inner.config.get("normalize", "none") != "none":
             raise SettingError("the rows of the inner SAE are normalized already: give {inner}.normalize=none.")
+        if self.inner.reads_previous:
+            raise SettingError(
+                f"a {type(self.inner).__name__} compares rows with those before, which a route does not pass on: "
+                "choose another {inner}."
+            )
         self.batch_rule, self.varying_size = self.inner.batch_rule, self.inner.varying_size
         self.signed = self.inner.signed
         generator = nth_generator(seed, 1)  # other random numbers than the inner SAE's

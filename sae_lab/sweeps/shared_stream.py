@@ -211,7 +211,13 @@ def open_member(job: Job, data: StreamData, first: bool) -> Member:
     run = open_run(job.cfg)
     progress = TrainingProgress() if first else Throughput()
     with report_typed_keys(job.typed):
-        return build_member(job.cfg, run, build_sae(job.cfg, data), data, [progress])
+        sae = build_sae(job.cfg, data)
+        if sae.reads_previous:
+            raise UserError(
+                f"a {type(sae).__name__} trains on pairs of rows, which a shared stream does not have: "
+                "leave out hydra/launcher=shared_stream for it."
+            )
+        return build_member(job.cfg, run, sae, data, [progress])
 
 
 def train_members(members: list[Member], views: Views) -> None:

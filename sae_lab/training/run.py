@@ -104,6 +104,8 @@ def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: StreamData, call
     """Build the module and the Trainer of a run. `callbacks` run after those of the config."""
     if cfg.init_from is not None and not run.step:
         initialize_from(sae, cfg.init_from)
+    if sae.reads_previous:
+        data = data.with_previous()
     schedule = partial(build(cfg, "schedule"), n_steps=data.n_steps)
     rate = resolve_rate(cfg.optimizer, sae.d_in, sae.n_latents, data.n_steps)
     optimizer = build(cfg, "optimizer", **rate)

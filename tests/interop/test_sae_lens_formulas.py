@@ -67,7 +67,11 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     ("kind", "name", "rule"),
     [
         *(("sae", name, rule) for name in PLAIN for rule in NORMALIZERS),
-        *(("transcoder", name, rule) for name in ("vanilla", "jumprelu", "batch_topk", "matryoshka") for rule in ("none", "mean_norm")),
+        *(
+            ("transcoder", name, rule)
+            for name in ("vanilla", "jumprelu", "batch_topk", "matryoshka")
+            for rule in ("none", "mean_norm")
+        ),
     ],
 )
 def test_the_files_alone_give_our_numbers(kind, name, rule, tmp_path):

@@ -27,6 +27,7 @@ STEPS = {
     "matryoshka": (1, "matryoshka", "sae.group_sizes=[8,24,32]"),
     "hierarchical_topk": (1, "hierarchical_topk"),
     "all_budgets": (2, "hierarchical_topk", "sae.budgets=all", "sae.k_warmup=9"),
+    "temporal": (1, "temporal", "sae.group_sizes=[24,40]"),
     "vanilla": (1, "vanilla"),
     "jumprelu": (1, "jumprelu"),
     "jumprelu_2025": (1, "jumprelu", *JUMPRELU_2025),
@@ -62,7 +63,7 @@ def make(kind: str):
 
 
 def rows(sae, seed: int):
-    return planted(48, n_sources=sae.n_sources, seed=seed)[0]
+    return planted(48, n_sources=sae.n_sources * (1 + sae.reads_previous), seed=seed)[0]
 
 
 def take(step: TrainingStep, x, mode: bool):
@@ -333,7 +334,7 @@ BY_LATENT = {
     "hierarchical_topk": 2,
     "all_budgets": 2,
 }
-BY_LATENT |= {"matryoshka": 1, "abs_matryoshka": 1, "route": 2}
+BY_LATENT |= {"matryoshka": 1, "abs_matryoshka": 1, "temporal": 0, "route": 2}
 """How many of W_enc and W_dec are updated by latent, in steps without dead latents at least."""
 
 
