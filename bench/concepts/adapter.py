@@ -38,7 +38,7 @@ def link_model(sae: SAE, folder: Path) -> str:
 
 
 def use_probe_data(folder: Path) -> list[str]:
-    """Let sae-probes read its data sets from a folder of the shape of its own `data`; return their names."""
+    """Let sae-probes read its data sets from a folder `data` of the shape of its own; return their names."""
     modules = [module for name, module in sys.modules.items() if name.startswith("sae_probes.")]
     for module in modules:
         if hasattr(module, "DATA_PATH"):

@@ -6,7 +6,7 @@ What a character belongs to is known without a person who labels it: the standar
 it is in a comment, in a string, on a line that defines something, or in other code. The folder holds
 
     texts/train.jsonl                {"text"}: whole modules, for SAEBench's core evaluation
-    probes/                          sae-probes: a table of data sets, and one {"prompt", "target"} file for each
+    probes/data/                     sae-probes: a table of data sets, and one {"prompt", "target"} file for each
     kinds/train.jsonl, test.jsonl    {"text", "label"}: four classes, for SAEBench's sparse probing
 """
 
@@ -131,7 +131,7 @@ def main(folder: Path) -> None:
     rng = random.Random(0)
     sources, ends, pieces = collect(rng)
     write_jsonl(folder / "texts" / "train.jsonl", [{"text": source} for source in sources if len(source) > 1000])
-    write_probes(folder / "probes", ends, rng)
+    write_probes(folder / "probes" / "data", ends, rng)
     drawn = {kind: rng.sample(pieces[kind], N_TRAIN + N_TEST) for kind in KINDS}
     for split, part in {"train": slice(N_TRAIN), "test": slice(N_TRAIN, None)}.items():
         rows = [{"text": text, "label": i} for i, kind in enumerate(KINDS) for text in drawn[kind][part]]

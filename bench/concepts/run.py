@@ -104,7 +104,7 @@ def sparse_probing(sae: SAE, args: argparse.Namespace) -> dict[str, float]:
 
 def probes(sae: SAE, args: argparse.Namespace) -> dict[str, float]:
     """sae-probes: what the last token of a text is, from k latents; beside a probe on all dimensions of the model."""
-    names = adapter.use_probe_data(args.data / "probes") if args.data else args.datasets or DATASETS
+    names = adapter.use_probe_data(args.data / "probes" / "data") if args.data else args.datasets or DATASETS
     hook, results = sae.cfg.metadata.hook_name, Path("probes")
     shared = {"model_name": args.model_name, "hook_name": hook, "setting": "normal", "datasets": names}
     shared |= {"device": DEVICE, "results_path": results, "model_cache_path": Path("probes-activations")}

@@ -1,33 +1,35 @@
 """The folders of write_exports.py, loaded by the libraries themselves: codes and x_hat as ours, or an exit code of 1.
 
-Runs in the environment of requirements.txt, where sae_lab is not installed.
+Runs in the environment of requirements.txt, where sae_lab is not installed. Names of formats after the folder choose
+some of them: `check_exports.py /tmp/exports sae_lens` needs SAELens alone.
 """
 
 import sys
 from pathlib import Path
 
 import torch
-from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
-from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
-from dictionary_learning.utils import load_dictionary
-from sae_lens import SAE
 from safetensors.torch import load_file
-from sparsify import SparseCoder
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-6
 
 
 def sae_lens(folder: Path):
+    from sae_lens import SAE
+
     sae = SAE.load_from_disk(folder)
     return sae.encode, sae
 
 
 def dictionary_learning(folder: Path):
+    from dictionary_learning.utils import load_dictionary
+
     sae = load_dictionary(str(folder), "cpu")[0]
     return sae.encode, lambda x: sae.decode(sae.encode(x))
 
 
 def sparsify(folder: Path):
+    from sparsify import SparseCoder
+
     sae = SparseCoder.load_from_disk(folder)
 
     def encode(x: torch.Tensor) -> torch.Tensor:
@@ -39,6 +41,9 @@ def sparsify(folder: Path):
 
 def circuit_tracer(folder: Path):
     """Rows of a layer are rows of its set; those of a cross-layer transcoder are (b, layers, d) here."""
+    from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
+    from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
+
     file = folder / "layer_0.safetensors"
     if file.is_file():
         (sae,) = load_transcoder_set({0: str(file)}, "", "mlp.hook_in", "hook_mlp_out")
@@ -66,9 +71,11 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def main(root: Path) -> int:
+def main(root: Path, *formats: str) -> int:
     worst, n = 0.0, 0
     for load in (sae_lens, dictionary_learning, sparsify, circuit_tracer):
+        if formats and load.__name__ not in formats:
+            continue
         for file in sorted((root / load.__name__).glob("*/expected.safetensors")):
             encode, forward = load(file.parent)
             expected = load_file(file)
@@ -89,4 +96,4 @@ def main(root: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

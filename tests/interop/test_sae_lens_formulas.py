@@ -1,4 +1,4 @@
-"""SAELens' own formulas on the exported files alone, in float64, beside ours: a misreading shared by reader and writer."""
+"""SAELens' own formulas on the exported files alone, in float64, beside ours: reader and writer may share a mistake."""
 
 import json
 from pathlib import Path
