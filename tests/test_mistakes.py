@@ -103,6 +103,7 @@ OF_OTHER_COMMANDS = [
     ("planted", ["planted.noise=-1"], "planted.noise=-1 must be a number of at least 0."),
     ("planted", ["planted.active=0"], "planted.active=0 must be a number above 0."),
     ("planted", ["planted=3"], "planted=3 names no choice of planted: type planted=NAME, one of hierarchy, "),
+    ("planted", ["planted=hierarchy", "planted.exclusive=2"], "planted.exclusive=2 must be a number from 0 to 1."),
     ("planted", ["k=0"], "k=0 must lie between 1 and the dictionary's 512 latents."),
     ("planted", ["n_steps=0"], f"n_steps=0 {WHOLE} 1."),
     ("harvest", ["cache_dir=cache", "shard_tokens=0"], f"shard_tokens=0 {WHOLE} 1."),

@@ -46,7 +46,7 @@ def draw_shares(axes: Axes, levels: list[tuple[str, pd.DataFrame]]) -> None:
         absorbed,
         0.38,
         color="#222222",
-        label="absorbed: rows where a child's latent replaces its parent's",
+        label="absorbed",
     )
     axes.set_xticks(place, [f"{name_of(level)}\n{len(group):,}" for level, group in levels])
     axes.set(ylim=(0, 1), ylabel="Share of the level")
