@@ -102,8 +102,12 @@ MISTAKES = [
 OF_OTHER_COMMANDS = [
     ("planted", ["planted.noise=-1"], "planted.noise=-1 must be a number of at least 0."),
     ("planted", ["planted.active=0"], "planted.active=0 must be a number above 0."),
-    ("planted", ["planted=3"], "planted=3 names no choice of planted: type planted=NAME, one of hierarchy, "),
-    ("planted", ["planted=hierarchy", "planted.exclusive=2"], "planted.exclusive=2 must be a number from 0 to 1."),
+    ("planted", ["planted=3"], "planted=3 names no choice of planted: type planted=NAME, one of hierarchy, synth_"),
+    (
+        "planted",
+        ["planted=hierarchy", "planted.exclusive=2"],
+        "planted.exclusive=2 must be a number of at least 0 and at most 1.",
+    ),
     ("planted", ["k=0"], "k=0 must lie between 1 and the dictionary's 512 latents."),
     ("planted", ["n_steps=0"], f"n_steps=0 {WHOLE} 1."),
     ("harvest", ["cache_dir=cache", "shard_tokens=0"], f"shard_tokens=0 {WHOLE} 1."),
@@ -140,7 +144,10 @@ NO_OVERRIDES = [
         "k=${nokey}",
         "k=${nokey} cannot be resolved (Interpolation key 'nokey' not found): correct what stands in ${...},",
     ),
-    ("sae=matrioshka", "sae=matrioshka is not known: did you mean matryoshka? It must be one of abs_batch_topk, abs_topk, "),
+    (
+        "sae=matrioshka",
+        "sae=matrioshka is not known: did you mean matryoshka? It must be one of abs_batch_topk, abs_topk, ",
+    ),
     ("sae=[0]", "sae=[0] names no choice of sae: type sae=NAME, one of abs_batch_topk, abs_topk, batch_topk, "),
     ("~sae", "sae must be a part of the config with a sae._target_, not null: leave out the override of sae, and set "),
     ("+k=3", "k is in the config already: leave out the + before it."),

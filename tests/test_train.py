@@ -329,7 +329,10 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         (["expansion=nan"], ["expansion=nan must be null or a number of at least 0"]),
         (["seq_len=64.5"], ["seq_len=64.5 must be a whole number of at least 2"]),
         (["optimizer.lr=fast"], ["optimizer.lr=fast must be a number"]),
-        *(([f"optimizer.lr={lr}"], [f"optimizer.lr={lr} must be a number above 0, or auto."]) for lr in ("0", "-0.001", "nan")),
+        *(
+            ([f"optimizer.lr={lr}"], [f"optimizer.lr={lr} must be a number above 0, or auto."])
+            for lr in ("0", "-0.001", "nan")
+        ),
         (["n_tokens=null"], ["n_tokens=null must be a whole number of at least 1"]),
         (["trainer.devices=null"], ["trainer.devices=null must be a whole number of at least 1"]),
         (["expansion=null"], ["n_latents=null with expansion=null does not define the size of the dictionary"]),

@@ -2,15 +2,14 @@
 
     python bench/planted/export.py RUN_FOLDER OUT [SAE_FOLDER]
 
-RUN_FOLDER is a run of `sae_lab.planted planted=hierarchy`. SAE_FOLDER is another SAE to judge in the run's place, in any
-format that `load_sae` reads. OUT gets rows.safetensors, sae/ (the export to SAELens) and ours.json. Then
+RUN_FOLDER is a run of `sae_lab.planted planted=hierarchy`. SAE_FOLDER is another SAE to judge in the run's place, in
+any format that `load_sae` reads. OUT gets rows.safetensors, sae/ (the export to SAELens) and ours.json. Then
 saelens_judge.py, in an environment with sae-lens, prints both judgements.
 """
 
 import sys
 from pathlib import Path
 
-import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
@@ -30,5 +29,4 @@ out.mkdir(parents=True, exist_ok=True)
 tables = {"directions": planted.directions, "offset": planted.offset, "strengths": rows.strengths}
 save_file({name: t.contiguous() for name, t in tables.items()}, out / "rows.safetensors")
 sae_lens.write(sae, out / "sae", {})
-torch.manual_seed(0)
 write_json(out / "ours.json", recovery(sae, planted, N_ROWS).figures)

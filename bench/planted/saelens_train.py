@@ -1,4 +1,4 @@
-"""Train SAELens' BatchTopK on its own generator of the rows of planted=hierarchy: python saelens_train.py OUT [STEPS]."""
+"""Train SAELens' BatchTopK on its own rows of planted=hierarchy: python saelens_train.py OUT [STEPS]."""
 
 import sys
 

@@ -21,7 +21,7 @@ def assign(scores: Float[np.ndarray, "n m"]) -> tuple[Int[np.ndarray, " k"], Int
     cost = -np.asarray(scores, dtype=np.float64)
     u, v = cost.min(axis=1), np.zeros(cost.shape[1])  # prices of rows and columns: cost - u - v is never below 0
     column_of, row_of = take_free_columns(cost)
-    for row in np.flatnonzero(column_of < 0):
+    for row in np.flatnonzero(column_of < 0).tolist():
         augment(cost, u, v, column_of, row_of, row)
     return np.arange(len(cost)), column_of
 

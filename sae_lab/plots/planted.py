@@ -19,7 +19,7 @@ def recovery_by_frequency(table: pd.DataFrame, path: Path) -> Path:
     Args:
         table: one row per feature, columns level, frequency, cosine (0 without a latent), parent (-1: none), absorbed.
     """
-    levels = [(level, group) for level, group in table.groupby("level", sort=False)]
+    levels = [(str(level), group) for level, group in table.groupby("level", sort=False)]
     with page(path, columns=2, size=(PAGE, 2.8)) as (figure, (left, right)):
         for (level, group), colour in zip(levels, PALETTE, strict=False):
             active = group[group["frequency"] > 0]

@@ -84,16 +84,15 @@ class PlantedFeatures(PlantedRows):
 
     def rows(self, n: int, generator: torch.Generator) -> Rows:
         """Draw n rows."""
-        options = {"generator": generator, "device": generator.device}
-        random = partial(torch.rand, **options)
-        site = torch.randint(self.n_sites, (n,), **options)
+        random = partial(torch.rand, generator=generator, device=generator.device)
+        site = torch.randint(self.n_sites, (n,), generator=generator, device=generator.device)
         here = self.home[: self.n_trees] == site.unsqueeze(-1)
         root = here & (random(n, self.n_trees) < self.active * self.n_sites / self.per_tree / self.n_trees)
         child = (random(n, self.n_trees) * (self.n_children + 1)).long()  # n_children means no child
         children = F.one_hot(child, self.n_children + 1)[..., :-1].bool() & root.unsqueeze(-1)
         active = torch.cat([root, children.flatten(1)], dim=1)
         strengths = active * (1 + random(*active.shape))
-        x = torch.randn(n, self.n_sites, self.d_in, **options)
+        x = torch.randn(n, self.n_sites, self.d_in, generator=generator, device=generator.device)
         each = torch.arange(n, device=x.device)
         x[each, site] = strengths @ self.directions + self.noise * x[each, site]
         return Rows(x, site, strengths)
