@@ -334,7 +334,7 @@ BY_LATENT = {
     "hierarchical_topk": 2,
     "all_budgets": 2,
 }
-BY_LATENT |= {"matryoshka": 1, "abs_matryoshka": 1, "temporal": 0, "route": 2}
+BY_LATENT |= {"starts": 2, "matryoshka": 1, "abs_matryoshka": 1, "temporal": 0, "route": 2}
 """How many of W_enc and W_dec are updated by latent, in steps without dead latents at least."""
 
 
