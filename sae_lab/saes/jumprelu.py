@@ -15,8 +15,8 @@ from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
 from sae_lab.saes.sparse_linear import check_active
 
-THETA = 0.1
-"""Thresholds of the start where no batch decides them."""
+THETA, BANDWIDTH = 0.1, 0.1
+"""Thresholds of the start and width of the kernel where no batch decides them."""
 
 
 class JumpReLUSAE(PenalizedLinearSAE):
@@ -56,8 +56,8 @@ class JumpReLUSAE(PenalizedLinearSAE):
         theta: initial value of all thresholds. None: with target_l0, the value that makes k latents active on a row of
             the first training batch, on average; else 0.1. Adam moves a threshold by about lr per step, while h, a sum
             of d products, moves by up to lr · d: thresholds that start far below h do not catch up in a short run.
-        bandwidth: width of R, in units of h. None: half of the thresholds of the start, so that it suits any d and any
-            scale of the input.
+        bandwidth: width of R, in units of h. None: half of the thresholds that the first batch gives, so that it suits
+            any d and any scale of the input; else 0.1.
         calibrated: whether, after training with target_l0, one factor on all thresholds makes L0 equal to k (see
             `calibrate`).
         kernel_gradient: `thresholds` or `all`: whether the kernel's gradient also reaches h, and so the encoder.
@@ -72,7 +72,7 @@ class JumpReLUSAE(PenalizedLinearSAE):
     pre_activation_parameters = ("b_enc", "thresholds")
 
     width: Tensor
-    """The bandwidth, if it follows from the thresholds of the start."""
+    """The bandwidth, if it follows from the first batch."""
 
     # Where L0 settles, the pulls of penalty and reconstruction on the thresholds are equal, so it lies above k by an
     # amount that falls with the coefficient: 7 % with 1 on the bundled model.
@@ -106,7 +106,7 @@ class JumpReLUSAE(PenalizedLinearSAE):
         self.coefficient = self.choose_coefficient()
         self.thresholds = nn.Parameter(torch.full((self.n_latents,), THETA if theta is None else float(theta)))
         if bandwidth is None:
-            self.register_buffer("width", self.thresholds[0].detach() / 2)
+            self.register_buffer("width", torch.tensor(BANDWIDTH))
         self.started = False
 
     def choose_coefficient(self) -> float:
@@ -145,9 +145,10 @@ class JumpReLUSAE(PenalizedLinearSAE):
         rows = self.as_rows(x)
         self.sources.observe(rows)  # the scale, which the first batch sets
         h, _ = concatenate_ranks(self.pre_activations(self.sources(rows)[0]))
-        self.thresholds.copy_(self.kth_largest(h).expand_as(self.thresholds))
-        if self.bandwidth is None:
-            self.width.copy_(self.thresholds[0] / 2)
+        if (start := self.kth_largest(h)) > 0:
+            self.thresholds.copy_(start.expand_as(self.thresholds))
+            if self.bandwidth is None:
+                self.width.copy_(start / 2)
 
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "b s d"], i: int) -> None:
