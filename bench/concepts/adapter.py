@@ -6,6 +6,7 @@ Each function replaces as little as possible of the libraries, by name, and says
 import sys
 from pathlib import Path
 
+import jaxtyping
 import sae_probes  # noqa: F401  its modules are patched below
 import transformers
 from sae_bench.evals.absorption import common, feature_absorption
@@ -23,6 +24,15 @@ def load_models_from_folders() -> None:
     official = loading.get_official_model_name
     loading.get_official_model_name = lambda name: name if Path(name).is_dir() else official(name)
     transformers.GPT2Config.attribute_map = {**transformers.GPT2Config.attribute_map, "n_ctx": "n_positions"}
+
+
+def leave_shapes_unchecked() -> None:
+    """Switch off jaxtyping's checks in SAEBench.
+
+    Its sparse probing gives one name to the rows of a class (600) and of a class and its negatives (1,200), and beartype
+    has looked into dictionaries since: the evaluation ends with a violated type hint.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
 
 
 def link_model(sae: SAE, folder: Path) -> str:

@@ -189,6 +189,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     os.chdir(args.out)  # the libraries write to folders of their own in the working directory
     adapter.load_models_from_folders()
+    adapter.leave_shapes_unchecked()
     args.name = args.sae.parent.parent.name if args.sae.name == "sae_lens" else args.sae.name
     args.model_name = adapter.link_model(sae, args.model) if args.model else sae.cfg.metadata.model_name
     numbers = BENCHMARKS[args.benchmark](in_raw_units(sae), args)
