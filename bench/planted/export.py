@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from sae_lab.interop import sae_lens
 from sae_lab.interop.load import load_sae
+from sae_lab.runs.trust import check_trusted
 from sae_lab.runtime.build import build
 from sae_lab.runtime.files import read_json, write_json
 from sae_lab.studies.recovery import recovery
@@ -22,7 +23,9 @@ from sae_lab.studies.recovery import recovery
 N_ROWS = 16_384
 
 run_dir, out, *other = map(Path, sys.argv[1:])
-planted = build(OmegaConf.create(read_json(run_dir / "planted.json")["config"]), "planted")
+config = read_json(run_dir / "planted.json")["config"]
+check_trusted(config, run_dir / "planted.json")
+planted = build(OmegaConf.create(config), "planted")
 sae = load_sae(other[0] if other else run_dir / "sae")
 rows = planted.rows_at(0, N_ROWS, planted.seed + 10**6)
 out.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from sae_lab.runtime.errors import UserError, join_keys
 from sae_lab.saes.base import BaseSAE
 
 TEXT, LM, TRAINING = "sae_lab.activations.from_text", "sae_lab.lm", "sae_lab.training"
+STUDIES = "sae_lab.studies"
 TRUSTED = {
     "data": {f"{TEXT}.{name}" for name in ("disassembly", "hub", "stdlib", "text_files", "tokens")}
     | {"sae_lab.activations.mixture.mixture", "sae_lab.activations.tensor.TensorData", "sae_lab.cache.data.CachedData"},
@@ -22,6 +23,7 @@ TRUSTED = {
         *(f"{TRAINING}.loggers.CSVLog", f"{TRAINING}.loggers.WandbLog"),
         "lightning.pytorch.loggers.TensorBoardLogger",
     },
+    "planted": {f"{STUDIES}.hierarchy.HierarchicalFeatures", f"{STUDIES}.planted_features.PlantedFeatures"},
     "schedule": {f"{TRAINING}.schedule.warmup_decay"},
     "trainer": {f"{TRAINING}.trainer.build_trainer"},
 }
