@@ -110,11 +110,10 @@ class JumpReLUSAE(PenalizedLinearSAE):
         self.started = False
 
     def choose_coefficient(self) -> float:
-        if self.sparsity_coefficient is None and self.penalty == "target_l0":
+        given = self.sparsity_coefficient
+        if given is None and self.penalty == "target_l0":
             return 1.0
-        if self.sparsity_coefficient in (None, "auto"):
-            return self.COEFFICIENTS[self.penalty]
-        return self.sparsity_coefficient
+        return self.COEFFICIENTS[self.penalty] if given is None or isinstance(given, str) else given
 
     def firing_level(self) -> Float[Tensor, " f"]:
         return self.thresholds

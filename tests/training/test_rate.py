@@ -30,5 +30,5 @@ def test_only_a_rate_that_is_auto_is_replaced():
 
 def test_auto_is_refused_for_another_optimizer():
     cfg = OmegaConf.create({"_target_": "torch.optim.SGD", "lr": "auto"})
-    with pytest.raises(SettingError, match="optimizer.lr=auto is a rate for Adam, not for SGD: give optimizer.lr a"):
+    with pytest.raises(SettingError, match=r"optimizer\.lr=auto is a rate for Adam, not for SGD: give optimizer\.lr a"):
         resolve_rate(cfg, 128, 1024, 1954)
