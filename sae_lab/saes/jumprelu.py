@@ -143,7 +143,10 @@ class JumpReLUSAE(PenalizedLinearSAE):
         """Set all thresholds to one value, with which k latents are active on a row of x on average."""
         rows = self.as_rows(x)
         self.sources.observe(rows)  # the scale, which the first batch sets
-        h, _ = concatenate_ranks(self.pre_activations(self.sources(rows)[0]))
+        read, target = self.sources(rows)
+        if not self.has_start:
+            self.start_biases(read, target)
+        h, _ = concatenate_ranks(self.pre_activations(read))
         if (start := self.kth_largest(h)) > 0:
             self.thresholds.copy_(start.expand_as(self.thresholds))
             if self.bandwidth is None:

@@ -98,3 +98,10 @@ def test_starts_without_a_bias_to_start_are_refused():
         TopKSAE(k=2, d_in=2, n_latents=4, b_enc_init=0.1)
     with pytest.raises(UserError, match="b_dec_init=mean would change b_dec, which frozen_decoder=true forbids"):
         TopKSAE(k=2, d_in=2, n_latents=4, frozen_decoder=True, b_dec_init="mean")
+
+
+def test_thresholds_start_after_the_biases():
+    """JumpReLU's start gives L0 k on the first batch with the b_dec that the first batch gives."""
+    sae = JumpReLUSAE(k=4, d_in=16, n_latents=64, theta=None, bandwidth=None, b_dec_init="mean")
+    sae.resample(rows())
+    assert (sae(rows()).code > 0).sum() == pytest.approx(4 * 200, abs=2)
