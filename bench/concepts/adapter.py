@@ -29,8 +29,8 @@ def load_models_from_folders() -> None:
 def leave_shapes_unchecked() -> None:
     """Switch off jaxtyping's checks in SAEBench.
 
-    Its sparse probing gives one name to the rows of a class (600) and of a class and its negatives (1,200), and
-    beartype has looked into dictionaries since: the evaluation ends with a violated type hint.
+    Its sparse probing gives one name to the rows of a class (600) and to those of a class and its negatives (1,200).
+    Today's beartype looks into dictionaries, so the evaluation ends with a violated type hint.
     """
     jaxtyping.config.update("jaxtyping_disable", True)
 
