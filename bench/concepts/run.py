@@ -11,7 +11,9 @@ import argparse
 import json
 import os
 import random
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import adapter
 import torch
@@ -37,7 +39,7 @@ def core(sae: SAE, args: argparse.Namespace) -> dict[str, float]:
     """SAEBench's core evaluation, and what its explained variance should have been on the same tokens."""
     texts = str(args.data / "texts") if args.data else TEXTS
     tokens = record_tokens()
-    [result] = core_main.multiple_evals(
+    results = core_main.multiple_evals(
         selected_saes=[(args.name, sae)],
         n_eval_reconstruction_batches=args.batches,
         n_eval_sparsity_variance_batches=args.batches,
@@ -50,7 +52,8 @@ def core(sae: SAE, args: argparse.Namespace) -> dict[str, float]:
         force_rerun=True,
     )
     groups = ("model_performance_preservation", "model_behavior_preservation", "reconstruction_quality", "sparsity")
-    said = {name: value for group in groups for name, value in result["metrics"][group].items()}
+    metrics = the_one(results)["metrics"]
+    said = {name: value for group in groups for name, value in metrics[group].items()}
     return said | explained_variance(sae, tokens[-args.batches :])
 
 
@@ -97,8 +100,7 @@ def sparse_probing(sae: SAE, args: argparse.Namespace) -> dict[str, float]:
         config.dataset_names = [adapter.use_text_classes(args.data / "kinds", n_classes=4)]
         config.probe_train_set_size, config.probe_test_set_size = 1200, 300
     results = sparse_probing_main.run_eval(config, [(args.name, sae)], DEVICE, "sparse_probing", force_rerun=True)
-    [result] = results.values()
-    metrics = result["eval_result_metrics"]
+    metrics = the_one(results.values())["eval_result_metrics"]
     return {name: value for group in ("llm", "sae") for name, value in metrics[group].items() if value is not None}
 
 
@@ -128,8 +130,15 @@ def absorption(sae: SAE, args: argparse.Namespace) -> dict[str, float]:
         config.min_feats_for_eval = 10
     random.seed(config.random_seed)
     results = absorption_main.run_eval(config, [(args.name, sae)], DEVICE, "absorption", force_rerun=True)
-    [result] = results.values()
+    result = the_one(results.values())
     return result["eval_result_metrics"]["mean"] | {"letters": len(result["eval_result_details"])}
+
+
+def the_one(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of the one SAE. SAEBench logs why there is none, and goes on."""
+    if not (found := list(results)):
+        raise SystemExit("SAEBench gave no result: it says why in the lines above.")
+    return found[0]
 
 
 def words_by_letter(vocabulary: list[str], n: int) -> list[str]:
