@@ -1,5 +1,7 @@
 """Loss terms as pure functions."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -10,6 +12,14 @@ from sae_lab.ops.sparse import Code, SparseCode
 def mse(target: Float[Tensor, "b s d"], x_hat: Float[Tensor, "b s d"]) -> Tensor:
     """Return mean_{b,s,d} (target - x_hat)², computed in float32 at any precision."""
     return (target - x_hat).float().square().mean()
+
+
+def mean_of_levels(target: Float[Tensor, "b s d"], levels: Sequence[Float[Tensor, "#b s d"]]) -> Tensor:
+    """Return the mean of `mse` over several reconstructions.
+
+    One after the other: on a CPU their rows stay in the cache, where a tensor of all levels would not.
+    """
+    return torch.stack([mse(target, x_hat) for x_hat in levels]).mean()
 
 
 def l1(code: Code) -> Tensor:

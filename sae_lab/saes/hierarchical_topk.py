@@ -1,7 +1,7 @@
 """Hierarchical TopK: one SAE for every number of active latents up to k."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -14,20 +14,13 @@ from sae_lab.ops.sparse import Code, SparseCode
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import SAEOutput
+from sae_lab.saes.matryoshka import NestedOutput
 from sae_lab.saes.topk import TopKSAE, WholeK
 
 Budgets = Annotated[
     Sequence[Annotated[int, Ge(1)]] | Literal["all"] | None,
     ErrorMessage("must be null, all, or a list of whole numbers of at least 1"),
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BudgetsOutput(SAEOutput):
-    """Output of a forward pass, with the reconstruction at every budget."""
-
-    levels: Float[Tensor, "b n w d"]
-    """Reconstructions by the largest latents of each row, as many as each budget allows; the last one is x_hat."""
 
 
 class HierarchicalTopKSAE(TopKSAE):
@@ -78,13 +71,13 @@ class HierarchicalTopKSAE(TopKSAE):
 
     def output(
         self, x: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"], code: Code, h: Float[Tensor, "b f"] | None
-    ) -> BudgetsOutput:
+    ) -> NestedOutput:
         assert isinstance(code, SparseCode)
         added = sparse.split_by_rank(code, self.starts)
         parts = sparse.decode(added, self.W_dec, torch.zeros_like(self.b_dec)).unflatten(0, (len(x), len(self.starts)))
-        levels = parts.cumsum(dim=1) + self.decoder_offset(x).unsqueeze(-3)
-        return BudgetsOutput(x, target, levels[:, -1], code, h, levels=levels)
+        levels = tuple(accumulate(parts.unbind(1), initial=self.decoder_offset(x)))
+        return NestedOutput(x, target, levels[-1], code, h, levels)
 
     def reconstruction(self, out: SAEOutput) -> Tensor:
-        assert isinstance(out, BudgetsOutput)
-        return losses.mse(out.target.unsqueeze(1), out.levels)
+        assert isinstance(out, NestedOutput)
+        return losses.mean_of_levels(out.target, out.levels[1:])

@@ -21,10 +21,10 @@ from sae_lab.saes.topk import TopKSAE
 
 @dataclass(frozen=True)
 class NestedOutput(SAEOutput):
-    """Output of a forward pass, with the reconstruction by every prefix of groups."""
+    """Output of a forward pass, with the reconstructions by growing parts of the code."""
 
     levels: tuple[Float[Tensor, "#b w d"], ...] = ()
-    """Reconstructions by no latent (b_dec), by the first group, by the first two, ...; the last one is x_hat."""
+    """Reconstructions by no latent (b_dec), by the first part, by the first two, ...; the last one is x_hat."""
 
 
 class Nested(LinearSAE):
@@ -96,7 +96,7 @@ class Nested(LinearSAE):
     def reconstruction(self, out: SAEOutput) -> Tensor:
         assert isinstance(out, NestedOutput)
         levels = out.levels if self.include_bias_level else out.levels[1:]
-        return torch.stack([losses.mse(out.target, x_hat) for x_hat in levels]).mean()
+        return losses.mean_of_levels(out.target, levels)
 
 
 class MatryoshkaSAE(Nested, BatchTopKSAE):
