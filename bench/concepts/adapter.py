@@ -12,6 +12,7 @@ import transformers
 from sae_bench.evals.absorption import common, feature_absorption
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 from sae_lens import SAE
+from transformer_lens import HookedTransformer
 from transformer_lens import loading_from_pretrained as loading
 
 
@@ -77,6 +78,12 @@ def use_text_classes(folder: Path, n_classes: int) -> str:
 
     dataset_utils.get_multi_label_train_test_data = read
     return name
+
+
+def stop_after(layer: int) -> None:
+    """Let `run_with_cache` stop after a layer. Absorption runs whole models, and uses activations of one layer only."""
+    run = HookedTransformer.run_with_cache
+    HookedTransformer.run_with_cache = lambda *args, **kwargs: run(*args, **{"stop_at_layer": layer + 1, **kwargs})
 
 
 def use_words(words: list[str]) -> None:

@@ -128,7 +128,9 @@ def absorption(sae: SAE, args: argparse.Namespace) -> dict[str, float]:
         model = HookedTransformer.from_pretrained_no_processing(args.model_name, device=DEVICE)
         adapter.use_words(words_by_letter(get_alpha_tokens(model.tokenizer), args.words))
         config.min_feats_for_eval = 10
-    random.seed(config.random_seed)
+    random.seed(config.random_seed)  # of the words in the prompts, which SAEBench draws without a seed
+    torch.manual_seed(config.random_seed)
+    adapter.stop_after(int(sae.cfg.metadata.hook_name.split(".")[1]))
     results = absorption_main.run_eval(config, [(args.name, sae)], DEVICE, "absorption", force_rerun=True)
     result = the_one(results.values())
     return result["eval_result_metrics"]["mean"] | {"letters": len(result["eval_result_details"])}
