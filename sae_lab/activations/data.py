@@ -232,10 +232,11 @@ class ActivationData(StreamData):
     def in_whole_rows(self) -> "ActivationData":
         if not isinstance(self.text, TrainingText):
             super().in_whole_rows()
-        if self.batch_size < self.seq_len:
+        if self.batch_size % self.seq_len:
+            fits = self.seq_len * max(1, self.batch_size // self.seq_len)
             raise SettingError(
-                f"{{batch_size}}={self.batch_size} is less than one text row of {{seq_len}}={self.seq_len}: raise "
-                "{batch_size}."
+                f"{{batch_size}}={self.batch_size} is not a multiple of {{seq_len}}={self.seq_len}, but loss=kl_mse takes "
+                f"whole text rows: give {{batch_size}}={fits}."
             )
         other = copy(self)
         other.whole_rows = True

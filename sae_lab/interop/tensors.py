@@ -146,6 +146,11 @@ def check_exportable(
         raise UserError(
             f"{library} cannot represent an SAE of {sae.n_sources} sites: it can represent SAEs of one site."
         )
+    if sae.signed:
+        raise UserError(
+            f"{library} cannot represent sae.signed=true, because none of its activations keeps negative values: "
+            "export with format=sae_lab, or train with sae.signed=false."
+        )
     shared = [word for word, normalizer in NORMALIZERS.items() if normalizer.shared]
     if config["normalize"] not in (*normalizers, *shared):
         raise UserError(
@@ -156,11 +161,6 @@ def check_exportable(
         raise UserError(
             f"{library} cannot represent sae.hidden={config['hidden']} (an MLP in the encoder): "
             "train with sae.hidden=[], or export with format=sae_lab."
-        )
-    if sae.signed:
-        raise UserError(
-            f"{library} cannot represent sae.signed=true, because none of its activations keeps negative values: "
-            "export with format=sae_lab, or train with sae.signed=false."
         )
     if config.get("active_groups") is not None:
         raise UserError(

@@ -119,6 +119,9 @@ class BaseSAE(Registered, ABC):
             if name in own:
                 own[name].copy_(tensor)
 
+    def restart(self) -> None:  # noqa: B027
+        """Begin training anew from these weights: what depends on the number of training batches starts again."""
+
     @abstractmethod
     def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
         """Encode and decode; in train mode also update thresholds and dead-latent counters."""

@@ -160,6 +160,9 @@ class DictionarySAE(BaseSAE):
         super().start_from(other)
         self._has_start = self._has_start or getattr(other, "has_start", True)
 
+    def restart(self) -> None:
+        self.steps.zero_()
+
     def output(
         self, x: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"], code: Code, h: Float[Tensor, "b f"] | None
     ) -> SAEOutput:

@@ -129,7 +129,7 @@ class JumpReLUSAE(PenalizedLinearSAE):
 
     def start_from(self, other: BaseSAE) -> None:
         super().start_from(other)
-        self.started = True
+        self.started = self.started or "thresholds" in dict(other.named_parameters())
 
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
         if not self.started:  # asked once: reading the number of steps makes the host wait for the GPU

@@ -56,6 +56,10 @@ class PAnneal(PenalizedLinearSAE):
         self.anneal_start, self.anneal_end, self.p_end = anneal_start, anneal_end, p_end
         self.register_buffer("scale", torch.ones((), dtype=torch.float32))
 
+    def restart(self) -> None:
+        super().restart()
+        self.scale.fill_(1)
+
     def p(self, step: Tensor) -> Tensor:
         """Return p of the step-th training batch, counted from 1."""
         share = ((step - self.anneal_start) / (self.anneal_end - self.anneal_start)).clamp(0, 1)

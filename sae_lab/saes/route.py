@@ -95,6 +95,15 @@ class RouteSAE(BaseSAE):
     def config(self) -> dict[str, Any]:
         return super().config | {"inner": {"class": type(self.inner).__name__, "config": self.inner.config}}
 
+    @torch.no_grad()
+    def start_from(self, other: BaseSAE) -> None:
+        super().start_from(other)
+        if isinstance(other, RouteSAE):
+            self.inner.start_from(other.inner)  # it may know what need not start at the first batch now
+
+    def restart(self) -> None:
+        self.inner.restart()
+
     def with_k(self, k: float) -> Self:
         inner = self.inner.with_k(k)
         return self.convert_to(type(self), inner={"class": type(inner).__name__, "config": inner.config})

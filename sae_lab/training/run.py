@@ -133,6 +133,7 @@ def initialize_from(sae: BaseSAE, source: str) -> None:
     """
     try:
         sae.start_from(load_sae(source))
+        sae.restart()
     except UserError as e:
         raise UserError(f"init_from={source}: {e}") from e
     loaded = [parameter.clone() for parameter in sae.parameters()]

@@ -8,6 +8,7 @@ from sae_lab.ops.losses import quadratic_frequency
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.files import load_sae_folder, save_sae
 from sae_lab.saes.jumprelu import JumpReLUSAE, in_kernel_window, jump_relu, step_frequencies
+from sae_lab.training.run import initialize_from
 
 X = planted(256, seed=1)[0]
 
@@ -248,3 +249,17 @@ def test_preact_revives_dead_latents():
         adam.step()
         sae.after_step()
     assert not sae.dead()[:20].all()
+
+
+@pytest.mark.parametrize(("source", "starts"), [("vanilla", True), ("jumprelu", False)])
+def test_thresholds_start_at_the_first_batch_unless_they_are_loaded(source, starts, tmp_path):
+    x = planted(64)[0]
+    trained = build(source)
+    trained.resample(x)
+    trained(x)
+    save_sae(trained, tmp_path)
+    sae = build("jumprelu")
+    initialize_from(sae, str(tmp_path))
+    before = sae.thresholds.clone()
+    sae.resample(x)
+    assert torch.equal(sae.thresholds, before) != starts

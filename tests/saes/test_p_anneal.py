@@ -11,6 +11,7 @@ from sae_lab.interop import dictionary_learning, sae_lens
 from sae_lab.ops.losses import lp
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.files import load_sae_folder, save_sae
+from sae_lab.training.run import initialize_from
 
 GATED = "sae._target_=sae_lab.saes.p_anneal.PAnnealGatedSAE"
 SHORT = ("sae.anneal_start=4", "sae.anneal_end=12", "sae.p_end=0.2", "sae.normalize=none")
@@ -141,3 +142,16 @@ def test_annealing_covers_the_run_of_each_command():
 def test_an_end_before_the_start_is_refused():
     with pytest.raises(UserError, match=r"anneal_end=4 must be above sae\.anneal_start=4"):
         build("p_anneal", "sae.anneal_start=4", "sae.anneal_end=4")
+
+
+def test_training_from_other_weights_anneals_from_the_beginning(tmp_path):
+    trained = annealed().train()
+    adam = torch.optim.Adam(trained.parameters(), lr=1e-2)
+    for _ in range(14):
+        step(trained, adam, X)
+    assert (trained.p(trained.steps), trained.scale != 1) == (pytest.approx(0.2), True)
+    save_sae(trained, tmp_path)
+    sae = annealed()
+    initialize_from(sae, str(tmp_path))
+    assert (int(sae.steps), float(sae.p(sae.steps + 1)), float(sae.scale)) == (0, 1, 1)
+    assert torch.equal(sae.W_enc, trained.W_enc)

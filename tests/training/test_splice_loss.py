@@ -166,7 +166,7 @@ def test_members_of_a_group_are_the_runs_alone(alone, tmp_path):
     [
         (["loss=mse"], "loss=mse must be kl_mse or null"),
         (["loss=kl_mse", "trainer.devices=2", "trainer.accelerator=cpu"], "loss=kl_mse trains in one process"),
-        (["loss=kl_mse", "batch_size=16"], "batch_size=16 is less than one text row of seq_len=32"),
+        (["loss=kl_mse", "batch_size=16"], "batch_size=16 is not a multiple of seq_len=32, but loss=kl_mse takes whole text rows: give batch_size=32"),
         (
             ["loss=kl_mse", "data=tensor", "lm=none", "data.path={acts}"],
             "in no order of a text, which loss=kl_mse needs",
