@@ -43,7 +43,7 @@ def test_a_run_from_the_shell_says_one_line_before_its_results(tmp_path):
     """Lightning's import sets its loggers to INFO: the hardware, tips and a stop would be told, twice each."""
     done = run("experiment=quick_test", "n_tokens=4_096", f"hydra.run.dir={tmp_path}", shell=True)
     assert done.returncode == 0
-    assert done.stderr == f"training 4 steps of 1024 tokens in {tmp_path}\n"
+    assert done.stderr == f"training 4 steps of 1024 tokens at learning rate 0.01 in {tmp_path}\n"
     assert "lightning" not in (tmp_path / "train.log").read_text()
 
 
@@ -222,7 +222,7 @@ def test_evaluate_repeats_the_metrics(run_dir):
 
 
 def test_a_run_starts_from_the_weights_of_another(run_dir, tmp_path):
-    short = [*SMALL, "n_tokens=5_000", "data.n_eval_tokens=1024", "calibration_batches=2"]
+    short = [*SMALL, "data.n_eval_tokens=1024", "calibration_batches=2", "optimizer.lr=1e-3"]
     done = run(*short, "experiment=mlp_encoder", "n_tokens=5_000", f"init_from={run_dir}", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     given, learnt = load_sae(run_dir), load_sae(tmp_path)
@@ -450,7 +450,7 @@ def test_the_package_itself_lists_every_command():
     ("module", "option", "choice"),
     [
         ("harvest", "verify: false             # true: do not harvest, only check", "  lm: gemma2_2b, gpt2,"),
-        ("benchmark", "dead_share: 0.0           # share of the latents", "  sae: batch_topk, gated,"),
+        ("benchmark", "dead_share: 0.0           # share of the latents", "  sae: abs_batch_topk, abs_topk,"),
         ("report", "sweep_dir: ???", ""),
     ],
 )

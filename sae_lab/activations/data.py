@@ -235,8 +235,8 @@ class ActivationData(StreamData):
         if self.batch_size % self.seq_len:
             fits = self.seq_len * max(1, self.batch_size // self.seq_len)
             raise SettingError(
-                f"{{batch_size}}={self.batch_size} is not a multiple of {{seq_len}}={self.seq_len}, but loss=kl_mse takes "
-                f"whole text rows: give {{batch_size}}={fits}."
+                f"{{batch_size}}={self.batch_size} is not a multiple of {{seq_len}}={self.seq_len}, but loss=kl_mse "
+                f"takes whole text rows: give {{batch_size}}={fits}."
             )
         other = copy(self)
         other.whole_rows = True

@@ -119,7 +119,7 @@ class BaseSAE(Registered, ABC):
             if name in own:
                 own[name].copy_(tensor)
 
-    def restart(self) -> None:  # noqa: B027
+    def restart(self) -> None:
         """Begin training anew from these weights: what depends on the number of training batches starts again."""
 
     @abstractmethod

@@ -136,7 +136,7 @@ def test_alone_nothing_is_touched():
 
 
 def chosen(h: torch.Tensor, k: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return select_top_of_batch([rank_share(h)], k).to_dense(), batch_threshold([rank_share(h)], int(k))
+    return select_top_of_batch([rank_share(h)], k).to_dense(), batch_threshold([rank_share(h)], int(k), False)
 
 
 def test_the_largest_of_the_batch_are_chosen_wherever_they_lie(both):
@@ -151,7 +151,7 @@ def test_the_largest_of_the_batch_are_chosen_wherever_they_lie(both):
         for k in (1, 4, 7.37):
             codes, bounds = zip(*both(chosen, h, k), strict=True)
             assert torch.equal(torch.cat(codes), select_top_of_batch([h], k).to_dense())
-            assert [bound.item() for bound in bounds] == 2 * [batch_threshold([h], int(k)).item()]
+            assert [bound.item() for bound in bounds] == 2 * [batch_threshold([h], int(k), False).item()]
 
 
 # --- the rows

@@ -24,7 +24,7 @@ def sentence(*overrides: str) -> str:
 
 def test_what_a_node_describes_is_built():
     assert isinstance(build(compose("sae=route", "k=4"), "sae", **SIZES), BaseSAE)
-    adam = build(compose(), "optimizer")([torch.nn.Parameter(torch.zeros(2))])
+    adam = build(compose("optimizer.lr=1e-3"), "optimizer")([torch.nn.Parameter(torch.zeros(2))])
     assert isinstance(adam, torch.optim.Adam)
 
 

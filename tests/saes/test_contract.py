@@ -193,7 +193,8 @@ def test_planted_dictionary_is_recovered(sae_name):
     """Each planted direction has a latent whose decoder row points its way: mean max cosine >= 0.95."""
     signed = build(sae_name).signed
     d, active = (24, 2) if signed else (16, 3)  # signed sums are harder to take apart: a batch rule reaches 0.89 there
-    sae = build(sae_name, f"k={active}", "sae.normalize=none", d_in=d, n_latents=48)
+    groups = ["sae.group_sizes=[24,24]"] if sae_name == "temporal" else []  # the first has all features
+    sae = build(sae_name, f"k={active}", "sae.normalize=none", *groups, d_in=d, n_latents=48)
     adam = torch.optim.Adam(sae.parameters(), lr=3e-3)
     for i in range(1500):
         x = planted(256, d, active=active, seed=i, signed=signed)[0]

@@ -260,7 +260,7 @@ MOST_OPERATIONS = {
     "topk": (92, 185),
     "abs_topk": (105, 205),
     "matryoshka": (260, 335),
-    "hierarchical_topk": (135, 230),
+    "hierarchical_topk": (155, 250),
     "route": (140, 235),
     "vanilla": (100, 100),
     "jumprelu": (145, 205),

@@ -56,7 +56,7 @@ def test_k_beyond_the_dictionary_is_refused(name, k):
 
 def test_golden_d_per_token_normalisation():
     x = torch.randn(50, 1, 768, generator=torch.Generator().manual_seed(0)) * 7 + 3
-    normalizer = PerToken()
+    normalizer = PerToken(1, 768)
     y, context = normalizer(x)
     torch.testing.assert_close(y.square().mean(-1), torch.full((50, 1), 0.998691 + 7e-6), rtol=0, atol=1e-5)
     torch.testing.assert_close(y.norm(dim=-1), torch.full((50, 1), 27.6948), rtol=0, atol=1e-3)
@@ -65,7 +65,7 @@ def test_golden_d_per_token_normalisation():
 
 def test_golden_d_constant_norm():
     x = torch.randn(50, 1, 768, generator=torch.Generator().manual_seed(0)) * 7 + 3
-    normalizer = ConstantNorm()
+    normalizer = ConstantNorm(1, 768)
     y, context = normalizer(x)
     torch.testing.assert_close(y.norm(dim=-1), torch.full((50, 1), 768**0.5), rtol=1e-6, atol=0)
     torch.testing.assert_close(normalizer.undo(y, context), x)
@@ -76,7 +76,7 @@ def test_golden_d_constant_norm():
 def test_what_undoes_a_normalisation_belongs_to_its_rows(name):
     """P-23, P-28: rows that came in between change neither the way back nor the next normalisation."""
     x, other = (torch.randn(50, 3, 16, generator=torch.Generator().manual_seed(i)) * (7 - 6 * i) + 3 for i in range(2))
-    normalizer = NORMALIZERS[name](3)
+    normalizer = NORMALIZERS[name](3, 16)
     normalizer.observe(x)
     y, context = normalizer(x)
     normalizer.observe(other)
@@ -117,7 +117,15 @@ def test_batches_without_active_latents_do_not_count():
 def test_defaults_of_signature_and_yaml_agree(sae_name):
     """An SAE built in a notebook is the SAE that the command line builds."""
     from_conf = build(sae_name)
-    required = ("d_in", "n_latents", "k", "inner", "signed")  # signed: what abs_topk.yaml sets
+    required = (
+        "d_in",
+        "n_latents",
+        "k",
+        "inner",
+        "anneal_start",
+        "anneal_end",
+        "signed",
+    )  # signed: abs_topk.yaml
     given = {name: value for name, value in from_conf.config.items() if name in required}
     assert type(from_conf)(**given).config == from_conf.config
 

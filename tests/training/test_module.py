@@ -21,6 +21,7 @@ def test_the_step_is_project_clip_adam_renormalise(sae_name, max_grad_norm):
     adam = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True)
     for i, x in enumerate(BATCHES):
         adam.param_groups[0]["lr"] = 1e-2 * min(1, (i + 1) / 3, (N_STEPS - i) / 6)
+        sae.resample(x)
         torch.stack(list(sae.losses(sae(x)).values())).sum().backward()
         g, w = dictionary(sae).W_dec.grad, dictionary(sae).W_dec.data
         g -= (g * w).sum((1, 2), keepdim=True) * w / w.square().sum((1, 2), keepdim=True)

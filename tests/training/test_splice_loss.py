@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build
+from conftest import build, compose
 from groups import assert_same_run, config, stop_at_batch, train_each
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -164,18 +164,22 @@ def test_members_of_a_group_are_the_runs_alone(alone, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["loss=mse"], "loss=mse must be kl_mse or null"),
+        (["loss=mse"], "loss=mse is not known: choose null or kl_mse"),
         (["loss=kl_mse", "trainer.devices=2", "trainer.accelerator=cpu"], "loss=kl_mse trains in one process"),
-        (["loss=kl_mse", "batch_size=16"], "batch_size=16 is not a multiple of seq_len=32, but loss=kl_mse takes whole text rows: give batch_size=32"),
         (
-            ["loss=kl_mse", "data=tensor", "lm=none", "data.path={acts}"],
-            "in no order of a text, which loss=kl_mse needs",
+            ["loss=kl_mse", "batch_size=16"],
+            "batch_size=16 is not a multiple of seq_len=32, but loss=kl_mse takes",
         ),
     ],
 )
 def test_what_the_loss_cannot_be_combined_with_is_one_sentence(overrides, sentence, tmp_path):
-    torch.save(torch.randn(4096, 16), tmp_path / "acts.pt")
-    overrides = [text.replace("{acts}", str(tmp_path / "acts.pt")) for text in overrides]
     with pytest.raises(UserError) as error:
         train_run(config(tmp_path / "run", *overrides))
     assert sentence in str(error.value)
+
+
+def test_activations_without_a_text_are_refused(tmp_path):
+    torch.save(torch.randn(4096, 16), tmp_path / "acts.pt")
+    overrides = ["loss=kl_mse", "data=tensor", f"data.path={tmp_path / 'acts.pt'}", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match="in no order of a text, which loss=kl_mse needs"):
+        train_run(compose(*overrides))
