@@ -94,7 +94,10 @@ def small_slices(monkeypatch):
 
 def test_the_gradient_of_every_sae_is_that_of_the_dense_computation(sae_name, small_slices):
     lm = Unsaved(SITES if sae_name == "route" else SITES[:1])
-    assert_exact(lm, build(sae_name, n_sources=len(lm.sites)), batch_of(lm))
+    sae = build(sae_name, n_sources=len(lm.sites))
+    if sae.reads_previous:
+        pytest.skip("its batches are pairs, not whole rows")
+    assert_exact(lm, sae, batch_of(lm))
 
 
 @pytest.mark.parametrize("is_split", [True, False], ids=["hidden_states", "whole_rows"])
