@@ -131,6 +131,7 @@ def absorption(sae: SAE, args: argparse.Namespace) -> dict[str, float]:
     random.seed(config.random_seed)  # of the words in the prompts, which SAEBench draws without a seed
     torch.manual_seed(config.random_seed)
     adapter.stop_after(int(sae.cfg.metadata.hook_name.split(".")[1]))
+    Path("absorption").mkdir(exist_ok=True)  # the one evaluation that does not make its folder
     results = absorption_main.run_eval(config, [(args.name, sae)], DEVICE, "absorption", force_rerun=True)
     result = the_one(results.values())
     return result["eval_result_metrics"]["mean"] | {"letters": len(result["eval_result_details"])}
