@@ -82,3 +82,8 @@ def test_a_row_is_left_out_where_either_of_a_pair_is_too_long():
 def test_data_without_an_order_of_text_say_so():
     with pytest.raises(UserError, match="echo does not tell which row comes before another"):
         StreamData.with_previous(data())
+
+
+def test_pairs_are_not_for_batches_of_whole_rows():
+    with pytest.raises(UserError, match="loss=kl_mse has batches of whole text rows, not of pairs"):
+        follow(batch_size=12).in_whole_rows().with_previous()
