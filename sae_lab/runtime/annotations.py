@@ -65,7 +65,8 @@ def strict(annotation: Any) -> Any:
 
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return Annotated[(strict(arguments[0]), *arguments[1:])]
+        parts = (strict(arguments[0]), *arguments[1:])
+        return Annotated[parts]
     if origin in (Union, UnionType):
         return Union[tuple(map(strict, arguments))]  # noqa: UP007 (X | Y does not work for a tuple)
     if origin in LISTS:

@@ -7,11 +7,12 @@ reads the first r sources and predicts the other w sources; for all other SAEs r
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from sae_lab.ops.sparse import Code
 from sae_lab.runtime.errors import UserError

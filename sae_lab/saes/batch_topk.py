@@ -1,12 +1,13 @@
 """BatchTopK: k active latents per row on average, selected over the whole batch."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Gt, Le
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Self
 
 from sae_lab.ops.selection import Pieces, select_above, select_top_of_batch
 from sae_lab.ops.sparse import Code, SparseCode, l0_per_row, smallest_active

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Self
 
 from sae_lab.ops import losses, sparse
 from sae_lab.ops.sparse import Code, SparseCode

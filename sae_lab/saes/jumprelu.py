@@ -226,7 +226,7 @@ def in_kernel_window(
 
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float | Tensor | Tensor, into_h: bool) -> Tensor:
+    def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float | Tensor, into_h: bool) -> Tensor:
         ctx.save_for_backward(h, theta)
         ctx.bandwidth, ctx.into_h = bandwidth, into_h
         return h * (h > theta)

@@ -1,10 +1,11 @@
 """Pursuit: a dictionary without an encoder, with codes found by search."""
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Self
 
 from sae_lab.ops.pursuit import Dictionary, Method, pursue
 from sae_lab.ops.sparse import SparseCode

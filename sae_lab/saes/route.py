@@ -1,12 +1,13 @@
 """RouteSAE: for each token, a learned router chooses the site to explain."""
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from sae_lab.ops.matmul import linear
 from sae_lab.ops.sparse import Code

@@ -2,12 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Hashable
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from sae_lab.ops.fixed_size import is_fixed_size
 from sae_lab.ops.selection import Pieces, Preactivations
