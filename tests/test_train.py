@@ -231,13 +231,19 @@ def test_a_run_starts_from_the_weights_of_another(run_dir, tmp_path):
     assert (learnt.W_enc - given.W_enc).norm() < 0.2 * given.W_enc.norm()
 
 
-def test_evaluate_under_another_activation_writes_a_file_of_its_own(run_dir):
+def evaluate_beside(run_dir: Path, *overrides: str) -> dict[str, Any]:
+    """Evaluate under another rule, k or encoder, which leaves metrics.json alone. Returns the metrics in that."""
     before = (run_dir / "metrics.json").read_bytes()
-    for activation in ("topk", "threshold"):
-        done = run(f"run_dir={run_dir}", f"activation={activation}", module="evaluate")
-        assert done.returncode == 0, done.stderr
+    done = run(f"run_dir={run_dir}", *overrides, module="evaluate")
+    assert done.returncode == 0, done.stderr
     assert (run_dir / "metrics.json").read_bytes() == before
-    own = json.loads(before)
+    own: dict[str, Any] = json.loads(before)
+    return own
+
+
+def test_evaluate_under_another_activation_writes_a_file_of_its_own(run_dir):
+    for activation in ("topk", "threshold"):
+        own = evaluate_beside(run_dir, f"activation={activation}")
     del own["train_mode"]
     topk, thresholded = (json.loads((run_dir / f"metrics_{name}.json").read_text()) for name in ("topk", "threshold"))
     assert (topk["l0"], topk["l0_std"]) == (16, 0)
@@ -246,23 +252,17 @@ def test_evaluate_under_another_activation_writes_a_file_of_its_own(run_dir):
 
 
 def test_evaluate_takes_another_k_and_calibrates_for_it(run_dir):
-    before = (run_dir / "metrics.json").read_bytes()
-    done = run(f"run_dir={run_dir}", "k=6", "overwrite=true", module="evaluate")
-    assert done.returncode == 0, done.stderr
-    assert (run_dir / "metrics.json").read_bytes() == before
+    own = evaluate_beside(run_dir, "k=6", "overwrite=true")
     metrics = json.loads((run_dir / "metrics_k=6.json").read_text())
     assert metrics["settings"] == {"k": 6}
     assert metrics["l0"] == pytest.approx(6, rel=0.2)
-    assert metrics["fvu"] > json.loads(before)["fvu"]
+    assert metrics["fvu"] > own["fvu"]
 
 
 def test_evaluate_compares_a_pursuit_with_the_saes_own_encoder(run_dir):
-    before = (run_dir / "metrics.json").read_bytes()
-    done = run(f"run_dir={run_dir}", "encoder=gradient_pursuit", "pursuit.k=12", module="evaluate")
-    assert done.returncode == 0, done.stderr
-    assert (run_dir / "metrics.json").read_bytes() == before
+    own = evaluate_beside(run_dir, "encoder=gradient_pursuit", "pursuit.k=12")
     metrics = json.loads((run_dir / "metrics_gradient_pursuit_k12.json").read_text())
-    assert metrics["own"]["fvu"] == pytest.approx(json.loads(before)["fvu"])
+    assert metrics["own"]["fvu"] == pytest.approx(own["fvu"])
     assert metrics["gradient_pursuit"]["fvu"] < metrics["own"]["fvu"]
     assert metrics["gradient_pursuit"]["l0"] <= 12
     both = run(f"run_dir={run_dir}", "encoder=matching_pursuit", "activation=topk", module="evaluate")

@@ -133,8 +133,8 @@ def check_exportable(
         transcoders: names of the classes that the library can represent as transcoders.
 
     Raises:
-        UserError: the library cannot represent the class, the normalization, several sites, an MLP in the encoder, or
-            `active_groups`, or signed codes.
+        UserError: the library cannot represent the class, the normalization, several sites, signed codes, an MLP in the
+            encoder, or `active_groups`.
     """
     sae = sae.deployed()
     name, config = type(sae).__name__, sae.config
@@ -157,6 +157,12 @@ def check_exportable(
             f"{library} cannot represent sae.normalize={config['normalize']}: "
             f"train with sae.normalize={' or '.join([*normalizers, *shared])}, or export to another format."
         )
+    check_parts(config, library)
+    return fold_normalizer(sae) if config["normalize"] in shared else sae
+
+
+def check_parts(config: Mapping[str, Any], library: str) -> None:
+    """Raise a UserError if the SAE has an MLP, or leaves some of its latents out."""
     if config["hidden"]:
         raise UserError(
             f"{library} cannot represent sae.hidden={config['hidden']} (an MLP in the encoder): "
@@ -166,7 +172,6 @@ def check_exportable(
         raise UserError(
             f"{library} cannot represent sae.active_groups={config['active_groups']}: save it with active_groups=null."
         )
-    return fold_normalizer(sae) if config["normalize"] in shared else sae
 
 
 def check_transcoder(sae: Any, classes: Collection[str], library: str) -> None:
