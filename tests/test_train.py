@@ -340,6 +340,8 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         (["max_grad_norm=-1"], ["max_grad_norm=-1 must be null or a number above 0"]),
         (["max_grad_norm=0"], ["max_grad_norm=0 must be null or a number above 0"]),
         (["experiment=mlp_encoder"], ["would freeze a random dictionary", "give init_from="]),
+        (["experiment=kl_finetune"], ["goes on from a trained SAE", "give init_from="]),
+        (["experiment=pursuit_dictionary"], ["goes on from a trained SAE", "give init_from="]),
         (["init_from=nowhere"], ["nowhere is not a folder, file or release", "give a path"]),
         (["resume=maybe"], ["resume=maybe is not known", "never"]),
         (["optimizer.betas=0.9"], ["optimizer.betas=0.9 must be two numbers from 0 to below 1, such as [0.9,0.99]"]),

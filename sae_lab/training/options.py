@@ -48,6 +48,8 @@ def check_options(cfg: DictConfig) -> None:
         SettingError: an option is invalid, or two options contradict each other.
     """
     check_config(cfg, Options)
+    if cfg.init_from == "required":
+        raise SettingError("This experiment goes on from a trained SAE: give init_from=FOLDER, such as outputs/demo.")
     with settings_under("trainer"):
         check_config(cfg.trainer, build_trainer)
     check_optimizer(cfg)
