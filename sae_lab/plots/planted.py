@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from sae_lab.plots.style import MUTED, PAGE, PALETTE, legend_below, page
 
@@ -30,9 +30,18 @@ def recovery_by_frequency(table: pd.DataFrame, path: Path) -> Path:
         left.set(
             xscale="log", ylim=(-0.02, 1.02), xlabel="Frequency (share of rows)", ylabel="|Cosine| with its latent"
         )
+        label_frequencies(left)
         draw_shares(right, levels)
         legend_below(figure)
     return path
+
+
+def label_frequencies(axes: Axes) -> None:
+    """Label a logarithmic axis of frequencies in per cent, with steps within a decade where it spans less than two."""
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda frequency, _: f"{100 * frequency:g}%"))
 
 
 def draw_shares(axes: Axes, levels: list[tuple[str, pd.DataFrame]]) -> None:
@@ -41,13 +50,7 @@ def draw_shares(axes: Axes, levels: list[tuple[str, pd.DataFrame]]) -> None:
     absorbed = [group["absorbed"].mean() if (group["parent"] >= 0).any() else np.nan for _, group in levels]
     place = np.arange(len(levels))
     axes.bar(place - 0.2, found, 0.38, color=MUTED, label=f"found (cosine > {FOUND})")
-    axes.bar(
-        place + 0.2,
-        absorbed,
-        0.38,
-        color="#222222",
-        label="absorbed",
-    )
+    axes.bar(place + 0.2, absorbed, 0.38, color="#222222", label="absorbed")
     axes.set_xticks(place, [f"{name_of(level)}\n{len(group):,}" for level, group in levels])
     axes.set(ylim=(0, 1), ylabel="Share of the level")
     axes.yaxis.set_major_formatter(PercentFormatter(1))

@@ -36,9 +36,9 @@ class TemporalSAE(MatryoshkaSAE):
     without predecessors, (b, s, d), are trained without L. Nothing changes in `eval()` mode, so a trained one is a
     Matryoshka SAE, and is exported as such.
 
-    2025, arXiv 2511.05541. As in the authors' code, the products are of raw latents, without a temperature. Their
-    weights differ: the groups count 0.2 and 0.8, and L 0.1 beside half of a squared error that is summed over the
-    dimensions. Here the groups count the same; 0.2 weighs L as there.
+    Bhalla et al. 2025, arXiv 2511.05541. As in the authors' code, the products are of raw latents, without a
+    temperature. Their weights differ: the groups count 0.2 and 0.8, and L 0.1 beside half of a squared error that is
+    summed over the dimensions. Here the groups count the same; 0.2 weighs L as there.
 
     Args:
         n_latents: f, the size of the dictionary.
