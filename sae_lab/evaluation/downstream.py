@@ -7,9 +7,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lab.lm.base import LanguageModel
+from sae_lab.lm.generation import Predict
 from sae_lab.lm.predictions import Predictions
+from sae_lab.saes.base import BaseSAE, Edit
 
 Replace = Callable[[Float[Tensor, "b s d"]], Float[Tensor, "b s d"]]
+Keep = Callable[[Int[Tensor, "n t"], Float[Tensor, "n t s d"]], Bool[Tensor, "n t"]]
 
 
 def spliced_predictions(
@@ -52,6 +55,31 @@ def predictions_with(
     if predicted is not None:
         where[keep] = predicted.to(where.device)
     return lm.predictions(tokens, spliced, where)
+
+
+def with_edit(
+    lm: LanguageModel, sae: BaseSAE, edit: Edit | None, keep: Keep | None = None, keep_error: bool = True
+) -> Predict:
+    """Return the forward pass of a language model in which the code of an SAE is edited at every kept position.
+
+    Args:
+        edit: maps the dense code (b, f) to the one that is decoded; None leaves it as it is.
+        keep: the positions at which to edit, such as `data.keep_positions`; None: all.
+        keep_error: add what the edit changes of x_hat to the activation, which keeps the part that the SAE does not
+            explain; False: x_hat itself takes the place of the activation.
+    """
+
+    def replace(x: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
+        x = x.to(next(sae.parameters()))  # in the SAE's precision, so that a difference of two x_hat is exact enough
+        return x + sae.reconstruct(x, edit) - sae.reconstruct(x) if keep_error else sae.reconstruct(x, edit)
+
+    def predict(tokens: Int[Tensor, "n t"]) -> Predictions:
+        activations = lm.activations(tokens)
+        kept = torch.ones(tokens.shape, dtype=torch.bool) if keep is None else keep(tokens, activations)
+        rows = activations[kept.to(activations.device)].to(next(sae.parameters()).device)
+        return spliced_predictions(lm, tokens, activations, kept, replace, sae.predicted_mask(rows))
+
+    return predict
 
 
 def zero_ablation(x: Tensor) -> Tensor:
