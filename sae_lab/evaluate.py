@@ -1,4 +1,4 @@
-"""Evaluate a run again, or its SAE by another rule or encoder: `python -m sae_lab.evaluate run_dir=outputs/...`."""
+"""Evaluate an SAE, also by another rule or encoder: `python -m sae_lab.evaluate sae=outputs/...`."""
 
 from collections.abc import Sequence
 from typing import Annotated, TypedDict
@@ -7,14 +7,16 @@ from annotated_types import Ge, Gt
 from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point, folder_from, section_from
-from sae_lab.cli.replaced import allow_new_keys, replaced_from
+from sae_lab.cli.replaced import allow_new_keys, open_from
 from sae_lab.runtime.checks import check_config
 
 
 class Options(TypedDict):
     """The options of conf/evaluate.yaml."""
 
+    sae_id: str | None
     sae_dir: str | None
+    out: str | None
     activation: str | None
     k: Annotated[float, Gt(0)] | None
     n_eval_tokens: Annotated[int, Ge(1)] | None
@@ -26,37 +28,33 @@ class Options(TypedDict):
 
 @entry_point("evaluate", allow_new_keys)
 def main(cfg: DictConfig) -> None:
-    """Evaluate the SAE of a run on the run's own data, or with other settings of data and language model.
+    """Evaluate an SAE on the data that it was trained on, or with other settings of data and language model.
 
-    With `activation`, `k`, `encoder` or a setting that changes numbers, the run's metrics.json and figures stay as they
-    are, and metrics_<what differs>.json is written beside it. With `sae_dir`, everything is written into the folder of
-    that SAE.
+    With `activation`, `k`, `encoder` or a setting that changes numbers, metrics.json and figures stay as they are, and
+    metrics_<what differs>.json is written beside them. With `sae_dir`, everything is written into the folder of that
+    SAE.
     """
     from sae_lab.evaluation.evaluator import evaluate
     from sae_lab.evaluation.rules import compare_encoders, evaluate_under, set_k
-    from sae_lab.runs.config import read_config
-    from sae_lab.runs.loading import load_run
-    from sae_lab.runs.replacements import replaced_settings, suffix_of
+    from sae_lab.runs.replacements import suffix_of
     from sae_lab.runs.results import write_comparison, write_metrics, write_results
     from sae_lab.runtime.errors import UserError
     from sae_lab.runtime.memory import keep_freed_memory
     from sae_lab.runtime.screen import print_files, print_metrics
-    from sae_lab.saes.files import sae_folder
 
     check_config(cfg, Options)
     pursuit_k = section_from(cfg, "pursuit").k
-    run_dir = folder_from(cfg, "run_dir")
-    folder = run_dir if cfg.sae_dir is None else sae_folder(folder_from(cfg, "sae_dir"))
     if cfg.activation is not None and cfg.encoder != "own":
         raise UserError(f"activation={cfg.activation} and encoder={cfg.encoder} replace the same thing: give one.")
     keep_freed_memory()
-    sae, data, run = load_run(run_dir, cfg.device, cfg.n_eval_tokens, cfg.sae_dir, cfg.trust, replaced_from(cfg))
-    replaced = {} if cfg.overwrite else replaced_settings(read_config(run_dir), run)
+    sae_dir = None if cfg.sae_dir is None else folder_from(cfg, "sae_dir")
+    sae, data, folder, config, settings, _ = open_from(cfg, sae_dir=sae_dir, n_eval_tokens=cfg.n_eval_tokens)
+    replaced, calibration_batches = {} if cfg.overwrite else settings, config.calibration_batches
     if cfg.k is not None:
-        sae, replaced = set_k(sae, cfg.k, data, run.calibration_batches), {"k": cfg.k} | replaced
+        sae, replaced = set_k(sae, cfg.k, data, calibration_batches), {"k": cfg.k} | replaced
     suffix, said = suffix_of(replaced), {"settings": replaced} if replaced else {}
     if cfg.activation is not None:
-        metrics = evaluate_under(cfg.activation, sae, data, run.calibration_batches)
+        metrics = evaluate_under(cfg.activation, sae, data, calibration_batches)
         print_metrics(metrics, folder)
         print_files([write_metrics(metrics | said, sae, folder / f"metrics_{cfg.activation}{suffix}.json")])
     elif cfg.encoder != "own":

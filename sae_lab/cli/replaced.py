@@ -1,20 +1,71 @@
-"""`lm.KEY=VALUE` and `data.KEY=VALUE` of commands that open a run: they replace settings of the run's own config."""
+"""What commands that open an SAE share: `sae=`, and `lm=`, `data=` and their keys, which replace the SAE's own."""
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.cli.entry import section_from
+from sae_lab.cli.help import conf_file
+from sae_lab.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from sae_lab.runs.opening import OpenedSAE
 
 RUN_KEY = re.compile(r"(lm|data)\.[^=]*=")
 
 
 def allow_new_keys(arguments: Sequence[str]) -> list[str]:
-    """Let Hydra take keys of `lm` and `data` that the command's own config does not have: `lm.x=1` → `++lm.x=1`."""
+    """Let Hydra take what it would refuse: keys of `lm` and `data` that the command's config lacks, and `sae=PATH`.
+
+    `lm.x=1` becomes `++lm.x=1`. `sae=PATH` becomes `run_dir=PATH`, since conf/ has a group `sae`, of training.
+
+    Raises:
+        UserError: both `sae` and `run_dir` are given.
+    """
+    if sum(argument.startswith(("sae=", "run_dir=")) for argument in arguments) > 1:
+        raise UserError("sae=... and run_dir=... name the same thing: give one of them, once.")
+    arguments = [f"run_dir={a.removeprefix('sae=')}" if a.startswith("sae=") else a for a in arguments]
     return [f"++{argument}" if RUN_KEY.match(argument) else argument for argument in arguments]
+
+
+def source_from(cfg: DictConfig) -> str:
+    """Return what `sae=` or `run_dir=` names: a path, a hub repository or a release.
+
+    Raises:
+        UserError: it is missing, or not a string.
+    """
+    if not isinstance(cfg.run_dir, str) or not cfg.run_dir:
+        shown = "null" if cfg.run_dir is None else cfg.run_dir
+        raise UserError(f"sae={shown} must be a run folder, an SAE folder or file, or user/repository on the hub.")
+    return cfg.run_dir
+
+
+def open_from(cfg: DictConfig, **more: Any) -> "OpenedSAE":
+    """Open the SAE that the options of a command describe: sae, sae_id, lm, data, device, trust, out.
+
+    Args:
+        more: other arguments of `open_sae`.
+    """
+    from sae_lab.runs.opening import open_sae
+
+    given = {"sae_id": cfg.sae_id, "trust": cfg.trust, "out": cfg.out, "replace": replaced_from(cfg)}
+    return open_sae(source_from(cfg), cfg.device, **given, typed=typed_settings(), options=training_options(), **more)
+
+
+def typed_settings() -> dict[str, Any]:
+    """Return `lm=`, `data=` and their keys as they were typed."""
+    split = (override.lstrip("+").partition("=") for override in HydraConfig.get().overrides.task)
+    return {key: value for key, _, value in split if key.partition(".")[0] in ("lm", "data")}
+
+
+def training_options() -> dict[str, Any]:
+    """Return the defaults of the top-level options of training, such as seq_len, which data refer to."""
+    plain = OmegaConf.to_container(OmegaConf.load(conf_file("train")))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if isinstance(value, int | float)}
 
 
 def replaced_from(cfg: DictConfig) -> dict[str, Any]:
@@ -30,15 +81,16 @@ def replaced_from(cfg: DictConfig) -> dict[str, Any]:
 
     typed = {override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
     found: dict[str, Any] = {}
+    options = training_options()
     for section in SECTIONS:
         node = section_from(cfg, section)
-        kept = stream_settings() if "_target_" in node else set()
+        kept = stream_settings() if section == "data" and "_target_" in node else set()
         for name in map(str, node):
             key = f"{section}.{name}"
             if name not in kept or key in typed:
                 found |= flatten(value_of(node, name), key)
             elif OmegaConf.is_interpolation(node, name):  # to an option of `train`
-                found[key] = Default()
+                found[key] = Default(options.get(name))
             else:
                 found[key] = Default(value_of(node, name))
     return found

@@ -78,7 +78,7 @@ def on_device(run: DictConfig, device: str, replaced: str | None) -> DictConfig:
     Raises:
         UserError: both are given.
     """
-    if replaced is None:
+    if replaced in (None, "auto"):
         run.lm.device = device
     elif device != "auto":
         raise UserError(f"device={device} and lm.device={replaced} place the same model: give one of them.")
@@ -107,9 +107,9 @@ def check_origin(checkpoint: Path, data: StreamData, replaced: Collection[str]) 
     check_unchanged(began_with, data.source_digests, "put back what it was trained with.")
 
 
-def check_parts(run: DictConfig, source: Path) -> None:
+def check_parts(run: DictConfig, source: Path, parts: Sequence[str] = ("lm", "data", "sae")) -> None:
     """Raise a UserError unless the config says how to build the language model, the data and the SAE."""
-    for name in ("lm", "data", "sae"):
+    for name in parts:
         node = OmegaConf.to_container(run).get(name)  # type: ignore[union-attr]
         if not (isinstance(node, dict) and isinstance(node.get("_target_"), str)) or {"_args_", "_partial_"} & {*node}:
             raise UserError(f"{source} is damaged ({name} does not say what to build): restore it, or train again.")

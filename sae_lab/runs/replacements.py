@@ -40,8 +40,8 @@ def replace_settings(run: DictConfig, settings: Mapping[str, Any]) -> DictConfig
     """Return the config of a run with other settings of its language model and its data.
 
     Args:
-        settings: values by their full key, such as `{"data.lm_batch_rows": 8}`. With a `data._target_`, these are all
-            settings of the data.
+        settings: values by their full key, such as `{"data.lm_batch_rows": 8}`. With a `data._target_` or a
+            `lm._target_`, these are all settings of the data or the language model.
 
     Raises:
         UserError: the run has no such setting.
@@ -49,8 +49,9 @@ def replace_settings(run: DictConfig, settings: Mapping[str, Any]) -> DictConfig
     tree: Any = OmegaConf.to_container(run)
     own = flatten(tree)
     settings = {k: own.get(k, v.value) if isinstance(v, Default) else v for k, v in settings.items()}
-    if "data._target_" in settings:
-        tree["data"] = {key.removeprefix("data."): None for key in settings if key.startswith("data.")}
+    for section in SECTIONS:
+        if f"{section}._target_" in settings:
+            tree[section] = skeleton(section, settings)
     for key, value in settings.items():
         parent, _, leaf = key.rpartition(".")
         node = tree
@@ -62,6 +63,24 @@ def replace_settings(run: DictConfig, settings: Mapping[str, Any]) -> DictConfig
     replaced = OmegaConf.create(tree)
     assert isinstance(replaced, DictConfig)
     return replaced
+
+
+def skeleton(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section with a place for each of the settings below it."""
+    root: dict[str, Any] = {}
+    for key in settings:
+        if key.startswith(f"{section}."):
+            *parents, leaf = key.split(".")[1:]
+            node = root
+            for name in parents:
+                node = node.setdefault(name, {})
+            node[leaf] = None
+    return root
+
+
+def is_choice(node: Any) -> bool:
+    """Return whether a section of a config says what to build."""
+    return isinstance(node, Mapping) and isinstance(node.get("_target_"), str)
 
 
 def describe(parent: str, leaf: str, node: Any) -> str:

@@ -1,0 +1,163 @@
+"""Open any SAE for a command: with its data and language model, and the folder where results go."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from sae_lab.activations.building import build_data
+from sae_lab.activations.stream import StreamData
+from sae_lab.interop.load import load_sae
+from sae_lab.runs.config import bring_up_to_date, config_file, read_config
+from sae_lab.runs.folder import MAY_CHANGE, check_links
+from sae_lab.runs.loading import check_parts, check_width, load_run, on_device
+from sae_lab.runs.replacements import SECTIONS, is_choice, replace_settings, replaced_settings
+from sae_lab.runs.trust import check_trusted
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.files import read_json
+from sae_lab.saes.base import BaseSAE
+from sae_lab.saes.files import CONFIG, sae_folder
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+OUTPUTS = Path("outputs")
+
+
+class OpenedSAE(NamedTuple):
+    """An SAE with all that a command needs of it.
+
+    Attributes:
+        sae: in eval mode, on the language model's device.
+        data: with the language model, as training has them.
+        folder: where results go; it exists.
+        config: what the data were built from, and `calibration_batches`.
+        settings: those that differ from the SAE's own and change numbers, by their full key: they name the results.
+        name: what a page calls the SAE.
+    """
+
+    sae: BaseSAE
+    data: StreamData
+    folder: Path
+    config: DictConfig
+    settings: dict[str, Any]
+    name: str
+
+
+def open_sae(
+    source: str | Path,
+    device: str = "auto",
+    *,
+    sae_id: str | None = None,
+    sae_dir: str | Path | None = None,
+    n_eval_tokens: int | None = None,
+    trust: Sequence[str] | str = (),
+    replace: Mapping[str, Any] = NOTHING,
+    typed: Mapping[str, Any] = NOTHING,
+    options: Mapping[str, Any] = NOTHING,
+    out: str | Path | None = None,
+) -> OpenedSAE:
+    """Open an SAE: a run folder, or anything that `load_sae` reads.
+
+    A run fills in its language model and data. An SAE folder of ours fills in what its provenance says of them. Any
+    other SAE needs both in `replace`.
+
+    Args:
+        source, sae_id: as for `load_sae`.
+        sae_dir: of a run, an SAE folder to open instead of the run's own SAE.
+        n_eval_tokens: held-out tokens of an evaluation; None: as the data have it.
+        device, trust: as for `load_run`.
+        replace: settings of language model and data that differ from the SAE's own, by their full key. With
+            `lm._target_` or `data._target_`, all settings of that part.
+        typed: the same as the user typed it: the name of results for an SAE that has no settings of its own.
+        options: training's defaults of options, such as calibration_batches, for an SAE that is no run.
+        out: folder of the results; None: the run folder, a folder `results` in or beside the SAE, or a folder in
+            `outputs/` for an SAE on the hub or in a folder that may not be written.
+
+    Raises:
+        UserError: there is no such SAE; language model or data are missing, not trusted or do not fit it.
+    """
+    if is_run(source, sae_id):
+        sae, data, run = load_run(source, device, n_eval_tokens, sae_dir, trust, replace)
+        own = Path(source) if sae_dir is None else sae_folder(sae_dir)
+        folder = prepare_folder(Path(out or own))
+        return OpenedSAE(sae, data, folder, run, replaced_settings(read_config(Path(source)), run), Path(source).name)
+    if sae_dir is not None:
+        raise UserError(f"sae_dir={sae_dir} is an SAE of a run, and {source} is no run folder: give sae={sae_dir}.")
+    sae = load_sae(source, sae_id=sae_id)
+    said = config_of_sae(source, sae_id)
+    own = OmegaConf.create({"lm": {}, "data": {}, **options, **said})
+    config = on_device(replace_settings(own, replace), device, replace.get("lm.device"))
+    if n_eval_tokens is not None:
+        config.data.n_eval_tokens = n_eval_tokens
+    check_named(config, source)
+    check_trusted(OmegaConf.to_container(OmegaConf.create(said)), Path(source) / CONFIG, trust)
+    check_parts(config, Path(source), ("lm", "data"))
+    data = build_data(config)
+    check_width(sae, data)
+    settings = replaced_settings(own, config) if said else without_free(typed, n_eval_tokens)
+    folder = prepare_folder(Path(out or results_folder(source, sae_id)))
+    return OpenedSAE(sae.to(data.device), data, folder, config, settings, name_of(source, sae_id))
+
+
+def is_run(source: str | Path, sae_id: str | None = None) -> bool:
+    """Return whether the source is a run folder, and not an SAE in it."""
+    return not sae_id and config_file(Path(source)).is_file()
+
+
+def config_of_sae(source: str | Path, sae_id: str | None) -> dict[str, Any]:
+    """Return the language model and the data in the provenance of an SAE folder of ours; empty for any other SAE."""
+    file = Path(source).expanduser() / (sae_id or "") / CONFIG
+    provenance = read_json(file).get("provenance") if file.is_file() else None
+    if not isinstance(provenance, dict) or not all(is_choice(provenance.get(name)) for name in SECTIONS):
+        return {}
+    return {name: bring_up_to_date(provenance[name]) for name in SECTIONS}
+
+
+def check_named(config: DictConfig, source: str | Path) -> None:
+    """Raise a UserError that says what to type if the language model or the data are missing."""
+    examples = {"lm": "lm=gpt2 lm.sites=[blocks.8.hook_resid_pre]", "data": "data=text_files data.paths=[corpus]"}
+    if missing := [name for name in SECTIONS if "_target_" not in config[name]]:
+        what = {"lm": "language model", "data": "data"}
+        raise UserError(
+            f"{source} does not say its {' and its '.join(what[name] for name in missing)}: "
+            f"give {' and '.join(f'{name}=...' for name in missing)} as for training, such as "
+            f"{' '.join(examples[name] for name in missing)}."
+        )
+
+
+def without_free(typed: Mapping[str, Any], n_eval_tokens: int | None) -> dict[str, Any]:
+    """Return the typed settings that change numbers."""
+    counted = {} if n_eval_tokens is None else {"data.n_eval_tokens": n_eval_tokens}
+    return {key: value for key, value in typed.items() if key not in MAY_CHANGE} | counted
+
+
+def name_of(source: str | Path, sae_id: str | None) -> str:
+    """Return a name for an SAE that is a file or folder name, too."""
+    path = Path(source).expanduser()
+    parts = [path.resolve().name if path.exists() else str(source), *([sae_id] if sae_id else [])]
+    return re.sub(r"[^\w.=-]+", "_", "_".join(parts), flags=re.ASCII)
+
+
+def results_folder(source: str | Path, sae_id: str | None) -> Path:
+    """Return the folder of results for an SAE that is no run: in its folder, beside its file, or in outputs/."""
+    path = Path(source).expanduser() / (sae_id or "")
+    elsewhere = OUTPUTS / name_of(source, sae_id)
+    if path.is_file():
+        return path.with_name(f"{path.name}_results") if os.access(path.parent, os.W_OK) else elsewhere
+    return path / "results" if path.is_dir() and os.access(path, os.W_OK) else elsewhere
+
+
+def prepare_folder(folder: Path) -> Path:
+    """Make the folder of results, if it is not there.
+
+    Raises:
+        UserError: it is a file, or holds a link out of it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out={folder} is a file: give a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    check_links(folder)
+    return folder
