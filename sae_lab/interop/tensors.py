@@ -105,7 +105,7 @@ def build(name: str, tensors: Mapping[str, Tensor], **config: Any) -> BaseSAE:
     The axis s may be missing where it is 1: W_enc and W_dec may be (f, d).
     """
     n_latents, *_, d_in = tensors["W_dec"].shape
-    sae = BaseSAE.from_config(name, {"d_in": d_in, "n_latents": n_latents, "encoder_bias": True, **config})
+    sae = BaseSAE.by_name(name, {"d_in": d_in, "n_latents": n_latents, "encoder_bias": True, **config})
     with torch.no_grad():
         for key, target in sae.state_dict().items():
             if key in tensors:
@@ -220,7 +220,7 @@ def fold_normalizer(sae: Any) -> BaseSAE:
     config = sae.config | {"normalize": "none", "tied": False}
     if sae.n_inputs and isinstance(read.shift, Tensor):
         config["encoder_bias"] = True
-    raw = BaseSAE.from_config(type(sae).__name__, config)
+    raw = BaseSAE.by_name(type(sae).__name__, config)
     state = {key: t for key, t in sae.state_dict().items() if not key.startswith("sources.")}
     raw.load_state_dict({"b_enc": raw.b_enc, **state} if raw.b_enc is not None else state)
     read, written = (

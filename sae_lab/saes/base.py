@@ -6,7 +6,7 @@ reads the first r sources and predicts the other w sources; for all other SAEs r
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -14,8 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from sae_lab.ops.sparse import Code
+from sae_lab.ops.sparse import Code, SparseCode
 from sae_lab.runtime.errors import UserError
+from sae_lab.saes.description import describe
+from sae_lab.saes.output import SAEOutput
 from sae_lab.saes.registry import Registered
 
 AnySAE = TypeVar("AnySAE", bound="BaseSAE")
@@ -23,22 +25,12 @@ Edit: TypeAlias = Callable[[Float[Tensor, "b f"]], Float[Tensor, "b f"]]
 """An intervention: maps a dense code to the code that is decoded instead."""
 
 
-@dataclass(frozen=True)
-class SAEOutput:
-    """Output of a forward pass, in the SAE's own (normalized) units."""
-
-    x: Float[Tensor, "b r d"]
-    """The rows that were encoded: the normalized input, or for a RouteSAE the routed row (r = 1)."""
-    target: Float[Tensor, "b w d"]
-    """The rows that x_hat is compared with: x, or for a transcoder the sources that it predicts."""
-    x_hat: Float[Tensor, "b w d"]
-    code: Code
-    h: Float[Tensor, "b f"] | None = None
-    """Pre-activations, for losses that need them; None for sparse codes, where h is never held as a whole."""
-
-
 class BaseSAE(Registered, ABC):
     """Sparse autoencoder of activations `(b, s, d)`; if s is 1, `(b, d)` is accepted as well.
+
+    Any number of axes may take the place of b, such as `(n, t, d)` for n texts of t tokens; `encode`, `decode`,
+    `predict` and `reconstruct` return the same axes. `sae(x)` and `autoencode` return the rows of codes one after the
+    other. If s is 1, `(n, 1, d)` is read as n rows of one source.
 
     In `train()` mode an SAE uses its training rule, which may look at the whole batch. In `eval()` mode it uses its
     deployed rule, which treats each row by itself. Only `forward` in train mode changes state, so evaluation changes
@@ -87,8 +79,7 @@ class BaseSAE(Registered, ABC):
         """
         known = cls.arguments()
         config = {name: value for name, value in self.config.items() if name in known} | changes
-        other = self.from_config(cls.__name__, config)
-        assert isinstance(other, cls)
+        other = cls.from_config(config)
         other.start_from(self)
         return other.to(next(self.parameters()).device).train(self.training)
 
@@ -123,6 +114,13 @@ class BaseSAE(Registered, ABC):
     def restart(self) -> None:
         """Begin training anew from these weights: what depends on the number of training batches starts again."""
 
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> SAEOutput:
+        """Call `forward`, and let its output know this SAE. A training step calls `nn.Module.__call__` instead."""
+        return replace(super().__call__(x, *args, **kwargs), sae=self)
+
+    def __repr__(self) -> str:
+        return describe(self)
+
     @abstractmethod
     def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
         """Encode and decode; in train mode also update thresholds and dead-latent counters."""
@@ -132,12 +130,34 @@ class BaseSAE(Registered, ABC):
         """Return the named terms of the training loss, already weighted. Training minimizes their sum."""
 
     @abstractmethod
-    def encode(self, x: Float[Tensor, "b s d"] | Float[Tensor, "b d"]) -> Code:
-        """Map raw activations to a code."""
+    def encode(self, x: Float[Tensor, "*row d"]) -> Float[Tensor, "*b f"]:
+        """Map raw activations to a dense code."""
 
     @abstractmethod
-    def decode(self, code: Code) -> Float[Tensor, "b w d"]:
-        """Map a code to x_hat in the SAE's own (normalized) units."""
+    def decode_rows(self, code: Code) -> Float[Tensor, "b w d"]:
+        """Map a code to x_hat, in raw units if these are the same for every row."""
+
+    def decode(self, code: SparseCode | Float[Tensor, "*b f"], x: Float[Tensor, "*row d"] | None = None) -> Tensor:
+        """Map a code to x_hat.
+
+        x_hat is in raw units, with one exception: `normalize=per_token` and `constant_norm` scale each row by itself,
+        so without `x` it is normalized as the SAE's inputs are.
+
+        Args:
+            code: a code of any origin, dense or sparse.
+            x: the raw activations that the code stands for. Then x_hat has their units, shape and dtype, and includes
+                what an SAE takes from x besides the code: a skip connection, the site of a route.
+
+        Returns:
+            `(*b, w, d)`, or the shape of x.
+        """
+        if x is not None:
+            dense = code.to_dense() if isinstance(code, SparseCode) else code
+            return self.autoencode(x, lambda z: dense.reshape(z.shape).to(z))[0]
+        if isinstance(code, SparseCode):
+            return self.decode_rows(code)
+        x_hat = self.decode_rows(code.reshape(-1, self.n_latents))
+        return x_hat.view(*code.shape[:-1], *x_hat.shape[1:])
 
     @abstractmethod
     def autoencode(self, x: Float[Tensor, "*row d"], edit: Edit | None = None) -> tuple[Float[Tensor, "*row d"], Code]:
@@ -210,7 +230,7 @@ class BaseSAE(Registered, ABC):
         return None
 
     def as_rows(self, x: Tensor, n_sources: int | None = None) -> Float[Tensor, "b s d"]:
-        """Return `(b, d)` or `(b, s, d)` as `(b, s, d)`, in the dtype of the parameters.
+        """Return `(*b, s, d)`, or `(*b, d)` if s is 1, as `(b, s, d)`, in the dtype of the parameters.
 
         Args:
             x: raw activations.
@@ -222,11 +242,20 @@ class BaseSAE(Registered, ABC):
         s = self.n_sources if n_sources is None else n_sources
         if not x.is_floating_point():
             raise UserError(f"activations must be floating-point numbers, not {x.dtype}: give x.float().")
-        y = x.unsqueeze(1) if x.ndim == 2 and s == 1 else x
-        if y.ndim != 3 or y.shape[1:] != (s, self.d_in):
-            expected = f"(b, {s}, {self.d_in})" + (f" or (b, {self.d_in})" if s == 1 else "")
-            raise UserError(f"activations must have the shape {expected} for this SAE, not {tuple(x.shape)}.")
-        return y.to(next(self.parameters()).dtype)
+        axes = self.leading(x, s)
+        rows = x.unsqueeze(-2) if x.ndim == len(axes) + 1 else x
+        rows = rows if len(axes) == 1 else rows.reshape(axes.numel(), s, self.d_in)
+        return rows.to(next(self.parameters()).dtype)
+
+    def leading(self, x: Tensor, n_sources: int | None = None) -> torch.Size:
+        """Return the axes of raw activations that take the place of b. Arguments and errors are those of `as_rows`."""
+        s = self.n_sources if n_sources is None else n_sources
+        if x.ndim > 2 and x.shape[-2:] == (s, self.d_in):
+            return x.shape[:-2]
+        if s == 1 and x.ndim and x.shape[-1] == self.d_in:
+            return x.shape[:-1]
+        expected = f"(..., {s}, {self.d_in})" + (f" or (..., {self.d_in})" if s == 1 else "")
+        raise UserError(f"activations must have the shape {expected} for this SAE, not {tuple(x.shape)}.")
 
 
 RENAMED = {"normalizer.": "sources.normalizer.", "target_normalizer.": "sources.target_normalizer."}

@@ -195,22 +195,23 @@ class DictionarySAE(BaseSAE):
         """Compute the reconstruction loss."""
         return losses.mse(out.target, out.x_hat)
 
-    def encode(self, x: Tensor) -> Float[Tensor, "b f"]:
+    def encode(self, x: Tensor) -> Float[Tensor, "*b f"]:
         """Map raw activations, of all sources or of a transcoder's inputs alone, to a dense code.
 
         The dense code is easy to index, plot and edit. Training and evaluation use `forward` and `autoencode`, which
         keep a sparse code sparse.
         """
         code = self.code(self.read(x)[0])
-        return code.to_dense() if isinstance(code, SparseCode) else code
+        dense = code.to_dense() if isinstance(code, SparseCode) else code
+        return dense.view(*self.leading(x, self.sources.n_sources_given(x)), self.n_latents)
 
-    def decode(self, code: Code) -> Float[Tensor, "b w d"]:
-        """Map a code to normalized x_hat, without the skip connection."""
-        return sparse.decode(code, self.W_dec, self.b_dec)
+    def decode_rows(self, code: Code) -> Float[Tensor, "b w d"]:
+        return self.sources.undo_shared(sparse.decode(code, self.W_dec, self.b_dec))
 
-    def predict(self, x: Tensor, edit: Edit | None = None) -> Float[Tensor, "b w d"]:
+    def predict(self, x: Tensor, edit: Edit | None = None) -> Float[Tensor, "*b w d"]:
         """Map raw activations to x_hat in raw units. A transcoder predicts its other sources from its inputs."""
-        return self._predict(x, edit)[0].to(x.dtype)
+        y = self._predict(x, edit)[0].to(x.dtype)
+        return y.view(*self.leading(x, self.sources.n_sources_given(x)), *y.shape[1:])
 
     def _predict(self, x: Tensor, edit: Edit | None) -> tuple[Float[Tensor, "b w d"], Code]:
         read, context = self.read(x)

@@ -90,7 +90,7 @@ def load_sae_folder(folder: str | Path, device: str | torch.device = "cpu") -> B
         tensors = load_file(folder / WEIGHTS)
         if bad := not_finite(tensors):
             raise ValueError(f"{', '.join(bad)} not finite")
-        sae = BaseSAE.from_config(description["class"], description["config"])
+        sae = BaseSAE.by_name(description["class"], description["config"])
         sae.load_state_dict(tensors)
         if description.get("probe") == PROBE:
             check_probe(sae.eval(), folder / PROBE)
@@ -139,7 +139,7 @@ def check_shapes(file: Path, description: dict[str, Any]) -> None:
     with safe_open(file, "pt") as tensors:
         there = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     with torch.device("meta"):
-        sae = BaseSAE.from_config(description["class"], description["config"])
+        sae = BaseSAE.by_name(description["class"], description["config"])
     rename_old_tensors(sae, there, "")
     here = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
     if wrong := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):

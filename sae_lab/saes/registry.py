@@ -1,9 +1,11 @@
 """Registry of SAEs by class name, from which saved SAEs are built again."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
+from typing_extensions import Self
 
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
@@ -42,7 +44,19 @@ class Registered(nn.Module):
         return {name: getattr(self, name) for name in self.arguments()}
 
     @classmethod
-    def from_config(cls, name: str, config: dict[str, Any]) -> Any:
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build an untrained SAE of this class from the constructor's arguments, such as `sae.config`.
+
+        Raises:
+            UserError: the class does not take these arguments.
+        """
+        try:
+            return cls(**config)
+        except TypeError as e:
+            raise UserError(f"{cls.__name__} cannot be built from this config: {e}") from e
+
+    @classmethod
+    def by_name(cls, name: str, config: Mapping[str, Any]) -> Any:
         """Build an untrained SAE of the registered class `name`.
 
         Raises:
@@ -54,7 +68,4 @@ class Registered(nn.Module):
             raise UserError(
                 f"there is no SAE class {name!r}, expected one of {known}: if it is your own, import its module first."
             )
-        try:
-            return cls.registry[name](**config)
-        except TypeError as e:
-            raise UserError(f"{name} cannot be built from this config: {e}") from e
+        return cls.registry[name].from_config(config)

@@ -31,7 +31,7 @@ class RouteSAE(BaseSAE):
     For evaluation and splicing, x_hat at site l is the inner SAE's reconstruction divided by r_l, by which the row was
     multiplied. (The authors' hooks leave r_l out in both places, so they deploy another SAE than they trained.) At the
     other sites `reconstruct` returns x and `predicted_mask` is False: metrics ignore them, and a splice does not
-    replace them. `decode` does not know the site, so it returns the row at every site.
+    replace them. `decode(code)` does not know the site, so it returns the row at every site; `decode(code, x)` does.
 
     The loss is that of the inner SAE, divided by the mean square of the batch's rows. Otherwise the router would lower
     the loss just by lowering r. The authors' code divides each row's loss by that row's mean square. Then r_l cancels,
@@ -75,7 +75,7 @@ class RouteSAE(BaseSAE):
         self.aggre, self.routing, self.seed, self.normalize = aggre, routing, seed, normalize
         self.sources = Sources(d_in, n_sources, normalize=normalize)
         if isinstance(inner, Mapping):
-            self.inner = BaseSAE.from_config(inner["class"], inner["config"])
+            self.inner = BaseSAE.by_name(inner["class"], inner["config"])
         else:
             with settings_under("inner"):
                 self.inner = inner(d_in=d_in, n_latents=n_latents, n_sources=1)
@@ -125,7 +125,8 @@ class RouteSAE(BaseSAE):
             self.sources.observe(raw)
         rows, _ = self.sources.read(raw)
         r = self.probabilities(rows)
-        return self.inner(weighted_sum(rows, r if self.training and self.routing == "soft" else self.site_weights(r)))
+        row = weighted_sum(rows, r if self.training and self.routing == "soft" else self.site_weights(r))
+        return nn.Module.__call__(self.inner, row)
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
         mean_square = mean_over_ranks(out.target.float().square().mean()).clamp_min(1e-20)  # rows of zeros have loss 0
@@ -137,11 +138,12 @@ class RouteSAE(BaseSAE):
         weights = self.site_weights(self.probabilities(rows))
         return weighted_sum(rows, weights), weights, context
 
-    def encode(self, x: Tensor) -> Float[Tensor, "b f"]:
-        return self.inner.encode(self.route(x)[0])
+    def encode(self, x: Tensor) -> Float[Tensor, "*b f"]:
+        return self.inner.encode(self.route(x)[0]).view(*self.leading(x), self.n_latents)
 
-    def decode(self, code: Code) -> Float[Tensor, "b s d"]:
-        return self.inner.decode(code).expand(-1, self.n_sources, -1)
+    def decode_rows(self, code: Code) -> Float[Tensor, "b s d"]:
+        """Map a code to x_hat at every site, since it does not tell the site: see `decode(code, x)`."""
+        return self.sources.undo_shared(self.inner.decode(code).expand(-1, self.n_sources, -1))
 
     def autoencode(self, x: Tensor, edit: Edit | None = None) -> tuple[Tensor, Code]:
         row, weights, context = self.route(x)

@@ -130,4 +130,4 @@ def test_more_active_groups_than_there_are_is_refused():
 def test_the_base_rule_is_a_choice_of_the_command_line():
     sae = build("matryoshka", "sae._target_=sae_lab.saes.matryoshka.MatryoshkaTopKSAE", "sae.group_sizes=[32,32]")
     assert type(sae) is MatryoshkaTopKSAE
-    assert type(sae).from_config("MatryoshkaTopKSAE", sae.config).sizes == [32, 32]
+    assert type(sae).from_config(sae.config).sizes == [32, 32]

@@ -150,7 +150,7 @@ def test_the_inner_sae_is_a_choice_of_the_command_line():
     out = sae(rows())
     assert isinstance(out, NestedOutput)
     assert isinstance(out.code, SparseCode)
-    copy = RouteSAE.from_config("RouteSAE", sae.config)
+    copy = RouteSAE.from_config(sae.config)
     assert copy.config == sae.config
     assert copy.inner.sizes == [32, 32]
     sae.calibrate(rows(), 0)

@@ -50,8 +50,9 @@ class Sources(nn.Module):
 
     def n_sources_given(self, x: Tensor) -> int:
         """Return how many sources x should have: all s, or r if x holds a transcoder's inputs alone."""
-        alone = self.n_inputs > 0 and (x.ndim == 2 or x.shape[1] == self.n_inputs)
-        return self.n_inputs if alone else self.n_sources
+        whole = x.ndim > 2 and x.shape[-2] == self.n_sources
+        alone = x.ndim < 3 or x.shape[-2] == self.n_inputs or (self.n_inputs == 1 and not whole)
+        return self.n_inputs if self.n_inputs and alone else self.n_sources
 
     def read(self, rows: Float[Tensor, "b s_or_r d"]) -> tuple[Float[Tensor, "b r d"], Context]:
         """Return the normalized rows that are read, and the context that gives x_hat its raw units."""
@@ -61,6 +62,11 @@ class Sources(nn.Module):
     def undo(self, x_hat: Float[Tensor, "b w d"], context: Context) -> Float[Tensor, "b w d"]:
         """Return x_hat in raw units."""
         return self.normalizer.undo(x_hat, context)
+
+    def undo_shared(self, x_hat: Float[Tensor, "b w d"]) -> Float[Tensor, "b w d"]:
+        """Return x_hat in raw units if all rows have the same; otherwise as it is."""
+        normalizer = self.target_normalizer or self.normalizer
+        return x_hat if normalizer.by_row else normalizer.undo(x_hat, normalizer.constant())
 
     def unwhiten(self, directions: Float[Tensor, "f w d"]) -> Float[Tensor, "f w d"]:
         """Return directions of x_hat as directions of activations."""
