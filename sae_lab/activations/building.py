@@ -13,8 +13,12 @@ from sae_lab.runtime.memory import keep_freed_memory
 NO_MODEL, TENSOR = "sae_lab.lm.none.NoLM", "sae_lab.activations.tensor.TensorData"
 
 
-def build_data(cfg: DictConfig) -> StreamData:
+def build_data(cfg: DictConfig, lm: Any = None, **objects: Any) -> StreamData:
     """Build the data and its language model.
+
+    Args:
+        lm: a language model that exists already; None: that of the config.
+        objects: arguments of the data that exist already, such as a tensor.
 
     Raises:
         UserError: a setting is invalid, or data of text have no language model, or activations have one.
@@ -25,7 +29,7 @@ def build_data(cfg: DictConfig) -> StreamData:
     if without_model and not of_tensors:
         raise UserError("lm=none has no activations: leave it out, or read your own with data=tensor data.path=...")
     keep_freed_memory()
-    return build(cfg, "data", lm=build(cfg, "lm"))
+    return build(cfg, "data", lm=build(cfg, "lm") if lm is None else lm, **objects)
 
 
 def target(node: Any) -> Any:

@@ -16,6 +16,7 @@ from sae_lab.text.contents import TOKENS
 from sae_lab.text.corpora import FileDocuments, Format, Globs
 from sae_lab.text.documents import Documents
 from sae_lab.text.encoding import Encoder
+from sae_lab.text.in_memory import ListDocuments
 from sae_lab.text.streams import HubDocuments
 from sae_lab.text.text import Text
 from sae_lab.text.token_files import TokenFiles, TokenType, are_token_files
@@ -55,6 +56,23 @@ def stdlib(lm: LanguageModel, seed: int, held_out_every: Annotated[int, Ge(2)], 
     """Return activations on the source of Python's standard library (`data=stdlib`)."""
     documents = partial(StdlibDocuments, seed=seed, held_out_every=held_out_every)
     return from_documents(lm, documents, seed=seed, **stream)
+
+
+@check_arguments
+def in_memory(
+    lm: LanguageModel,
+    seed: int,
+    held_out_every: Annotated[int, Ge(1)],
+    documents: Sequence[str] | None = None,
+    **stream: Any,
+) -> ActivationData:
+    """Return activations on a list of strings, which only Python can give."""
+    if documents is None:
+        raise SettingError(
+            "the documents of this run were a list in memory: save them as files and give data.* of data=text_files."
+        )
+    texts = partial(ListDocuments, documents, seed=seed, held_out_every=held_out_every)
+    return from_documents(lm, texts, seed=seed, **stream)
 
 
 @check_arguments

@@ -15,12 +15,11 @@ from sae_lab.activations.pieces import PiecePasses
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Chunk, Source
 from sae_lab.activations.stream import HeldOut, HeldOutRows, StreamData
-from sae_lab.activations.tensor_files import Axes, TensorFiles, expanded
+from sae_lab.activations.tensor_files import Axes, TensorFiles, TensorRows, expanded, rows_in_memory
 from sae_lab.lm.none import NoLM
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.device import send
 from sae_lab.runtime.errors import SettingError, UserError
-from sae_lab.text.documents import stamp_of
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +104,7 @@ class TensorData(StreamData):
     Args:
         lm: says on which device the activations are used.
         path, key, axes: where the activations are; see TensorFiles.
+        tensor: the activations themselves, where `path` is None.
         held_out_every: one piece of at most PIECE consecutive rows in so many is held out.
         stream: the other arguments of StreamData.
 
@@ -117,20 +117,22 @@ class TensorData(StreamData):
     def __init__(
         self,
         lm: NoLM,
-        path: str,
+        path: str | None,
         *,
         key: str | None,
         axes: Axes,
         held_out_every: Annotated[int, Ge(2)],
+        tensor: Tensor | None = None,
         **stream: Any,
     ):
         super().__init__(lm.device, **stream)
-        self.files = TensorFiles(path, key, axes)
+        self.files = open_rows(path, key, axes, tensor)
         self.pieces = Pieces(len(self.files), held_out_every)
-        file = self.files.files[0]
-        stem = file.stem if file == expanded(path) else expanded(path).name
+        file = self.files.parts[0].file
+        self.name = path or str(file)
+        stem = file.stem if file == expanded(self.name) else expanded(self.name).name
         s = self.files.n_sources
-        self.name, self.d_in, self.dtype = path, self.files.d, self.files.dtype
+        self.d_in, self.dtype = self.files.d, self.files.dtype
         self.sites = (stem,) if s == 1 else tuple(f"{stem}.{i}" for i in range(s))
         log.info("%s", self.describe())
         if axes in ("auto", "nd") and len(self.files) < 2 * self.d_in:
@@ -201,7 +203,23 @@ class TensorData(StreamData):
 
     @cached_property
     def source_digests(self) -> dict[str, str]:
-        return {"the activations": stamp_of(self.files.files)}
+        return {"the activations": self.files.digest()}
 
     def origin(self) -> dict[str, Any]:
         return {"model": {"name": None, "revision": None}, "sites": list(self.sites), "tokenizer": None, "bos": None}
+
+
+def open_rows(path: str | None, key: str | None, axes: Axes, tensor: Tensor | None) -> TensorRows:
+    """Return the rows of files, or of a tensor in memory.
+
+    Raises:
+        SettingError: there is neither.
+    """
+    if path is not None:
+        return TensorFiles(path, key, axes)
+    if tensor is None:
+        raise SettingError(
+            "the activations of this run were a tensor in memory ({path}=null): save it with torch.save(x, 'acts.pt') "
+            "and give {path}=acts.pt."
+        )
+    return rows_in_memory(tensor, axes)

@@ -15,12 +15,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from jaxtyping import Float
 from torch import Tensor
 from torch.serialization import set_default_mmap_options
 
 from sae_lab.runtime.errors import SettingError, UserError, first_line
 from sae_lab.text.archives import LFS_POINTER
+from sae_lab.text.documents import stamp_of
 
 Axes = Literal["auto", "nd", "nsd", "ntd", "ntsd"]
 NDIM = {"nd": 2, "nsd": 3, "ntd": 3, "ntsd": 4}
@@ -31,6 +33,10 @@ PT_BEGINS = (b"PK", b"\x80")
 """How a file of torch.save begins: a zip archive or, before torch 1.6, a pickle."""
 
 
+IN_MEMORY = Path("the tensor")
+"""What stands for a file in messages about a tensor in memory."""
+
+
 class Part(NamedTuple):
     """A tensor of a file, as rows of s sources."""
 
@@ -38,27 +44,20 @@ class Part(NamedTuple):
     rows: Float[Tensor, "n s d"]
 
 
-class TensorFiles:
-    """The rows of all files one after the other, in the order of the files' names.
+class TensorRows:
+    """The rows of several tensors one after the other.
 
-    Files are mapped into memory, so only the rows that are asked for are read. float64 is converted to float32, and so
-    is everything if files differ in dtype.
+    float64 is converted to float32, and so is everything if tensors differ in dtype.
 
     Args:
-        path: a file or a folder.
-        key: which of several tensors in each file to read; names inside of dicts are joined by dots.
-        axes: what the axes of the tensors are: n and t are rows, s is sources, d is the width. `auto` knows nd only.
+        parts: the tensors.
 
     Raises:
-        SettingError: there is no such file or tensor; the tensors hold no activations, or do not fit each other.
+        SettingError: the tensors do not fit each other.
     """
 
-    def __init__(self, path: str, key: str | None, axes: Axes):
-        self.files = find_files(path)
-        self.parts = [part for file in self.files for part in read_parts(file, key, axes)]
-        self.parts = [part for part in self.parts if len(part.rows)]
-        if not self.parts:
-            raise SettingError(f"{{path}}={literal(path)} holds no rows: give a file with at least one activation.")
+    def __init__(self, parts: Sequence[Part]):
+        self.parts = parts
         check_alike(self.parts)
         self.found = sorted({str(part.rows.dtype).removeprefix("torch.") for part in self.parts})
         self.dtype = torch.float32 if len(self.found) > 1 or self.found == ["float64"] else self.parts[0].rows.dtype
@@ -90,6 +89,48 @@ class TensorFiles:
     def rows(self, ranges: Sequence[range]) -> Float[Tensor, "n s d"]:
         """Return the rows of several ranges one after the other, in memory."""
         return torch.cat([view.to(self.dtype) for r in ranges for view in self.views(r.start, r.stop)])
+
+    def digest(self) -> str:
+        """Return a digest that changes when the rows change. A gigabyte in memory takes about a second."""
+        digest = xxhash.xxh3_128()
+        for part in self.parts:
+            rows = part.rows.contiguous()
+            digest.update(f"{tuple(rows.shape)} {rows.dtype}".encode())
+            digest.update(rows.flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def rows_in_memory(x: Tensor, axes: Axes) -> TensorRows:
+    """Return the rows of a tensor in memory, on the CPU."""
+    if len(x) == 0:
+        raise UserError(f"a tensor of shape {tuple(x.shape)} holds no rows: give at least one activation.")
+    return TensorRows([Part(IN_MEMORY, as_rows(x.detach().cpu(), axes, IN_MEMORY))])
+
+
+class TensorFiles(TensorRows):
+    """The rows of all files one after the other, in the order of the files' names.
+
+    Files are mapped into memory, so only the rows that are asked for are read.
+
+    Args:
+        path: a file or a folder.
+        key: which of several tensors in each file to read; names inside of dicts are joined by dots.
+        axes: what the axes of the tensors are: n and t are rows, s is sources, d is the width. `auto` knows nd only.
+
+    Raises:
+        SettingError: there is no such file or tensor; the tensors hold no activations, or do not fit each other.
+    """
+
+    def __init__(self, path: str, key: str | None, axes: Axes):
+        self.files = find_files(path)
+        parts = [part for file in self.files for part in read_parts(file, key, axes)]
+        parts = [part for part in parts if len(part.rows)]
+        if not parts:
+            raise SettingError(f"{{path}}={literal(path)} holds no rows: give a file with at least one activation.")
+        super().__init__(parts)
+
+    def digest(self) -> str:
+        return stamp_of(self.files)
 
 
 def find_files(path: str) -> list[Path]:

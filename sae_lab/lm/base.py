@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from copy import copy
 from functools import cached_property, reduce
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sae_lab.lm.predictions import Predictions, PredictionsOfHidden, PredictionsOfRows, is_split
 from sae_lab.lm.sites import check_sites, join_heads, site_names
+from sae_lab.lm.splicing import splicing_hooks
 from sae_lab.runtime.errors import SettingError, UserError
 
 SiteHook = Callable[[Any], Tensor | None]
@@ -50,6 +51,8 @@ class LanguageModel(ABC):
     """
 
     models: tuple[str, ...] = ()
+    description: Mapping[str, Any] | None = None
+    """The node of a config from which this model can be built again, where Python has built it."""
 
     def __init__(
         self,
@@ -152,6 +155,41 @@ class LanguageModel(ABC):
             return lambda x: replace_where(x, replace[:, :, i], None if where is None else where[:, :, i])
 
         return self.forward(tokens, {site: put(i) for i, site in enumerate(self.sites)})
+
+    def hooked(self, hooks: Hooks) -> AbstractContextManager[None]:
+        """Let the hooks act on every pass of the model inside the block.
+
+        Raises:
+            UserError: this back end sets hooks for one pass at a time.
+        """
+        raise UserError(
+            f"{type(self).__name__} sets hooks for one pass at a time: load {self.name} with backend='transformers'."
+        )
+
+    def spliced(self, sae: Any, edit: Any = None, keep_error: bool = False) -> AbstractContextManager[None]:
+        """Replace the activations at the sites by x_hat of an SAE, in every pass inside the block.
+
+            with lm.spliced(sae, lambda z: z.index_fill(-1, latent, 8.0), keep_error=True):
+                print(lm.generate("def main("))
+
+        Args:
+            sae: an SAE of these sites. An SAE of several sites must be a transcoder, whose inputs come first: other
+                ones need activations of later sites to replace those of the first.
+            edit: maps the dense code (b, f) to the code that is decoded.
+            keep_error: add what `edit` changes to the activations, and leave in place what x_hat does not explain.
+
+        Raises:
+            UserError: the SAE does not fit the sites, or it needs later sites.
+        """
+        return self.hooked(splicing_hooks(self, sae, edit, keep_error))
+
+    def generate(self, prompt: str, max_new_tokens: int = 32, **options: Any) -> str:
+        """Return the text with which the model continues a prompt.
+
+        Raises:
+            UserError: this back end generates no text.
+        """
+        raise UserError(f"{type(self).__name__} generates no text: load {self.name} with backend='transformers'.")
 
     def predictions(
         self,

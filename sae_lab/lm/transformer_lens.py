@@ -1,7 +1,7 @@
 """TransformerLens 4 back end, with its hook names and HookedTransformer's activation space."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -52,6 +52,11 @@ class TransformerLensLM(LoadedLM):
         return f"choose among {blocks[0]} ... {blocks[-1]}."
 
     def forward(self, tokens: Int[Tensor, "n t"], hooks: Hooks) -> Float[Tensor, "n t v"]:
+        with self.hooked(hooks):
+            return self.model(tokens, use_cache=False)
+
+    @contextmanager
+    def hooked(self, hooks: Hooks) -> Iterator[None]:
         with ExitStack() as handles:
             try:
                 handles.enter_context(
@@ -61,7 +66,7 @@ class TransformerLensLM(LoadedLM):
                 raise SettingError(
                     f"{{sites}}: TransformerLens does not compute this hook ({e}): {self.describe_choices()}"
                 ) from e
-            return self.model(tokens, use_cache=False)
+            yield
 
     @property
     def body(self) -> nn.Module | None:

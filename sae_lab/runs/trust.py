@@ -12,7 +12,7 @@ from sae_lab.saes.base import BaseSAE
 TEXT, LM, TRAINING = "sae_lab.activations.from_text", "sae_lab.lm", "sae_lab.training"
 STUDIES = "sae_lab.studies"
 TRUSTED = {
-    "data": {f"{TEXT}.{name}" for name in ("disassembly", "hub", "stdlib", "text_files", "tokens")}
+    "data": {f"{TEXT}.{name}" for name in ("disassembly", "hub", "in_memory", "stdlib", "text_files", "tokens")}
     | {"sae_lab.activations.mixture.mixture", "sae_lab.activations.tensor.TensorData", "sae_lab.cache.data.CachedData"},
     "lm": {
         *(f"{LM}.nnsight.NnsightLM", f"{LM}.none.NoLM", f"{LM}.paired.PairedLM"),

@@ -32,7 +32,7 @@ class SAEOutput:
     code: Code
     h: Float[Tensor, "b f"] | None = None
     """Pre-activations, for losses that need them; None for sparse codes, where h is never held as a whole."""
-    sae: Any = field(default=None, repr=False, compare=False)
+    sae: Any = field(default=None, repr=False, compare=False, kw_only=True)
     """The SAE, which `sae(x)` fills in; None inside a training step."""
 
     @cached_property

@@ -32,10 +32,10 @@ from sae_lab.training.progress import Throughput, TrainingProgress
 from sae_lab.training.run import (
     Member,
     build_member,
-    build_sae,
     build_training_data,
     finish,
     hydra_files,
+    initial_sae,
     open_run,
     show_complete,
 )
@@ -211,7 +211,7 @@ def open_member(job: Job, data: StreamData, first: bool) -> Member:
     run = open_run(job.cfg)
     progress = TrainingProgress() if first else Throughput()
     with report_typed_keys(job.typed):
-        sae = build_sae(job.cfg, data)
+        sae = initial_sae(job.cfg, run, data)
         if sae.reads_previous:
             raise UserError(
                 f"a {type(sae).__name__} trains on pairs of rows, which a shared stream does not have: "

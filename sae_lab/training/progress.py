@@ -33,7 +33,9 @@ class Throughput(L.Callback):
 
 
 class TrainingProgress(Throughput):
-    """Shows steps, loss, l0, dead share, tokens/s and the time left: a bar on a terminal, else a line every `seconds`.
+    """Shows steps, loss, l0, dead share, tokens/s and the time left.
+
+    A bar on a terminal, one line that changes in a notebook, else a line every `seconds`.
 
     Also shows how far a block is filled, which takes a while for a large block.
     """
@@ -41,6 +43,7 @@ class TrainingProgress(Throughput):
     def __init__(self, seconds: float = 15.0):
         self.seconds = seconds
         self._bar: Progress | None = None
+        self._cell: Any = None
         self._stream: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -49,6 +52,7 @@ class TrainingProgress(Throughput):
         self._stream = trainer.datamodule.stream  # type: ignore[attr-defined]
         assert self._stream is not None
         self._stream.filling.watch = self._on_filling
+        self._cell = line_of_notebook() if console.is_jupyter else None
         if console.is_terminal:
             columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")]
             self._bar = Progress(*columns, console=console)
@@ -72,14 +76,18 @@ class TrainingProgress(Throughput):
         self._show(f"filling the block  {rows:,}/{of:,} activations")
 
     def _is_due(self) -> bool:
-        return time.perf_counter() - self._last_shown > (self.seconds if self._bar is None else BAR_SECONDS)
+        at_once = self._bar is not None or self._cell is not None
+        return time.perf_counter() - self._last_shown > (BAR_SECONDS if at_once else self.seconds)
 
     def _show(self, state: str) -> None:
         if not self._is_due():
             return
         self._last_shown = time.perf_counter()
-        if self._bar is None:
-            print(f"step {self._step}/{self._steps}  {state}", flush=True)
+        line = f"step {self._step}/{self._steps}  {state}"
+        if self._cell is not None:
+            self._cell.update(as_text(line), raw=True)
+        elif self._bar is None:
+            print(line, flush=True)
         else:
             self._bar.update(self._task, completed=self._step, state=state)
 
@@ -92,11 +100,25 @@ class TrainingProgress(Throughput):
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._step)
+        if self._cell is not None:
+            self._cell.update(as_text(f"step {self._step}/{self._steps}"), raw=True)
         if self._stream is not None:
             self._stream.filling.watch = None
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def line_of_notebook() -> Any:
+    """Show an empty line in a notebook's cell. Its `update` replaces it."""
+    from IPython.display import display  # there in every notebook, and nowhere else
+
+    return display(as_text(""), raw=True, display_id=True)
+
+
+def as_text(line: str) -> dict[str, str]:
+    """Return a line as Jupyter's display takes it."""
+    return {"text/plain": line}
 
 
 def seconds_left(rows: int, trained: int, elapsed: float, n_ready: int, filling: Filling) -> float:

@@ -71,7 +71,13 @@ def train_run(cfg: DictConfig) -> dict[str, Any]:
     if run.complete:
         return show_complete(run)
     data = build_training_data(cfg)
-    member = build_member(cfg, run, build_sae(cfg, data), data, [TrainingProgress()])
+    member = build_member(cfg, run, initial_sae(cfg, run, data), data, [TrainingProgress()])
+    return train_member(member, data)
+
+
+def train_member(member: Member, data: StreamData) -> dict[str, Any]:
+    """Train a run that is built, then calibrate, save and evaluate its SAE on `data`. Returns the metrics."""
+    cfg, run = member.cfg, member.run
     with run.begin(hydra_files(cfg)):  # after everything is built, so that an invalid config leaves no folder
         ranks = launch_ranks(run.folder, cfg.trainer.devices, f"{__name__}:{train_as_follower.__name__}")
         with ranks, deferred_signals():
@@ -85,7 +91,7 @@ def train_as_follower(folder: Path) -> None:
     cfg = read_config(folder)
     data = build_training_data(cfg)
     run = examine_folder(folder, OmegaConf.to_container(cfg), "auto")
-    fit(build_member(cfg, run, build_sae(cfg, data), data, []))
+    fit(build_member(cfg, run, initial_sae(cfg, run, data), data, []))
 
 
 def open_run(cfg: DictConfig) -> Run:
@@ -102,8 +108,6 @@ def build_training_data(cfg: DictConfig) -> StreamData:
 
 def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: StreamData, callbacks: list[Callback]) -> Member:
     """Build the module and the Trainer of a run. `callbacks` run after those of the config."""
-    if cfg.init_from is not None and not run.step:
-        initialize_from(sae, cfg.init_from)
     if sae.reads_previous:
         data = data.with_previous()
     schedule = partial(build(cfg, "schedule"), n_steps=data.n_steps)
@@ -154,6 +158,14 @@ def build_sae(cfg: DictConfig, data: StreamData) -> BaseSAE:
     sae = build(cfg, "sae", d_in=data.d_in, n_latents=n_latents, n_sources=data.n_sources)
     if has_frozen_dictionary(sae) and cfg.init_from is None:
         raise UserError("frozen_decoder=true would freeze a random dictionary: give init_from=<folder of an SAE>.")
+    return sae
+
+
+def initial_sae(cfg: DictConfig, run: Run, data: StreamData) -> BaseSAE:
+    """Build the SAE of the config with the weights that training starts from."""
+    sae = build_sae(cfg, data)
+    if cfg.init_from is not None and not run.step:
+        initialize_from(sae, cfg.init_from)
     return sae
 
 

@@ -44,7 +44,7 @@ from sae_lab.sweeps.status import read_status
 from sae_lab.training.run import (
     build_data,
     build_member,
-    build_sae,
+    initial_sae,
     hydra_files,
     open_run,
     train_as_follower,
@@ -269,7 +269,7 @@ def run_part(folder: Path, fail_at: int | None) -> None:
             run, d = open_run(cfg), build_data(cfg)
             with run.begin(hydra_files(cfg)):
                 dist.barrier()
-                fit_run(build_member(cfg, run, build_sae(cfg, d), d, []))
+                fit_run(build_member(cfg, run, initial_sae(cfg, run, d), d, []))
         else:
             dist.barrier()
             train_as_follower(folder)

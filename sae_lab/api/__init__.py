@@ -1,0 +1,1 @@
+"""The Python door: functions for notebooks and scripts, which call what the commands call."""

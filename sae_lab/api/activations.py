@@ -1,0 +1,111 @@
+"""Activations for training and evaluation, wherever they come from."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from typing_extensions import Self
+
+from sae_lab.activations import from_text
+from sae_lab.activations.building import build_data
+from sae_lab.activations.stream import StreamData
+from sae_lab.api.composing import compose_config
+from sae_lab.cli.help import CONF
+from sae_lab.lm.base import LanguageModel
+from sae_lab.runtime.errors import UserError
+
+
+class Activations:
+    """Where the activations of an SAE come from. Nothing is read before they are used.
+
+        Activations.from_tensor(x)                          # (n, d), or (n, s, d) with axes="nsd"
+        Activations.from_lm(load_lm("gpt2"), documents)     # a list of strings, a file of conf/data, or paths
+        Activations.from_cache("outputs/cache", lm)         # what python -m sae_lab.harvest wrote
+
+    `for x in activations` gives shuffled batches (b, s, d) without end, the same each time: those that `train_sae`
+    trains on. A part is held out, for the evaluation after training.
+
+    Args:
+        data: the name of a file of conf/data.
+        settings: settings of that file, such as block_tokens, seq_len or exclude_bos.
+        lm: the language model; None: there is none.
+        objects: arguments of the data that are in memory.
+        target: what builds the data, if it is not that of the file.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        settings: Mapping[str, Any],
+        lm: LanguageModel | None = None,
+        objects: Mapping[str, Any] | None = None,
+        target: str | None = None,
+    ):
+        self.choice, self.settings, self.lm, self.objects, self.target = data, settings, lm, objects or {}, target
+
+    @classmethod
+    def from_tensor(cls, x: Float[Tensor, "*n d"], axes: str = "auto", **settings: Any) -> Self:
+        """Take the rows of a tensor in memory: (n, d), (n, s, d) with axes="nsd", (n, t, d) with axes="ntd"."""
+        return cls("tensor", {"path": None, "axes": axes, **settings}, objects={"tensor": x})
+
+    @classmethod
+    def from_files(cls, path: str | Path, **settings: Any) -> Self:
+        """Take the rows of .pt, .safetensors or .npy files, mapped into memory: `data=tensor` of the command."""
+        return cls("tensor", {"path": str(path), **settings})
+
+    @classmethod
+    def from_lm(cls, lm: LanguageModel, documents: Iterable[str] | str | Path = "stdlib", **settings: Any) -> Self:
+        """Take the activations of a language model on documents.
+
+        Args:
+            documents: strings; or a file of conf/data, such as "stdlib" or "openwebtext"; or the path of text files.
+        """
+        if isinstance(documents, str) and (CONF / "data" / f"{documents}.yaml").is_file():
+            return cls(documents, settings, lm)
+        if isinstance(documents, str | Path):
+            return cls("text_files", {"paths": [str(documents)], **settings}, lm)
+        target = f"{from_text.__name__}.{from_text.in_memory.__name__}"
+        return cls("stdlib", settings, lm, {"documents": list(documents)}, target)
+
+    @classmethod
+    def from_cache(cls, path: str | Path, lm: LanguageModel, **settings: Any) -> Self:
+        """Take activations that `python -m sae_lab.harvest` wrote, of this language model."""
+        return cls("cached", {"path": str(path), **settings}, lm)
+
+    def config(self, *overrides: str) -> DictConfig:
+        """Return the config of a run on these activations, with overrides as on the command line.
+
+        Raises:
+            UserError: a setting is none of the file of conf/data.
+        """
+        cfg = compose_config(f"data={self.choice}", *overrides)
+        if unknown := sorted(set(self.settings) - set(cfg.data)):
+            known = ", ".join(name for name in cfg.data if not str(name).startswith("_"))
+            raise UserError(f"{unknown[0]} is no setting of data={self.choice}, expected one of {known}.")
+        OmegaConf.set_struct(cfg, False)
+        cfg.data = {**OmegaConf.to_container(cfg.data, resolve=False), **self.settings}  # type: ignore[dict-item]
+        if self.target is not None:
+            cfg.data._target_ = self.target
+        if self.lm is not None:
+            cfg.lm = self.lm.description or {"_target_": type(self.lm).__name__, "name": self.lm.name}
+        OmegaConf.set_struct(cfg, True)
+        return cfg
+
+    def data(self, cfg: DictConfig | None = None) -> StreamData:
+        """Build the LightningDataModule that a run trains on; `cfg` is what `config` returned."""
+        return build_data(self.config() if cfg is None else cfg, self.lm, **self.objects)
+
+    def __iter__(self) -> Iterator[Float[Tensor, "b s d"]]:
+        stream = self.data().new_stream()
+        try:
+            yield from stream
+        finally:
+            stream.close()
+
+
+def as_activations(x: Activations | Tensor) -> Activations:
+    """Return activations; a tensor stands for its rows."""
+    return Activations.from_tensor(x) if isinstance(x, Tensor) else x
