@@ -16,6 +16,7 @@ from sae_lab.api.composing import compose_config
 from sae_lab.cli.help import CONF
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import UserError
+from sae_lab.saes.base import BaseSAE
 
 
 class Activations:
@@ -49,7 +50,8 @@ class Activations:
     @classmethod
     def from_tensor(cls, x: Float[Tensor, "*n d"], axes: str = "auto", **settings: Any) -> Self:
         """Take the rows of a tensor in memory: (n, d), (n, s, d) with axes="nsd", (n, t, d) with axes="ntd"."""
-        return cls("tensor", {"path": None, "axes": axes, **settings}, objects={"tensor": x})
+        known = settings if axes == "auto" else {"axes": axes, **settings}
+        return cls("tensor", {"path": None, **known}, objects={"tensor": x})
 
     @classmethod
     def from_files(cls, path: str | Path, **settings: Any) -> Self:
@@ -86,7 +88,9 @@ class Activations:
             known = ", ".join(name for name in cfg.data if not str(name).startswith("_"))
             raise UserError(f"{unknown[0]} is no setting of data={self.choice}, expected one of {known}.")
         OmegaConf.set_struct(cfg, False)
-        cfg.data = {**OmegaConf.to_container(cfg.data, resolve=False), **self.settings}  # type: ignore[dict-item]
+        typed = {override.partition("=")[0].removeprefix("data.") for override in overrides}
+        settings = {name: value for name, value in self.settings.items() if name not in typed}
+        cfg.data = {**OmegaConf.to_container(cfg.data, resolve=False), **settings}  # type: ignore[dict-item]
         if self.target is not None:
             cfg.data._target_ = self.target
         if self.lm is not None:
@@ -106,6 +110,13 @@ class Activations:
             stream.close()
 
 
-def as_activations(x: Activations | Tensor) -> Activations:
-    """Return activations; a tensor stands for its rows."""
-    return Activations.from_tensor(x) if isinstance(x, Tensor) else x
+def as_activations(x: Activations | Tensor, sae: BaseSAE) -> Activations:
+    """Return activations; a tensor stands for its rows, whose axes are those that the SAE takes.
+
+    Raises:
+        UserError: a tensor has another shape.
+    """
+    if not isinstance(x, Tensor):
+        return x
+    n, width = sae.leading(x).numel(), (sae.n_sources, sae.d_in)
+    return Activations.from_tensor(x) if x.ndim == 2 else Activations.from_tensor(x.reshape(n, *width), "nsd")

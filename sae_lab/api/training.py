@@ -85,15 +85,15 @@ def train_sae(
         SafeStop: a signal such as Ctrl-C arrived; a checkpoint is saved.
     """
     options = Options(n_tokens, lr, batch_size, resume, tuple(overrides))
-    source = as_activations(activations)
+    source = as_activations(activations, sae)
     cfg = config_of_run(sae, source, options, run_dir)
     run = open_run(cfg)
     if run.complete:
         return complete_run(sae, run.folder)
     data = build_training_data(source, cfg)
     member = member_of(sae, cfg, data, [TrainingProgress()] if progress else [Throughput()])
-    metrics = train_member(member, data)
-    return TrainedRun(sae.eval(), metrics, run.folder)
+    train_member(member, data)
+    return TrainedRun(sae.eval(), read_metrics(run.folder), run.folder)
 
 
 def train_sae_group(
@@ -119,13 +119,15 @@ def train_sae_group(
     named = saes if isinstance(saes, Mapping) else {str(i): sae for i, sae in enumerate(saes)}
     if len(set(map(id, named.values()))) < len(named):
         raise UserError("an SAE is twice in the group: give each member an SAE of its own.")
-    options, source = Options(n_tokens, lr, batch_size, resume, tuple(overrides)), as_activations(activations)
+    options = Options(n_tokens, lr, batch_size, resume, tuple(overrides))
+    source = as_activations(activations, next(iter(named.values())))
     whole = source.config() if run_dir is None else None
     if whole is not None:
         name_folder(whole)
     parent = Path(run_dir or whole.run_dir)  # type: ignore[union-attr]
     configs = {name: config_of_run(sae, source, options, parent / name) for name, sae in named.items()}
-    trained = {name: complete_run(named[name], run.folder) for name, cfg in configs.items() if (run := open_run(cfg)).complete}
+    runs = {name: open_run(cfg) for name, cfg in configs.items()}
+    trained = {name: complete_run(named[name], run.folder) for name, run in runs.items() if run.complete}
     if waiting := {name: sae for name, sae in named.items() if name not in trained}:
         trained |= train_members(waiting, configs, source, progress)
     return [trained[name] for name in named]
@@ -149,9 +151,9 @@ def train_members(
         train_in_lockstep(by_step, data)
         if failed := [member.run.folder / FAILED for member in by_step if (member.run.folder / FAILED).exists()]:
             raise UserError(f"{len(failed)} of {len(members)} SAEs failed: see {', '.join(map(str, failed))}.")
-        metrics = finish(list(members.values()), data)
-    found = zip(members.items(), metrics, strict=True)
-    return {name: TrainedRun(saes[name].eval(), values, member.run.folder) for (name, member), values in found}
+        finish(list(members.values()), data)
+    folders_of = {name: member.run.folder for name, member in members.items()}
+    return {name: TrainedRun(saes[name].eval(), read_metrics(folder), folder) for name, folder in folders_of.items()}
 
 
 @dataclass(frozen=True)
