@@ -4,7 +4,9 @@ The second model is the bundled one with changed weights; give two names of the 
 """
 
 # %% Two models on the same tokens. Sources are the sites of the first, then those of the second.
+import os
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 
@@ -19,9 +21,11 @@ pair = pair_lms(base, tuned)
 print(pair.sites)
 
 # %% A crosscoder is any SAE of several sources: each latent reads and writes both models.
-activations = Activations.from_lm(pair, "stdlib", n_eval_tokens=2048, n_val_tokens=1024, block_tokens=16_384)
+N_TOKENS = 10_000  # small, so that it takes seconds
+documents = [file.read_text() for file in sorted(Path(os.__file__).parent.glob("*.py"))[:20]]
+activations = Activations.from_lm(pair, documents, n_eval_tokens=1024, n_val_tokens=1024, block_tokens=8192)
 crosscoder = BatchTopKSAE(k=16, d_in=pair.d, n_latents=512, n_sources=2, decoder_norm="sum")
-run = train_sae(crosscoder, activations, n_tokens=60_000)
+run = train_sae(crosscoder, activations, n_tokens=N_TOKENS)
 print({name: value for name, value in run.metrics.items() if name.startswith(("fvu", "latents_"))})
 
 # %% Whose is a latent? 0: the first model's, 1: the second's, 1/2: shared.

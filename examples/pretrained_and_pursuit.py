@@ -5,17 +5,18 @@ reads published ones: docs/interop.md.
 """
 
 # %% A pretrained SAE, and activations of its site.
-from itertools import islice
-
-import torch
+import os
+from pathlib import Path
 
 from sae_lab import Activations, TopKSAE, load_lm, load_sae, train_sae
 
+N_TOKENS = 10_000  # small, so that it takes seconds
+documents = [file.read_text() for file in sorted(Path(os.__file__).parent.glob("*.py"))[:20]]
 lm = load_lm("tiny", "transformer.h.2")
-activations = Activations.from_lm(lm, "stdlib", n_eval_tokens=2048, n_val_tokens=1024, block_tokens=16_384)
-trained = train_sae(TopKSAE(k=16, d_in=lm.d, n_latents=512), activations, n_tokens=60_000)
+activations = Activations.from_lm(lm, documents, n_eval_tokens=1024, n_val_tokens=1024, block_tokens=8192)
+trained = train_sae(TopKSAE(k=16, d_in=lm.d, n_latents=512), activations, n_tokens=N_TOKENS)
 sae = load_sae(trained.folder)
-x = torch.cat(list(islice(activations, 2)))[:, 0]  # (b, d)
+x = next(iter(activations))[:512, 0]  # (b, d)
 
 # %% Its own encoder against searches of as many latents. Lower fvu is better.
 from sae_lab import compute_metrics, gradient_pursuit, matching_pursuit, orthogonal_matching_pursuit
@@ -33,6 +34,5 @@ from sae_lab import with_encoder
 
 mlp = with_encoder(sae, hidden=[256])
 new = with_encoder(sae, hidden=[256, 256], from_scratch=True)
-for encoder in (mlp, new):
-    run = train_sae(encoder, activations, n_tokens=60_000)
-    print(run)
+run = train_sae(new, activations, n_tokens=N_TOKENS)
+print(run)

@@ -1,6 +1,6 @@
 """Train an SAE on activations, look at its latents, and evaluate it: `python examples/train_and_look.py`, or cell by cell.
 
-Everything runs on the bundled model and Python's standard library: no network, no GPU, half a minute.
+Everything runs on the bundled model and Python's standard library: no network and no GPU. N_TOKENS is small, so that it takes seconds.
 """
 
 # %% A tensor of activations is enough. Six lines, with a run folder that every command reads.
@@ -8,18 +8,23 @@ import torch
 
 from sae_lab import BatchTopKSAE, train_sae
 
-x = torch.randn(20_000, 64)
+x = torch.randn(10_000, 64)
 sae = BatchTopKSAE(k=8, d_in=64, n_latents=256)
-run = train_sae(sae, x, n_tokens=40_000)
+run = train_sae(sae, x, n_tokens=10_000)
 print(run.metrics["fvu"], run.sae)
 
 # %% Activations of a language model, on documents of your own or by name.
+import os
+from pathlib import Path
+
 from sae_lab import Activations, load_lm
 
+N_TOKENS = 10_000
+documents = [file.read_text() for file in sorted(Path(os.__file__).parent.glob("*.py"))[:20]]  # or "openwebtext"
 lm = load_lm("tiny", "transformer.h.2")
-activations = Activations.from_lm(lm, "stdlib", n_eval_tokens=4096, n_val_tokens=1024, block_tokens=32_768)
+activations = Activations.from_lm(lm, documents, n_eval_tokens=1024, n_val_tokens=1024)
 sae = BatchTopKSAE(k=16, d_in=lm.d, n_latents=512)
-run = train_sae(sae, activations, n_tokens=100_000)
+run = train_sae(sae, activations, n_tokens=N_TOKENS)
 print({name: run.metrics[name] for name in ("fvu", "l0", "loss_recovered")})
 
 # %% Which latents fire on a text? Any axes before the width are kept.
@@ -41,9 +46,9 @@ from sae_lab import calibrate, evaluate_sae, training_step
 
 mine = BatchTopKSAE(k=8, d_in=64, n_latents=256)
 optimizer = torch.optim.Adam(mine.parameters(), lr=1e-3)
-batches = iter(Activations.from_tensor(x))
-for batch in islice(batches, 20):
+batches = iter(Activations.from_tensor(x, block_tokens=8192))
+for batch in islice(batches, 10):
     step = training_step(mine, optimizer, batch)
     print(f"loss {step.loss:.3f}", end=" ")
-calibrate(mine, batches, n=5)
+calibrate(mine, batches, n=3)
 print(evaluate_sae(mine, x)["fvu"])

@@ -50,7 +50,9 @@ def search(method: Method, x: Rows, dictionary: AnyDictionary, k: int, signed: b
     if isinstance(dictionary, Tensor):
         rows, axes = dictionary.flatten(1), x.shape[:-1] if dictionary.ndim == 2 else x.shape[: 1 - dictionary.ndim]
         if x.shape[len(axes) :].numel() != rows.shape[1]:
-            raise UserError(f"x has shape {tuple(x.shape)} and the dictionary {tuple(dictionary.shape)}: x must end in its width.")
+            raise UserError(
+                f"x has shape {tuple(x.shape)} and the dictionary {tuple(dictionary.shape)}: x must end in its width."
+            )
         y = x.reshape(axes.numel(), -1)
     else:
         sae = require_dictionary(dictionary)

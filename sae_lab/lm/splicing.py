@@ -37,7 +37,9 @@ def splicing_hooks(lm: LM, sae: Any, edit: Any, keep_error: bool) -> dict[str, C
 
 
 @torch.no_grad()
-def replaced(sae: Any, read: tuple[str, ...], seen: dict[str, Tensor], edit: Any, keep_error: bool, x: Tensor) -> Tensor:
+def replaced(
+    sae: Any, read: tuple[str, ...], seen: dict[str, Tensor], edit: Any, keep_error: bool, x: Tensor
+) -> Tensor:
     """Return what takes the place of the activation x of the last site.
 
     Raises:

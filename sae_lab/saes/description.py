@@ -19,7 +19,9 @@ def describe(sae: Any) -> str:
     shown = {name: config[name] for name in FIRST if name in always or differs(name, config, usual)}
     shown |= {name: show_threshold(tensor) for name, tensor in thresholds(sae).items()}
     shown |= {name: config[name] for name in config if name not in FIRST and differs(name, config, usual)}
-    settings = ", ".join(f"{name}={value if name in thresholds(sae) else repr(getattr(sae, name))}" for name, value in shown.items())
+    settings = ", ".join(
+        f"{name}={value if name in thresholds(sae) else repr(getattr(sae, name))}" for name, value in shown.items()
+    )
     device = next(sae.parameters()).device
     return f"{type(sae).__name__}({settings}; {'train' if sae.training else 'eval'}, {device})"
 

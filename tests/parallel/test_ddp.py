@@ -44,8 +44,8 @@ from sae_lab.sweeps.status import read_status
 from sae_lab.training.run import (
     build_data,
     build_member,
-    initial_sae,
     hydra_files,
+    initial_sae,
     open_run,
     train_as_follower,
     train_run,

@@ -1,0 +1,151 @@
+"""The rest of the Python door: models, text, search, encoders, composed configs."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import build, planted
+from torch import nn
+
+from sae_lab import (
+    Activations,
+    TopKSAE,
+    compose,
+    compute_metrics,
+    evaluate_sae,
+    gradient_pursuit,
+    load_lm,
+    matching_pursuit,
+    orthogonal_matching_pursuit,
+    with_encoder,
+)
+from sae_lab.evaluation.metrics import ReconstructionMetrics
+from sae_lab.runtime.errors import UserError
+from sae_lab.saes.pursuit_sae import PursuitSAE
+from sae_lab.training import progress
+
+SITE = "transformer.h.2"
+DOCUMENTS = [f"def f{i}(x):\n    return x + {i}\n" * 6 for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return load_lm("tiny", SITE, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tokens(lm):
+    return torch.tensor([[lm.bos_id, *lm.tokenizer("def main():")["input_ids"]]])
+
+
+@pytest.mark.parametrize("pursuit", [matching_pursuit, gradient_pursuit, orthogonal_matching_pursuit])
+def test_a_search_is_that_of_the_pursuit_sae(pursuit):
+    x, sae = planted(40)[0], build("topk").eval()
+    code = pursuit(x, sae, k=4)
+    torch.testing.assert_close(code, PursuitSAE.of(sae, pursuit.__name__, 4).encode(x))
+    fvu = compute_metrics(x, code, sae.decode(code, x))["fvu"]
+    assert fvu < compute_metrics(x, sae.encode(x), sae.reconstruct(x))["fvu"]
+
+
+def test_a_search_in_plain_rows_keeps_their_units_and_the_axes_of_x():
+    x, directions = planted(40)
+    rows = 3 * directions[:, 0]
+    code = orthogonal_matching_pursuit(x.view(4, 10, 16), rows, k=3)
+    assert code.shape == (4, 10, 24)
+    assert compute_metrics(x[:, 0], code, code @ rows)["fvu"] < 0.02
+    with pytest.raises(UserError, match="k=25 must be a whole number from 1 to the dictionary's 24 rows"):
+        gradient_pursuit(x, rows, k=25)
+
+
+def test_metrics_of_a_tensor_are_those_of_all_its_rows():
+    x, sae = planted(100)[0], build("topk").eval()
+    totals = ReconstructionMetrics(sae.n_latents)
+    totals.update(x, *sae.autoencode(x))
+    assert evaluate_sae(sae, x, batch_size=30) == pytest.approx(totals.compute())
+    assert evaluate_sae(sae, x.view(10, 10, 16)) == pytest.approx(totals.compute())
+    assert not sae.training
+
+
+def test_an_encoder_from_scratch_leaves_the_dictionary(monkeypatch):
+    sae = build("topk")
+    mlp, new = with_encoder(sae, hidden=[8]), with_encoder(sae, hidden=[8, 8], from_scratch=True, seed=5)
+    assert torch.equal(mlp.encode(planted(9)[0]), sae.encode(planted(9)[0]))  # the MLP starts at zero
+    assert torch.equal(new.W_dec, sae.W_dec)
+    assert not torch.equal(new.W_enc, sae.W_enc)
+    assert not new.W_dec.requires_grad
+    with pytest.raises(UserError, match="has no encoder"):
+        with_encoder(build("pursuit"))
+
+
+def test_text_is_evaluated_whole(lm):
+    sae = TopKSAE(k=4, d_in=lm.d, n_latents=64).eval()
+    found = evaluate_sae(sae, lm, DOCUMENTS, seq_len=32)
+    n = sum(len(lm.tokenizer(text)["input_ids"]) + 1 for text in DOCUMENTS)
+    assert n - 32 <= found["n_eval_tokens"] <= n * 33 / 32
+    assert found["l0"] == 4
+    assert "loss_recovered" in found
+    with pytest.raises(UserError, match="needs text"):
+        evaluate_sae(sae, lm)
+
+
+def test_a_module_is_a_language_model_too(lm, tokens):
+    same = load_lm(lm.model, SITE, tokenizer=lm.tokenizer, name="mine")
+    assert torch.equal(same.activations(tokens), lm.activations(tokens))
+    assert (same.name, same.description["name"], same.sites) == ("mine", "mine", (SITE,))
+    with pytest.raises(UserError, match="give tokenizer="):
+        load_lm(nn.Linear(2, 2))
+    cfg = Activations.from_lm(same, DOCUMENTS).config()
+    assert (cfg.lm.name, cfg.lm.sites) == ("mine", [SITE])
+
+
+def test_inside_spliced_every_pass_has_x_hat(lm, tokens):
+    sae = TopKSAE(k=4, d_in=lm.d, n_latents=64).eval()
+    x = lm.activations(tokens)
+    clean, expected = lm.logits(tokens), lm.logits(tokens, sae.reconstruct(x))
+    with lm.spliced(sae):
+        assert torch.equal(lm.logits(tokens), expected)
+        assert lm.generate("def main(", max_new_tokens=2) is not None
+    with lm.spliced(sae, lambda z: z, keep_error=True):
+        torch.testing.assert_close(lm.logits(tokens), clean, atol=1e-4, rtol=1e-4)
+    assert torch.equal(lm.logits(tokens), clean)
+    with pytest.raises(UserError, match="takes 1 sites of width 16"), lm.spliced(build("topk")):
+        pass
+
+
+def test_a_transcoder_is_spliced_from_what_it_reads(tokens):
+    lm = load_lm("tiny", ["transformer.h.2.mlp.input", "transformer.h.2.mlp"], device="cpu")
+    sae = TopKSAE(k=4, d_in=lm.d, n_latents=64, n_sources=2, n_inputs=1, normalize="none").eval()
+    x = lm.activations(tokens)
+    replace = torch.cat([x[:, :, :1], sae.predict(x[:, :, :1])], dim=2)
+    with lm.spliced(sae):
+        torch.testing.assert_close(lm.logits(tokens), lm.logits(tokens, replace))
+    with pytest.raises(UserError, match="predicts 2 sites at once"):
+        lm.spliced(TopKSAE(k=4, d_in=lm.d, n_latents=64, n_sources=2))
+
+
+def test_compose_gives_the_objects_of_a_command_line():
+    run = compose("sae=topk", "k=3", "n_latents=64", "lm.sites=[transformer.h.1]", "data.block_tokens=1024")
+    assert (run.sae.k, run.sae.n_latents, run.data.lm.sites) == (3, 64, ("transformer.h.1",))
+    with pytest.raises(UserError, match="saes=topk cannot be composed"):
+        compose("saes=topk")
+
+
+def test_a_notebook_shows_one_line_that_changes(monkeypatch):
+    shown = []
+    cell = SimpleNamespace(update=lambda line, raw: shown.append(line["text/plain"]))
+    fake = SimpleNamespace(display=lambda line, raw, display_id: cell)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=fake))
+    monkeypatch.setitem(sys.modules, "IPython.display", fake)
+    monkeypatch.setattr(progress, "BAR_SECONDS", -1)
+    monkeypatch.setattr(progress, "console", SimpleNamespace(is_jupyter=True, is_terminal=False))
+    callback = progress.TrainingProgress()
+    stream = SimpleNamespace(filling=SimpleNamespace(watch=None, seconds=0.0, seconds_per_row=0.0), n_rows_left=9)
+    trainer = SimpleNamespace(
+        global_step=0, max_steps=2, datamodule=SimpleNamespace(stream=stream), logged_metrics={}, log_every_n_steps=9
+    )
+    callback.on_train_start(trainer, None)
+    for trainer.global_step in (1, 2):
+        callback.on_train_batch_end(trainer, None, None, torch.zeros(3, 1, 1), trainer.global_step - 1)
+    callback.on_train_end(trainer, None)
+    assert [line.split("  ")[0] for line in shown] == ["step 1/2", "step 2/2", "step 2/2"]
