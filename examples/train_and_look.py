@@ -1,6 +1,7 @@
-"""Train an SAE on activations, look at its latents, and evaluate it: `python examples/train_and_look.py`, or cell by cell.
+"""Train an SAE on activations, look at its latents, steer, and write a loop of your own.
 
-Everything runs on the bundled model and Python's standard library: no network and no GPU. N_TOKENS is small, so that it takes seconds.
+Everything runs on the bundled model and Python's standard library, without network and GPU. N_TOKENS is small, so that
+it takes seconds.
 """
 
 # %% A tensor of activations is enough. Six lines, with a run folder that every command reads.

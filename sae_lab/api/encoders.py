@@ -38,7 +38,7 @@ def with_encoder(
         new = sae.convert_to(type(sae), **settings)
         new.restart()
         return new.train()
-    new = type(sae).from_config(sae.config | settings).to(source.W_dec.device)
+    new = require_dictionary(type(sae).from_config(sae.config | settings).to(source.W_dec.device))
     with torch.no_grad():
         new.W_dec.copy_(source.W_dec)
         new.b_dec.copy_(source.b_dec)

@@ -88,7 +88,7 @@ def test_a_complete_run_is_read_into_a_new_sae(trained):
     again = train(sae, trained.folder)
     assert again.metrics == trained.metrics
     assert torch.equal(sae.W_dec, trained.sae.W_dec)
-    with pytest.raises(UserError, match="another config .k is 3"):
+    with pytest.raises(UserError, match=r"another config \(k is 3"):
         train(batch_topk(k=2), trained.folder)
 
 
