@@ -96,7 +96,7 @@ class TensorRows:
         for part in self.parts:
             rows = part.rows.contiguous()
             digest.update(f"{tuple(rows.shape)} {rows.dtype}".encode())
-            digest.update(memoryview(rows.flatten().view(torch.uint8).numpy()))
+            digest.update(rows.flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

@@ -39,7 +39,7 @@ def load_lm(
     cfg = compose_config(f"lm={backend or (model if named else 'transformers')}")
     OmegaConf.set_struct(cfg, False)
     if named and backend:
-        cfg.lm = compose_config(f"lm={model}").lm | {"_target_": cfg.lm._target_}
+        cfg.lm = OmegaConf.merge(compose_config(f"lm={model}").lm, {"_target_": cfg.lm._target_})
     given = {"sites": sites} | ({} if isinstance(model, nn.Module) else {"tokenizer": tokenizer, **options})
     for name, value in given.items():
         if value is not None:
@@ -47,7 +47,8 @@ def load_lm(
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise UserError("a module has no tokenizer of its own: give tokenizer=...")
-        lm = get_class(cfg.lm._target_).from_modules(model, tokenizer, sites, **options)
+        back_end: Any = get_class(cfg.lm._target_)
+        lm = back_end.from_modules(model, tokenizer, sites, **options)
         cfg.lm.name, cfg.lm.sites = lm.name, list(lm.sites)
     else:
         cfg.lm.name = cfg.lm.name if named else model

@@ -139,7 +139,7 @@ def train_members(
     """Train the SAEs of a group on one stream."""
     names = list(saes)
     data = build_training_data(source, configs[names[0]])
-    members = {}
+    members: dict[str, Member] = {}
     for name in names:
         callback = TrainingProgress() if progress and not members else Throughput()
         members[name] = member_of(saes[name], configs[name], data.with_sites(data.sites), [callback])

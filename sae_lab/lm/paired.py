@@ -40,7 +40,7 @@ class PairedLM(LanguageModel):
     ):
         self.pair = {"base": base, "tuned": tuned}
         check_alike(base, tuned)
-        self.spliced = spliced
+        self.of_logits = spliced
         shared = with_smaller_vocabulary(base, tuned)
         super().__init__(
             name=f"{base.name} and {tuned.name}",
@@ -60,8 +60,8 @@ class PairedLM(LanguageModel):
         return f"for each of {' and '.join(self.pair)}, {self.pair['base'].describe_choices()}"
 
     def forward(self, tokens: Int[Tensor, "n t"], hooks: Hooks) -> Float[Tensor, "n t v"]:
-        lm = self.pair[self.spliced]
-        names = {site: f"{self.spliced}.{site}" for site in lm.sites}
+        lm = self.pair[self.of_logits]
+        names = {site: f"{self.of_logits}.{site}" for site in lm.sites}
         return lm.forward(tokens, {site: hooks[name] for site, name in names.items() if name in hooks})
 
     def capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t ..."]]:
@@ -69,7 +69,7 @@ class PairedLM(LanguageModel):
 
     @property
     def body(self) -> nn.Module | None:
-        return self.pair[self.spliced].body
+        return self.pair[self.of_logits].body
 
     def unembedding(self) -> None:
         """Return None, because a latent of a crosscoder writes to two models."""

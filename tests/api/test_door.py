@@ -93,6 +93,7 @@ def test_a_module_is_a_language_model_too(lm, tokens):
     same = load_lm(lm.model, SITE, tokenizer=lm.tokenizer, name="mine")
     assert torch.equal(same.activations(tokens), lm.activations(tokens))
     assert (same.name, same.description["name"], same.sites) == ("mine", "mine", (SITE,))
+    assert load_lm("tiny", backend="transformers").sites == (SITE,)  # that of conf/lm/tiny.yaml
     with pytest.raises(UserError, match="give tokenizer="):
         load_lm(nn.Linear(2, 2))
     cfg = Activations.from_lm(same, DOCUMENTS).config()
