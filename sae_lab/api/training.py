@@ -119,6 +119,8 @@ def train_sae_group(
     named = saes if isinstance(saes, Mapping) else {str(i): sae for i, sae in enumerate(saes)}
     if len(set(map(id, named.values()))) < len(named):
         raise UserError("an SAE is twice in the group: give each member an SAE of its own.")
+    if of_pairs := [name for name, sae in named.items() if sae.reads_previous]:
+        raise UserError(f"{of_pairs[0]} trains on pairs of rows, which a group does not have: use train_sae for it.")
     options = Options(n_tokens, lr, batch_size, resume, tuple(overrides))
     source = as_activations(activations, next(iter(named.values())))
     whole = source.config() if run_dir is None else None
@@ -149,9 +151,11 @@ def train_members(
             leader = None if member is by_step[0] else by_step[0].run.folder
             folders.enter_context(member.run.begin(hydra_files(member.cfg), leader))
         train_in_lockstep(by_step, data)
-        if failed := [member.run.folder / FAILED for member in by_step if (member.run.folder / FAILED).exists()]:
-            raise UserError(f"{len(failed)} of {len(members)} SAEs failed: see {', '.join(map(str, failed))}.")
-        finish(list(members.values()), data)
+        failed = [member.run.folder / FAILED for member in by_step if (member.run.folder / FAILED).exists()]
+        if alive := [member for member in members.values() if member.run.folder / FAILED not in failed]:
+            finish(alive, data)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(members)} SAEs failed: see {', '.join(map(str, failed))}.")
     folders_of = {name: member.run.folder for name, member in members.items()}
     return {name: TrainedRun(saes[name].eval(), read_metrics(folder), folder) for name, folder in folders_of.items()}
 

@@ -14,6 +14,7 @@ from sae_lab import (
     Activations,
     BatchTopKSAE,
     JumpReLUSAE,
+    TemporalSAE,
     TopKSAE,
     calibrate,
     load_run,
@@ -99,6 +100,8 @@ def test_a_group_gets_the_bits_of_each_alone(trained, tmp_path):
     assert [run.folder.name for run in runs] == ["batch", "topk"]
     assert_same_run(trained.folder, runs[0].folder)
     assert runs[1].metrics["l0"] == pytest.approx(3, abs=0.1)
+    with pytest.raises(UserError, match="pairs of rows"):
+        train_sae_group([TemporalSAE(k=3, d_in=16, n_latents=32)], X)
     again = train_sae_group(members, X, STEPS * BATCH, run_dir=tmp_path, **options)
     assert [run.metrics for run in again] == [run.metrics for run in runs]
 
@@ -115,6 +118,17 @@ def test_commands_open_a_run_of_a_tensor_once_it_is_a_file(trained, by_command):
         load_run(trained.folder)
     sae, data, _ = load_run(trained.folder, replace={"data.path": str(by_command.parent / "acts.pt")})
     assert data.n_sources == sae.n_sources == 1
+
+
+def test_a_member_that_fails_leaves_the_others_their_results(tmp_path):
+    bad = batch_topk()
+    with torch.no_grad():
+        bad.W_enc.mul_(1e30)
+    options = {"batch_size": BATCH, "overrides": SMALL, "run_dir": tmp_path}
+    with pytest.raises(UserError, match=r"1 of 2 SAEs failed: see .*bad/failed\.txt"):
+        train_sae_group({"bad": bad, "good": batch_topk()}, X, STEPS * BATCH, **options)
+    assert (tmp_path / "good" / "metrics.json").is_file()
+    assert not (tmp_path / "bad" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("make", [batch_topk, lambda: JumpReLUSAE(k=3, d_in=16, n_latents=32)])
