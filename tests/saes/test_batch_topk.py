@@ -15,7 +15,7 @@ def running(**settings) -> BatchTopKSAE:
     return BatchTopKSAE(k=4, d_in=16, n_latents=64, quantile="running", **settings)
 
 
-@pytest.mark.parametrize("shape", [(11, 16), (11, 1, 16), (11, 3, 16)])
+@pytest.mark.parametrize("shape", [(11, 16), (11, 1, 16), (11, 3, 16), (1, 11, 1, 16)])
 def test_training_keeps_exactly_floor_k_b_entries_whatever_the_axes(shape):
     """P-07, P-08: b counts rows, and a k that is not whole is rounded down after it was multiplied."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
