@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sae_lab.lm.generation import generate
 from sae_lab.lm.predictions import Predictions, PredictionsOfHidden, PredictionsOfRows, is_split
 from sae_lab.lm.sites import check_sites, join_heads, site_names
 from sae_lab.lm.splicing import splicing_hooks
@@ -183,13 +184,14 @@ class LanguageModel(ABC):
         """
         return self.hooked(splicing_hooks(self, sae, edit, keep_error))
 
-    def generate(self, prompt: str, max_new_tokens: int = 32, **options: Any) -> str:
-        """Return the text with which the model continues a prompt.
-
-        Raises:
-            UserError: this back end generates no text.
-        """
-        raise UserError(f"{type(self).__name__} generates no text: load {self.name} with backend='transformers'.")
+    def generate(self, prompt: str, max_new_tokens: int = 32, temperature: float = 0.0, seed: int = 0) -> str:
+        """Return the text with which the model continues a prompt; see `generate` in lm/generation.py."""
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        tokens = torch.tensor([[self.bos_id, *ids]])
+        longer = generate(
+            self.predictions, tokens, max_new_tokens, temperature=temperature, seed=seed, context=self.context
+        )
+        return self.tokenizer.decode(longer[0, tokens.shape[1] :])
 
     def predictions(
         self,

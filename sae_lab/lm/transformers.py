@@ -49,24 +49,6 @@ class TransformersLM(LoadedLM):
             out = self.model(tokens, **self.call_options)
         return getattr(out, "logits", out)
 
-    def generate(self, prompt: str, max_new_tokens: int = 32, **options: Any) -> str:
-        """Return the text with which the model continues a prompt; greedily, unless `do_sample=True`.
-
-        Args:
-            options: other arguments of `generate` of `transformers`.
-
-        Raises:
-            UserError: the model has no `generate`.
-        """
-        if not hasattr(self.model, "generate"):
-            return super().generate(prompt)
-        tokens = torch.tensor([[self.bos_id, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
-        tokens = tokens.to(self.device)
-        options = {"do_sample": False, "pad_token_id": self.tokenizer.eos_token_id} | options
-        mask = torch.ones_like(tokens)
-        out = self.model.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
-        return self.tokenizer.decode(out[0, tokens.shape[1] :])
-
     @cached_property
     def call_options(self) -> dict[str, bool]:
         """Keyword arguments of a forward pass: none for a module that is not of `transformers`."""
