@@ -206,5 +206,5 @@ def test_an_sae_does_not_start_from_a_transcoder():
 
 
 def test_a_wrong_shape_is_told():
-    with pytest.raises(UserError, match=r"\(b, 3, 16\)"):
+    with pytest.raises(UserError, match=r"\(..., 3, 16\)"):
         transcoder("topk").encode(torch.zeros(4, 2, 16))

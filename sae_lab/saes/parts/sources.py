@@ -50,9 +50,8 @@ class Sources(nn.Module):
 
     def n_sources_given(self, x: Tensor) -> int:
         """Return how many sources x should have: all s, or r if x holds a transcoder's inputs alone."""
-        whole = x.ndim > 2 and x.shape[-2] == self.n_sources
-        alone = x.ndim < 3 or x.shape[-2] == self.n_inputs or (self.n_inputs == 1 and not whole)
-        return self.n_inputs if self.n_inputs and alone else self.n_sources
+        alone = self.n_inputs > 0 and (x.ndim < 3 or x.shape[-2] == self.n_inputs)
+        return self.n_inputs if alone else self.n_sources
 
     def read(self, rows: Float[Tensor, "b s_or_r d"]) -> tuple[Float[Tensor, "b r d"], Context]:
         """Return the normalized rows that are read, and the context that gives x_hat its raw units."""
