@@ -36,26 +36,55 @@ log = logging.getLogger(__name__)
 FILES = ("W_enc_0.safetensors",)
 CONFIG = "config.yaml"
 ENCODER, DECODER, LAYER = "W_enc_{}.safetensors", "W_dec_{}.safetensors", "layer_{}.safetensors"
+ONE_ENCODER = re.compile(r"W_enc_(\d+)\.safetensors")
 THRESHOLD = "activation_function.threshold"
 SITE = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
-def read(path: Path) -> BaseSAE:
+def read(path: Path, tensors: dict[str, Any] | None = None) -> BaseSAE:
     """Read a folder as a cross-layer transcoder, or the file of one layer as a transcoder.
+
+    Args:
+        path: the folder or file.
+        tensors: those of a single-layer transcoder's file.
 
     Raises:
         UserError: the errors of Tensors.
     """
-    return read_layer(path) if path.is_file() else read_cross_layer(path)
+    if match := ONE_ENCODER.fullmatch(path.name):
+        return read_summed(path.parent, int(match[1]))
+    return read_cross_layer(path) if tensors is None else read_layer(path, tensors)
 
 
-def read_layer(file: Path) -> BaseSAE:
+def decoder_of(path: str) -> list[str]:
+    """Return the decoder's file that an encoder of a cross-layer transcoder cannot be read without."""
+    match = ONE_ENCODER.fullmatch(path)
+    return [DECODER.format(match[1])] if match else []
+
+
+def read_summed(folder: Path, i: int) -> BaseSAE:
+    """Read the latents of layer i of a cross-layer transcoder as a transcoder that writes the sum over all layers.
+
+    Its codes are exact. Its x_hat is what the latents write in total, plus b_dec of layer i, as in SAELens.
+    """
+    log.warning(
+        "%s is layer %d of a cross-layer transcoder: its codes are exact, and x_hat is the sum of what its latents "
+        "write to all layers. Give the folder or repository alone to load all layers.", folder, i,
+    )  # fmt: skip
+    ours = read_encoder_and_decoder(folder, i, None)
+    ours |= {"W_dec": ours["W_dec"].sum(dim=1), "b_dec": ours["b_dec"][0]}
+    if "thresholds" not in ours:
+        return build("VanillaSAE", ours, normalize="none", **ONE_TO_ONE)
+    return build("JumpReLUSAE", ours, normalize="none", penalty="l0", **ONE_TO_ONE)
+
+
+def read_layer(file: Path, tensors: dict[str, Any]) -> BaseSAE:
     """Read a single-layer transcoder: JumpReLU if the file has thresholds, else ReLU.
 
     h = x W_encᵀ + b_enc
     y_hat = code W_dec + b_dec [+ x W_skipᵀ]
     """
-    with Tensors(file, read_safetensors(file)) as t:
+    with Tensors(file, tensors) as t:
         W_enc = t.take("W_enc", None, None)
         f, d = W_enc.shape
         ours = {"W_enc": W_enc, "b_enc": t.take("b_enc", f)}
@@ -79,8 +108,11 @@ def read_cross_layer(folder: Path) -> BaseSAE:
     return build("CrossLayerJumpReLUSAE", ours, normalize="none", penalty="l0", n_sources=2 * n)
 
 
-def read_encoder_and_decoder(folder: Path, i: int, n: int, *shape: int) -> dict[str, Tensor]:
-    """Read the f latents that read layer i of n and write to layers i, ..., n - 1; `shape` is the expected (f, d)."""
+def read_encoder_and_decoder(folder: Path, i: int, n: int | None, *shape: int) -> dict[str, Tensor]:
+    """Read the f latents that read layer i of n and write to layers i, ..., n - 1; `shape` is the expected (f, d).
+
+    If n is None, it is not known, and W_dec has only the layers from i on.
+    """
     file = folder / ENCODER.format(i)
     with Tensors(file, read_safetensors(file)) as t:
         W_enc = t.take(f"W_enc_{i}", *(shape or (None, None)))
@@ -90,8 +122,9 @@ def read_encoder_and_decoder(folder: Path, i: int, n: int, *shape: int) -> dict[
             ours["thresholds"] = t.take(f"threshold_{i}", f)
     file = folder / DECODER.format(i)
     with Tensors(file, read_safetensors(file)) as t:
-        written = t.take(f"W_dec_{i}", f, n - i, d)
-    return ours | {"W_dec": torch.cat([written.new_zeros(f, i, d), written], dim=1)}
+        written = t.take(f"W_dec_{i}", f, None if n is None else n - i, d)
+    before = written.new_zeros(f, 0 if n is None else i, d)
+    return ours | {"W_dec": torch.cat([before, written], dim=1)}
 
 
 def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> str | None:

@@ -1,15 +1,33 @@
-"""Load an SAE of ours or of another library from a file, a folder, a hub repository or a SAELens release."""
+"""Load an SAE of ours or of another library from a file, a folder, a hub repository or a release."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from sae_lab.interop import circuit_tracer, dictionary_learning, download, gemma_scope, openai, sae_lens, sparsify
+from sae_lab.interop import (
+    batch_topk,
+    circuit_tracer,
+    crosscoders,
+    dictionary_learning,
+    download,
+    gemma_scope,
+    gemma_scope_2,
+    linear_layers,
+    llama_scope,
+    llama_scope_r1,
+    matrices,
+    openai,
+    qwen_scope,
+    sae_lens,
+    sparsify,
+)
+from sae_lab.interop.layouts import TITLES, matching, most_like
 from sae_lab.interop.tensors import fold_decoder_norm as fold
-from sae_lab.interop.tensors import untie
+from sae_lab.interop.tensors import read_pickle, read_safetensors, untie
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder
@@ -20,9 +38,30 @@ FORMATS = {
     "sae_lens": sae_lens,
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
+    "batch_topk": batch_topk,
     "gemma_scope": gemma_scope,
+    "gemma_scope_2": gemma_scope_2,
+    "llama_scope": llama_scope,
+    "llama_scope_r1": llama_scope_r1,
     "circuit_tracer": circuit_tracer,
 }
+"""Formats that are folders, known by the names of their files."""
+
+FILE_FORMATS = {
+    "circuit_tracer": circuit_tracer,
+    "crosscoders": crosscoders,
+    "linear_layers": linear_layers,
+    "matrices": matrices,
+    "openai": openai,
+    "qwen_scope": qwen_scope,
+}
+"""Formats that are one file, known by the names and shapes of its tensors (layouts.py)."""
+
+UNREADABLE = {
+    "temporal": "an SAE with attention over a text, whose code of a token depends on the tokens before: every SAE here "
+    "encodes a token by itself"
+}
+"""Formats of releases that have no counterpart here, and why."""
 
 
 def load_sae(
@@ -35,10 +74,8 @@ def load_sae(
     """Load an SAE in eval mode. An SAE of another library computes the same codes as in that library.
 
     Args:
-        source: a run folder or SAE folder of ours; a folder of SAELens, sparsify, dictionary_learning, Gemma Scope or
-            circuit-tracer; a file of OpenAI's sparse_autoencoder or of one circuit-tracer layer; `user/repository` on
-            the hub; or a SAELens release. For releases, `pip install --no-deps sae-lens` (without dependencies, as
-            those conflict with this package's).
+        source: a run folder or SAE folder of ours; a folder or file of another library (docs/interop.md lists the
+            formats); `user/repository` on the hub; or a release, such as gemma-scope-2b-pt-res (see releases.yaml).
         device: device to move the SAE to.
         sae_id: the SAE's id in a release, or its folder or file inside a folder or repository.
         fold_decoder_norm: scale the rows of W_dec to unit norm, which training here assumes, and rescale the codes.
@@ -66,10 +103,9 @@ def read(source: str | Path, sae_id: str | None) -> BaseSAE:
         raise UserError(f"{source} is not a folder or file: give an SAE folder, such as <run folder>/sae.")
     entry = download.find_entry(str(source), sae_id)
     stay_inside(entry.path)
-    folder = download.download(entry)
-    if is_format(folder, sae_lens.FILES):
-        return read_format(sae_lens, folder, entry.overrides, entry.scale)
-    return read_path(folder)
+    if entry.format in UNREADABLE:
+        raise UserError(f"{source} is {UNREADABLE[entry.format]}, so it cannot be loaded.")
+    return read_path(download.download(entry), entry.format, entry.facts)
 
 
 def stay_inside(name: str) -> str:
@@ -79,25 +115,42 @@ def stay_inside(name: str) -> str:
     return name
 
 
-def read_path(path: Path) -> BaseSAE:
+def read_path(path: Path, expected: str | None = None, facts: dict[str, Any] | None = None) -> BaseSAE:
+    """Read a folder or file in the format that it has; `facts` are for the reader of the format `expected`."""
+    known = (lambda name: (facts or {}) if name == expected else {})
     if path.is_file():
-        return read_format(circuit_tracer if path.suffix == ".safetensors" else openai, path)
-    return read_folder(path)
+        return read_file(path, known)
+    for name, format in FORMATS.items():
+        if any(is_format(path, files) for files in (format.FILES, getattr(format, "FILES_BY_LAYER", format.FILES))):
+            return read_format(format, path, **known(name))
+    inside = path / "model.safetensors"
+    return read_file(inside, known) if inside.is_file() else load_sae_folder(path)
 
 
-def read_folder(folder: Path) -> BaseSAE:
-    for format in FORMATS.values():
-        if is_format(folder, format.FILES):
-            return read_format(format, folder)
-    return load_sae_folder(folder)
+def read_file(file: Path, known: Callable[[str], dict[str, Any]]) -> BaseSAE:
+    """Read an SAE that is one file."""
+    if circuit_tracer.ONE_ENCODER.fullmatch(file.name):
+        return read_format(circuit_tracer, file)
+    tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+    names = matching(tensors)
+    if not names:
+        raise UserError(
+            f"{file} has tensors that no reader of single files knows, {', '.join(tensors)}{most_like(tensors)}: "
+            "a folder may be needed instead; docs/interop.md lists the formats."
+        )
+    if len(names) > 1:
+        titles = " or ".join(TITLES[name] for name in names)
+        raise UserError(f"{file} may be of {titles}, as it has as many latents as dimensions: it cannot be told which.")
+    return read_format(FILE_FORMATS[names[0]], file, tensors, **known(names[0]))
 
 
-def read_format(format: ModuleType, folder: Path, *arguments: Any) -> BaseSAE:
-    log.warning("%s has no digests: damage to its numbers cannot be noticed.", folder)
+def read_format(format: ModuleType, path: Path, *tensors: Any, **facts: Any) -> BaseSAE:
+    log.warning("%s has no digests: damage to its numbers cannot be noticed.", path)
     try:
-        return format.read(folder, *arguments)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as e:  # e.g. a list for a name, scale=0
-        raise UserError(f"{folder} holds an invalid value ({first_line(e)}): download it again.") from e
+        return format.read(path, *tensors, **facts)
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as e:  # e.g. a list for a name
+        kind = format.__name__.rpartition(".")[2]
+        raise UserError(f"{path} looks like {kind}, but holds an invalid value ({first_line(e)}).") from e
 
 
 def is_format(folder: Path, files: tuple[str, ...]) -> bool:

@@ -1,15 +1,16 @@
 """Read SAEs of OpenAI's sparse_autoencoder: one file written by torch.save."""
 
 from pathlib import Path
+from typing import Any
 
-from sae_lab.interop.tensors import Tensors, build, read_pickle, require
+from sae_lab.interop.tensors import Tensors, build, require
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 
 STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 
 
-def read(file: Path) -> BaseSAE:
+def read(file: Path, tensors: dict[str, Any]) -> BaseSAE:
     """Read an OpenAI file as a VanillaSAE (ReLU) or a TopKSAE.
 
         h = (x - pre_bias) W_encᵀ + latent_bias
@@ -19,7 +20,7 @@ def read(file: Path) -> BaseSAE:
     Raises:
         UserError: the errors of Tensors; the activation is neither ReLU nor TopK of positive values.
     """
-    state = read_pickle(file)
+    state = dict(tensors)
     activation, arguments = state.pop("activation", "ReLU"), state.pop("activation_state_dict", {})
     config = {"normalize": "none"}
     if activation == "TopK":

@@ -176,7 +176,7 @@ def read_scale(folder: Path) -> float:
     if not file.is_file():
         raise UserError(
             f"{folder} has normalize_activations={SCALED}, but not the factor of its inputs: load the SAE by its "
-            "SAELens release (`pip install --no-deps sae-lens`), or write "
+            "release, or write "
             f'{{"scaling_factor": ...}} to {SCALER} in this folder.'
         )
     return float(require(read_json(file), "scaling_factor", file))

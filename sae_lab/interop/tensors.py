@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from sae_lab.interop.layouts import kind_of_file, most_like
 from sae_lab.runtime import files
 from sae_lab.runtime.archives import check_torch
 from sae_lab.runtime.errors import UserError, first_line
@@ -70,17 +71,18 @@ class Tensors:
         """Remove the tensor from the file's and return it in float32. A size of None matches any size."""
         if name not in self.left:
             raise UserError(
-                f"{self.source} has no tensor {name!r} (it has {', '.join(self.left)}): download the file again."
+                f"{self.source} has no tensor {name!r}: the tensors left in it are {', '.join(self.left) or 'none'}"
+                f"{most_like(self.left)}."
             )
         tensor = self.left.pop(name)
         if not isinstance(tensor, Tensor) or not tensor.isfinite().all():
-            raise UserError(f"{name!r} of {self.source} is not a tensor of finite numbers: download the file again.")
+            raise UserError(f"{name!r} of {self.source} is not a tensor of finite numbers: the file is damaged.")
         sizes = list(tensor.shape)
         if len(sizes) != len(shape) or any(want not in (None, size) for size, want in zip(sizes, shape, strict=True)):
             expected = tuple("any" if size is None else size for size in shape)
             raise UserError(
-                f"the tensor {name!r} of {self.source} has shape {tuple(sizes)}, expected {expected}: "
-                "download the file again."
+                f"the tensor {name!r} of {self.source} has shape {tuple(sizes)}, expected {expected}: it is of another "
+                f"size or format; the tensors left are {', '.join(self.left) or 'none'}."
             )
         return tensor.detach().float()
 
@@ -327,12 +329,12 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         return files.read_json(file)
     except (OSError, ValueError) as e:
-        raise UserError(f"{file} cannot be read as a JSON object ({first_line(e)}): download it again.") from e
+        raise UserError(f"{file} cannot be read as a JSON object ({first_line(e)}): it is {kind_of_file(file)}.") from e
 
 
 def require(config: Mapping[str, Any], key: str, file: Any) -> Any:
     if config.get(key) is None:
-        raise UserError(f"{file} has no value for {key!r}: it is incomplete, download it again.")
+        raise UserError(f"{file} has no value for {key!r}, which its format has: it has {', '.join(config)}.")
     return config[key]
 
 
@@ -341,7 +343,8 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         check_memory(file, file.stat().st_size)  # safetensors itself compares its header with the size of the file
         return load_file(file)
     except (OSError, SafetensorError) as e:
-        raise UserError(f"{file} cannot be read as safetensors ({' '.join(str(e).split())}): download it again.") from e
+        reason = " ".join(str(e).split())
+        raise UserError(f"{file} cannot be read as safetensors ({reason}): it is {kind_of_file(file)}.") from e
 
 
 def read_pickle(file: Path) -> dict[str, Any]:
@@ -354,8 +357,8 @@ def read_pickle(file: Path) -> dict[str, Any]:
         raise
     except Exception as e:  # the type depends on what is broken
         raise UserError(
-            f"{file} cannot be loaded ({type(e).__name__}): it is broken, or a pickle that would run code. Download it "
-            "again, or convert it to safetensors if you trust it."
+            f"{file} cannot be loaded ({type(e).__name__}), because it is damaged or a pickle that would run code: it is "
+            f"{kind_of_file(file)}. If you trust it, convert it to safetensors."
         ) from e
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, expected a dictionary of tensors.")
