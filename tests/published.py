@@ -126,8 +126,17 @@ def llama_scope_r1(path: Path) -> Formula:
     tensors |= {"decoder.weight": p["W_dec"].T, "decoder.bias": p["b_dec"]}
     tensors[f"dataset_average_activation_norm.{hook}"] = torch.tensor(3.5)
     store(path / "sae_weights.safetensors", tensors)
-    config = {"sae_type": "sae", "d_model": D, "expansion_factor": F // D, "act_fn": "jumprelu", "use_decoder_bias": True}
-    describe(path / "config.json", config | {"norm_activation": "dataset-wise", "hook_point_in": hook, "hook_point_out": hook})
+    config = {
+        "sae_type": "sae",
+        "d_model": D,
+        "expansion_factor": F // D,
+        "act_fn": "jumprelu",
+        "use_decoder_bias": True,
+    }
+    describe(
+        path / "config.json",
+        config | {"norm_activation": "dataset-wise", "hook_point_in": hook, "hook_point_out": hook},
+    )
     s = math.sqrt(D) / 3.5
     inner = linear(p, lambda h: jump(h, exact(p)["threshold"].exp()))
     return lambda x: (inner(s * x)[0], inner(s * x)[1] / s)
@@ -143,7 +152,9 @@ def top_k(k: int) -> Callable[[Tensor], Tensor]:
 
 def qwen_scope(path: Path, k: int) -> Formula:
     p = weights()
-    store(path, {"W_enc": p["W_enc"].T.clone(), "W_dec": p["W_dec"].T.clone(), "b_enc": p["b_enc"], "b_dec": p["b_dec"]})
+    store(
+        path, {"W_enc": p["W_enc"].T.clone(), "W_dec": p["W_dec"].T.clone(), "b_enc": p["b_enc"], "b_dec": p["b_dec"]}
+    )
     return linear(p, top_k(k))
 
 
@@ -180,8 +191,11 @@ def circuit_tracer_sum(path: Path) -> Formula:
 def sae_lens(path: Path, normalize: str = "none", scale: float = 1.0) -> Formula:
     p = weights()
     store(path / "sae_weights.safetensors", {name: p[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec")})
-    config = {"d_in": D, "d_sae": F, "hook_point": "blocks.8.hook_resid_pre", "model_name": "gpt2-small",
-              "dtype": "torch.float32", "normalize_activations": "expected_average_only_in" if scale != 1 else None}  # fmt: skip
+    config = {"d_in": D, "d_sae": F, "hook_point": "blocks.8.hook_resid_pre", "dtype": "torch.float32"}
+    config |= {
+        "model_name": "gpt2-small",
+        "normalize_activations": "none" if scale == 1 else "expected_average_only_in",
+    }
     describe(path / "cfg.json", config)
     inner = linear(p, torch.relu, centred=True)
 
@@ -244,7 +258,14 @@ def batch_topk(path: Path, kind: str) -> Formula:
     if kind == "jumprelu":
         tensors["jumprelu.log_threshold"] = p["threshold"]
     store(path / "sae.pt", tensors)
-    config = {"sae_type": kind, "act_size": D, "dict_size": F, "top_k": 4, "input_unit_norm": True, "dtype": "torch.float32"}
+    config = {
+        "sae_type": kind,
+        "act_size": D,
+        "dict_size": F,
+        "top_k": 4,
+        "input_unit_norm": True,
+        "dtype": "torch.float32",
+    }
     describe(path / "config.json", config)
     activate = {"vanilla": torch.relu, "topk": top_k(4), "jumprelu": lambda h: jump(h, exact(p)["threshold"].exp())}
     inner = linear(p, activate[kind], centred=True)

@@ -54,9 +54,17 @@ def normalization(file: Path, number: int | None) -> str:
 
 def thresholds(file: Path, threshold: Tensor, W_dec: Float[Tensor, "f s d"], kind: str) -> Float[Tensor, " f"]:
     """Return the threshold of each latent; a latent that writes nothing never exceeds its own."""
-    norms = {"CROSSCODER": W_dec.norm(dim=2).sum(1), "SAE": W_dec.flatten(1).norm(dim=1), "NONE": torch.ones(len(W_dec))}
+    norms = {
+        "CROSSCODER": W_dec.norm(dim=2).sum(1),
+        "SAE": W_dec.flatten(1).norm(dim=1),
+        "NONE": torch.ones(len(W_dec)),
+    }
     if kind not in norms:
-        raise UserError(f"{file} has code_normalization={kind}, which has no counterpart here: it must be {', '.join(norms)}.")
+        raise UserError(
+            f"{file} has code_normalization={kind}, which has no counterpart here: it must be {', '.join(norms)}."
+        )
     if threshold < 0:
-        raise UserError(f"{file} is a BatchTopKCrossCoder without a threshold (it is {float(threshold)}): train it further.")
+        raise UserError(
+            f"{file} is a BatchTopKCrossCoder without a threshold (it is {float(threshold)}): train it further."
+        )
     return (threshold / norms[kind]).clamp_max(torch.finfo(torch.float32).max)

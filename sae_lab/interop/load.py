@@ -26,6 +26,7 @@ from sae_lab.interop import (
     sparsify,
 )
 from sae_lab.interop.layouts import TITLES, matching, most_like
+from sae_lab.interop.releases import UNREADABLE
 from sae_lab.interop.tensors import fold_decoder_norm as fold
 from sae_lab.interop.tensors import read_pickle, read_safetensors, untie
 from sae_lab.runtime.errors import UserError, first_line
@@ -56,12 +57,6 @@ FILE_FORMATS = {
     "qwen_scope": qwen_scope,
 }
 """Formats that are one file, known by the names and shapes of its tensors (layouts.py)."""
-
-UNREADABLE = {
-    "temporal": "an SAE with attention over a text, whose code of a token depends on the tokens before: every SAE here "
-    "encodes a token by itself"
-}
-"""Formats of releases that have no counterpart here, and why."""
 
 
 def load_sae(
@@ -117,7 +112,10 @@ def stay_inside(name: str) -> str:
 
 def read_path(path: Path, expected: str | None = None, facts: dict[str, Any] | None = None) -> BaseSAE:
     """Read a folder or file in the format that it has; `facts` are for the reader of the format `expected`."""
-    known = (lambda name: (facts or {}) if name == expected else {})
+
+    def known(name: str) -> dict[str, Any]:
+        return facts or {} if name == expected else {}
+
     if path.is_file():
         return read_file(path, known)
     for name, format in FORMATS.items():
@@ -148,7 +146,14 @@ def read_format(format: ModuleType, path: Path, *tensors: Any, **facts: Any) -> 
     log.warning("%s has no digests: damage to its numbers cannot be noticed.", path)
     try:
         return format.read(path, *tensors, **facts)
-    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as e:  # e.g. a list for a name
+    except (
+        ArithmeticError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as e:  # e.g. a list for a name
         kind = format.__name__.rpartition(".")[2]
         raise UserError(f"{path} looks like {kind}, but holds an invalid value ({first_line(e)}).") from e
 

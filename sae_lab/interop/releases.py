@@ -16,6 +16,12 @@ LAYER = re.compile(r"(?:layer_?|blocks\.|^l)(\d+)")
 SITE = re.compile(r"blocks\.\d+\.hook_(?:resid_pre|resid_mid|resid_post|mlp_out|attn_out)")
 WIDTH = re.compile(r"width_(\d+)([km])")
 
+UNREADABLE = {
+    "temporal": "an SAE with attention over a text, whose code of a token depends on the tokens before: every SAE here "
+    "encodes a token by itself"
+}
+"""Formats of releases that have no counterpart here, and why."""
+
 
 @dataclass(frozen=True)
 class Release:
@@ -35,12 +41,14 @@ class Release:
 
     def paths(self) -> dict[str, str]:
         """Return the path in the repository of each SAE, by its id."""
-        items = [item for entry in self.saes for item in (entry.items() if isinstance(entry, dict) else [(entry, None)])]
+        items = [
+            item for entry in self.saes for item in (entry.items() if isinstance(entry, dict) else [(entry, None)])
+        ]
         return {name: path for pattern, template in items for name, path in expand(pattern, template)}
 
     def facts(self, sae_id: str | None) -> dict[str, Any]:
         """Return what the files do not say, as arguments of the reader."""
-        known = {"k": self.k, "transcoder": self.transcoder, "overrides": self.overrides}
+        known: dict[str, Any] = {"k": self.k, "transcoder": self.transcoder, "overrides": self.overrides}
         known["scale"] = self.scale.get(sae_id or "")
         return {name: value for name, value in known.items() if value}
 

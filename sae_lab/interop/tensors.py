@@ -357,7 +357,7 @@ def read_pickle(file: Path) -> dict[str, Any]:
         raise
     except Exception as e:  # the type depends on what is broken
         raise UserError(
-            f"{file} cannot be loaded ({type(e).__name__}), because it is damaged or a pickle that would run code: it is "
+            f"{file} cannot be loaded ({type(e).__name__}): it is damaged, or a pickle that would run code; it is "
             f"{kind_of_file(file)}. If you trust it, convert it to safetensors."
         ) from e
     if not isinstance(content, dict):

@@ -215,7 +215,7 @@ def test_the_id_of_an_sae_stays_in_its_folder(sae_id):
 
 
 def test_a_release_that_names_a_path_outside_is_not_downloaded(monkeypatch):
-    entry = download.Entry("somebody/saes", "../../elsewhere", {}, None)
+    entry = download.Entry("somebody/saes", "../../elsewhere")
     monkeypatch.setattr(download, "find_entry", lambda *_: entry)
     monkeypatch.setattr(download, "download", lambda *_: pytest.fail("downloaded"))
     with pytest.raises(UserError, match="leads out of its folder"):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from sae_lab import load_sae
 from sae_lab.interop import download as hub
 from sae_lab.interop import sae_lens
+from sae_lab.interop.releases import Release
 from sae_lab.ops.sparse import l0_per_row
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import GatedSAE, JumpReLUSAE, PursuitSAE, VanillaSAE
@@ -255,64 +256,45 @@ def test_a_scale_of_zero_is_told(tmp_path):
 
 
 def test_a_transcoder_of_gemma_scope_is_known_by_its_path(tmp_path):
-    shutil.copytree(FIXTURES / GS, tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1")
-    with pytest.raises(UserError, match=r"is a transcoder.*save it with sae-lens"):
-        load_sae(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1")
-
-
-TABLE = """
-with-factor:
-  repo_id: somebody/saes
-  saes: [{id: one, path: standard_scaled, norm_scaling_factor: 0.7}]
-other-format:
-  repo_id: somebody/others
-  conversion_func: llama_scope
-  saes: [{id: one, path: one}]
-"""
+    folder = shutil.copytree(FIXTURES / GS, tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1")
+    assert load_sae(folder).n_inputs == 1
 
 
 @pytest.fixture
-def releases(tmp_path, monkeypatch):
-    """A release table where an installed sae-lens would have it, and a hub that holds the fixtures."""
-    (tmp_path / "sae_lens").mkdir()
-    (tmp_path / "sae_lens" / "pretrained_saes.yaml").write_text(TABLE)
-    (tmp_path / "sae_lens" / "__init__.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.syspath_prepend(tmp_path)
+def table(tmp_path, monkeypatch):
+    """A table of one release, and a hub that holds a fixture."""
+    saes = [{"one": "standard_scaled"}]
+    known = {"with-factor": Release("somebody/saes", "sae_lens", "gpt2", "x", saes, scale={"one": 0.7})}
+    monkeypatch.setattr(hub, "releases", lambda: known)
     shutil.copytree(FIXTURES / "sae_lens" / "standard_scaled", tmp_path / "hub" / "standard_scaled")
     (tmp_path / "hub" / "standard_scaled" / sae_lens.SCALER).unlink()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: str(tmp_path / "hub"))
 
 
-def test_a_release_is_looked_up_without_importing_sae_lens(releases):
-    """P-63: its norm_scaling_factor is folded."""
+@pytest.mark.parametrize(
+    ("name", "sae_id"), [("with-factor", "one"), ("somebody/saes", "one"), ("somebody/saes", "standard_scaled")]
+)
+def test_the_factor_of_the_table_is_folded(table, name, sae_id):
+    """P-63: also if the repository or the path is given instead of the release or the id."""
     expected = load_file(FIXTURES / "sae_lens/standard_scaled/expected.safetensors")
-    assert_same(load_sae("with-factor", sae_id="one").encode(expected["x"]), expected["code"])
+    assert_same(load_sae(name, sae_id=sae_id).encode(expected["x"]), expected["code"])
 
 
 @pytest.mark.parametrize(
     ("name", "sae_id", "sentence"),
     [
-        ("with-factor", "two", "has no SAE 'two': give sae_id=<one of one>"),
+        ("with-factor", "two", "has no SAE 'two': give sae_id=<one of 1>, such as one"),
         ("with-factor", None, "has no SAE None"),
-        ("other-format", "one", "converts with llama_scope"),
-        ("nothing", None, "is not a folder, file or release"),
+        ("nothing", None, "is not a folder, a file or one of the 1 releases known here"),
         ("./nothing", None, "is not a folder or file"),
-        ("somebody/saes", "standard_scaled", "not the factor of its inputs.*pip install --no-deps sae-lens"),
     ],
 )
-def test_what_the_hub_does_not_have_is_said(releases, name, sae_id, sentence):
+def test_what_the_hub_does_not_have_is_said(table, name, sae_id, sentence):
     with pytest.raises(UserError, match=sentence):
         load_sae(name, sae_id=sae_id)
-
-
-def test_the_table_of_releases_is_asked_for_without_what_sae_lens_depends_on(monkeypatch):
-    """Its transformer-lens < 4 would break this package's."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install --no-deps sae-lens"):
-        load_sae("gemma-scope-2b-pt-res-canonical", sae_id="layer_0")
 
 
 def test_a_hub_out_of_reach_is_said(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="cannot be downloaded from the hub"):
-        hub.download(hub.Entry("somebody/nothing", "x", {}, None))
+        hub.download(hub.Entry("somebody/nothing", "x"))

@@ -9,18 +9,22 @@ import torch
 
 from sae_lab import load_sae
 from sae_lab.interop import load
-from sae_lab.interop.releases import Release, releases
+from sae_lab.interop.listing import find, lines
+from sae_lab.interop.releases import UNREADABLE, Release, releases
 from sae_lab.ops.sparse import SparseCode
+from sae_lab.releases import words_as_search
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 
-READABLE = [name for name, release in releases().items() if release.format not in load.UNREADABLE]
+READABLE = [name for name, release in releases().items() if release.format not in UNREADABLE]
 
 
 def write(release: Release, sae_id: str, path: Path) -> published.Formula:
     """Write a small SAE of a release's format to the path that it has in its repository; return its formula."""
     if release.format == "sae_lens":
-        return published.sae_lens(path, release.overrides.get("normalize_activations", "none"), release.scale.get(sae_id, 1))
+        return published.sae_lens(
+            path, release.overrides.get("normalize_activations", "none"), release.scale.get(sae_id, 1)
+        )
     if release.format == "qwen_scope":
         return published.qwen_scope(path, min(release.k or 0, published.F))
     if release.format == "linear_layers":
@@ -51,13 +55,15 @@ def test_the_table_is_that_of_sae_lens_in_numbers():
     assert (len(paths), sum(map(len, paths.values()))) == (170, 13857)
     assert sum(len(paths[name]) for name in READABLE) == 13854
     assert len(READABLE) == 168
-    assert paths["gemma-scope-2b-pt-res-canonical"]["layer_12/width_16k/canonical"] == "layer_12/width_16k/average_l0_82"
+    assert (
+        paths["gemma-scope-2b-pt-res-canonical"]["layer_12/width_16k/canonical"] == "layer_12/width_16k/average_l0_82"
+    )
 
 
 @pytest.mark.parametrize("name", releases())
 def test_every_sae_has_a_site_and_a_reader(name):
     release = releases()[name]
-    assert release.format in {*load.FORMATS, *load.FILE_FORMATS, *load.UNREADABLE}
+    assert release.format in {*load.FORMATS, *load.FILE_FORMATS, *UNREADABLE}
     assert release.d
     for sae_id, path in release.paths().items():
         assert path
@@ -140,7 +146,7 @@ def test_a_batch_topk_sae_is_calibrated_first(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("file", "tensors", "sentence"),
     [
-        ("a.pt", {"w_enc": 1, "w_dec": 1, "b_enc": 1}, "no reader of single files knows, .*most like those of Gemma Scope 2"),
+        ("a.pt", {"w_enc": 1, "w_dec": 1, "b_enc": 1}, "no reader .* knows, .*most like those of Gemma Scope 2"),
         ("a.pt", {"D": 1, "b": 1, "E": 1}, "most like those of a temporal SAE"),
         ("a.pt", {"encoder.weight": 1, "bias": 1}, "most like those of dictionary_learning"),
         ("a.safetensors", {"lm_head": 1}, r"knows, lm_head: a folder may be needed"),
@@ -171,8 +177,9 @@ def test_a_file_that_cannot_be_read_is_named_by_what_it_is(name, content, kind, 
 
 
 def test_as_many_latents_as_dimensions_leave_the_format_open(tmp_path):
-    published.store(tmp_path / "a.pt", {n: torch.ones(4, 4) for n in ("W_enc", "W_dec")} | {n: torch.ones(4) for n in ("b_enc", "b_dec")})  # fmt: skip
-    with pytest.raises(UserError, match="may be of .* or Qwen-Scope or .*it cannot be told which"):
+    square = {"W_enc": torch.ones(4, 4), "W_dec": torch.ones(4, 4), "b_enc": torch.ones(4), "b_dec": torch.ones(4)}
+    published.store(tmp_path / "a.pt", square)
+    with pytest.raises(UserError, match=r"may be of .* or Qwen-Scope or .*it cannot be told which"):
         load_sae(tmp_path / "a.pt")
 
 
@@ -191,3 +198,29 @@ def test_an_sae_that_reads_whole_texts_is_refused():
 def test_the_nearest_name_is_offered(name, sae_id, sentence):
     with pytest.raises(UserError, match=sentence):
         load_sae(name, sae_id=sae_id)
+
+
+def test_words_find_releases():
+    assert set(find(["matryoshka", "9b"])) == {"gemma-2-9b-res-matryoshka-dc"}
+    assert list(find(["gpt2-small-res-jb"])) == ["gpt2-small-res-jb"]  # not -feature-splitting
+    assert len(find(["gemma"])) == 109
+    with pytest.raises(UserError, match="search=no such matches none of 170 releases"):
+        find(["no", "such"])
+
+
+def test_a_list_has_ids_sites_sizes_and_the_line_that_loads():
+    shown = lines(find(["gemma-scope-2b-pt-res-canonical"]), every=True)
+    assert shown[0] == (
+        "gemma-scope-2b-pt-res-canonical  (58 SAEs of gemma-2-2b: d=2304, latents=16,384 to 1,048,576; gemma_scope)"
+    )
+    assert shown[2] == '    load_sae("gemma-scope-2b-pt-res-canonical", sae_id="layer_0/width_16k/canonical")'
+    assert "    layer_12/width_65k/canonical   blocks.12.hook_resid_post  65,536 latents" in shown
+    assert len(shown) == 3 + 58
+    assert lines(find(["gemma-scope-2b-pt-res-canonical"]), every=False)[-1] == "    ... 28 more: add every=true."
+    assert lines(find(["llama", "scope"]), every=False)[-1].startswith("7 releases, 288 SAEs.")
+    assert "cannot be loaded: it is an SAE with attention" in lines(find(["temporal-sae-gemma-2-2b"]), every=False)[2]
+
+
+def test_bare_words_are_the_search():
+    assert words_as_search(["gemma", "2b", "every=true", "--help"]) == ["every=true", "--help", "search='gemma 2b'"]
+    assert words_as_search(["search=x"]) == ["search=x"]

@@ -35,7 +35,8 @@ LATENTS = [
 SITES = [  # (release, site with {} for the layer)
     (r"gemma-scope-2-.*transcoders", "model.layers.{}.pre_feedforward_layernorm > "
                                      "model.layers.{}.post_feedforward_layernorm"),
-    (r"gemma-scope-2-.*-res", "model.layers.{}"), (r"gemma-scope-2-.*-mlp", "model.layers.{}.post_feedforward_layernorm"),
+    (r"gemma-scope-2-.*-res", "model.layers.{}"),
+    (r"gemma-scope-2-.*-mlp", "model.layers.{}.post_feedforward_layernorm"),
     (r"gemma-scope-2-.*-att", "model.layers.{}.self_attn.o_proj (input)"),
     (r"gemma-scope.*transcoders", "blocks.{}.ln2.hook_normalized > blocks.{}.hook_mlp_out"),
     (r"gemma-scope.*-mlp|llama_scope_lxm", "blocks.{}.hook_mlp_out"), (r"gemma-scope.*-att", "blocks.{}.attn.hook_z"),
@@ -99,8 +100,7 @@ def patterns(pairs: dict[str, str]) -> list[Any]:
             template = path_template(choices, names, [pairs[n] for n in names])
             pattern = "".join(map(ranges, item))
             out.append(pattern if template is None else {pattern: template})
-    templates = {next(iter(x.values())) for x in out if isinstance(x, dict)}
-    return out if len(templates) != 1 or not all(isinstance(x, dict) for x in out) else out
+    return out
 
 
 def describe(name: str, release: dict[str, Any]) -> dict[str, Any]:
@@ -143,8 +143,8 @@ HEADER = """\
 #   repo     repository on the hub             format   module of sae_lab/interop that reads the files
 #   site     where the activations are, {{}} for the layer; `a > b`: a transcoder that reads a and predicts b
 #   d, latents     widths, where known         k, scale, overrides, transcoder     what the files themselves do not say
-#   saes     ids, each with its path in the repository: the same, or `id: path`. {{a,b}} and {{0..9}} in an id are choices;
-#            in a path {{0}} is the id, {{1}} its first choice, and [a b] has one value for each id of the pattern.
+#   saes     ids, each with its path in the repository: the same, or `id: path`. {{a,b}} and {{0..9}} in an id are
+#            choices; in a path {{0}} is the id, {{1}} its first choice, and [a b] has one value for each id.
 
 """
 
@@ -157,8 +157,8 @@ class Compact(yaml.SafeDumper):
 def main(table: str, version: str, date: str) -> None:
     releases = yaml.load(Path(table).read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     described = {name: describe(name, release) for name, release in sorted(releases.items())}
-    text = "\n".join(yaml.dump({k: v}, Dumper=Compact, sort_keys=False, width=118, allow_unicode=True, default_flow_style=None)
-                   for k, v in described.items())  # fmt: skip
+    settings = {"sort_keys": False, "width": 118, "allow_unicode": True, "default_flow_style": None}
+    text = "\n".join(yaml.dump({k: v}, Dumper=Compact, **settings) for k, v in described.items())
     out = Path(__file__).parents[2] / "sae_lab" / "interop" / "releases.yaml"
     out.write_text(HEADER.format(version=version, date=date) + text)
 
