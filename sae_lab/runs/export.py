@@ -1,20 +1,26 @@
 """Export a run's SAE in the files of this or another library, with figures and a model card; push it to the hub."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
+
+from sae_lab.activations.data import ActivationData
 from sae_lab.interop.load import FORMATS, load_sae
-from sae_lab.runs.card import write_card
+from sae_lab.runs.card import write_card, write_dashboards_card
+from sae_lab.runs.dashboards import DASHBOARDS, Names, write_dashboards
 from sae_lab.runs.digests import SAE, check_unaltered
 from sae_lab.runs.folder import check_links
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import read_json, write_atomically
 from sae_lab.runtime.hub import hub_errors
 from sae_lab.runtime.private import public
+from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import CONFIG, copy_sae, sae_folder
 
 OURS = "sae_lab"
-
-
 WRITERS = {name: format.write for name, format in FORMATS.items() if hasattr(format, "write")}
 
 
@@ -27,13 +33,12 @@ def export_run(run_dir: Path, format: str, out: Path) -> list[Path]:
     Raises:
         UserError: the format is unknown, the run has no SAE, or the format cannot express it.
     """
-    if format not in (*WRITERS, OURS):
-        raise UserError(f"format={format} is not known: choose one of {', '.join((*WRITERS, OURS))}.")
+    check_format(format)
     check_links(run_dir)
     check_unaltered(run_dir, SAE)
     source, before = sae_folder(run_dir), inodes(out)
     sae = load_sae(source)
-    provenance = public(read_json(source / CONFIG)["provenance"])
+    provenance = provenance_of(run_dir)
     sae_id: str | None = None
     if format == OURS:
         copy_sae(source, out, provenance)
@@ -46,6 +51,43 @@ def export_run(run_dir: Path, format: str, out: Path) -> list[Path]:
         for file, inode in inodes(out).items()
         if before.get(file) != inode or (sae_id and file.suffix == ".safetensors")
     ]
+
+
+def export_dashboards(
+    run_dir: Path,
+    sae: BaseSAE,
+    data: ActivationData,
+    latents: Int[Tensor, " c"],
+    format: str,
+    out: Path,
+    names: Names,
+    sizes: Mapping[str, int],
+) -> list[Path]:
+    """Write what the chosen latents of a run respond to and promote, and a card, into `out` (see `write_dashboards`).
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        UserError: the errors of `write_dashboards`.
+    """
+    provenance, before = provenance_of(run_dir), inodes(out)
+    place = write_dashboards(sae, data, latents, format, out, provenance, names, **sizes)
+    write_atomically(out / "README.md", write_dashboards_card(sae, provenance, run_dir, format, place).encode())
+    return [file for file, inode in inodes(out).items() if before.get(file) != inode]
+
+
+def check_format(format: str) -> None:
+    """Raise a UserError unless something here writes the format."""
+    known = (*WRITERS, OURS, *DASHBOARDS)
+    if format not in known:
+        raise UserError(f"format={format} is not known: choose one of {', '.join(known)}.")
+
+
+def provenance_of(run_dir: Path) -> dict[str, Any]:
+    """Return the provenance of a run's SAE, without secrets and folders."""
+    provenance: dict[str, Any] = public(read_json(sae_folder(run_dir) / CONFIG)["provenance"])
+    return provenance
 
 
 def inodes(folder: Path) -> dict[Path, int]:
