@@ -214,6 +214,8 @@ def take_thresholds(t: Tensors, f: int) -> Tensor:
 def fold_normalizer(sae: Any) -> BaseSAE:
     """Return a copy, with untied weights, that works on raw rows and does not normalize.
 
+    It is folded in float64: each weight is rounded once, however many factors and sums go into it.
+
     Raises:
         UserError: the normalizer has no scale yet.
     """
@@ -225,15 +227,16 @@ def fold_normalizer(sae: Any) -> BaseSAE:
     raw = BaseSAE.by_name(type(sae).__name__, config)
     state = {key: t for key, t in sae.state_dict().items() if not key.startswith("sources.")}
     raw.load_state_dict({"b_enc": raw.b_enc, **state} if raw.b_enc is not None else state)
+    raw.double()
     read, written = (
-        Context(*(t.cpu() if isinstance(t, Tensor) else t for t in context)) for context in (read, written)
+        Context(*(t.cpu().double() if isinstance(t, Tensor) else t for t in context)) for context in (read, written)
     )
     if read.unmixing is not None and written.mixing is not None:
         fold_mixing(raw, read.unmixing, written.mixing)
     fold_scale(raw, read.scale, written.scale)
     if isinstance(read.shift, Tensor) and isinstance(written.shift, Tensor):
         fold_shift(raw, read.shift, written.shift)
-    return raw.eval()
+    return raw.float().eval()
 
 
 def untie(sae: BaseSAE) -> BaseSAE:
