@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-TOLERANCE, WHITENED = 1e-6, 1e-5
-"""Folding sae.normalize=whiten multiplies weights by a matrix and by its inverse, in float32."""
+TOLERANCE = 1e-6
 
 
 def sae_lens(folder: Path):
@@ -85,7 +84,7 @@ def main(root: Path, *formats: str) -> int:
                 theirs = encode(x)
                 errors = error(theirs, code), error(forward(x), x_hat)
                 l0 = (theirs > 0).sum() / (code > 0).sum()
-                good = max(errors) < (WHITENED if "whiten" in file.parent.name else TOLERANCE) and abs(l0 - 1) < 0.01
+                good = max(errors) < TOLERANCE and abs(l0 - 1) < 0.01
                 worst, n = max(worst, *errors), n + 1
                 name = f"{load.__name__}/{file.parent.name}"
                 figures = f"code {errors[0]:.1e}  x_hat {errors[1]:.1e}  l0 {l0:.4f}"

@@ -50,7 +50,8 @@ def main(clone: Path, source: Path) -> None:
         for name, table in PARTS.items():
             n = 0
             for file in sorted((source / name).glob("*.jsonl.gz")):
-                n += insert(database, table, [json.loads(line) for line in gzip.open(file)])
+                lines = gzip.decompress(file.read_bytes()).splitlines()
+                n += insert(database, table, [json.loads(line) for line in lines])
             print(f"{n} rows in {table}")
         query = 'SELECT n.index, max(n."maxActApprox"), max(a."maxValue"), count(a.id) FROM "Neuron" n '
         query += 'JOIN "Activation" a USING ("modelId", layer, index) GROUP BY n."modelId", n.layer, n.index LIMIT 3'

@@ -16,7 +16,8 @@ from test_load import CASES, FIXTURES, output, source
 
 from sae_lab import load_sae
 from sae_lab.interop import circuit_tracer, dictionary_learning, sae_lens, sparsify
-from sae_lab.runs.export import export_run, push_to_hub
+from sae_lab.runs.card import LOADED_BY, how_to_load
+from sae_lab.runs.export import WRITERS, export_run, push_to_hub
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import MatryoshkaTopKSAE
 from sae_lab.saes.cross_layer import CrossLayerTopKSAE
@@ -348,10 +349,12 @@ def test_an_export_has_weights_figures_and_a_card(format, run_dir, tmp_path):
     x = planted(20, seed=1)[0]
     torch.testing.assert_close(load_sae(tmp_path / "out").encode(x), load_sae(run_dir).encode(x))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "'processing': 'none'" in card
-    assert "'path': 'Skylion007/openwebtext'" in card
-    for part in ("# BatchTopKSAE of gpt2 at transformer.h.7", "| fvu | 0.125 |", "| n_eval_tokens | 2,048 |", "k: 4"):
-        assert part in card
+    rows = ("class | BatchTopKSAE", "latents | 64", "k | 4", "model | gpt2", "processing of the model | none")
+    rows += ("text | Skylion007/openwebtext", "left out | exclude_bos=True", "fvu | 0.125", "n_eval_tokens | 2,048")
+    assert [row for row in rows if f"\n| {row} |\n" not in card] == []
+    assert "# BatchTopKSAE of gpt2 at transformer.h.7" in card
+    assert "k: 4" in card
+    assert ('SAE.load_from_disk("<this folder>")' in card) == (format == "sae_lens")
     assert "transcoder" not in card
     assert "![latent_density](figures/latent_density.png)" in card
     assert (tmp_path / "out" / "figures" / "latent_density.png").read_bytes() == b"png"
@@ -368,6 +371,13 @@ def test_the_card_of_a_transcoder_says_what_is_read_and_what_is_predicted(tmp_pa
         "`sae.predict(x)`.\n"
     ) in (tmp_path / "out" / "README.md").read_text()
     torch.testing.assert_close(load_sae(tmp_path / "out").predict(x), sae.predict(x))
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_the_card_of_every_format_says_how_its_library_loads_it(format):
+    library, code = LOADED_BY[format]
+    compile(code, library, "exec")
+    assert f"With {library}:" in how_to_load(format, None)
 
 
 @pytest.mark.parametrize("format", ["openai", "gemma_scope"])
