@@ -18,13 +18,13 @@ TRUSTED = {
         *(f"{LM}.nnsight.NnsightLM", f"{LM}.none.NoLM", f"{LM}.paired.PairedLM"),
         *(f"{LM}.transformer_lens.TransformerLensLM", f"{LM}.transformers.TransformersLM"),
     },
-    "callbacks": {f"{TRAINING}.callbacks.KeepSAEs"},
+    "callbacks": {f"{TRAINING}.callbacks.{name}" for name in ("KeepBest", "KeepSAEs", "SpliceCE")},
     "logger": {
         *(f"{TRAINING}.loggers.CSVLog", f"{TRAINING}.loggers.WandbLog"),
         "lightning.pytorch.loggers.TensorBoardLogger",
     },
     "planted": {f"{STUDIES}.hierarchy.HierarchicalFeatures", f"{STUDIES}.planted_features.PlantedFeatures"},
-    "schedule": {f"{TRAINING}.schedule.warmup_decay"},
+    "schedule": {f"{TRAINING}.schedule.cosine", f"{TRAINING}.schedule.warmup_decay"},
     "trainer": {f"{TRAINING}.trainer.build_trainer"},
 }
 """The `_target_`s of conf/ but for SAEs and optimizers, by the top-level key below which each may stand. (A logger
