@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -22,11 +23,14 @@ def mean_of_levels(target: Float[Tensor, "b s d"], levels: Sequence[Float[Tensor
     return torch.stack([mse(target, x_hat) for x_hat in levels]).mean()
 
 
-def l1(code: Code) -> Tensor:
-    """Return mean_b sum_f |z|, computed in float32 at any precision."""
+def l1(code: Code, weights: Float[Tensor, " f"] | None = None) -> Tensor:
+    """Return mean_b sum_f |z_f| [weights_f], computed in float32 at any precision."""
     if isinstance(code, SparseCode):
-        return code.values.float().abs().sum() / code.shape[0]
-    return code.float().abs().sum(dim=-1).mean()
+        z = code.values.float().abs()
+        # the latent f of padding has weight 0
+        return (z if weights is None else z * F.pad(weights, (0, 1))[code.latents]).sum() / code.shape[0]
+    z = code.float().abs()
+    return (z if weights is None else z * weights).sum(dim=-1).mean()
 
 
 def lp(code: Float[Tensor, "b f"], p: Tensor | float) -> Tensor:

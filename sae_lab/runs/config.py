@@ -37,7 +37,7 @@ MOVED = {
 """Old → new `_target_`. Keep an entry as long as runs with the old name must open."""
 LOADED_LM = {"tokenizer": None, "base_model": None, "trust_remote_code": False, "load": None}
 OF_ROWS = {"chat": "auto", "special_tokens": "text"}
-OF_LINEAR = {"encoder_norm": "drawn", "b_dec_init": "zeros", "b_enc_init": "zeros"}
+OF_LINEAR = {"encoder_norm": "drawn", "b_dec_init": "zeros", "b_enc_init": "zeros", "unit_norm": True}
 LINEAR_SAES = ("topk", "batch_topk", "matryoshka", "jumprelu", "gated", "vanilla", "cross_layer")
 OF_JUMPRELU = {
     "calibrated": False,
@@ -46,8 +46,9 @@ OF_JUMPRELU = {
     "frequency_scale": 0.1,
     "preact_coefficient": 0.0,
 }
-MAY_BE_SIGNED = (
-    *("topk.TopKSAE", "batch_topk.BatchTopKSAE", "matryoshka.Matryoshka", "pursuit_sae.PursuitSAE"),
+OF_SPARSE = {"signed": False, "l1_coefficient": 0.0}
+SPARSE_SAES = (
+    *("topk.TopKSAE", "batch_topk.BatchTopKSAE", "matryoshka.Matryoshka"),
     *("cross_layer.CrossLayerTopKSAE", "cross_layer.CrossLayerBatchTopKSAE"),
 )
 ADDED: dict[str, dict[str, Any]] = {
@@ -62,10 +63,15 @@ ADDED: dict[str, dict[str, Any]] = {
     "sae_lab.cache.data.CachedData": {"lm_batch_tokens": "auto", "exclude_tokens": [], "max_norm": None},
     "sae_lab.saes.jumprelu.JumpReLUSAE": OF_JUMPRELU,
     "sae_lab.saes.cross_layer.CrossLayerJumpReLUSAE": OF_JUMPRELU,
-    **{f"sae_lab.saes.{family}": {"signed": False} for family in MAY_BE_SIGNED},
+    **{f"sae_lab.saes.{family}": OF_SPARSE for family in SPARSE_SAES},
+    **{
+        f"sae_lab.saes.{family}": {"unit_norm": True, "l1_coefficient": 0.0}
+        for family in ("hierarchical_topk", "temporal")
+    },
+    "sae_lab.saes.p_anneal": {"unit_norm": True},
     **{f"sae_lab.lm.{back_end}.": LOADED_LM for back_end in ("transformers", "transformer_lens", "nnsight")},
     **{f"sae_lab.saes.{family}": OF_LINEAR for family in LINEAR_SAES},
-    "sae_lab.saes.pursuit_sae": {"b_dec_init": "zeros"},
+    "sae_lab.saes.pursuit_sae": {"b_dec_init": "zeros", "signed": False},
 }
 """`_target_` → settings that it has got since, with the values that mean "as before". A beginning that ends in a dot
 stands for all streams of activations; the parts of a mixture (`_partial_`) have no settings of a stream."""

@@ -48,13 +48,14 @@ class GatedSAE(PenalizedLinearSAE):
         return [*super().resampled_values(), (self.r_mag, 0.0), (self.b_mag, 0.0)]
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
-        gate = self.penalized(out)
+        assert out.h is not None
+        gate = out.h.relu()
         x_gate = sparse.decode(gate, self.W_dec.detach(), self.decoder_offset(out.x).detach())
         return super().losses(out) | {
-            "sparsity": self.scale_by_warmup(self.l1_coefficient * self.sparsity(gate)),
+            "sparsity": self.scale_by_warmup(self.l1_coefficient * self.sparsity(self.penalized(out))),
             "gate": losses.mse(out.target, x_gate),
         }
 
     def penalized(self, out: SAEOutput) -> Tensor:
         assert out.h is not None
-        return out.h.relu()
+        return self.weigh(out.h.relu())

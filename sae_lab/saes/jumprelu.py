@@ -188,7 +188,7 @@ class JumpReLUSAE(PenalizedLinearSAE):
         """Compute the penalty, without its coefficient."""
         if self.penalty == "tanh":
             assert isinstance(out.code, Tensor)
-            return (4 * out.code.float()).tanh().sum(dim=-1).mean()
+            return (4 * self.weigh(out.code.float())).tanh().sum(dim=-1).mean()
         assert out.h is not None
         l0 = self.frequencies(out.h).sum()
         return l0 if self.k is None or self.penalty == "l0" else (mean_over_ranks(l0) / self.k - 1).square()

@@ -63,6 +63,9 @@ class LinearSAE(DictionarySAE):
             both of them, equal, so that it can be read like any other.
         frozen_decoder: whether W_dec and b_dec are not trained and keep the norms that they have. Training then learns
             an encoder for a given dictionary, which `start_from` copies.
+        unit_norm: whether the rows of W_dec keep norm one. False leaves their norms free after the start, as
+            Anthropic's update of April 2024 and SAELens do. A penalty on z is then one on z_i |W_dec_i|, so a latent
+            gains nothing from a small z with a long row. Selection and thresholds still compare z alone.
         auxk_coefficient: weight of the auxiliary loss; 0: no auxiliary loss.
         k_aux: maximum number of dead latents that explain the residual of a row; None: half the length of the residual,
             s·d / 2 (Gao et al. 2024, §A.2).
@@ -82,6 +85,7 @@ class LinearSAE(DictionarySAE):
         hidden: Widths = (),
         tied: bool = False,
         frozen_decoder: bool = False,
+        unit_norm: bool = True,
         auxk_coefficient: Annotated[float, Ge(0)] = 0.0,
         k_aux: Annotated[int, Ge(1)] | None = None,
         auxk_selection: Literal["row", "batch"] = "row",
@@ -91,7 +95,7 @@ class LinearSAE(DictionarySAE):
         check_tied(tied, frozen_decoder, encoder_norm, self.n_inputs)
         check_starts(encoder_bias, b_enc_init, frozen_decoder, self.b_dec_init)
         self.encoder_bias, self.hidden, self.tied, self.frozen_decoder = encoder_bias, [*hidden], tied, frozen_decoder
-        self.encoder_norm, self.b_enc_init = encoder_norm, b_enc_init
+        self.encoder_norm, self.b_enc_init, self.unit_norm = encoder_norm, b_enc_init, unit_norm
         self._has_start = self._has_start and b_enc_init == "zeros"
         self.auxk_coefficient, self.k_aux, self.auxk_selection = auxk_coefficient, k_aux, auxk_selection
         for parameter in (self.W_dec, self.b_dec):
@@ -190,8 +194,16 @@ class LinearSAE(DictionarySAE):
             self.dead_slots = min(self.n_latents, 1 << (n - 1).bit_length()) if n else 0
         return self.dead_slots
 
+    def decoder_norms(self) -> Float[Tensor, " f"]:
+        """Return |W_dec_i| over all sources and dimensions."""
+        return self.W_dec.flatten(1).norm(dim=1)
+
+    def before_step(self) -> None:
+        if self.unit_norm:
+            super().before_step()
+
     def after_step(self) -> None:
-        if not self.frozen_decoder:
+        if self.unit_norm and not self.frozen_decoder:
             super().after_step()
 
 

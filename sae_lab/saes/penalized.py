@@ -82,6 +82,10 @@ class PenalizedLinearSAE(LinearSAE):
         """Return what `sparsity` is computed from: one number of at least 0 for each row and latent."""
         raise NotImplementedError
 
+    def weigh(self, z: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
+        """Multiply each latent by the norm of its row of W_dec, where that is not one."""
+        return z if self.unit_norm else z * self.decoder_norms()
+
     def sparsity(self, z: Float[Tensor, "b f"]) -> Tensor:
         """Compute the penalty on `penalized`, without its coefficient: the L1 norm."""
         return losses.l1(z)

@@ -10,10 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from sae_lab.ops import losses
 from sae_lab.ops.fixed_size import is_fixed_size
 from sae_lab.ops.selection import Pieces, Preactivations
 from sae_lab.ops.sparse import Code, SparseCode
 from sae_lab.runtime.errors import SettingError
+from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.linear import LinearSAE
 
 
@@ -34,6 +36,8 @@ class SparseLinearSAE(LinearSAE):
             active early, while many are, have learned a direction by the time when few are.
         k_start: k of the first batch; None: s·d, or f if that is less.
         signed: whether entries are compared by |h| and keep their sign.
+        l1_coefficient: weight of a penalty beside the selection, mean_b sum_i |z_i| |W_dec_i|; 0: none. It shrinks the
+            values of z. How many are active stays the rule's choice.
 
     Raises:
         UserError: k or k_start is not between 1 and n_latents, or k_warmup is negative.
@@ -46,10 +50,12 @@ class SparseLinearSAE(LinearSAE):
         k_start: float | None = None,
         auxk_coefficient: Annotated[float, Ge(0)] = 1 / 32,
         signed: bool = False,
+        l1_coefficient: Annotated[float, Ge(0)] = 0.0,
         **linear: Any,
     ):
         super().__init__(auxk_coefficient=auxk_coefficient, **linear)
         self.k, self.k_warmup, self.k_start, self.signed = k, k_warmup, k_start, signed
+        self.l1_coefficient = l1_coefficient
         self._k_start = min(self.sources.n_written * self.d_in, self.n_latents) if k_start is None else k_start
         check_active(self.n_latents, k=self.k, k_start=self._k_start)
         self.planned_k = self.k
@@ -79,8 +85,16 @@ class SparseLinearSAE(LinearSAE):
         if self.tied or self.mlp is not None or self.layers.n_layers > 1:
             return {}  # W_enc is W_dec, or multiplies the MLP's output in one product; or rows are masked
         joint = self.decoder_norm == "joint" or self.sources.n_written == 1
-        trained = self.W_dec.requires_grad and joint
-        return ({self.W_dec: True} if trained else {}) | {self.W_enc: False}
+        trained = self.W_dec.requires_grad and (joint or not self.unit_norm)
+        return ({self.W_dec: self.unit_norm} if trained else {}) | {self.W_enc: False}
+
+    def losses(self, out: SAEOutput) -> dict[str, Tensor]:
+        terms = super().losses(out)
+        if self.l1_coefficient:
+            assert isinstance(out.code, SparseCode)
+            norms = None if self.unit_norm else self.decoder_norms()
+            terms["sparsity"] = self.l1_coefficient * losses.l1(out.code, norms)
+        return terms
 
     @abstractmethod
     def select(self, h: Pieces) -> SparseCode:

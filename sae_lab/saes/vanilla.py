@@ -23,14 +23,13 @@ class VanillaSAE(PenalizedLinearSAE):
 
     Args:
         l1_coefficient: weight of the penalty.
-        unit_norm: False leaves the norms of W_dec free, as Anthropic's update of April 2024 and SAELens do. The penalty
-            includes these norms, so a latent gains nothing from a small z with a long row: the minima are the same
-            dictionaries, and only Adam's path to them differs.
+        unit_norm: False leaves the norms of W_dec free (see LinearSAE). The minima are the same dictionaries, and only
+            Adam's path to them differs.
     """
 
-    def __init__(self, l1_coefficient: Annotated[float, Ge(0)] = 0.002, unit_norm: bool = True, **penalized: Any):
+    def __init__(self, l1_coefficient: Annotated[float, Ge(0)] = 0.002, **penalized: Any):
         super().__init__(**penalized)
-        self.l1_coefficient, self.unit_norm = l1_coefficient, unit_norm
+        self.l1_coefficient = l1_coefficient
 
     def activate(self, h: Float[Tensor, "b f"]) -> Code:
         return h.relu()
@@ -41,12 +40,4 @@ class VanillaSAE(PenalizedLinearSAE):
 
     def penalized(self, out: SAEOutput) -> Tensor:
         assert isinstance(out.code, Tensor)
-        return out.code if self.unit_norm else out.code * self.W_dec.flatten(1).norm(dim=1)
-
-    def before_step(self) -> None:
-        if self.unit_norm:
-            super().before_step()
-
-    def after_step(self) -> None:
-        if self.unit_norm:
-            super().after_step()
+        return self.weigh(out.code)

@@ -46,6 +46,8 @@ STEPS = {
     "starts": (1, "topk", "sae.encoder_bias=true", "sae.b_dec_init=geometric_median", "sae.b_enc_init=0.2"),
     "warmup": (1, "batch_topk", "sae.k_warmup=9"),
     "abs_topk": (1, "abs_topk"),
+    "l1": (1, "batch_topk", "sae.l1_coefficient=0.1"),
+    "l1_free_norms": (2, "abs_topk", "sae.l1_coefficient=0.1", "sae.unit_norm=false"),
     "abs_batch_topk": (1, "abs_batch_topk", "sae.auxk_selection=batch", "sae.encoder_bias=true"),
     "abs_matryoshka": (1, "matryoshka", "sae.signed=true", "sae.group_sizes=[8,24,32]"),
 }
@@ -333,6 +335,8 @@ BY_LATENT = {
     "abs_batch_topk": 2,
     "hierarchical_topk": 2,
     "all_budgets": 2,
+    "l1": 2,
+    "l1_free_norms": 1,
 }
 BY_LATENT |= {"starts": 2, "matryoshka": 1, "abs_matryoshka": 1, "temporal": 0, "route": 2}
 """How many of W_enc and W_dec are updated by latent, in steps without dead latents at least."""
