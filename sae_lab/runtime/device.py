@@ -10,8 +10,11 @@ from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.errors import SettingError
 
 Precision: TypeAlias = Annotated[
-    Literal["32-true", "bf16-mixed"],
-    ErrorMessage("is not known: choose 32-true (all in float32) or bf16-mixed (products in bfloat16)"),
+    Literal["32-true", "bf16-mixed", "16-mixed"],
+    ErrorMessage(
+        "is not known: choose 32-true (all in float32), bf16-mixed (products in bfloat16) or 16-mixed (products in "
+        "float16, on a GPU)"
+    ),
 ]
 """Of the computation; parameters stay in float32: an Adam step of 1e-4 would be lost on a weight in bfloat16."""
 

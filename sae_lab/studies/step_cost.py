@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,10 @@ from torch import Tensor, nn
 
 from sae_lab.ops.matmul import Products, float32_products, linear
 from sae_lab.ops.sparse import Code
+from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.build import build
 from sae_lab.runtime.checks import check_arguments
-from sae_lab.runtime.device import Precision, resolve_device, synchronized_time
+from sae_lab.runtime.device import resolve_device, synchronized_time
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
 from sae_lab.runtime.screen import console
@@ -59,6 +60,10 @@ NAMES = {
 
 
 Step = Callable[[], Any]
+Measured: TypeAlias = Annotated[
+    Literal["32-true", "bf16-mixed"], ErrorMessage("is not measured here: choose 32-true or bf16-mixed")
+]
+"""The precision of a step without loss scaling."""
 
 
 def benchmark_step(cfg: DictConfig) -> dict[str, Any]:
@@ -184,7 +189,7 @@ def floor_step(cfg: DictConfig, x: Tensor, product: Callable[[Tensor, Tensor], T
 
 
 @check_arguments
-def autocast(precision: Precision, x: Tensor) -> AbstractContextManager:
+def autocast(precision: Measured, x: Tensor) -> AbstractContextManager:
     """Return the autocast context of a precision."""
     return torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 

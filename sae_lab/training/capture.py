@@ -150,6 +150,9 @@ class PrepareSteps(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step: Any = pl_module.step
+        step.scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if step.scaler is not None:
+            step.why_eager = "a step in float16 is left out where its gradients overflow"
         data = trainer.datamodule  # type: ignore[attr-defined]
         pl_module.step = prepare_step(step, self.capture, self.products, data)  # type: ignore[assignment]
 

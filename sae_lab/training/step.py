@@ -83,6 +83,11 @@ class TrainingStep:
         """Why the step cannot be captured, whatever the SAE and the optimizer."""
         self.products: Products = "highest"
         """Precision of float32 products. Parameters and their updates are float32 in any case."""
+        self.scaler: torch.amp.GradScaler | None = None
+        """Scales the loss for float16, in which gradients of a mean over (b, s, d) would be zero (trainer.precision=
+        16-mixed). Gradients are divided by the scale before they are projected and clipped. A step whose gradients
+        overflow changes no parameter and halves the scale; many steps without one double it. The scale is in the
+        checkpoint, as Lightning keeps it there."""
 
     def __call__(self, x: Float[Tensor, "b s d"], splice: Splice | None = None) -> StepResult:
         """Take the step on a batch. `splice` adds the language model's part of the loss."""
@@ -94,14 +99,14 @@ class TrainingStep:
     def run(self, x: Float[Tensor, "b s d"], plan: Hashable, splice: Splice | None = None) -> StepResult:
         """Take the part of the step that can be captured."""
         self.optimizer.zero_grad()
-        with self.row_adam.collect(is_fixed_size()):
+        with self.row_adam.collect(is_fixed_size() and self.scaler is None):
             out = self.forward(self.sae, x)
             terms = self.sae.losses(out)
             spliced = splice(self.sae, terms["reconstruction"]) if splice else None
             terms |= {"kl": spliced.term} if spliced else {}
             loss = torch.stack(list(terms.values())).sum()
             with torch.autocast(x.device.type, enabled=False):
-                loss.backward()
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                 self.update()
         return StepResult(out, terms, loss, spliced.kl if spliced else None)
 
@@ -109,10 +114,16 @@ class TrainingStep:
         """Update the parameters by the gradients of a backward pass."""
         average_gradients(self.sae.parameters())
         self.row_adam.settle()
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         self.sae.before_step()
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.sae.parameters(), self.max_grad_norm)
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.row_adam.step()
         self.sae.after_step()
 

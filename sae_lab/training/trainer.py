@@ -93,6 +93,7 @@ def build_trainer(
     """
     device = resolve_device(accelerator, "accelerator")
     check_devices(device, devices)
+    check_precision(device, precision)
     quiet_lightning()
     checkpoints = run_dir / "checkpoints"
     saving = ModelCheckpoint(checkpoints, "last", every_n_train_steps=checkpoint_every, enable_version_counter=False)
@@ -119,6 +120,14 @@ def build_trainer(
         raise UserError(f"the trainer cannot be built: {' '.join(str(e).split())}") from e
     trainer._signal_connector = NoSignalHandlers(trainer)
     return trainer
+
+
+def check_precision(device: str, precision: str) -> None:
+    """Raise a SettingError for float16 on another device than a GPU, where Lightning would take bfloat16 instead."""
+    if precision == "16-mixed" and device not in GPU:
+        raise SettingError(
+            "{precision}=16-mixed needs a GPU, since float16 products are not for a CPU: give {precision}=bf16-mixed."
+        )
 
 
 def training_device(accelerator: str) -> torch.device:

@@ -9,8 +9,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.training.module import training_row
-from sae_lab.training.schedule import warmup_decay
-from sae_lab.training.step import StepResult, reset_optimizer_rows
+from sae_lab.training.schedule import cosine, warmup_decay
+from sae_lab.training.step import StepResult, TrainingStep, reset_optimizer_rows
+from sae_lab.training.trainer import build_trainer
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.05])
@@ -35,6 +36,45 @@ def test_the_step_is_project_clip_adam_renormalise(sae_name, max_grad_norm):
         w /= w.flatten(1).norm(dim=1)[:, None, None]
     for name, value in sae.named_parameters():
         torch.testing.assert_close(trained.get_parameter(name), value, rtol=1e-4, atol=1e-5)
+
+
+def float16_steps(sae: BaseSAE, n: int, scale: float | None, batch: torch.Tensor, max_grad_norm: float | None = None):
+    """Steps with products in float16; scale: of the loss, or None."""
+    step = TrainingStep(sae, torch.optim.Adam(sae.parameters(), lr=1e-2), max_grad_norm)
+    step.scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+    for _ in range(n):
+        with torch.autocast("cpu", torch.float16):
+            step(batch)
+    return step
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+@pytest.mark.parametrize("name", ["batch_topk", "vanilla"])
+def test_steps_in_float16_follow_those_in_float32(name, max_grad_norm):
+    batch = planted(64)[0]
+    exact, scaled = build(name), build(name)
+    step = TrainingStep(exact, torch.optim.Adam(exact.parameters(), lr=1e-2), max_grad_norm)
+    losses = [step(batch).loss.item() for _ in range(6)]
+    scaler = float16_steps(scaled, 6, 2.0**8, batch, max_grad_norm).scaler
+    assert scaler.get_scale() == 2.0**11  # doubled after every second step
+    assert (exact.W_dec.flatten(1).norm(dim=1) - 1).abs().max() < 1e-6
+    torch.testing.assert_close(exact(batch).x_hat, scaled(batch).x_hat, rtol=0.05, atol=0.05)
+    assert losses[-1] < losses[0]
+
+
+def test_a_step_whose_gradients_overflow_changes_nothing_and_halves_the_scale():
+    batch = planted(64)[0]
+    sae = build("vanilla")
+    before = [parameter.detach().clone() for parameter in sae.parameters()]
+    step = float16_steps(sae, 1, 2.0**40, batch)
+    for parameter, start in zip(sae.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, start, rtol=0, atol=1e-7)
+    assert step.scaler.get_scale() == 2.0**39
+
+
+def test_float16_is_for_a_gpu(tmp_path):
+    with pytest.raises(UserError, match=r"precision=16-mixed needs a GPU.*give precision=bf16-mixed"):
+        build_trainer(tmp_path, 1, [], "cpu", 1, "16-mixed", 1, 1, 1)
 
 
 def test_gradients_are_not_accumulated():
@@ -125,6 +165,38 @@ def test_what_is_no_share_of_the_steps_is_refused(shares, sentence):
 
 def test_a_constant_schedule_is_one():
     assert {warmup_decay(i, 10, 0.0, 0.0) for i in range(11)} == {1.0}
+
+
+def test_a_cosine_is_torchs():
+    parameter = [torch.nn.Parameter(torch.zeros(1))]
+
+    def rates(scheduler, n: int, **options) -> list[float]:
+        optimizer = torch.optim.SGD(parameter, lr=1.0)
+        schedule = scheduler(optimizer, **options)
+        factors = []
+        for _ in range(n):
+            factors.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return factors
+
+    torch_schedulers = torch.optim.lr_scheduler
+    one = rates(torch_schedulers.CosineAnnealingLR, 41, T_max=40, eta_min=0.1)
+    assert [cosine(i, 40, 0.0, final=0.1) for i in range(41)] == pytest.approx(one)
+    for cycles, growth, first in ((4, 1, 10), (3, 2, 7)):
+        n = sum(first * growth**i for i in range(cycles))
+        restarted = rates(torch_schedulers.CosineAnnealingWarmRestarts, n, T_0=first, T_mult=growth, eta_min=0.2)
+        assert [cosine(i, n, 0.0, 0.2, cycles, growth) for i in range(n)] == pytest.approx(restarted)
+        assert cosine(n, n, 0.0, 0.2, cycles, growth) == pytest.approx(0.2)
+
+
+def test_a_cosine_warms_up_first():
+    assert [cosine(i, 100, 0.1) for i in (0, 4, 9, 10, 55, 100)] == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0], abs=1e-12)
+    assert cosine(9, 10, 1.0) == 1.0
+    with pytest.raises(UserError, match="warmup=50 must be a share"):
+        cosine(0, 100, 50)
+    with pytest.raises(UserError, match="final=2 must be a number of at least 0 and at most 1"):
+        cosine(0, 100, 0.1, final=2)
 
 
 def test_the_log_tells_the_sources_apart_and_counts_the_dead():
