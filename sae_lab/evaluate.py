@@ -34,6 +34,7 @@ def main(cfg: DictConfig) -> None:
     metrics_<what differs>.json is written beside them. With `sae_dir`, everything is written into the folder of that
     SAE.
     """
+    from sae_lab.evaluation.building import build_metrics
     from sae_lab.evaluation.evaluator import evaluate
     from sae_lab.evaluation.rules import compare_encoders, evaluate_under, set_k
     from sae_lab.runs.replacements import suffix_of
@@ -62,7 +63,7 @@ def main(cfg: DictConfig) -> None:
         print_metrics(metrics["own"] | {"train_mode": metrics[cfg.encoder]}, folder, ("own", cfg.encoder))
         print_files([write_comparison(metrics | said, cfg.encoder, pursuit_k, folder, suffix)])
     else:
-        evaluation = evaluate(sae, data)
+        evaluation = evaluate(sae, data, build_metrics(run))
         print_metrics(evaluation.metrics, folder)
         evaluation = evaluation._replace(metrics=evaluation.metrics | said)
         print_files(write_results(evaluation, sae, folder, suffix))

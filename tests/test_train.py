@@ -391,14 +391,20 @@ def test_another_text_or_model_does_not_overwrite_an_evaluation(run_dir, tmp_pat
 def test_each_job_of_a_sweep_is_a_wandb_run_of_its_own(launcher, tmp_path):
     """All jobs are in one process. A run holds the config, the training figures and the evaluation."""
     short = [*SMALL, "n_tokens=4_096", "data.n_eval_tokens=512", "trainer.log_every=1"]
-    wandb = ["logger=wandb", "logger.wandb.offline=true"]
+    wandb = ["logger=wandb", "logger.wandb.offline=true", "logger.wandb.histograms=true", "logger.wandb.artifacts=true"]
     done = run("-m", *short, *wandb, "k=4,8", f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     jobs = sorted(file.parent for file in tmp_path.glob("*/metrics.json"))
     assert len(jobs) == 2
     for job in jobs:
         [content] = [file.read_bytes() for file in job.glob("wandb/offline-run-*/run-*.wandb")]
-        for said in (b"dead_after", b"loss/reconstruction", b"eval/loss_recovered"):
+        for said in (
+            b"dead_after",
+            b"loss/reconstruction",
+            b"eval/loss_recovered",
+            b"eval/log2_activation",
+            b"sae.safetensors",
+        ):
             assert said in content
     assert len({(job / "wandb" / "run_id").read_text() for job in jobs}) == 2
 

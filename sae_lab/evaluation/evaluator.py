@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -17,11 +18,16 @@ from sae_lab.activations.stream import StreamData
 from sae_lab.evaluation import diffing
 from sae_lab.evaluation.downstream import Replace, constant_ablation, spliced_predictions, zero_ablation
 from sae_lab.evaluation.metrics import (
+    ACTIVATION_EDGES,
     DownstreamMetrics,
     ReconstructionMetrics,
+    RowMetric,
+    activation_counts,
+    activation_histogram,
     cross_entropy,
     kl_divergence,
     l0_histogram,
+    own_metrics,
     to_log_probs,
 )
 from sae_lab.lm.base import LanguageModel
@@ -50,14 +56,18 @@ class EvaluatedSAE:
     Args:
         data: the data at the sites of this SAE.
         training_rule: evaluate in `train()` mode, under the batch-wise rule.
+        added: row metrics of one's own; see `ReconstructionMetrics`.
     """
 
-    def __init__(self, sae: BaseSAE, data: StreamData, training_rule: bool):
+    def __init__(
+        self, sae: BaseSAE, data: StreamData, training_rule: bool, added: Mapping[str, RowMetric] = MappingProxyType({})
+    ):
         self.sae, self.data, self.training_rule = sae, data, training_rule
         self.device = next(sae.parameters()).device
-        self.reconstruction = ReconstructionMetrics(sae.n_latents).to(self.device)
+        self.reconstruction = ReconstructionMetrics(sae.n_latents, added).to(self.device)
         self.downstream = DownstreamMetrics()
         self.l0: list[Tensor] = []
+        self.entries = torch.zeros(len(ACTIVATION_EDGES) - 1, dtype=torch.long, device=self.device)
         self.n_rows, self.seconds = 0, 0.0
 
     def autoencode(self, x: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor, Code]]:
@@ -82,6 +92,7 @@ class EvaluatedSAE:
         for batch, x_hat, code in self.autoencode(x, sizes):
             self.reconstruction.update(batch, x_hat, code, self.sae.predicted_mask(batch))
             self.l0.append(l0_per_row(code).cpu())
+            self.entries += activation_counts(code)
 
     def reconstruct(self, x: Tensor, sizes: list[int]) -> Tensor:
         """Return x_hat under this rule, from batches of the given sizes."""
@@ -101,18 +112,21 @@ BySites = dict[tuple[str, ...], list[EvaluatedSAE]]
 """The SAEs to evaluate, by their sites."""
 
 
-def evaluate(sae: BaseSAE, data: StreamData) -> Evaluation:
+def evaluate(sae: BaseSAE, data: StreamData, added: Mapping[str, RowMetric] = MappingProxyType({})) -> Evaluation:
     """Evaluate an SAE on held-out text: the metrics of metrics.py under the deployed rule.
 
     `metrics["train_mode"]` holds the same metrics under the training rule. `metrics["left_out"]` names the metrics that
     the data leave undefined, with the reason; there is no such key if there are none.
     """
-    return evaluate_all({"": sae}, data)[""]
+    return evaluate_all({"": sae}, data, added=[added])[""]
 
 
 @torch.no_grad()
 def evaluate_all(
-    saes: Mapping[str, BaseSAE], data: StreamData, views: Sequence[StreamData] | None = None
+    saes: Mapping[str, BaseSAE],
+    data: StreamData,
+    views: Sequence[StreamData] | None = None,
+    added: Sequence[Mapping[str, RowMetric]] | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluate several SAEs with the same two passes over the language model, each to the bit as by itself.
 
@@ -123,12 +137,14 @@ def evaluate_all(
 
     Args:
         views: the data at the sites of each SAE, which are among those of `data`; None: at all.
+        added: row metrics of one's own, for each SAE; None: those of ROW_METRICS alone.
     """
     held_out = data.held_out(data.n_eval_tokens)
     shorter = {"n_held_out_tokens": held_out.n_tokens, "n_eval_tokens_wanted": data.n_eval_tokens}
     at = dict(zip(saes, views or [data] * len(saes), strict=True))
-    deployed = {name: EvaluatedSAE(sae, at[name], False) for name, sae in saes.items()}
-    trained = {name: EvaluatedSAE(sae, at[name], True) for name, sae in saes.items() if sae.batch_rule}
+    of = dict(zip(saes, added or [{}] * len(saes), strict=True))
+    deployed = {name: EvaluatedSAE(sae, at[name], False, of[name]) for name, sae in saes.items()}
+    trained = {name: EvaluatedSAE(sae, at[name], True, of[name]) for name, sae in saes.items() if sae.batch_rule}
     subjects = group_by_sites([*deployed.values(), *trained.values()])
     bos = reconstruct_all(subjects, data, held_out.parts)
     if isinstance(data, ActivationData):
@@ -144,6 +160,8 @@ def evaluate_all(
         metrics |= {"train_mode": train_mode}
         if left_out := trained.get(name, subject).undefined() | subject.undefined():
             metrics |= {"left_out": left_out}
+        if own := own_metrics(subject.reconstruction.row_metrics):
+            metrics |= {"own_metrics": own}
         if held_out.too_few:
             metrics |= shorter
         evaluations[name] = Evaluation(metrics, tables, subject.n_rows / subject.seconds)
@@ -271,9 +289,10 @@ def score(
 
 
 def build_tables(subject: EvaluatedSAE, bos: Bool[Tensor, " n"]) -> dict[str, pd.DataFrame]:
-    """Build two tables: the number of tokens by L0 (BOS apart), and the density of each latent."""
+    """Build three tables: numbers of tokens by L0 (BOS apart), densities of latents, active entries by size."""
     density = subject.reconstruction.density().cpu().numpy()
     return {
         "l0_per_token": pd.DataFrame(l0_histogram(torch.cat(subject.l0), bos)),
         "latent_density": pd.DataFrame({"latent": range(len(density)), "density": density}),
+        "activations": pd.DataFrame(activation_histogram(subject.entries.cpu()), columns=["log2", "entries"]),
     }

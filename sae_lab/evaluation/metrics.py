@@ -15,7 +15,8 @@ on the source that it chose for each row, and a transcoder on the sources that i
     fvu_0, fvu_1, ...  fvu of each source that counts, if there are several
     share_0, ...       share of the rows for which a routed SAE chose each source
 
-`ROW_METRICS` adds metrics that are means over rows and sources. For a crosscoder on two models, latents_base_only,
+`ROW_METRICS` adds metrics that are means over rows and sources; `@metric` puts a function of one's own there.
+`own_metrics` in metrics.json names those. For a crosscoder on two models, latents_base_only,
 latents_shared, latents_tuned_only and latents_between count latents by the model to which they belong (diffing.py).
 
 **Downstream.** Next-token cross-entropies of the language model in nats, averaged over all predictions within rows.
@@ -34,17 +35,21 @@ theirs.
 NaN: `undefined()` names it with the reason.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
-from sae_lab.ops.sparse import Code, fire_counts, l0_per_row
+from sae_lab.ops.sparse import Code, SparseCode, fire_counts, l0_per_row
 from sae_lab.parallel.collectives import mean_over_ranks, sum_over_ranks
+from sae_lab.runtime.errors import UserError
 
 CONSTANT = 1e-13
 """Ratio of sum (x - mean x)² to sum x² up to which rows count as the same: what rounding leaves of it is smaller."""
@@ -75,7 +80,43 @@ RowMetric: TypeAlias = Callable[[Float[Tensor, "b s d"], Float[Tensor, "b s d"]]
 
 ROW_METRICS: dict[str, RowMetric] = {"nmse": nmse, "cosine_similarity": cosine_similarity}
 """Functions of x and x_hat (raw units, float32) that return one value per row and source. The mean over the rows and
-sources that count is reported under the key. To add a metric: `ROW_METRICS["max_error"] = max_error`."""
+sources that count is reported under the key. `metric` adds one."""
+
+BUILT_IN = frozenset(ROW_METRICS)
+OTHERS = re.compile(
+    r"fvu(_\d+)?|share_\d+|l0(_std)?|dead_fraction|n_\w+|ce_\w+|kl|loss_recovered|latents_\w+|train_mode|d_in"
+)
+"""Names of metrics that are no means over rows, and of the other numbers in metrics.json."""
+
+
+def metric(function: RowMetric) -> RowMetric:
+    """Report the mean of a function's values as a metric of its name, from then on in this process.
+
+        @metric
+        def max_error(x, x_hat):
+            return (x - x_hat).abs().amax(dim=-1)
+
+    Args:
+        function: takes x and x_hat (b, s, d) in raw units, returns (b, s); see ROW_METRICS.
+
+    Raises:
+        UserError: the name is that of another metric.
+    """
+    check_name(name := function.__name__)
+    ROW_METRICS[name] = function
+    return function
+
+
+def check_name(name: str) -> None:
+    """Raise a UserError if a metric of one's own has the name of a metric or a number of metrics.json."""
+    if name in BUILT_IN or OTHERS.fullmatch(name) or not name.isidentifier():
+        raise UserError(f"a metric cannot be called {name}, which metrics.json has or cannot hold: rename it.")
+
+
+def own_metrics(names: Iterable[str]) -> list[str]:
+    """Return those of the names of row metrics that are not of this file."""
+    return sorted(set(names) - BUILT_IN)
+
 
 ORDER = ("nmse", "fvu", "l0", "l0_std", "cosine_similarity", "dead_fraction")
 """Order of the first names in metrics.json."""
@@ -84,7 +125,9 @@ ORDER = ("nmse", "fvu", "l0", "l0_std", "cosine_similarity", "dead_fraction")
 class ReconstructionMetrics(Metric):
     """The reconstruction metrics of this module, accumulated as float64 totals that are summed over processes.
 
-    The row metrics are those that are in ROW_METRICS when this object is constructed.
+    Args:
+        n_latents: f.
+        added: row metrics besides those that are in ROW_METRICS when this object is constructed.
     """
 
     full_state_update = False
@@ -99,9 +142,9 @@ class ReconstructionMetrics(Metric):
     fires: Tensor
     n_rows: Tensor
 
-    def __init__(self, n_latents: int):
+    def __init__(self, n_latents: int, added: Mapping[str, RowMetric] = MappingProxyType({})):
         super().__init__()
-        self.row_metrics = dict(sorted(ROW_METRICS.items()))  # ranks add their states up in this order
+        self.row_metrics = dict(sorted({**ROW_METRICS, **added}.items()))  # ranks add their states up in this order
         per_source = ("sum_x", "predicted_x", "squared_norm", "squared_error", "n_predicted")
         for name in (*per_source, *map(row_total, self.row_metrics)):
             self.add_state(name, torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")  # updates make it (s, ...)
@@ -136,7 +179,7 @@ class ReconstructionMetrics(Metric):
             values = metric(x, x_hat)
             if values.shape != weight.shape:
                 b_s = tuple(weight.shape)
-                raise ValueError(f"ROW_METRICS[{name!r}] must return shape (b, s) = {b_s}, not {tuple(values.shape)}.")
+                raise UserError(f"the metric {name} must return shape (b, s) = {b_s}, not {tuple(values.shape)}.")
             totals[row_total(name)] = (weight * values).sum(dim=0)
         for name, value in totals.items():
             setattr(self, name, getattr(self, name) + value)
@@ -261,6 +304,24 @@ class DownstreamMetrics(Metric):
             return dict.fromkeys((*self.TOTALS, "ce_degradation", "loss_recovered"), "there is no language model")
         free = self.ce_zero / self.n_predictions == self.ce_clean / self.n_predictions
         return {"loss_recovered": "setting the activations to zero does not change the cross-entropy"} if free else {}
+
+
+ACTIVATION_EDGES = np.arange(-64, 65) / 4
+"""Edges of the bins of log2 |z|, quarters of an octave from 2^-16 to 2^16; the outer bins take what is beyond."""
+
+
+def activation_counts(code: Code) -> Int[Tensor, " n"]:
+    """Count the active entries of a code by the bin of their |z|."""
+    z = code.values if isinstance(code, SparseCode) else code[code != 0]
+    bins = (4 * z[z != 0].abs().double().log2()).floor().long() + 64
+    return torch.bincount(bins.clamp(0, 127), minlength=128)
+
+
+def activation_histogram(counts: Int[Tensor, " n"]) -> list[dict[str, Any]]:
+    """Return rows (log2, entries) of the bins from the first to the last that is not empty; log2 is the centre."""
+    found = counts.nonzero().flatten().tolist() or [0, -1]
+    centres = (ACTIVATION_EDGES[:-1] + ACTIVATION_EDGES[1:]) / 2
+    return [{"log2": float(centres[i]), "entries": int(counts[i])} for i in range(found[0], found[-1] + 1)]
 
 
 def l0_histogram(counts: Int[Tensor, " n"], bos: Bool[Tensor, " n"]) -> list[dict[str, Any]]:

@@ -26,7 +26,18 @@ log = logging.getLogger(__name__)
 FAILED = "failed.txt"
 
 # Files of a run besides `.hydra/`. A run that starts again in the same folder removes them.
-RUN_FILES = ("checkpoints", "sae", "steps", "figures", "features", "tensorboard", "wandb", METRICS, "metrics.csv")
+RUN_FILES = (
+    "checkpoints",
+    "sae",
+    "steps",
+    "best",
+    "figures",
+    "features",
+    "tensorboard",
+    "wandb",
+    METRICS,
+    "metrics.csv",
+)
 # Files of evaluations of the run: under another rule, with another encoder, or with other settings (replacements.py).
 EVALUATIONS = ("metrics_*.json", "figures_*=*", "features_*=*")
 
@@ -37,6 +48,7 @@ MAY_CHANGE = (
     "goal_l0",
     "logger",
     "callbacks",
+    "metric",
     "lm.device",
     "lm.device_map",
     "data.prefetch",

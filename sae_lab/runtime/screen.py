@@ -87,7 +87,7 @@ def print_metrics(
     for column in ("metric", *columns):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, value in metrics.items():
-        if isinstance(value, dict | str):
+        if isinstance(value, dict | list | str):
             continue
         other = metrics.get("train_mode", {}).get(name)
         table.add_row(name, format_number(value), "" if other is None else format_number(other))

@@ -3,14 +3,17 @@
 import csv
 import io
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from sae_lab.evaluation.metrics import ACTIVATION_EDGES
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.files import write_atomically
@@ -93,6 +96,8 @@ class WandbLog(WandbLogger):
 
     Args:
         save_dir: the run folder.
+        histograms: log histograms of the evaluation at the end: L0 per token, density of the latents, activations.
+        artifacts: upload the SAE folder at the end, as an artifact of type `model` with the metrics as metadata.
         options: arguments of Lightning's WandbLogger.
 
     Raises:
@@ -100,9 +105,10 @@ class WandbLog(WandbLogger):
     """
 
     @check_arguments
-    def __init__(self, save_dir: str, **options: Any):
+    def __init__(self, save_dir: str, histograms: bool = False, artifacts: bool = False, **options: Any):
         import wandb  # here, because the import takes a second
 
+        self.run_dir, self.histograms, self.artifacts = Path(save_dir), histograms, artifacts
         id_file = Path(save_dir) / "wandb" / "run_id"
         if not id_file.is_file():
             id_file.parent.mkdir(parents=True, exist_ok=True)
@@ -124,14 +130,40 @@ class WandbLog(WandbLogger):
         if status != "success":  # on success `conclude` ends the run, after the evaluation
             self.experiment.finish(exit_code=1)
 
-    def conclude(self, metrics: dict[str, Any]) -> None:
+    def conclude(self, metrics: dict[str, Any], tables: Mapping[str, pd.DataFrame]) -> None:
         """Write the evaluation into the W&B run's summary, which W&B's tables and sweeps read, and end the W&B run."""
+        import wandb
+
         self.experiment.summary.update({f"eval/{name}": value for name, value in metrics.items()})
+        if self.histograms:
+            found = {f"eval/{name}": wandb.Histogram(np_histogram=h) for name, h in histograms_of(tables).items()}
+            self.experiment.log(found)
+        if self.artifacts:
+            sae = wandb.Artifact(f"sae-{self.experiment.id}", type="model", metadata=dict(metrics))
+            sae.add_dir(str(self.run_dir / "sae"))
+            self.experiment.log_artifact(sae)
         self.experiment.finish()
 
 
-def finish_loggers(loggers: Iterable[Logger], metrics: dict[str, Any]) -> None:
-    """Send the evaluation to W&B. Other loggers get nothing, since metrics.json is beside their files."""
+def histograms_of(tables: Mapping[str, pd.DataFrame]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return (counts, edges) of the tables of an evaluation: L0 per token, log10 of densities, log2 of activations.
+
+    W&B takes at most 512 bins, so L0 is counted in that many.
+    """
+    l0, density = tables["l0_per_token"], tables["latent_density"]["density"].to_numpy(float)
+    tokens = (l0["bos"] + l0["other"]).to_numpy(float)
+    alive = np.log10(density[density > 0])
+    edges = np.arange(0, l0["l0"].max() + 2) - 0.5
+    found = {
+        "l0_per_token": np.histogram(l0["l0"], edges if len(edges) <= 513 else 512, weights=tokens),
+        "log10_density": np.histogram(alive, np.arange(-32, 1) / 4),
+    }
+    z = tables["activations"]
+    return found | {"log2_activation": np.histogram(z["log2"], ACTIVATION_EDGES, weights=z["entries"].to_numpy(float))}
+
+
+def finish_loggers(loggers: Iterable[Logger], metrics: dict[str, Any], tables: Mapping[str, pd.DataFrame]) -> None:
+    """Send the evaluation to W&B. Other loggers get nothing, since its files are beside theirs."""
     for logger in loggers:
         if isinstance(logger, WandbLog):
-            logger.conclude(metrics)
+            logger.conclude(metrics, tables)

@@ -1,8 +1,9 @@
 """The training step as a LightningModule, independent of the architecture."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from sae_lab.activations.finite import check_finite
 from sae_lab.activations.text_batches import TextBatch
-from sae_lab.evaluation.metrics import ReconstructionMetrics, batch_fvu
+from sae_lab.evaluation.metrics import ReconstructionMetrics, RowMetric, batch_fvu, own_metrics
 from sae_lab.ops.sparse import l0_per_row
 from sae_lab.parallel.collectives import mean_over_ranks, world_size
 from sae_lab.runtime.errors import UserError
@@ -38,6 +39,7 @@ class SAEModule(L.LightningModule):
         schedule: function from step to factor of the learning rate.
         max_grad_norm: clip the gradient to this norm; None does not clip.
         splice: the language model's part of the loss. Then a batch is a TextBatch.
+        added: row metrics of one's own, which validation logs (see evaluation/metrics.py).
     """
 
     tokens: Tensor
@@ -50,10 +52,11 @@ class SAEModule(L.LightningModule):
         schedule: Callable[[int], float],
         max_grad_norm: float | None = None,
         splice: SpliceLoss | None = None,
+        added: Mapping[str, RowMetric] = MappingProxyType({}),
     ):
         super().__init__()
         self.automatic_optimization = False
-        self.sae, self.validation = sae, ReconstructionMetrics(sae.n_latents)
+        self.sae, self.validation = sae, ReconstructionMetrics(sae.n_latents, added)
         self.register_buffer("tokens", torch.zeros((), dtype=torch.long))
         self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
         self.splice = splice
@@ -141,7 +144,8 @@ class SAEModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         values = self.validation.compute()
-        chosen = {f"val/{key}": values.get(key, torch.nan) for key in ("nmse", "fvu", "l0", "dead_fraction")}
+        names = ("nmse", "fvu", "l0", "dead_fraction", *own_metrics(self.validation.row_metrics))
+        chosen = {f"val/{name}": values.get(name, torch.nan) for name in names}
         self.log_dict(self.finite(chosen))
         self.validation.reset()
 

@@ -21,9 +21,11 @@ from sae_lab.activations.building import build_data
 from sae_lab.activations.columns import Columns
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.stream import StreamData
+from sae_lab.evaluation.building import build_metrics
 from sae_lab.evaluation.calibration import calibrate
 from sae_lab.evaluation.evaluator import evaluate_all
 from sae_lab.evaluation.findings import check_metrics, find_problems
+from sae_lab.evaluation.metrics import RowMetric
 from sae_lab.interop.load import load_sae
 from sae_lab.parallel.collectives import rank
 from sae_lab.parallel.launch import launch_ranks
@@ -63,6 +65,8 @@ class Member:
     module: SAEModule
     trainer: L.Trainer
     data: StreamData
+    metrics: dict[str, RowMetric]
+    """Metrics of one's own."""
 
 
 def train_run(cfg: DictConfig) -> dict[str, Any]:
@@ -113,11 +117,12 @@ def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: StreamData, call
     schedule = partial(build(cfg, "schedule"), n_steps=data.n_steps)
     rate = resolve_rate(cfg.optimizer, sae.d_in, sae.n_latents, data.n_steps)
     optimizer = build(cfg, "optimizer", **rate)
-    module = SAEModule(sae, optimizer, schedule, cfg.max_grad_norm, splice_loss(data))
+    metrics = build_metrics(cfg)
+    module = SAEModule(sae, optimizer, schedule, cfg.max_grad_norm, splice_loss(data), metrics)
     module.configure_optimizers()  # raises on invalid arguments before the run begins
     observers = [build(cfg, f"callbacks.{name}") for name in cfg.callbacks or {}]
     trainer = build(cfg, "trainer")(run_dir=run.folder, n_steps=data.n_steps, callbacks=[*observers, *callbacks])
-    return Member(cfg, run, sae, module, trainer, data)
+    return Member(cfg, run, sae, module, trainer, data, metrics)
 
 
 def splice_loss(data: StreamData) -> SpliceLoss | None:
@@ -249,11 +254,12 @@ def finish(
                 save_sae(sae, member.run.folder / "sae", said, own_columns(probe_rows))
             saved.append(member)
     subjects = {str(member.run.folder): member.sae for member in saved}
-    evaluations = evaluate_all(subjects, data, [member.data for member in saved]) if saved else {}
+    views, added = [member.data for member in saved], [member.metrics for member in saved]
+    evaluations = evaluate_all(subjects, data, views, added) if saved else {}
     for member, evaluation in zip(saved, evaluations.values(), strict=True):
         with scope(member.run.folder):
             files = write_results(evaluation, member.sae, member.run.folder)
-            finish_loggers(member.trainer.loggers, evaluation.metrics)
+            finish_loggers(member.trainer.loggers, evaluation.metrics, evaluation.tables)
             print_metrics(evaluation.metrics, member.run.folder)
             print_files([member.run.folder / "sae", *files])
             metrics.append(evaluation.metrics)

@@ -15,6 +15,7 @@ from sae_lab.evaluation.metrics import (
     l0_histogram,
     to_log_probs,
 )
+from sae_lab.runtime.errors import UserError
 
 
 def rows(n: int, s: int = 1, d: int = 16, seed: int = 0) -> torch.Tensor:
@@ -170,7 +171,7 @@ def test_any_row_metric_can_be_removed(monkeypatch):
 def test_a_row_metric_of_another_shape_is_refused(monkeypatch):
     """Shape (b,) would broadcast against (b, 1) without an error."""
     monkeypatch.setitem(ROW_METRICS, "total", lambda x, x_hat: (x - x_hat).abs().sum(dim=(1, 2)))
-    with pytest.raises(ValueError, match=r"ROW_METRICS\['total'\] must return shape \(b, s\) = \(20, 1\), not \(20,\)"):
+    with pytest.raises(UserError, match=r"the metric total must return shape \(b, s\) = \(20, 1\), not \(20,\)"):
         totals(rows(20), rows(20, seed=1), torch.ones(20, 4), 20)
 
 
