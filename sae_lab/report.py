@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 @entry_point("report")
 def main(cfg: DictConfig) -> None:
     from sae_lab.runtime.files import write_atomically
-    from sae_lab.sweeps.figures import draw_sweep
+    from sae_lab.sweeps.figures import draw_sweep, own_metrics_of
     from sae_lab.sweeps.headline import headline, markdown, show_headline
     from sae_lab.sweeps.status import all_jobs, job_statuses, show_statuses
     from sae_lab.sweeps.table import collect_table, complete_jobs, mark_unreadable, write_csv
@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     if copies := (table["status"] == "complete").sum() - len(done):
         log.warning("%d jobs repeat others in every setting and the seed: counted once (report.csv has them).", copies)
     figures = draw_sweep(done, folder)
-    cells = headline(table, done)
+    cells = headline(table, done, own_metrics_of(folder, done))
     written = [folder / "report.csv", folder / "report.md", *figures]
     write_csv(table, written[0])
     write_atomically(written[1], markdown(cells, table, jobs, folder, figures).encode())

@@ -7,9 +7,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point
+from sae_lab.cli.folder_names import leave_out_constants
 
 
-@entry_point("train")
+@entry_point("train", leave_out_constants)
 def main(cfg: DictConfig) -> float | None:
     from sae_lab.sweeps.failures import failure_recorded
     from sae_lab.sweeps.search import search_score

@@ -3,7 +3,11 @@
 import itertools
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 
 def new_folder(path: str) -> str:
@@ -37,3 +41,40 @@ def folder_name(overrides: str) -> str:
 def split_overrides(name: str) -> list[str]:
     """Split a folder name into overrides: `k=8,lm.sites=[a,b]` into ["k=8", "lm.sites=[a,b]"]."""
     return re.split(r",(?=[+~]*[\w.@/]+=)", name)
+
+
+EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
+
+
+def leave_out_constants(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a sweep, with the one that leaves settings with a single value out of its jobs' names.
+
+    Only for a sweep in a new folder, or in one whose jobs have such names and these settings: the jobs of a sweep of
+    before keep their names, and one folder may hold sweeps that differ in these settings.
+    """
+    typed = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    if not {"-m", "--multirun"} & {*arguments} or any(argument.startswith(EXCLUDED) for argument in typed):
+        return [*arguments]
+    try:
+        parsed = [o for o in OverridesParser.create().parse_overrides(typed) if not o.is_hydra_override()]
+    except HydraException:  # explained where Hydra parses them
+        return [*arguments]
+    constant = [o for o in parsed if not o.is_sweep_override()]
+    if not constant or len(constant) == len(parsed) or any(o.is_sweep_override() and o.is_delete() for o in parsed):
+        return [*arguments]
+    lines = [str(o.input_line) for o in constant]
+    folder = next((a.partition("=")[2] for a in typed if a.startswith("hydra.sweep.dir=")), None)
+    if folder is not None and Path(folder).exists() and not names_leave_out(Path(folder), lines):
+        return [*arguments]
+    keys = ",".join(f"'{o.key_or_group}'" for o in constant)
+    return [*arguments, f"{EXCLUDED}=[{keys}]"]
+
+
+def names_leave_out(sweep_dir: Path, overrides: Sequence[str]) -> bool:
+    """Return whether a job of a sweep has all these overrides, and a name without them."""
+    for file in sorted(sweep_dir.glob("*/.hydra/overrides.yaml")):
+        listed = file.read_text(encoding="utf-8", errors="replace")
+        named = split_overrides(file.parent.parent.name)
+        if all(f"- {line}\n" in listed for line in overrides) and not {*named} & {*overrides}:
+            return True
+    return False

@@ -1,11 +1,12 @@
 """Figures. Each function takes a table and a path, writes a PNG to that path and returns the path."""
 
 from sae_lab.plots.planted import recovery_by_frequency
-from sae_lab.plots.run import l0_per_token, latent_density, relative_norm, training_curves
+from sae_lab.plots.run import activations, l0_per_token, latent_density, relative_norm, training_curves
 from sae_lab.plots.style import display_name, has_values
 from sae_lab.plots.sweep import by_job, frontier, l0_by_line, mean_over_seeds, metrics_against
 
 __all__ = [
+    "activations",
     "by_job",
     "display_name",
     "frontier",

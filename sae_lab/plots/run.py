@@ -17,28 +17,40 @@ PANELS = (
     (LABELS["fvu"], "fvu", "val/fvu"),
     ("L0 (latents per token)", "l0", "val/l0"),
     ("Dead latents (share)", "dead_share", ""),
+    (LABELS["loss_recovered"], "", "val/loss_recovered"),
+    (LABELS["ce_degradation"], "", "val/ce_degradation"),
+    ("KL divergence (nats/token)", "kl", ""),
+    ("Learning rate", "lr", ""),
+    ("Tokens per second", "tokens_per_second", ""),
 )
+NOT_DRAWN = {"val/nmse", "val/dead_fraction"}
 
 
-def training_curves(table: pd.DataFrame, path: Path) -> Path:
-    """Plot reconstruction loss, FVU, L0 and the share of dead latents against tokens; validation values as dots.
+def training_curves(table: pd.DataFrame, path: Path, facts: str = "") -> Path:
+    """Plot what was logged against tokens, one panel each: training values as lines, validation values as dots.
 
     Args:
-        table: metrics.csv of a run. Panels without data are left out; without any data one empty panel is drawn.
+        table: metrics.csv of a run. Panels without data are left out; without any data one empty panel is drawn. Other
+            values that validation logs, those of one's own metrics, have panels at the end.
     """
-    panels = [p for p in PANELS if has_values(table, "tokens") and (has_values(table, p[1]) or has_values(table, p[2]))]
+    known = NOT_DRAWN.union(*(panel[1:] for panel in PANELS))
+    own = [(c.removeprefix("val/"), "", c) for c in sorted(table.columns) if c.startswith("val/") and c not in known]
+    found = [p for p in (*PANELS, *own) if has_values(table, p[1]) or has_values(table, p[2])]
+    panels = found if has_values(table, "tokens") else []
     tokens = _tokens(table) if panels else np.empty(0)
-    columns = min(2, max(1, len(panels)))
-    rows = max(1, -(-len(panels) // 2))
-    dots = {"color": PALETTE[1], "marker": "o", "markersize": 3, "linewidth": 0.8, "label": "validation"}
-    with page(path, rows, columns, (COLUMN if columns == 1 else PAGE, 0.6 + 1.8 * rows)) as (figure, axes):
+    columns = max(1, min(len(panels), 2 if len(panels) < 5 else 3))
+    rows = max(1, -(-len(panels) // columns))
+    size = (COLUMN if columns == 1 else PAGE, 0.6 + 1.6 * rows)
+    with page(path, rows, columns, size, facts) as (figure, axes):
         for axis, (label, training, validation) in zip(axes, panels, strict=False):
             _curve(axis, tokens, table, training, color=PALETTE[0], linewidth=1, label="training")
-            _curve(axis, tokens, table, validation, **dots)
-            axis.set_ylabel(label)
-            _loss_scale(axis)
-            axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+            _curve(axis, tokens, table, validation, **VALIDATION)
+            axis.set_title(label)
+            if label != LABELS["loss_recovered"]:  # which is near 1
+                _loss_scale(axis, may_be_log=training != "lr")
+            axis.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.set_xlim(0, 1.02 * tokens.max())
         for axis in axes[max(1, len(panels)) :]:
             axis.set_visible(False)
         for axis in axes[: len(panels) or 1][-columns:]:
@@ -49,7 +61,42 @@ def training_curves(table: pd.DataFrame, path: Path) -> Path:
     return path
 
 
-def l0_per_token(table: pd.DataFrame, path: Path, k: float | None = None) -> Path:
+VALIDATION: dict[str, Any] = {
+    "color": PALETTE[1],
+    "marker": "o",
+    "markersize": 3,
+    "linewidth": 0.8,
+    "label": "validation",
+}
+
+
+def activations(table: pd.DataFrame, path: Path, facts: str = "") -> Path:
+    """Plot a histogram of the size of active entries, |z|, in % of all of them. Four bins are one octave.
+
+    Args:
+        table: columns log2 (centre of the bin of log2 |z|), entries.
+    """
+    entries = table["entries"].to_numpy(float)
+    with page(path, facts=facts) as (figure, (axes,)):
+        if entries.sum():
+            left, right = (2.0 ** (table["log2"].to_numpy(float) + shift) for shift in (-1 / 8, 1 / 8))
+            share = 100 * entries / entries.sum()
+            axes.bar(left, share, right - left, align="edge", color=PALETTE[0], edgecolor="white", linewidth=0.4)
+            middle = float(
+                2 ** np.interp(0.5, np.cumsum(entries) / entries.sum(), table["log2"].to_numpy(float) + 1 / 8)
+            )
+            axes.axvline(middle, color=INK, linestyle="--", linewidth=1, label=f"median = {middle:.2g}")
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_locator(LogLocator(base=2, numticks=8))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(PLAIN)
+            legend_below(figure)
+        axes.set(xlabel="Activation |z| of an active latent", ylabel="Share of active entries (%)")
+        axes.grid(axis="x", visible=False)
+    return path
+
+
+def l0_per_token(table: pd.DataFrame, path: Path, k: float | None = None, facts: str = "") -> Path:
     """Plot a histogram of L0 (active latents per token) in % of the tokens, with BOS tokens in a colour of their own.
 
     Args:
@@ -60,7 +107,7 @@ def l0_per_token(table: pd.DataFrame, path: Path, k: float | None = None) -> Pat
     total = (bos + other).sum()
     mean = (l0 * (bos + other)).sum() / total
     edges = _l0_bins(l0, bos + other)
-    with page(path) as (figure, (axes,)):
+    with page(path, facts=facts) as (figure, (axes,)):
         base = np.zeros(len(edges) - 1)
         for name, count, colour in (("BOS", bos, PALETTE[1]), ("other tokens", other, PALETTE[0])):
             share = 100 * np.histogram(l0, edges, weights=count)[0] / total
@@ -79,7 +126,7 @@ def l0_per_token(table: pd.DataFrame, path: Path, k: float | None = None) -> Pat
     return path
 
 
-def latent_density(table: pd.DataFrame, path: Path) -> Path:
+def latent_density(table: pd.DataFrame, path: Path, facts: str = "") -> Path:
     """Plot a histogram of log10 of each latent's density (share of tokens on which it fires).
 
     Args:
@@ -88,7 +135,7 @@ def latent_density(table: pd.DataFrame, path: Path) -> Path:
     density = table["density"].to_numpy(float)
     alive = np.log10(density[density > 0])
     dead = density.size - alive.size
-    with page(path) as (figure, (axes,)):
+    with page(path, facts=facts) as (figure, (axes,)):
         if alive.size:
             # Bins are quarters of a decade with fixed edges, so that figures of different SAEs can be compared.
             edges = np.arange(np.floor(alive.min() * 4), np.floor(alive.max() * 4) + 2) / 4
@@ -108,7 +155,7 @@ def latent_density(table: pd.DataFrame, path: Path) -> Path:
     return path
 
 
-def relative_norm(table: pd.DataFrame, path: Path) -> Path:
+def relative_norm(table: pd.DataFrame, path: Path, facts: str = "") -> Path:
     """Plot a histogram of |W_dec_B| / (|W_dec_A| + |W_dec_B|), with a colour for each class of `diffing`.
 
     Args:
@@ -118,7 +165,7 @@ def relative_norm(table: pd.DataFrame, path: Path) -> Path:
     edges = np.linspace(0, 1, 51)  # contains the bounds of the classes
     colours = {**dict(zip(diffing.CLASSES, PALETTE[:3], strict=True)), diffing.BETWEEN: "#BBBBBB"}
     names = {"base_only": "base only", "shared": "shared", "tuned_only": "fine-tuned only", "between": "between"}
-    with page(path) as (figure, (axes,)):
+    with page(path, facts=facts) as (figure, (axes,)):
         for name, colour in colours.items():
             ratio = alive["relative_norm"][alive["class"] == name]
             axes.hist(
@@ -166,10 +213,10 @@ def _curve(axes: Axes, tokens: np.ndarray, table: pd.DataFrame, column: str, **l
         axes.plot(curve["x"], curve["y"], **(few | look))
 
 
-def _loss_scale(axes: Axes) -> None:
+def _loss_scale(axes: Axes, may_be_log: bool = True) -> None:
     """Use a log y axis if the curves span a decade or more, else a linear one from 0."""
     y = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
-    if 0 < 10 * y.min() <= y.max():
+    if may_be_log and 0 < 10 * y.min() <= y.max():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())

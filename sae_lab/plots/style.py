@@ -1,5 +1,6 @@
 """The style of all figures: fonts, colours, axis labels, page size and legend."""
 
+import textwrap
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,9 @@ LABELS = {
     "ce_degradation": "CE degradation (nats/token)",
     "loss_recovered": "CE loss recovered (share)",
     "l0": "L0 (active latents per token)",
+    "batch_size": "Batch size (activations per step)",
+    "optimizer.lr": "Learning rate",
+    "n_tokens": "Training tokens",
     "k": "k (active latents per token)",
     "n_latents": "Dictionary size (latents)",
 }
@@ -61,16 +65,22 @@ PLAIN = FuncFormatter(lambda x, _: f"{x:,.10g}")
 
 
 @contextmanager
-def page(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (COLUMN, 2.5)) -> Iterator[Any]:
+def page(
+    path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (COLUMN, 2.5), facts: str = ""
+) -> Iterator[Any]:
     """Create a figure in this style. Yields (figure, list of axes) and writes `path` when the block ends.
 
     Args:
         size: (width, height) in inches.
+        facts: a line above the figure, on what all of it shows: the language model, the site, the tokens.
     """
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
         yield figure, list(axes.flat)
+        if facts:
+            wrapped = "\n".join(textwrap.wrap(facts.replace("$", r"\$"), int(17 * size[0]), break_long_words=False))
+            figure.text(0.5, 1.01, wrapped, ha="center", va="bottom", color=MUTED, size=6.5)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
 

@@ -18,7 +18,7 @@ FIXED = {"n_latents": "dictionary size"}
 
 
 def metrics_against(
-    table: pd.DataFrame, path: Path, x: str, y: Sequence[str], lines: str, fixed: Mapping[str, float]
+    table: pd.DataFrame, path: Path, x: str, y: Sequence[str], lines: str, fixed: Mapping[str, float], facts: str = ""
 ) -> Path:
     """Plot metrics against a column: mean ± standard deviation over seeds.
 
@@ -34,7 +34,8 @@ def metrics_against(
         rows = rows[rows[column].astype(float) == value]
     points = mean_over_seeds(rows, x, y, lines)
     width = PAGE if len(y) > 1 else COLUMN
-    with page(path, columns=len(y), size=(width, 2.4 + 0.16 * legend_rows(styles, width))) as (figure, axes):
+    size = (width, 2.4 + 0.16 * legend_rows(styles, width))
+    with page(path, columns=len(y), size=size, facts=facts) as (figure, axes):
         for axis, metric in zip(axes, y, strict=True):
             for name, line in points.dropna(subset=[metric]).groupby(lines, sort=False):
                 mean, std = line[metric].to_numpy(float), line[f"{metric}_std"].to_numpy(float)
@@ -65,7 +66,7 @@ def mean_over_seeds(table: pd.DataFrame, x: str, y: Sequence[str], lines: str) -
     )
 
 
-def frontier(table: pd.DataFrame, path: Path, y: str, colours: str, lines: str) -> Path:
+def frontier(table: pd.DataFrame, path: Path, y: str, colours: str, lines: str, facts: str = "") -> Path:
     """Plot a metric against the measured L0. The area of a marker shows the dictionary size (n_latents).
 
     Rows with equal `lines`, n_latents and k differ in their seed only and are averaged into one point. A thin line
@@ -81,7 +82,8 @@ def frontier(table: pd.DataFrame, path: Path, y: str, colours: str, lines: str) 
     curve = list(dict.fromkeys([colours, lines, "n_latents"]))
     points = rows.groupby([*curve, "k"], sort=False, dropna=False)[["l0", y]].mean().reset_index().sort_values("l0")
     areas = _areas(points["n_latents"])
-    with page(path, size=(PAGE * 0.8, max(3.0, 0.9 + 0.17 * (len(styles) + len(areas))))) as (figure, (axes,)):
+    size = (PAGE * 0.8, max(3.0, 0.9 + 0.17 * (len(styles) + len(areas))))
+    with page(path, size=size, facts=facts) as (figure, (axes,)):
         for _, group in points.groupby(curve, sort=False):
             style = styles[group[colours].iloc[0]]
             axes.plot(group["l0"], group[y], style["linestyle"], color=style["color"], linewidth=0.7, alpha=0.5)
@@ -98,10 +100,11 @@ def frontier(table: pd.DataFrame, path: Path, y: str, colours: str, lines: str) 
     return path
 
 
-def by_job(table: pd.DataFrame, path: Path, y: Sequence[str], label: str) -> Path:
+def by_job(table: pd.DataFrame, path: Path, y: Sequence[str], label: str, facts: str = "") -> Path:
     """Plot the metrics `y` side by side, with one point per job, named by the column `label`."""
     height = np.arange(len(table))
-    with page(path, columns=len(y), size=(PAGE if len(y) > 1 else COLUMN, 0.8 + 0.2 * len(table))) as (_, axes):
+    size = (PAGE if len(y) > 1 else COLUMN, 0.8 + 0.2 * len(table))
+    with page(path, columns=len(y), size=size, facts=facts) as (_, axes):
         for axis, metric in zip(axes, y, strict=True):
             axis.plot(table[metric].to_numpy(float), height, "o", color=PALETTE[0])
             axis.set(xlabel=LABELS.get(metric, metric), ylim=(len(table) - 0.5, -0.5))
@@ -110,7 +113,7 @@ def by_job(table: pd.DataFrame, path: Path, y: Sequence[str], label: str) -> Pat
     return path
 
 
-def l0_by_line(table: pd.DataFrame, path: Path) -> Path:
+def l0_by_line(table: pd.DataFrame, path: Path, facts: str = "") -> Path:
     """Plot histograms of L0 (active latents per token) in % of the tokens: one panel per line, one colour per k.
 
     Args:
@@ -121,7 +124,7 @@ def l0_by_line(table: pd.DataFrame, path: Path) -> Path:
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     colours = dict(zip(ks, PALETTE, strict=False))
-    with page(path, rows, columns, (PAGE if columns > 1 else COLUMN, 0.5 + 1.9 * rows)) as (figure, axes):
+    with page(path, rows, columns, (PAGE if columns > 1 else COLUMN, 0.5 + 1.9 * rows), facts) as (figure, axes):
         for axis, name in zip(axes, panels, strict=False):
             for k, group in table[table["line"] == name].groupby("k", dropna=False):
                 _l0_curve(axis, group, colours.get(k, MUTED), f"k = {k:g}" if k in colours else None)

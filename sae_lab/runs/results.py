@@ -10,6 +10,7 @@ from sae_lab import plots
 from sae_lab.evaluation.evaluator import Evaluation
 from sae_lab.evaluation.findings import check_metrics, find_problems
 from sae_lab.runs.digests import METRICS, check_unaltered, recorded
+from sae_lab.runs.facts import shared_facts
 from sae_lab.runs.tables import read_numbers
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.files import format_json, read_json, write_atomically, write_json
@@ -18,11 +19,14 @@ from sae_lab.saes.base import BaseSAE
 log = logging.getLogger(__name__)
 
 
-def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path, suffix: str = "") -> list[Path]:
+def write_results(
+    evaluation: Evaluation, sae: BaseSAE, run_dir: Path, suffix: str = "", facts: str | None = None
+) -> list[Path]:
     """Write the tables and figures into `figures/`, then metrics.json, which marks the run as complete.
 
     Args:
         suffix: end of the names `figures` and `metrics`, for an evaluation that is not the run's own.
+        facts: a line above every figure; None: the facts of the run in `run_dir`, if there is one.
 
     Raises:
         UserError: a metric is not finite; nothing is written.
@@ -32,14 +36,17 @@ def write_results(evaluation: Evaluation, sae: BaseSAE, run_dir: Path, suffix: s
     figures.mkdir(parents=True, exist_ok=True)
     for name, table in evaluation.tables.items():
         table.to_csv(figures / f"{name}.csv", index=False)
+    said = shared_facts([run_dir]) if facts is None else facts
+    tables, k = evaluation.tables, sae.config.get("k")
     written = [
-        plots.l0_per_token(evaluation.tables["l0_per_token"], figures / "l0_per_token.png", k=sae.config.get("k")),
-        plots.latent_density(evaluation.tables["latent_density"], figures / "latent_density.png"),
+        plots.l0_per_token(tables["l0_per_token"], figures / "l0_per_token.png", k, said),
+        plots.latent_density(tables["latent_density"], figures / "latent_density.png", said),
+        plots.activations(tables["activations"], figures / "activations.png", said),
     ]
-    if "relative_norm" in evaluation.tables:
-        written.append(plots.relative_norm(evaluation.tables["relative_norm"], figures / "relative_norm.png"))
+    if "relative_norm" in tables:
+        written.append(plots.relative_norm(tables["relative_norm"], figures / "relative_norm.png", said))
     if not suffix and (logged := read_numbers(run_dir / "metrics.csv", [])) is not None:
-        written.append(plots.training_curves(logged, figures / "training.png"))
+        written.append(plots.training_curves(logged, figures / "training.png", said))
     return [write_metrics(evaluation.metrics, sae, run_dir / f"metrics{suffix}.json"), *written]
 
 

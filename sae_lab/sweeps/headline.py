@@ -1,5 +1,6 @@
 """The short table of a sweep, for the screen and report.md."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,26 +28,28 @@ HEADLINES = {
 }
 
 
-def headline(table: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
+def headline(table: pd.DataFrame, done: pd.DataFrame, own: Sequence[str] = ()) -> pd.DataFrame:
     """Return the short table as text: the settings that vary among the complete jobs, and the main metrics.
 
     Sorted by sae, k, n_latents and seed. Jobs that differ in their seed only become one row with their number and
     mean ± standard deviation.
+
+    Args:
+        own: metrics of one's own, which come last.
     """
+    formats = HEADLINES | dict.fromkeys(own, ".4f")
     done = done.sort_values(["sae", "k", "n_latents", "seed"], kind="stable")
     varies = [c for c in setting_columns(table) if c != "expansion" and table[c].nunique(dropna=False) > 1]
     chosen = list(dict.fromkeys(["sae", "k", "n_latents", *varies]))
-    metrics = [m for m in HEADLINES if plots.has_values(done, m)]
+    metrics = [m for m in formats if plots.has_values(done, m)]
     twins = [c for c in chosen if c != "seed"]
     if done.duplicated(twins).any():
         groups = done.groupby(twins, dropna=False, sort=False)
         cells = groups.size().rename("seeds").reset_index()
         for metric in metrics:
-            cells[metric] = [_mean_and_spread(values, HEADLINES[metric]) for _, values in groups[metric]]
+            cells[metric] = [_mean_and_spread(values, formats[metric]) for _, values in groups[metric]]
         return cells.assign(**{c: cells[c].map(cell_text) for c in [*twins, "seeds"]})
-    cells = (
-        done[chosen].map(cell_text).assign(**{m: done[m].map(partial(_rounded, form=HEADLINES[m])) for m in metrics})
-    )
+    cells = done[chosen].map(cell_text).assign(**{m: done[m].map(partial(_rounded, form=formats[m])) for m in metrics})
     # The job's name is long, so it comes last. It is left out if it only repeats the settings.
     return cells if named_after_settings(done) else cells.assign(job=label_jobs(list(done["job"])))
 

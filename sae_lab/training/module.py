@@ -84,13 +84,22 @@ class SAEModule(L.LightningModule):
         splice = partial(self.splice, batch=batch) if self.splice and isinstance(batch, TextBatch) else None
         result = self.step(x, splice)
         self.tokens += len(x) * world_size()
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        regular = (batch_idx + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if regular or self.trainer.global_step in (0, self.trainer.max_steps - 1):
             row = training_row(self.sae, result)
             self.raise_if_diverged(row["loss"], x)
             lr = float(self.step.optimizer.param_groups[0]["lr"])
-            self.log_dict(self.finite(row) | {"tokens": self.tokens.float(), "lr": lr})
+            self.write_row(self.finite(row) | {"tokens": self.tokens.float(), "lr": lr}, regular)
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self.count_step()
+
+    def write_row(self, row: dict[str, Any], regular: bool) -> None:
+        """Log a row. Lightning drops one that is not due, as those of the first and the last step may be."""
+        if regular:
+            self.log_dict(row)
+            return
+        for logger in self.trainer.loggers:
+            logger.log_metrics({name: float(value) for name, value in row.items()}, self.trainer.global_step)
 
     def count_step(self) -> None:
         """Raise `trainer.global_step` by one, which Lightning does where it wraps an optimizer's step."""

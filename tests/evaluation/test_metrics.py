@@ -9,6 +9,8 @@ from sae_lab.evaluation.metrics import (
     ROW_METRICS,
     DownstreamMetrics,
     ReconstructionMetrics,
+    activation_counts,
+    activation_histogram,
     batch_fvu,
     cross_entropy,
     kl_divergence,
@@ -183,3 +185,12 @@ def test_the_states_have_one_order_whatever_the_order_of_registration(monkeypatc
     monkeypatch.setitem(ROW_METRICS, "nmse", nmse)
     assert list(ROW_METRICS)[-1] == "nmse"
     assert list(ReconstructionMetrics(8).metric_state) == before
+
+
+def test_active_entries_are_counted_by_quarters_of_an_octave():
+    code = torch.tensor([[0.0, 1.0, 1.1], [-1.3, 2.0, 0.0], [1e-9, 1e9, 0.0]])
+    table = activation_histogram(activation_counts(code))
+    assert {row["log2"]: row["entries"] for row in table if row["entries"]} == {
+        -15.875: 1, 0.125: 2, 0.375: 1, 1.125: 1, 15.875: 1,
+    }  # fmt: skip
+    assert activation_histogram(activation_counts(torch.zeros(2, 3))) == []

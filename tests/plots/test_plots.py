@@ -197,7 +197,7 @@ def log_table() -> pd.DataFrame:
 def test_training_curves_overlay_validation_and_leave_out_empty_panels(drawn, path):
     plots.training_curves(log_table(), path)
     visible = [axes for axes in drawn[0].axes if axes.get_visible()]
-    assert [axes.get_ylabel() for axes in visible] == [run.PANELS[i][0] for i in range(3)]
+    assert [axes.get_title() for axes in visible] == [run.PANELS[i][0] for i in range(3)]
     loss, fvu, l0 = visible
     assert [line.get_xydata().tolist() for line in fvu.lines] == [
         [[1000, 0.9], [2000, 0.5], [3000, 0.4]],
@@ -217,6 +217,25 @@ def test_training_curves_of_one_row_show_it(drawn, path):
     fvu = drawn[0].axes[1]
     assert fvu.lines[0].get_marker() == "."
     assert fvu.get_ylim() == pytest.approx((0, 0.954))
+
+
+def test_training_curves_start_at_0_and_have_panels_of_rate_speed_and_own_metrics(drawn, path):
+    rate = [1e-5, 1e-3, 1e-4, None]
+    table = log_table().assign(lr=rate, tokens_per_second=rate, **{"val/loss_recovered": 0.9, "val/worst": 2.0})
+    plots.training_curves(table, path, "tiny   transformer.h.2")
+    panels = {axes.get_title(): axes for axes in drawn[0].axes if axes.get_visible()}
+    assert list(panels)[3:] == ["CE loss recovered (share)", "Learning rate", "Tokens per second", "worst"]
+    assert panels["Learning rate"].get_yscale() == "linear"
+    assert {axes.get_xlim()[0] for axes in panels.values()} == {0}
+    assert [text.get_text() for text in drawn[0].texts] == ["tiny   transformer.h.2"]
+
+
+def test_activations_are_shares_of_the_active_entries(drawn, path):
+    plots.activations(pd.DataFrame({"log2": [-0.125, 0.125, 0.375], "entries": [1, 2, 1]}), path)
+    (axes,) = drawn[0].axes
+    assert [bar.get_height() for bar in axes.patches] == [25, 50, 25]
+    assert [bar.get_x() for bar in axes.patches] == pytest.approx([2**-0.25, 1, 2**0.25])
+    plots.activations(pd.DataFrame({"log2": [], "entries": []}), path)
 
 
 @pytest.mark.parametrize("columns", [["step"], ["step", "tokens"]])

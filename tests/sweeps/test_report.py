@@ -321,11 +321,57 @@ def test_l0_is_drawn_for_the_largest_dictionary_at_every_k(tmp_path, monkeypatch
     for i, (k, expansion) in enumerate([(8, 4), (8, 8), (16, 8)]):
         run = write_job(tmp_path / f"{i}", f"k={k}", f"expansion={expansion}")
         (run / "figures").mkdir()
-        (run / "figures" / "l0_per_token.csv").write_text(f"l0,bos,other\n{k},{i},100\n")
-    tables = []
-    monkeypatch.setattr(plots, "l0_by_line", lambda table, path: tables.append(table) or path)
+        (run / "figures" / "l0_per_token.csv").write_text(f"l0,bos,other\n{k},{i},100\n20,0,5\n")
+    run = write_job(tmp_path / "3", "sae=topk", "k=8")
+    (run / "figures").mkdir()
+    (run / "figures" / "l0_per_token.csv").write_text("l0,bos,other\n8,3,100\n")
+    drawn = []
+    monkeypatch.setattr(plots, "l0_by_line", lambda table, path, facts: drawn.append((table, facts)) or path)
     draw_sweep(complete_of(tmp_path), tmp_path)
-    assert tables[0][["k", "l0", "bos", "other"]].to_numpy().tolist() == [[8, 8, 1, 100], [16, 16, 2, 100]]
+    table, facts = drawn[0]
+    rows = [[8, 8, 1, 100], [8, 20, 0, 5], [16, 16, 2, 100], [16, 20, 0, 5]]
+    assert table[["k", "l0", "bos", "other"]].to_numpy().tolist() == rows
+    assert facts == "1,000 tokens   seed 0   not shown: TopK, with k on every token"
+
+
+def test_a_setting_that_was_swept_has_a_figure_of_its_own(tmp_path, monkeypatch):
+    for i, (size, sae) in enumerate([(256, "topk"), (512, "topk"), (256, "batch_topk"), (512, "batch_topk")]):
+        write_job(tmp_path / f"{i}", f"sae={sae}", f"batch_size={size}", config={"batch_size": size}, nmse=1 / size)
+    drawn = {}
+    draw = plots.metrics_against
+
+    def spy(table, path, x, y, lines, fixed, facts):
+        drawn[path.name] = x, sorted(set(table[lines])), dict(fixed)
+        return draw(table, path, x, y, lines, fixed, facts)
+
+    monkeypatch.setattr(plots, "metrics_against", spy)
+    draw_sweep(complete_of(tmp_path), tmp_path)
+    expected = ("batch_size", ["BatchTopK", "TopK"], {"k": 16.0, "n_latents": 512.0})
+    assert drawn == {"nmse_ce_vs_batch_size_k16_n512.png": expected}
+    assert (tmp_path / "figures" / "nmse_ce_vs_batch_size_k16_n512.png").is_file()
+
+
+def test_saes_under_the_other_rule_have_a_figure(tmp_path, monkeypatch):
+    for i, (sae, expansion) in enumerate([("topk", 4), ("topk", 8), ("batch_topk", 4), ("batch_topk", 8)]):
+        run = write_job(tmp_path / f"{i}", f"sae={sae}", f"expansion={expansion}")
+        if sae == "topk":
+            numbers = json.loads((run / "metrics.json").read_text()) | {"nmse": 0.5}
+            (run / "metrics_batch_topk.json").write_text(json.dumps(numbers))
+    tables = {}
+    monkeypatch.setattr(plots, "metrics_against", lambda t, path, *_: tables.update({path.name: t}) or path)
+    draw_sweep(complete_of(tmp_path), tmp_path)
+    cross = tables["cross_use_vs_n_latents_k16.png"]
+    assert cross["line"].tolist() == ["TopK", "TopK", "TopK under BatchTopK", "TopK under BatchTopK"]
+    assert cross["nmse"].tolist() == [1 / 64, 1 / 128, 0.5, 0.5]
+
+
+def test_a_metric_of_ones_own_is_in_the_table_and_has_a_figure(tmp_path):
+    for i, k in enumerate((8, 16)):
+        write_job(tmp_path / f"{i}", f"k={k}", worst=1 / k, own_metrics=["worst"])
+    assert "nmse_ce_vs_k_n512.png" in (names := [f.name for f in draw_sweep(complete_of(tmp_path), tmp_path)])
+    assert "worst_vs_k_n512.png" in names
+    table = collect_table(tmp_path)
+    assert headline(table, complete_jobs(table), ["worst"])["worst"].tolist() == ["0.1250", "0.0625"]
 
 
 def test_headline_leaves_out_folders_that_repeat_the_settings(tmp_path):

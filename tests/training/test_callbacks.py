@@ -51,6 +51,10 @@ def test_validation_logs_the_evaluations_cross_entropy(whole):
     assert row["val/fvu"] == pytest.approx(metrics["fvu"], rel=1e-4)
 
 
+def test_the_log_has_the_first_and_the_last_step(whole):
+    assert pd.read_csv(whole / "metrics.csv").dropna(subset=["loss"])["step"].tolist() == [0, 2, 5, 8, 11]
+
+
 def test_callbacks_change_no_bit_of_the_run(whole, tmp_path):
     train_run(config(tmp_path, "sae=topk"))
     for file in ("sae/sae.safetensors", "figures/l0_per_token.csv"):

@@ -1,0 +1,38 @@
+"""The names of a sweep's jobs leave out what is the same in all of them."""
+
+from pathlib import Path
+
+from sae_lab.cli.folder_names import EXCLUDED, leave_out_constants
+
+SWEEP = ["-m", "sae=topk,batch_topk", "n_tokens=1000", "+data.x=[a,b]", "hydra/launcher=shared_stream"]
+OUT = f"{EXCLUDED}=['n_tokens','data.x']"
+
+
+def job_in(folder: Path, name: str, *overrides: str) -> None:
+    (folder / name / ".hydra").mkdir(parents=True)
+    (folder / name / ".hydra" / "overrides.yaml").write_text("".join(f"- {line}\n" for line in overrides))
+
+
+def test_settings_with_one_value_are_left_out_of_the_names_in_a_new_folder(tmp_path):
+    assert leave_out_constants(SWEEP) == [*SWEEP, OUT]
+    new = [*SWEEP, f"hydra.sweep.dir={tmp_path / 'new'}"]
+    assert leave_out_constants(new) == [*new, OUT]
+
+
+def test_nothing_is_left_out_where_nothing_is_swept_or_no_sweep_runs():
+    for arguments in (["-m", "k=8"], ["k=8", "n_tokens=10"], ["-m", "k=8,16"], ["-m", "k=8,16", "a=[b"], [*SWEEP, OUT]):
+        assert leave_out_constants(arguments) == arguments
+
+
+def test_a_sweep_of_before_keeps_the_names_of_its_jobs(tmp_path):
+    again = [*SWEEP, f"hydra.sweep.dir={tmp_path}"]
+    job_in(tmp_path, "+data.x=[a,b],n_tokens=1000,sae=topk", "sae=topk", "n_tokens=1000", "+data.x=[a,b]")
+    assert leave_out_constants(again) == again
+
+
+def test_a_folder_goes_on_with_short_names_unless_the_constants_differ(tmp_path):
+    again = [*SWEEP, f"hydra.sweep.dir={tmp_path}"]
+    job_in(tmp_path, "sae=topk", "sae=topk", "n_tokens=1000", "+data.x=[a,b]")
+    assert leave_out_constants(again) == [*again, OUT]
+    other = [argument.replace("1000", "2000") for argument in again]
+    assert leave_out_constants(other) == other
