@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -186,7 +187,7 @@ def draw_l0(done: pd.DataFrame, folder: Path, facts: str = "") -> list[Path]:
 def draw_run(folder: Path) -> list[Path]:
     """Draw the figures of a single run from its tables. Existing figures are kept."""
     figures = folder / "figures"
-    sources = {
+    sources: dict[str, tuple[Path, list[str], Any]] = {
         "training": (folder / "metrics.csv", [], plots.training_curves),
         "l0_per_token": (figures / "l0_per_token.csv", L0_COLUMNS, plots.l0_per_token),
         "latent_density": (figures / "latent_density.csv", ["density"], plots.latent_density),

@@ -99,7 +99,9 @@ class SAEModule(L.LightningModule):
             self.log_dict(row)
             return
         for logger in self.trainer.loggers:
-            logger.log_metrics({name: float(value) for name, value in row.items()}, self.trainer.global_step)
+            logger.log_metrics(
+                {name: float(torch.as_tensor(value).detach()) for name, value in row.items()}, self.trainer.global_step
+            )
 
     def count_step(self) -> None:
         """Raise `trainer.global_step` by one, which Lightning does where it wraps an optimizer's step."""
