@@ -63,7 +63,7 @@ def main(cfg: DictConfig) -> None:
         print_metrics(metrics["own"] | {"train_mode": metrics[cfg.encoder]}, folder, ("own", cfg.encoder))
         print_files([write_comparison(metrics | said, cfg.encoder, pursuit_k, folder, suffix)])
     else:
-        evaluation = evaluate(sae, data, build_metrics(run))
+        evaluation = evaluate(sae, data, build_metrics(config))
         print_metrics(evaluation.metrics, folder)
         evaluation = evaluation._replace(metrics=evaluation.metrics | said)
         print_files(write_results(evaluation, sae, folder, suffix))
