@@ -1,14 +1,17 @@
 """Write a searchable page about an SAE's latents: `python -m sae_lab.features sae=outputs/...`."""
 
 from collections.abc import Sequence
-from typing import Annotated, TypedDict
+from functools import partial
+from typing import Annotated, Any, TypedDict
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point
 from sae_lab.cli.replaced import allow_new_keys, open_from
 from sae_lab.runtime.checks import check_config
+
+SIZES = ("n_tokens", "n_top", "n_random", "n_per_decile", "context", "n_logits", "n_neighbours")
 
 
 class Options(TypedDict):
@@ -20,9 +23,13 @@ class Options(TypedDict):
     n_tokens: Annotated[int, Ge(1)]
     n_top: Annotated[int, Ge(0)]
     n_random: Annotated[int, Ge(0)]
+    n_per_decile: Annotated[int, Ge(0)]
     context: Annotated[int, Ge(0)]
     n_logits: Annotated[int, Ge(0)]
     n_neighbours: Annotated[int, Ge(0)]
+    text: str | None
+    serve: bool
+    port: Annotated[int, Ge(0), Le(65535)]
     device: str
     trust: Sequence[str] | str
     overwrite: bool
@@ -32,20 +39,32 @@ class Options(TypedDict):
 def main(cfg: DictConfig) -> None:
     from sae_lab.activations.building import require_text
     from sae_lab.evaluation.latents import choose_latents, describe_latents
+    from sae_lab.evaluation.own_text import describe_text, name_of_text
     from sae_lab.plots.feature_page import write_page
+    from sae_lab.plots.page_server import start_server
     from sae_lab.runs.replacements import suffix_of
     from sae_lab.runtime.memory import keep_freed_memory
-    from sae_lab.runtime.screen import print_files
+    from sae_lab.runtime.screen import print_activations, print_files
 
     check_config(cfg, Options)
     keep_freed_memory()
     opened = open_from(cfg)
     sae, data = opened.sae, require_text(opened.data, "features")
     suffix = "" if cfg.overwrite else suffix_of(opened.settings)
-    latents = choose_latents(sae, cfg.latents, cfg.n_latents)
-    sizes = {name: cfg[name] for name in ("n_tokens", "n_top", "n_random", "context", "n_logits", "n_neighbours")}
-    description = {"run": opened.name} | describe_latents(sae, data, latents, **sizes)
-    print_files(write_page(description, opened.folder / f"features{suffix}"))
+    description: dict[str, Any] = {"run": opened.name, "served": cfg.serve}
+    chosen = cfg.latents
+    if cfg.text is not None:
+        own = description["own"] = describe_text(sae, data, cfg.text)
+        suffix += name_of_text(cfg.text)
+        chosen = chosen or [row["latent"] for row in own["latents"]] or None
+        print_activations(own)
+    latents = choose_latents(sae, chosen, cfg.n_latents)
+    folder = opened.folder / f"features{suffix}"
+    server = start_server(folder, partial(describe_text, sae, data), cfg.port) if cfg.serve else None
+    print_files(write_page(description | describe_latents(sae, data, latents, **{k: cfg[k] for k in SIZES}), folder))
+    if server is not None:
+        print(f"http://{server.names[0]}/ answers until Ctrl-C.", flush=True)
+        server.serve_forever()
 
 
 if __name__ == "__main__":

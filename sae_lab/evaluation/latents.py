@@ -1,38 +1,48 @@
-"""Descriptions of latents: the contexts in which they are active, and the tokens that they promote."""
+"""Descriptions of latents: the contexts in which they are active, and what their weights read and write."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, overload
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from sae_lab.activations.data import ActivationData
-from sae_lab.lm.base import LanguageModel
-from sae_lab.ops.sparse import Code, SparseCode
+from sae_lab.evaluation.cofiring import describe_cofiring
+from sae_lab.evaluation.latent_activations import Activations, gather_activations
+from sae_lab.evaluation.latent_contexts import LatentsOnText
+from sae_lab.evaluation.latent_directions import describe_directions, describe_places, describe_reading
 from sae_lab.runtime.errors import UserError
-from sae_lab.runtime.screen import track
 from sae_lab.saes.base import BaseSAE
 from sae_lab.text.spelling import spell
 
-N_BINS = 30
+SCHEMA = 2
+"""Version of features.json. 2 adds keys to the one before, which had no version; it changes none."""
+OF_TOKENS = ("fires_on", "promoted", "suppressed", "reads")
 
 
-class Activations(NamedTuple):
-    """Activations of the chosen latents over a text, with one entry for each active (token, latent) pair."""
+class Latents(Sequence[dict[str, Any]]):
+    """The described latents, as dicts. Each is put together when it is asked for (see LatentsOnText).
 
-    tokens: Int[Tensor, "n t"]
-    """The text in rows."""
-    n_positions: int
-    """Positions of the text that the SAE reads (`data.exclude_*` leaves some out)."""
-    latents: Int[Tensor, " m"]
-    """Index of the entry's latent among the chosen ones."""
-    positions: Int[Tensor, " m"]
-    """Position of the entry's token in the flattened text."""
-    values: Float[Tensor, " m"]
-    """Activation of the entry."""
+    Attributes:
+        facts: what is known of each latent without its contexts.
+    """
+
+    def __init__(self, facts: Sequence[dict[str, Any]], on_text: LatentsOnText):
+        self.on_text = on_text
+        self.facts = [fact | mine for fact, mine in zip(facts, on_text.facts, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    @overload
+    def __getitem__(self, i: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, i: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        return [self[j] for j in range(len(self))[i]] if isinstance(i, slice) else self.facts[i] | self.on_text[i]
 
 
 def describe_latents(
@@ -46,6 +56,7 @@ def describe_latents(
     context: int,
     n_logits: int,
     n_neighbours: int,
+    n_per_decile: int = 1,
 ) -> dict[str, Any]:
     """Describe the chosen latents: what they respond to in the training text and what their directions promote.
 
@@ -56,150 +67,61 @@ def describe_latents(
             activations drawn at random.
         context: tokens on either side of an activation.
         n_logits: tokens that a direction promotes and suppresses most.
-        n_neighbours: latents with the most similar directions.
+        n_neighbours: latents with the most similar directions, and latents that fire on the same tokens.
+        n_per_decile: contexts drawn from each tenth of a latent's activations.
     """
     activations = gather_activations(sae, data, latents, n_tokens)
-    found = describe_activations(activations, len(latents), n_top=n_top, n_random=n_random, context=context)
-    meanings = describe_directions(sae, data.lm, latents, n_logits, n_neighbours)
-    found = [{"latent": i} | a | b for i, a, b in zip(latents.tolist(), found, meanings, strict=True)]
-    return {
-        "sae": type(sae).__name__ + (" with signed codes" if sae.signed else ""),
-        "n_latents": sae.n_latents,
-        "lm": data.lm.name,
-        "sites": list(data.lm.sites),
+    sizes = {"n_top": n_top, "n_random": n_random, "n_per_decile": n_per_decile, "context": context}
+    on_text = LatentsOnText(activations, len(latents), **sizes)
+    columns = (
+        describe_places(sae, data.lm, latents),
+        describe_directions(sae, data.lm, latents, n_logits, n_neighbours),
+        describe_reading(sae, data.lm, latents, n_logits),
+        describe_partners(activations, latents, n_neighbours),
+        describe_routing(activations, len(latents), sae.n_sources),
+    )
+    facts = [merge({"latent": i}, *parts) for i, *parts in zip(latents.tolist(), *columns, strict=True)]
+    found = Latents(facts, on_text)
+    return describe_sae(sae, data) | {
         "n_tokens": activations.n_positions,
         "tokens": spell_tokens(data.lm.tokenizer, found),
         "latents": found,
     }
 
 
-@torch.no_grad()
-def gather_activations(sae: BaseSAE, data: ActivationData, latents: Int[Tensor, " c"], n_tokens: int) -> Activations:
-    """Gather all activations of `latents` on the first n_tokens of the training text, under the deployed rule."""
-    rows = data.text.first_rows(max(1, n_tokens // data.seq_len))
-    place = torch.full((sae.n_latents,), -1)
-    place[latents] = torch.arange(len(latents))
-    parts, n_positions = [], 0
-    for start, tokens in with_offsets(track(rows.split(data.lm_batch_rows), "reading")):
-        keep, x = data.kept(tokens)
-        keep = keep.flatten()
-        row, latent, value = active_entries(sae.autoencode(x)[1])
-        chosen = place[latent] >= 0
-        positions = start + keep.nonzero().squeeze(-1)[row[chosen]]
-        parts.append((place[latent[chosen]], positions, value[chosen].float()))
-        n_positions += int(keep.sum())
-    return Activations(rows, n_positions, *(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def with_offsets(batches) -> Iterator[tuple[int, Tensor]]:
-    """Yield each batch of text rows with the number of tokens before it."""
-    start = 0
-    for tokens in batches:
-        yield start, tokens
-        start += tokens.numel()
-
-
-def active_entries(code: Code) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (row, latent, value) of all active entries, on the CPU."""
-    if isinstance(code, SparseCode):
-        return code.pattern.rows.cpu(), code.latents.cpu(), code.values.cpu()
-    rows, latents = code.nonzero(as_tuple=True)
-    return rows.cpu(), latents.cpu(), code[rows, latents].cpu()
-
-
-def describe_activations(
-    activations: Activations, n: int, *, n_top: int, n_random: int, context: int, seed: int = 0
-) -> list[dict[str, Any]]:
-    """Describe each of the n chosen latents: density, range of activations, histogram and contexts.
-
-    Args:
-        n_top: contexts with the most positive activations (`top`), and with the most negative ones (`bottom`).
-        n_random: contexts drawn among the other activations.
-        context: tokens to show on either side.
-    """
-    order = torch.argsort(activations.latents, stable=True)
-    counts = torch.bincount(activations.latents, minlength=n).tolist()
-    generator = torch.Generator().manual_seed(seed)
-    described = []
-    for mine in order.split(counts):
-        values, positions = activations.values[mine], activations.positions[mine]
-        row: dict[str, Any] = {
-            "density": len(mine) / max(1, activations.n_positions),
-            "max": max(0.0, float(values.max())) if len(mine) else 0.0,
-            "min": min(0.0, float(values.min())) if len(mine) else 0.0,
-        }
-        up, down = (rank_contexts(positions, sign * values, context) for sign in (1, -1))
-        rest = keep_one_per_window(torch.cat([up[n_top:], down[n_top:]]), context)
-        drawn = rest[torch.randperm(len(rest), generator=generator)[:n_random]]
-        strengths = dict(zip(positions.tolist(), values.tolist(), strict=True))
-        row["histogram"] = histogram(values)
-        for name, centres in (("top", up[:n_top]), ("bottom", down[:n_top]), ("random", drawn)):
-            row[name] = [excerpt(activations.tokens, c, context, strengths) for c in centres.tolist()]
-        described.append(row)
-    return described
-
-
-def rank_contexts(positions: Int[Tensor, " m"], values: Float[Tensor, " m"], context: int) -> Int[Tensor, " _"]:
-    """Return the positions of positive values, the largest first, one in each window of the text."""
-    order = values.argsort(descending=True, stable=True)
-    return keep_one_per_window(positions[order[values[order] > 0]], context)
-
-
-def keep_one_per_window(positions: Int[Tensor, " m"], context: int) -> Int[Tensor, " _"]:
-    """Cut the text into windows of 2·context + 1 tokens and keep the first position given in each window."""
-    cells = (positions // (2 * context + 1)).numpy()
-    return positions[np.sort(np.unique(cells, return_index=True)[1])]
-
-
-def excerpt(tokens: Int[Tensor, "n t"], centre: int, context: int, strengths: dict[int, float]) -> dict[str, Any]:
-    """Return the tokens around one position, within its row, with the latent's activation on each."""
-    length = tokens.shape[1]
-    start, column = centre - centre % length, centre % length
-    window = range(start + max(0, column - context), start + min(length, column + context + 1))
+def describe_sae(sae: BaseSAE, data: ActivationData) -> dict[str, Any]:
+    """Describe what all latents have in common: the SAE, the language model and the sites."""
+    groups = sae.latent_groups()
     return {
-        "tokens": tokens.flatten()[window.start : window.stop].tolist(),
-        "activations": [round(strengths.get(i, 0.0), 4) for i in window],
-        "centre": centre - window.start,
+        "schema": SCHEMA,
+        "sae": type(sae).__name__ + (" with signed codes" if sae.signed else ""),
+        "n_latents": sae.n_latents,
+        "lm": data.lm.name,
+        "models": list(data.lm.models),
+        "sites": list(data.lm.sites),
+        "n_inputs": sae.n_inputs,
+        "groups": None if groups is None else {"name": groups[0], "sizes": list(groups[1])},
     }
 
 
-def histogram(values: Float[Tensor, " m"]) -> dict[str, Any]:
-    """Count activations in equal bins from `bottom`, 0 or the most negative one, to `top`, the largest one or 0."""
-    bottom, top = (min(0.0, float(values.min())), max(0.0, float(values.max()))) if len(values) else (0.0, 1.0)
-    counts = np.histogram(values.numpy(), bins=N_BINS, range=(bottom, top))[0]
-    return {"counts": counts.tolist(), "bottom": bottom, "top": top}
+def merge(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}
 
 
-@torch.no_grad()
-def describe_directions(
-    sae: BaseSAE, lm: LanguageModel, latents: Int[Tensor, " c"], n_logits: int, n_neighbours: int
-) -> list[dict[str, Any]]:
-    """Describe each latent's decoder row: the tokens that it promotes and suppresses, and its nearest neighbours.
+def describe_partners(activations: Activations, latents: Int[Tensor, " c"], n_most: int) -> list[dict[str, Any]]:
+    """Return `cofiring` of each latent, with the latents' own numbers (see cofiring.py)."""
+    numbers = latents.tolist()
+    found = describe_cofiring(activations, len(numbers), n_most)
+    return [{"cofiring": [other | {"latent": numbers[other["latent"]]} for other in some]} for some in found]
 
-    Logits are the row times the unembedding, minus their mean over the vocabulary. They are left out if the widths of
-    site and unembedding differ. Neighbours are the latents with the largest cosine similarity of decoder rows; its
-    absolute value counts where codes are signed.
-    """
-    rows = F.normalize(sae.directions().float().flatten(1), dim=-1)
-    unembedding = lm.unembedding()
-    found = []
-    for chunk in latents.to(rows.device).split(256):
-        row: list[dict[str, Any]] = [{} for _ in chunk]
-        similarity = rows[chunk] @ rows.T
-        closeness = similarity.abs() if sae.signed else similarity.clone()
-        closeness[torch.arange(len(chunk)), chunk] = -torch.inf
-        near = closeness.topk(min(n_neighbours, len(rows) - 1)).indices
-        for i, (cosines, others) in enumerate(zip(similarity.gather(1, near).tolist(), near.tolist(), strict=True)):
-            row[i]["neighbours"] = [{"latent": o, "cosine": round(c, 3)} for o, c in zip(others, cosines, strict=True)]
-        if unembedding is not None and unembedding.shape[1] == rows.shape[1]:
-            logits = rows[chunk] @ unembedding.to(rows).T
-            logits -= logits.mean(dim=-1, keepdim=True)
-            for name, sign in (("promoted", 1), ("suppressed", -1)):
-                top = (sign * logits).topk(min(n_logits, logits.shape[1]))
-                for i, (values, ids) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True)):
-                    row[i][name] = [{"token": t, "logit": round(sign * v, 3)} for t, v in zip(ids, values, strict=True)]
-        found += row
-    return found
+
+def describe_routing(activations: Activations, n: int, n_sites: int) -> list[dict[str, Any]]:
+    """Return `routed` of each latent: the share of its activations at each site; left out if no site is chosen."""
+    if activations.sites is None:
+        return [{} for _ in range(n)]
+    counts = torch.bincount(activations.latents * n_sites + activations.sites, minlength=n * n_sites).view(n, n_sites)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    return [{"routed": [round(share, 4) for share in row]} for row in shares.tolist()]
 
 
 def choose_latents(sae: BaseSAE, latents: Any, n_latents: int) -> Int[Tensor, " c"]:
@@ -218,8 +140,13 @@ def choose_latents(sae: BaseSAE, latents: Any, n_latents: int) -> Int[Tensor, " 
     return torch.tensor(sorted(set(latents)))
 
 
-def spell_tokens(tokenizer: Any, found: list[dict[str, Any]]) -> dict[int, str]:
-    """Spell every token id in the descriptions."""
-    ids = {t for row in found for name in ("top", "bottom", "random") for e in row[name] for t in e["tokens"]}
-    ids |= {p["token"] for row in found for name in ("promoted", "suppressed") for p in row.get(name, [])}
-    return {i: spell(tokenizer, i) for i in sorted(ids)}
+def spell_tokens(tokenizer: Any, found: Latents) -> dict[int, str]:
+    """Spell every token id in the descriptions, and in the rows of the text from which contexts are cut."""
+    rows = found.on_text.tokens[found.on_text.shown_rows()]
+    of_weights = (part["token"] for fact in found.facts for name in OF_TOKENS for part in fact.get(name, []))
+    return spell_ids(tokenizer, [*rows.unique().tolist(), *of_weights])
+
+
+def spell_ids(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
+    """Spell token ids, ascending and each once."""
+    return {i: spell(tokenizer, i) for i in sorted(set(ids))}

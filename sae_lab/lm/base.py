@@ -111,6 +111,10 @@ class LanguageModel(ABC):
     def unembedding(self) -> Float[Tensor, "v d"] | None:
         """Return the matrix that maps the final residual stream to logits; None if the model has none."""
 
+    def embedding(self) -> Float[Tensor, "v d"] | None:
+        """Return the matrix whose rows are the token embeddings; None if the back end does not know it."""
+        return None
+
     @property
     def vocab_size(self) -> int:
         """About v, by which slices of the logits are sized."""

@@ -75,6 +75,9 @@ class TransformerLensLM(LoadedLM):
     def unembedding(self) -> Float[Tensor, "v d"]:
         return self.model.W_U.T
 
+    def embedding(self) -> Float[Tensor, "v d"]:
+        return self.model.W_E
+
 
 def boot_bridge(name: str, model: Any, tokenizer: Any, compatibility_mode: bool) -> Any:
     """Wrap the loaded model in a TransformerBridge, on the same device or devices."""

@@ -60,6 +60,10 @@ class TransformersLM(LoadedLM):
             return None
         return head.weight if is_plain(head.weight) else weight_of_linear(head, self.d, self.dtype)
 
+    def embedding(self) -> Float[Tensor, "v d"] | None:
+        weight = getattr(self.model.get_input_embeddings(), "weight", None)
+        return weight if weight is not None and is_plain(weight) else None
+
     @contextmanager
     def hooked(self, hooks: Hooks) -> Iterator[None]:
         """Register the hooks on their modules; remove them when the context ends."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress import track as rich_track
 from rich.table import Table
+from rich.text import Text
 
 from sae_lab.runtime.plain_text import for_terminal
 
@@ -92,6 +93,29 @@ def print_metrics(
         other = metrics.get("train_mode", {}).get(name)
         table.add_row(name, format_number(value), "" if other is None else format_number(other))
     console.print(table)
+
+
+def print_activations(found: dict[str, Any], n_most: int = 20) -> None:
+    """Print the latents that fire on a text (see evaluation/own_text.py)."""
+    title = f"{found['n_active']} latents fire on {len(found['tokens'])} tokens; the strongest:"
+    table = Table(title=title, title_justify="left")
+    for column in ("latent", "largest"):
+        table.add_column(column, justify="right")
+    for column in ("fires on", "where it is largest"):
+        table.add_column(column)
+    for row in found["latents"][:n_most]:
+        strongest = sorted(row["values"], key=lambda pair: -abs(pair[1]))
+        at = strongest[0][0]
+        before, after = ("".join(found["tokens"][max(0, i) : j]) for i, j in ((at - 6, at), (at + 1, at + 5)))
+        fires_on = dict.fromkeys(repr(found["tokens"][i]) for i, _ in strongest[:4])
+        where = Text.assemble(show_ends(before), (show_ends(found["tokens"][at]), "bold reverse"), show_ends(after))
+        table.add_row(str(row["latent"]), format_number(row["max"]), for_terminal(" ".join(fires_on)), where)
+    console.print(table)
+
+
+def show_ends(text: str) -> str:
+    """Return text on one line for the terminal, with its line ends as characters."""
+    return for_terminal(text.replace("\n", "⏎").replace("\t", "⇥"))
 
 
 def format_number(value: float) -> str:

@@ -225,6 +225,18 @@ class BaseSAE(Registered, ABC):
         """Return which latents count as dead in training, (f,) bool; None if the SAE does not track it."""
         return None
 
+    def reading_directions(self) -> Float[Tensor, "f r d"] | None:
+        """Return the encoder's rows, in normalized units; None if the code does not begin with a product with them."""
+        return None
+
+    def activation_thresholds(self) -> Float[Tensor, " f"] | None:
+        """Return what the absolute value of each active latent exceeds in `eval()` mode; None if no number decides."""
+        return None
+
+    def latent_groups(self) -> tuple[str, list[int]] | None:
+        """Return what consecutive groups of latents are called, and their sizes; None if all latents are alike."""
+        return None
+
     def predicted_mask(self, x: Float[Tensor, "b s d"]) -> Bool[Tensor, "b s"] | None:
         """Return a mask of the sources that `reconstruct` predicts; the others stay unchanged. None: all predicted."""
         return None

@@ -79,6 +79,9 @@ class BatchTopKSAE(SparseLinearSAE):
             return select_top_of_batch(h, self.current_k, self.lower_bound, self.signed)
         return select_above(h, self.threshold, self.signed)
 
+    def activation_thresholds(self) -> Float[Tensor, " f"]:
+        return self.threshold.expand(self.n_latents)
+
     @torch.no_grad()
     def observe(self, code: Code) -> None:
         if self.batch_rule or self.threshold_updates == 0:

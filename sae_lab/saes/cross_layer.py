@@ -67,6 +67,9 @@ class CrossLayer(LinearSAE):
     def build_layers(self) -> CrossLayers:
         return CrossLayers(self.n_inputs, self.n_latents)
 
+    def latent_groups(self) -> tuple[str, list[int]]:
+        return "layer", [self.n_latents // self.n_inputs] * self.n_inputs
+
     def before_step(self) -> None:
         if self.W_dec.grad is not None:
             self.W_dec.grad.masked_fill_(self.layers.unwritten, 0)

@@ -118,6 +118,9 @@ class JumpReLUSAE(PenalizedLinearSAE):
     def firing_level(self) -> Float[Tensor, " f"]:
         return self.thresholds
 
+    def activation_thresholds(self) -> Float[Tensor, " f"]:
+        return self.thresholds.detach()
+
     def activate(self, h: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
         return jump_relu(h, self.thresholds, self.kernel_width(), self.kernel_gradient == "all")
 

@@ -152,6 +152,9 @@ class LinearSAE(DictionarySAE):
         W = torch.cat([self.W_enc.flatten(1), self.mlp.W_out], dim=1).unsqueeze(1)
         return Encoder(inputs, torch.zeros_like(inputs[0]), W)
 
+    def reading_directions(self) -> Float[Tensor, "f r d"] | None:
+        return self.W_enc.detach() if self.mlp is None else None
+
     def encoder_center(self) -> Float[Tensor, "r d"]:
         """Return what is subtracted from x before encoding: b_dec, or 0 for a transcoder."""
         return self.b_dec.new_zeros(self.sources.n_read, self.d_in) if self.n_inputs else self.b_dec

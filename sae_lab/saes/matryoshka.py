@@ -90,6 +90,9 @@ class Nested(LinearSAE):
         levels = tuple(accumulate((sparse.decode(z, W, nothing) for z, W in groups), initial=self.decoder_offset(x)))
         return NestedOutput(x, target, levels[-1], code, h, levels)
 
+    def latent_groups(self) -> tuple[str, list[int]]:
+        return "group", self.sizes
+
     def row_parameters(self) -> dict[nn.Parameter, bool]:
         return {p: unit_norm for p, unit_norm in super().row_parameters().items() if p is not self.W_dec}  # split
 

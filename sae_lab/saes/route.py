@@ -157,6 +157,12 @@ class RouteSAE(BaseSAE):
     def predicted_mask(self, x: Tensor) -> Bool[Tensor, "b s"]:
         return self.route(x)[1] > 0
 
+    def activation_thresholds(self) -> Float[Tensor, " f"] | None:
+        return self.inner.activation_thresholds()
+
+    def latent_groups(self) -> tuple[str, list[int]] | None:
+        return self.inner.latent_groups()
+
     @torch.no_grad()
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
         self.sources.observe(self.as_rows(x))  # routing needs the scale, which the first batch sets
