@@ -1,6 +1,15 @@
 // Contexts: a line of text around an activation. A click shows the text around it, as it was written.
 const WIDE = 100;  // tokens on either side of an activation for which the page holds the others of the same latent
 
+// On a narrow screen a line may be cut before its activation: scroll it into sight. Positions are read before any is set.
+function scrollToCentres(cards) {
+  const lines = cards.flatMap(node => [...node.querySelectorAll(".context:not(.wide) .centre")]).map(centre => {
+    const box = centre.parentNode, hidden = centre.offsetLeft + centre.offsetWidth + 40 - box.clientWidth;
+    return [box, hidden > 0 && box.scrollWidth > box.clientWidth ? centre.offsetLeft - box.clientWidth / 2 : 0];
+  });
+  for (const [box, left] of lines) if (left > 0) box.scrollLeft = left;
+}
+
 function contextLine([centre, pairs], strongest, label) {
   const line = element("div", { class: "context", tabindex: 0, role: "button", "aria-expanded": "false" },
     element("i", {}, label ?? ""), element("div", { class: "text" }));
@@ -17,6 +26,7 @@ function contextLine([centre, pairs], strongest, label) {
       spans.push(span);
     }
     line.lastChild.replaceChildren(...spans);
+    line.lastChild.scrollLeft = 0;
     line.classList.toggle("wide", wide);
     line.setAttribute("aria-expanded", wide);
   };

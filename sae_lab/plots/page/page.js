@@ -47,6 +47,7 @@ async function more(n = PER_PAGE, mine = turn) {
   const cards = await Promise.all(some.map(async i => card(await loadLatent(i))));
   if (mine !== turn) return;
   $("list").append(...cards);
+  scrollToCentres(cards);
   $("more").hidden = drawn >= shown.length;
 }
 
