@@ -1,7 +1,6 @@
 """Feature pages: what is gathered, what is said of it, and the page that carries it."""
 
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,15 +10,12 @@ from fakes import SETTINGS, Echo, Numbers
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.from_text import from_documents
-from sae_lab.evaluation.latents import (
-    Activations,
-    choose_latents,
-    describe_activations,
-    describe_directions,
-    excerpt,
-    gather_activations,
-    keep_one_per_window,
-)
+from sae_lab.evaluation.cofiring import describe_cofiring
+from sae_lab.evaluation.latent_activations import Activations, gather_activations
+from sae_lab.evaluation.latent_contexts import Entries, LatentsOnText, excerpt, fires_on, keep_one_per_window
+from sae_lab.evaluation.latent_directions import describe_directions, describe_places, describe_reading
+from sae_lab.evaluation.latents import choose_latents, describe_latents, describe_routing
+from sae_lab.evaluation.own_text import describe_text, rows_of
 from sae_lab.plots.feature_page import write_page
 from sae_lab.runtime.errors import UserError
 
@@ -56,7 +52,7 @@ def test_gather_finds_every_activation(name):
 def test_top_contexts_are_the_strongest_activations_of_the_text():
     """Recomputed from the text: the strongest of each stretch of 3 tokens, in order, and where they stand."""
     _, found, code = read_text("vanilla", torch.arange(16))
-    for row, values in zip(describe_activations(found, 16, n_top=4, n_random=0, context=1), code.T, strict=True):
+    for row, values in zip(LatentsOnText(found, 16, n_top=4, n_random=0, context=1), code.T, strict=True):
         best = values.view(-1, 3).max(dim=1).values.sort(descending=True).values[:4]
         best = best[best > 0].tolist()
         assert [e["activations"][e["centre"]] for e in row["top"]] == pytest.approx(best, abs=1e-4)
@@ -68,13 +64,13 @@ def test_top_contexts_are_the_strongest_activations_of_the_text():
 
 def activations(entries: list[tuple[int, int, float]]) -> Activations:
     """Entries (latent, position, value) over 4 rows of 25 tokens, whose ids are their positions."""
-    latents, positions, values = zip(*entries, strict=True)
+    latents, positions, values = zip(*sorted(entries, key=lambda entry: entry[1]), strict=True)
     tokens = torch.arange(100).view(4, 25)
     return Activations(tokens, 96, torch.tensor(latents), torch.tensor(positions), torch.tensor(values))
 
 
 def test_describe():
-    found = describe_activations(
+    found = LatentsOnText(
         activations([(0, 30, 2.0), (2, 5, 1.0), (0, 3, 4.0), (0, 31, 1.0)]), 3, n_top=1, n_random=5, context=2
     )
     assert [row["density"] for row in found] == [3 / 96, 0.0, 1 / 96]
@@ -87,7 +83,7 @@ def test_describe():
 
 
 def test_both_ends_of_a_signed_latent_are_shown_apart():
-    found, only_negative = describe_activations(
+    found, only_negative = LatentsOnText(
         activations([(0, 3, 4.0), (0, 12, -3.0), (0, 30, -5.0), (0, 40, 1.0), (0, 60, -1.0), (1, 3, -2.0)]),
         2, n_top=1, n_random=5, context=2,
     )  # fmt: skip
@@ -115,8 +111,45 @@ def test_neighbours_of_a_signed_latent_may_point_the_other_way():
 
 def test_an_excerpt_stays_in_its_row():
     tokens = torch.arange(20).view(2, 10)
-    assert excerpt(tokens, 11, 3, {11: 1.0})["tokens"] == [10, 11, 12, 13, 14]
-    assert excerpt(tokens, 9, 3, {})["tokens"] == [6, 7, 8, 9]
+    entries = Entries(torch.tensor([9, 11, 14]), torch.tensor([3.0, 1.0, 2.0]))
+    assert excerpt(tokens, 11, 3, entries) == {
+        "tokens": [10, 11, 12, 13, 14],
+        "activations": [0, 1, 0, 0, 2],
+        "centre": 1,
+    }
+    assert excerpt(tokens, 9, 3, entries) == {"tokens": [6, 7, 8, 9], "activations": [0, 0, 0, 3], "centre": 3}
+
+
+def test_deciles_are_tenths_of_the_activations():
+    entries = [(0, i, float(i + 1)) for i in range(100)]
+    [row] = LatentsOnText(activations(entries), 1, n_top=0, n_random=0, context=0, n_per_decile=2)
+    assert [(d["from"], d["to"]) for d in row["deciles"]] == [(10 * i + 1, 10 * i + 10) for i in range(9, -1, -1)]
+    for decile in row["deciles"]:
+        values = [context["activations"][0] for context in decile["contexts"]]
+        assert len({*values}) == 2
+        assert all(decile["from"] <= value <= decile["to"] for value in values)
+    few, none = LatentsOnText(activations(entries[:3]), 2, n_top=0, n_random=0, context=0, n_per_decile=1)
+    assert [(d["from"], d["to"]) for d in few["deciles"]] == [(3, 3), (2, 2), (1, 1)]
+    assert none["deciles"] == none["fires_on"] == []
+
+
+def test_a_latent_fires_on_the_tokens_that_make_up_its_activation():
+    found = fires_on(torch.tensor([7, 9, 7, 8]), torch.tensor([1.0, 6.0, -2.0, 1.0]))
+    assert found[0] == {"token": 9, "share": 0.6, "count": 1}
+    assert found[1] == {"token": 7, "share": 0.3, "count": 2}
+
+
+def test_cofiring_counts_tokens():
+    """0 fires on 4 tokens, 1 on 2 of them, 2 on 1 of them and 9 others, 3 never."""
+    entries = [(0, 0, 1.0), (1, 0, 1.0), (0, 1, 1.0), (1, 1, 1.0), (0, 2, 1.0), (0, 3, 1.0)]
+    entries += [(2, i, 1.0) for i in range(3, 13)]
+    found = describe_cofiring(activations(entries), 4, 5)
+    assert found[0] == [
+        {"latent": 1, "jaccard": 0.5, "share": 0.5},
+        {"latent": 2, "jaccard": pytest.approx(1 / 13, abs=1e-4), "share": 0.25},
+    ]
+    assert found[1] == [{"latent": 0, "jaccard": 0.5, "share": 1.0}]
+    assert found[3] == []
 
 
 def test_apart_keeps_the_first_of_a_window():
@@ -151,10 +184,100 @@ def test_choose():
             choose_latents(sae, wrong, 10)
 
 
-def test_the_page_carries_the_json(tmp_path):
-    description = {"run": "a", "tokens": {1: "</script><b>"}, "latents": [{"latent": 0}]}
-    page, table = write_page(description, tmp_path)
-    text = page.read_text()
-    assert "<b>" not in text
-    carried = re.search(r"^const data = (.*);$", text, re.MULTILINE)[1]
-    assert json.loads(carried) == json.loads(table.read_text()) == json.loads(json.dumps(description))
+def test_places_say_what_kind_of_latent_it_is():
+    one = SimpleNamespace(models=())
+    nested = build("matryoshka", "+sae.group_sizes=[16,16,32]").eval()
+    with torch.no_grad():
+        nested.threshold.fill_(0.25)
+    found = describe_places(nested, one, torch.tensor([0, 15, 16, 63]))
+    assert [row["group"] for row in found] == [0, 0, 1, 2]
+    assert {row["threshold"] for row in found} == {0.25}
+    assert describe_places(build("topk"), one, torch.tensor([3])) == [{}]
+
+    both = build("topk", n_sources=2)
+    with torch.no_grad():
+        both.W_dec[0, 0], both.W_dec[1, 1] = 0, 0
+        both.W_dec[2, 1] = both.W_dec[2, 0]
+    found = describe_places(both, SimpleNamespace(models=("base", "tuned")), torch.tensor([0, 1, 2]))
+    assert [row["class"] for row in found] == ["tuned_only", "base_only", "shared"]
+    assert [row["relative_norm"] for row in found] == [1.0, 0.0, 0.5]
+    assert found[0]["writes"][0] == 0 < found[0]["writes"][1]
+
+
+def test_a_transcoder_reads_tokens():
+    sae = build("topk", "sae.n_inputs=1", "sae.normalize=none", n_sources=2)
+    embedding = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae.W_enc[5, 0] = embedding[7] - embedding.mean(dim=0)
+    lm = SimpleNamespace(embedding=lambda: embedding, models=())
+    [found] = describe_reading(sae, lm, torch.tensor([5]), 3)
+    assert found["reads"][0] == {"token": 7, "cosine": 1.0}
+    assert describe_reading(build("topk"), lm, torch.tensor([5]), 3) == [{}]
+
+
+def test_a_route_says_at_which_site_a_latent_fires():
+    _, found, _ = read_text("route", torch.arange(16))
+    shares = describe_routing(found, 16, 2)
+    assert any(row["routed"] != [0, 0] for row in shares)
+    for i, row in enumerate(shares):
+        mine = found.sites[found.latents == i]
+        assert row["routed"][1] == pytest.approx(mine.float().mean().nan_to_num().item(), abs=1e-4)
+    _, plain, _ = read_text("topk", torch.arange(16))
+    assert describe_routing(plain, 16, 2)[0] == {}
+
+
+class Spelling:
+    """Words are numbers, and a token's text is its number."""
+
+    name_or_path = "numbers"
+
+    def __call__(self, text, **_):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    def get_vocab(self):
+        return {}
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))
+
+
+def test_own_text_finds_what_fires(monkeypatch):
+    data, _, _ = read_text("vanilla", torch.arange(16))
+    monkeypatch.setattr(type(data.lm), "tokenizer", Spelling())
+    sae = build("vanilla", "sae.normalize=none", d_in=2, n_latents=16, n_sources=2).eval()
+    found = describe_text(sae, data, "3 5 8 13 21 34 55", n_latents=4)  # two rows of at most five words and a BOS
+    code = sae.encode(data.lm.activations(torch.tensor([[3, 5, 8, 13, 21, 34, 55]]))[0]).detach()
+    assert found["read"] == [True] * 7
+    assert found["n_active"] == int((code > 0).any(dim=0).sum())
+    assert [row["max"] for row in found["latents"]] == pytest.approx(
+        code.amax(0).sort(descending=True)[0][:4].tolist(), abs=1e-4
+    )
+    for row in found["latents"]:
+        mine = torch.zeros(7)
+        for i, value in row["values"]:
+            mine[i] = value
+        torch.testing.assert_close(mine, code[:, row["latent"]], atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="text has 0 tokens"):
+        describe_text(sae, data, " ")
+
+
+def test_rows_of_a_text_begin_with_bos():
+    rows, places = rows_of(torch.arange(1, 6), seq_len=4, bos_id=0)
+    assert rows.tolist() == [[0, 1, 2, 3], [0, 4, 5, 0]]
+    assert rows.flatten()[places].tolist() == [1, 2, 3, 4, 5]
+    assert rows_of(torch.arange(1, 3), seq_len=8, bos_id=0)[0].tolist() == [[0, 1, 2]]
+
+
+def test_a_whole_description(monkeypatch, tmp_path):
+    data, _, _ = read_text("batch_topk", torch.arange(16))
+    monkeypatch.setattr(type(data.lm), "tokenizer", Spelling())
+    monkeypatch.setattr(type(data.lm), "unembedding", lambda self: None, raising=False)
+    sae = build("batch_topk", "sae.normalize=none", d_in=2, n_latents=16, n_sources=2).eval()
+    sizes = {"n_tokens": 30, "n_top": 2, "n_random": 1, "context": 1, "n_logits": 2, "n_neighbours": 2}
+    monkeypatch.setattr(type(data.lm), "models", (), raising=False)
+    description = describe_latents(sae, data, torch.tensor([1, 4, 9]), **sizes)
+    page, table = write_page({"run": "a"} | description, tmp_path)
+    assert json.loads(table.read_text())["latents"] == json.loads(json.dumps(description["latents"][:]))
+    assert json.loads(table.read_text())["schema"] == 2
+    assert [row["latent"] for row in description["latents"]] == [1, 4, 9]
+    assert page.read_text().count('id="block-') == 5
