@@ -43,7 +43,7 @@ class Chromium:
 
         command = [str(FOUND), *FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, preexec_fn=place, close_fds=False, **quiet)  # noqa: PLW1509
+        self._process = subprocess.Popen(command, preexec_fn=place, close_fds=False, **quiet)
         os.close(read)
         os.close(write)
         self._n, self._rest, self._session, self.events = 0, b"", None, []
@@ -99,7 +99,8 @@ class Chromium:
     def click(self, selector: str) -> None:
         """Click with the mouse in the middle of an element."""
         x, y = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            f"e.scrollIntoView({{block: 'center'}});"
             "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         self.click_at(x, y)

@@ -10,7 +10,8 @@ from sae_lab.evaluation.latents import OF_TOKENS, Latents, spell_ids
 
 HOSTILE = [
     "</script><script>window.pwned=1</script>", "<img src=x onerror='window.pwned=1'>", "<!--", "-->", "]]>", "\u2028",
-    '"><svg onload=window.pwned=1>', "${window.pwned=1}", "javascript:window.pwned=1", "\x00", "\ud7ff\uffff", "&lt;b&gt;",
+    '"><svg onload=window.pwned=1>', "${window.pwned=1}", "javascript:window.pwned=1",
+    "\x00", "\ud7ff\uffff", "&lt;b&gt;",
 ]  # fmt: skip
 
 

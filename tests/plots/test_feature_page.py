@@ -155,8 +155,9 @@ def test_a_card_shows_deciles_logits_and_the_threshold(page):
 @needs_chromium
 def test_a_click_in_the_map_opens_a_latent(page):
     i, x, y = page.run(
-        "(() => { const b = canvas.getBoundingClientRect(); const i = points.findIndex(([x, y], i) => points.every(([a, c],"
-        "j) => i === j || (a - x) ** 2 + (c - y) ** 2 > 4)); return [i, b.x + points[i][0], b.y + points[i][1]]; })()"
+        "(() => { const b = canvas.getBoundingClientRect(), far = ([x, y], [a, c]) => (a - x) ** 2 + (c - y) ** 2 > 4;"
+        "const i = points.findIndex((p, i) => points.every((q, j) => i === j || far(p, q)));"
+        "return [i, b.x + points[i][0], b.y + points[i][1]]; })()"
     )
     page.click_at(x, y)
     page.wait("document.querySelectorAll('article').length === 1")
@@ -270,5 +271,5 @@ def test_the_server_answers_its_own_page_only(server):
     for path in ("/../features.json", "/etc/passwd", "/%2e%2e/x", "//index.html/.."):
         assert request(server, "GET", path, None)[0] == 404
     assert request(server, "GET", "/", None)[0] == request(server, "GET", "/features.json?x", None)[0] == 200
-    with pytest.raises(UserError, match="port=.* cannot be used"):
+    with pytest.raises(UserError, match=r"port=.* cannot be used"):
         start_server(Path(), lambda text: {}, server.server_port)
