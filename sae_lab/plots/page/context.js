@@ -7,7 +7,10 @@ function scrollToCentres(cards) {
     const box = centre.parentNode, hidden = centre.offsetLeft + centre.offsetWidth + 40 - box.clientWidth;
     return [box, hidden > 0 && box.scrollWidth > box.clientWidth ? centre.offsetLeft - box.clientWidth / 2 : 0];
   });
-  for (const [box, left] of lines) if (left > 0) box.scrollLeft = left;
+  for (const [box, left] of lines) if (left > 0) {
+    box.style.textOverflow = "clip";  // an ellipsis stays where it was before the line was scrolled, and hides what follows
+    box.scrollLeft = left;
+  }
 }
 
 function contextLine([centre, pairs], strongest, label) {
