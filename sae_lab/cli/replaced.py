@@ -55,6 +55,38 @@ def open_from(cfg: DictConfig, **more: Any) -> "OpenedSAE":
     return open_sae(source_from(cfg), cfg.device, **given, typed=typed_settings(), options=training_options(), **more)
 
 
+def sources_from(cfg: DictConfig) -> dict[str, tuple[str, str | None]]:
+    """Return the SAEs in the list `sae=[...]`, each a source and a sae_id for `load_sae`, by different names.
+
+    Raises:
+        UserError: there are fewer than two, or as many names or ids are not given.
+    """
+    from sae_lab.runs.opening import distinct_names  # imported here, because it imports torch
+
+    sources, ids, names = (
+        OmegaConf.to_container(cfg[k]) if OmegaConf.is_list(cfg[k]) else cfg[k] for k in ("run_dir", "sae_id", "names")
+    )
+    if not isinstance(sources, list) or len(sources) < 2:
+        raise UserError(f"sae={sources} must be a list of two SAEs or more, such as 'sae=[outputs/a,outputs/b]'.")
+    ids = ids if isinstance(ids, list) else [ids] * len(sources)
+    pairs = list(zip(map(str, sources), ids, strict=False))
+    names = distinct_names(pairs) if names is None else names
+    for key, given in (("sae_id", ids), ("names", names)):
+        if (
+            not isinstance(given, list)
+            or len(given) != len(sources)
+            or (key == "names" and len(set(given)) < len(given))
+        ):
+            raise UserError(f"{key}={given} must be a list with one entry for each of the {len(sources)} SAEs.")
+    return dict(zip(map(str, names), pairs, strict=True))
+
+
+def typed_options(cfg: DictConfig, *keys: str) -> dict[str, Any]:
+    """Return those of the options that were typed, with their values."""
+    typed = {override.lstrip("+").partition("=")[0] for override in HydraConfig.get().overrides.task}
+    return {key: value_of(cfg, key) for key in keys if key in typed}
+
+
 def typed_settings() -> dict[str, Any]:
     """Return `lm=`, `data=` and their keys as they were typed."""
     split = (override.lstrip("+").partition("=") for override in HydraConfig.get().overrides.task)

@@ -1,5 +1,6 @@
 """Figures. Each function takes a table and a path, writes a PNG to that path and returns the path."""
 
+from sae_lab.plots.matching import matched_cosines
 from sae_lab.plots.planted import recovery_by_frequency
 from sae_lab.plots.run import activations, l0_per_token, latent_density, relative_norm, training_curves
 from sae_lab.plots.style import display_name, has_values
@@ -14,6 +15,7 @@ __all__ = [
     "l0_by_line",
     "l0_per_token",
     "latent_density",
+    "matched_cosines",
     "mean_over_seeds",
     "metrics_against",
     "recovery_by_frequency",

@@ -38,8 +38,9 @@ RUN_FILES = (
     METRICS,
     "metrics.csv",
 )
-# Files of evaluations of the run: under another rule, with another encoder, or with other settings (replacements.py).
-EVALUATIONS = ("metrics_*.json", "figures_*=*", "features_*=*")
+# Files of evaluations of the run: under another rule, with another encoder, with other settings (replacements.py), or
+# with a steered latent.
+EVALUATIONS = ("metrics_*.json", "figures_*=*", "features_*=*", "steer_*=*")
 
 # Keys that may change when a run is resumed: they decide where and how it runs, not what it computes.
 MAY_CHANGE = (

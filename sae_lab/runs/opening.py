@@ -2,6 +2,7 @@
 
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from sae_lab.interop.load import load_sae
 from sae_lab.runs.config import bring_up_to_date, config_file, read_config
 from sae_lab.runs.folder import MAY_CHANGE, check_links
 from sae_lab.runs.loading import check_parts, check_width, load_run, on_device
-from sae_lab.runs.replacements import SECTIONS, is_choice, replace_settings, replaced_settings
+from sae_lab.runs.replacements import LONGEST, SECTIONS, is_choice, replace_settings, replaced_settings
 from sae_lab.runs.trust import check_trusted
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import read_json
@@ -148,6 +149,23 @@ def results_folder(source: str | Path, sae_id: str | None) -> Path:
     if path.is_file():
         return path.with_name(f"{path.name}_results") if os.access(path.parent, os.W_OK) else elsewhere
     return path / "results" if path.is_dir() and os.access(path, os.W_OK) else elsewhere
+
+
+def distinct_names(sources: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Return a name for each SAE: its folder, with as many of the folders above as tell the names apart."""
+    paths = [(*Path(source).parts, *Path(sae_id or "").parts) for source, sae_id in sources]
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{'/'.join(path)} ({i})" for i, path in enumerate(paths)]
+
+
+def comparison_folder(sources: Mapping[str, tuple[str, str | None]]) -> Path:
+    """Return the folder of a comparison: by the names of the SAEs, and a checksum of where they are."""
+    where = [(str(Path(source).resolve()) if Path(source).exists() else source, i) for source, i in sources.values()]
+    names = re.sub(r"[^\w.=-]+", "_", "-".join(sources), flags=re.ASCII)[:LONGEST]
+    return OUTPUTS / "compare" / f"{names}-{zlib.crc32(repr(where).encode()):08x}"
 
 
 def prepare_folder(folder: Path) -> Path:

@@ -118,6 +118,16 @@ def show_ends(text: str) -> str:
     return for_terminal(text.replace("\n", "⏎").replace("\t", "⇥"))
 
 
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows of strings and numbers as a table; the first column is of names."""
+    table = Table(title=for_terminal(title), title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i and not any(isinstance(row[i], str) for row in rows) else "left")
+    for row in rows:
+        table.add_row(*(for_terminal(cell) if isinstance(cell, str) else format_number(cell) for cell in row))
+    console.print(table)
+
+
 def format_number(value: float) -> str:
     """Format a number with four significant digits, or a whole number with thousands separators."""
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.4g}"

@@ -1,0 +1,37 @@
+"""Match the latents of SAEs by the cosines of their decoder rows: `python -m sae_lab.compare 'sae=[a,b]'`."""
+
+from pathlib import Path
+from typing import TypedDict
+
+from omegaconf import DictConfig
+
+from sae_lab.cli.entry import entry_point
+from sae_lab.cli.replaced import allow_new_keys, sources_from
+from sae_lab.runtime.checks import check_config
+
+
+class Options(TypedDict):
+    """The options of conf/compare.yaml."""
+
+    out: str | None
+
+
+@entry_point("compare", allow_new_keys)
+def main(cfg: DictConfig) -> None:
+    from sae_lab.evaluation.matching import agreement, compare_all
+    from sae_lab.interop.load import load_sae
+    from sae_lab.runs.opening import comparison_folder, prepare_folder
+    from sae_lab.runs.pages import write_comparison_page
+    from sae_lab.runtime.screen import print_files, print_table
+
+    check_config(cfg, Options)
+    sources = sources_from(cfg)
+    saes = {name: load_sae(source, sae_id=sae_id) for name, (source, sae_id) in sources.items()}
+    comparisons = compare_all(saes)
+    folder = prepare_folder(Path(cfg.out) if cfg.out else comparison_folder(sources))
+    print_table("means over all pairs", ("", ""), [[*row] for row in agreement(comparisons).items()])
+    print_files(write_comparison_page(comparisons, folder))
+
+
+if __name__ == "__main__":
+    main()
