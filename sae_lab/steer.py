@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> None:
     check_choice(cfg.mode, cfg.unit)
     keep_freed_memory()
     opened = open_from(cfg)
-    strengths = OmegaConf.to_container(cfg.strength) if OmegaConf.is_list(cfg.strength) else [cfg.strength]
+    strengths = [*cfg.strength] if OmegaConf.is_list(cfg.strength) else [cfg.strength]
     found = {"sae": opened.name} | steer(
         opened.sae,
         require_text(opened.data, "steer"),

@@ -56,17 +56,16 @@ def compare_dictionaries(a: BaseSAE, b: BaseSAE, names: tuple[str, str] = ("a", 
     """
     rows = [F.normalize(sae.directions().float().flatten(1), dim=1) for sae in (a, b)]
     if rows[0].shape[1] != rows[1].shape[1]:
-        wide = " and ".join(f"{n} has {len(s.directions()[0])} x {s.d_in}" for n, s in zip(names, (a, b), strict=True))
-        raise UserError(
-            f"decoder rows of different width (sites x d) cannot be compared, {wide}: compare SAEs of one site."
-        )
+        sizes = " and ".join(f"{name} has {row.shape[1]}" for name, row in zip(names, rows, strict=True))
+        raise UserError(f"{sizes} numbers (sites x d) in a decoder row: compare SAEs of one width and number of sites.")
     cosines = rows[0] @ rows[1].T
     if a.signed or b.signed:
         cosines = cosines.abs()
     matching = "hungarian" if max(cosines.shape) <= LARGEST else "mutual_nearest"
     left, right = match(cosines, matching)
     matched = cosines[left, right]
-    tables, numbers = [], {"matching": matching, "n_shared": int((matched >= SHARED).sum())}
+    n_shared = int((matched >= SHARED).sum())
+    tables, numbers = [], dict[str, Any](matching=matching, n_shared=n_shared)
     for name, scores, own, other in ((names[0], cosines, left, right), (names[1], cosines.T, right, left)):
         best, nearest = scores.max(dim=1)
         partner, cosine = torch.full((len(scores),), -1), torch.full((len(scores),), torch.nan)
@@ -74,7 +73,7 @@ def compare_dictionaries(a: BaseSAE, b: BaseSAE, names: tuple[str, str] = ("a", 
         columns = {"latent": torch.arange(len(scores)), "partner": partner, "cosine": cosine}
         columns |= {"nearest": nearest, "max_cosine": best}
         tables.append(pd.DataFrame({"sae": name} | {key: value.numpy() for key, value in columns.items()}))
-        numbers |= {f"n_own.{name}": len(scores) - numbers["n_shared"], f"mean_max_cosine.{name}": best.mean().item()}
+        numbers |= {f"n_own.{name}": len(scores) - n_shared, f"mean_max_cosine.{name}": best.mean().item()}
         numbers |= {f"max_above_{t}.{name}": share(best, t, len(best)) for t in (SHARED, CLOSE)}
     smaller = min(cosines.shape)
     numbers |= {"mean_matched_cosine": matched.mean().item() if len(matched) else 0.0}
@@ -83,10 +82,9 @@ def compare_dictionaries(a: BaseSAE, b: BaseSAE, names: tuple[str, str] = ("a", 
 
 
 def match(cosines: Float[Tensor, "f g"], matching: str) -> tuple[Tensor, Tensor]:
-    """Return the matched rows, in order, and the column of each."""
+    """Return the matched rows, in order, and the column of each. A negative cosine is no worse than 0."""
     if matching == "hungarian":
-        rows, columns = assign(cosines.double().numpy())
-        return torch.from_numpy(rows), torch.from_numpy(columns)
+        return tuple(torch.from_numpy(indices) for indices in assign(cosines.clamp_min(0).double().numpy()))  # type: ignore[return-value]
     nearest, back = cosines.argmax(dim=1), cosines.argmax(dim=0)
     rows = torch.arange(len(cosines))[back[nearest] == torch.arange(len(cosines))]
     return rows, nearest[rows]

@@ -96,13 +96,14 @@ def steer(
     edits: list[tuple[float | None, float, Edit | None]] = [(None, 0.0, None)]
     for strength in [0.0] if mode == "ablate" else strengths:
         edits.append((strength, strength * scale, edit_latent(latent, mode, strength * scale)))
-    table = []
-    for strength, value, edit in track(edits, "steering"):
+    table: list[dict[str, Any]] = []
+    for name, value, edit in track(edits, "steering"):
         predict = data.lm.predictions if edit is None else with_edit(data.lm, sae, edit, data.keep_positions)
         texts = write_texts(data, predict, prompt, sampling)
-        table.append({"strength": strength, "value": value} | cost(data, predict, rows) | {"texts": texts})
-    for row in table:
-        row["ce_increase"] = row["ce"] - table[0]["ce"]
+        measures = cost(data, predict, rows)
+        clean = table[0]["ce"] if table else measures["ce"]
+        increase = {"ce_increase": measures["ce"] - clean}
+        table.append({"strength": name, "value": value} | measures | increase | {"texts": texts})
     found = {"max": measured["max"], "density": measured["density"], "n_tokens": rows.numel()}
     return {"latent": latent, "mode": mode, "unit": unit, "prompt": prompt, **found, "table": table}
 
@@ -148,8 +149,8 @@ def write_texts(data: ActivationData, predict: Predict, prompt: str, sampling: S
     lm = data.lm
     ids = [lm.bos_id, *(int(i) for i in Encoder(lm.tokenizer)([prompt])[0])] if prompt else [lm.bos_id]
     start = torch.tensor([ids] * sampling.n_samples)
-    how = {"temperature": sampling.temperature, "seed": sampling.seed, "context": lm.context}
-    tokens = generate(predict, start, sampling.n_new, **how)[:, len(ids) :]
+    n_new, _, temperature, seed = sampling
+    tokens = generate(predict, start, n_new, temperature=temperature, seed=seed, context=lm.context)[:, len(ids) :]
     return [lm.tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in tokens.tolist()]
 
 

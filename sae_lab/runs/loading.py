@@ -76,11 +76,11 @@ def on_device(run: DictConfig, device: str, replaced: str | None) -> DictConfig:
     """Put the language model of a config on a device, unless `lm.device` was replaced. Returns the config.
 
     Raises:
-        UserError: both are given.
+        UserError: both are given, and differ.
     """
     if replaced in (None, "auto"):
         run.lm.device = device
-    elif device != "auto":
+    elif device not in ("auto", replaced):
         raise UserError(f"device={device} and lm.device={replaced} place the same model: give one of them.")
     return run
 

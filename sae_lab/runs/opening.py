@@ -82,8 +82,7 @@ def open_sae(
     """
     if is_run(source, sae_id):
         sae, data, run = load_run(source, device, n_eval_tokens, sae_dir, trust, replace)
-        own = Path(source) if sae_dir is None else sae_folder(sae_dir)
-        folder = prepare_folder(Path(out or own))
+        folder = prepare_folder(Path(out or (source if sae_dir is None else sae_folder(sae_dir))))
         return OpenedSAE(sae, data, folder, run, replaced_settings(read_config(Path(source)), run), Path(source).name)
     if sae_dir is not None:
         raise UserError(f"sae_dir={sae_dir} is an SAE of a run, and {source} is no run folder: give sae={sae_dir}.")
