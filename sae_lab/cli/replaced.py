@@ -37,8 +37,8 @@ def source_from(cfg: DictConfig) -> str:
     Raises:
         UserError: it is missing, or not a string.
     """
-    if not isinstance(cfg.run_dir, str) or not cfg.run_dir:
-        shown = "null" if cfg.run_dir is None else cfg.run_dir
+    if OmegaConf.is_missing(cfg, "run_dir") or not isinstance(cfg.run_dir, str) or not cfg.run_dir:
+        shown = "" if OmegaConf.is_missing(cfg, "run_dir") else cfg.run_dir
         raise UserError(f"sae={shown} must be a run folder, an SAE folder or file, or user/repository on the hub.")
     return cfg.run_dir
 
@@ -63,6 +63,8 @@ def sources_from(cfg: DictConfig) -> dict[str, tuple[str, str | None]]:
     """
     from sae_lab.runs.opening import distinct_names  # imported here, because it imports torch
 
+    if OmegaConf.is_missing(cfg, "run_dir"):
+        raise UserError("sae= has no value: give a list of two SAEs or more, such as 'sae=[outputs/a,outputs/b]'.")
     sources, ids, names = (
         OmegaConf.to_container(cfg[k]) if OmegaConf.is_list(cfg[k]) else cfg[k] for k in ("run_dir", "sae_id", "names")
     )

@@ -1,4 +1,4 @@
-"""Export a run's SAE in the files of this or another library, with figures and a model card; push it to the hub."""
+"""Export an SAE in the files of this or another library, with figures and a model card; push it to the hub."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,43 +18,52 @@ from sae_lab.runtime.files import read_json, write_atomically
 from sae_lab.runtime.hub import hub_errors
 from sae_lab.runtime.private import public
 from sae_lab.saes.base import BaseSAE
-from sae_lab.saes.files import CONFIG, copy_sae, sae_folder
+from sae_lab.saes.files import CONFIG, WEIGHTS, copy_sae, sae_folder, save_sae
 
 OURS = "sae_lab"
 WRITERS = {name: format.write for name, format in FORMATS.items() if hasattr(format, "write")}
 
 
-def export_run(run_dir: Path, format: str, out: Path) -> list[Path]:
-    """Write the run's SAE, its figures and a model card into `out`, without secrets and folders (runtime/private.py).
+def export_sae(source: str | Path, format: str, out: Path, sae_id: str | None = None) -> list[Path]:
+    """Write an SAE, its figures and a model card into `out`, without secrets and folders (runtime/private.py).
+
+    Args:
+        source, sae_id: a run folder, or anything else that `load_sae` reads.
+        format: the file format.
+        out: the folder to write into.
 
     Returns:
         The files of the export: what was written, and weights that earlier exports of other layers left in `out`.
 
     Raises:
-        UserError: the format is unknown, the run has no SAE, or the format cannot express it.
+        UserError: the format is unknown, there is no such SAE, or the format cannot express it.
     """
     check_format(format)
-    check_links(run_dir)
-    check_unaltered(run_dir, SAE)
-    source, before = sae_folder(run_dir), inodes(out)
-    sae = load_sae(source)
-    provenance = provenance_of(run_dir)
-    sae_id: str | None = None
-    if format == OURS:
-        copy_sae(source, out, provenance)
+    folder, before = folder_of(source, sae_id), inodes(out)
+    if is_ours := is_of_this_library(folder):
+        check_links(folder)
+        check_unaltered(folder, SAE)
+    sae = load_sae(source, sae_id=sae_id)
+    provenance = provenance_of(folder)
+    written_as: str | None = None
+    if format != OURS:
+        written_as = WRITERS[format](sae, out, provenance)
+    elif is_ours:
+        copy_sae(sae_folder(folder), out, provenance)
     else:
-        sae_id = WRITERS[format](sae, out, provenance)
-    copy_files(sorted((run_dir / "figures").glob("*.png")), out / "figures")
-    write_atomically(out / "README.md", write_card(sae, provenance, run_dir, format, sae_id).encode())
+        save_sae(sae, out, provenance)
+    copy_files(sorted((folder / "figures").glob("*.png")), out / "figures")
+    write_atomically(out / "README.md", write_card(sae, provenance, folder, format, written_as).encode())
     return [
         file
         for file, inode in inodes(out).items()
-        if before.get(file) != inode or (sae_id and file.suffix == ".safetensors")
+        if before.get(file) != inode or (written_as and file.suffix == ".safetensors")
     ]
 
 
 def export_dashboards(
-    run_dir: Path,
+    source: str | Path,
+    sae_id: str | None,
     sae: BaseSAE,
     data: ActivationData,
     latents: Int[Tensor, " c"],
@@ -63,7 +72,7 @@ def export_dashboards(
     names: Names,
     sizes: Mapping[str, int],
 ) -> list[Path]:
-    """Write what the chosen latents of a run respond to and promote, and a card, into `out` (see `write_dashboards`).
+    """Write what the chosen latents of an SAE respond to and promote, and a card, into `out` (see `write_dashboards`).
 
     Returns:
         The files that were written.
@@ -71,9 +80,10 @@ def export_dashboards(
     Raises:
         UserError: the errors of `write_dashboards`.
     """
-    provenance, before = provenance_of(run_dir), inodes(out)
+    folder = folder_of(source, sae_id)
+    provenance, before = provenance_of(folder), inodes(out)
     place = write_dashboards(sae, data, latents, format, out, provenance, names, **sizes)
-    write_atomically(out / "README.md", write_dashboards_card(sae, provenance, run_dir, format, place).encode())
+    write_atomically(out / "README.md", write_dashboards_card(sae, provenance, folder, format, place).encode())
     return [file for file, inode in inodes(out).items() if before.get(file) != inode]
 
 
@@ -84,9 +94,21 @@ def check_format(format: str) -> None:
         raise UserError(f"format={format} is not known: choose one of {', '.join(known)}.")
 
 
-def provenance_of(run_dir: Path) -> dict[str, Any]:
-    """Return the provenance of a run's SAE, without secrets and folders."""
-    provenance: dict[str, Any] = public(read_json(sae_folder(run_dir) / CONFIG)["provenance"])
+def folder_of(source: str | Path, sae_id: str | None) -> Path:
+    """Return the folder that an SAE's source names, which need not exist: it may be on the hub."""
+    return Path(source).expanduser() / (sae_id or "")
+
+
+def is_of_this_library(folder: Path) -> bool:
+    """Return whether a folder is a run or an SAE of this library."""
+    return (folder / ".hydra").is_dir() or all((folder / name).is_file() for name in (CONFIG, WEIGHTS))
+
+
+def provenance_of(folder: Path) -> dict[str, Any]:
+    """Return the provenance of an SAE of this library, without secrets and folders; empty for any other."""
+    if not is_of_this_library(folder):
+        return {}
+    provenance: dict[str, Any] = public(read_json(sae_folder(folder) / CONFIG)["provenance"])
     return provenance
 
 

@@ -141,6 +141,11 @@ def name_of(source: str | Path, sae_id: str | None) -> str:
     return re.sub(r"[^\w.=-]+", "_", "_".join(parts), flags=re.ASCII)
 
 
+def home_of(source: str | Path, sae_id: str | None) -> Path:
+    """Return the folder below which all results of an SAE go: the run folder, or that of an SAE that is no run."""
+    return Path(source) if is_run(source, sae_id) else results_folder(source, sae_id)
+
+
 def results_folder(source: str | Path, sae_id: str | None) -> Path:
     """Return the folder of results for an SAE that is no run: in its folder, beside its file, or in outputs/."""
     path = Path(source).expanduser() / (sae_id or "")

@@ -12,7 +12,7 @@ from test_export import PROVENANCE, transcoder
 
 from sae_lab import load_sae
 from sae_lab.interop import circuit_tracer
-from sae_lab.runs.export import export_run
+from sae_lab.runs.export import export_sae
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.cross_layer import CrossLayerTopKSAE
 from sae_lab.saes.files import save_sae
@@ -166,7 +166,7 @@ def test_layers_come_together_run_by_run(tmp_path, caplog):
     for layer in (0, 2, 1):
         sae = transcoder(("vanilla", "jumprelu", "batch_topk")[layer], "sae.normalize=mean_norm")
         save_sae(sae, tmp_path / "run" / "sae", said(layer))
-        export_run(tmp_path / "run", "circuit_tracer", tmp_path / "out")
+        export_sae(tmp_path / "run", "circuit_tracer", tmp_path / "out")
         card = (tmp_path / "out" / "README.md").read_text()
         assert f'load_sae("<this folder or repository>", sae_id="layer_{layer}.safetensors")\n' in card
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["model_kind"] == "transcoder_set"
@@ -271,7 +271,7 @@ def test_no_deeper_transcoders_files_are_counted_in(tmp_path):
 def test_an_export_of_all_layers_loads_by_its_folder(tmp_path):
     sae, x = cross_layer("batch_topk"), rows(seed=1)
     save_sae(sae, tmp_path / "run" / "sae", said(0, 1, 2))
-    export_run(tmp_path / "run", "circuit_tracer", tmp_path / "out")
+    export_sae(tmp_path / "run", "circuit_tracer", tmp_path / "out")
     assert 'load_sae("<this folder or repository>")\n' in (tmp_path / "out" / "README.md").read_text()
     torch.testing.assert_close(load_sae(tmp_path / "out").predict(x), sae.predict(x), rtol=1e-5, atol=1e-5)
 
@@ -280,7 +280,7 @@ def test_an_export_of_all_layers_loads_by_its_folder(tmp_path):
 def test_other_formats_name_the_one_that_has_a_form(format, tmp_path):
     save_sae(cross_layer("jumprelu"), tmp_path / "run" / "sae", said(0, 1, 2))
     with pytest.raises(UserError, match="class CrossLayerJumpReLUSAE: use format=circuit_tracer"):
-        export_run(tmp_path / "run", format, tmp_path / "out")
+        export_sae(tmp_path / "run", format, tmp_path / "out")
 
 
 def test_a_layer_of_the_hub_is_fetched_alone(tmp_path, monkeypatch):

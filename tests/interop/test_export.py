@@ -17,7 +17,7 @@ from test_load import CASES, FIXTURES, output, source
 from sae_lab import load_sae
 from sae_lab.interop import circuit_tracer, dictionary_learning, sae_lens, sparsify
 from sae_lab.runs.card import LOADED_BY, how_to_load
-from sae_lab.runs.export import WRITERS, export_run, push_to_hub
+from sae_lab.runs.export import WRITERS, export_sae, push_to_hub
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import MatryoshkaTopKSAE
 from sae_lab.saes.cross_layer import CrossLayerTopKSAE
@@ -345,7 +345,7 @@ def run_dir(tmp_path):
 
 @pytest.mark.parametrize("format", ["sae_lens", "sae_lab"])
 def test_an_export_has_weights_figures_and_a_card(format, run_dir, tmp_path):
-    export_run(run_dir, format, tmp_path / "out")
+    export_sae(run_dir, format, tmp_path / "out")
     x = planted(20, seed=1)[0]
     torch.testing.assert_close(load_sae(tmp_path / "out").encode(x), load_sae(run_dir).encode(x))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -365,7 +365,7 @@ def test_the_card_of_a_transcoder_says_what_is_read_and_what_is_predicted(tmp_pa
     sites = ["blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"]
     sae, x = transcoder("batch_topk", "sae.normalize=mean_norm", "sae.skip=true"), planted(20, seed=1)[0]
     save_sae(sae, tmp_path / "run" / "sae", PROVENANCE | {"sites": sites})
-    export_run(tmp_path / "run", "sae_lens", tmp_path / "out")
+    export_sae(tmp_path / "run", "sae_lens", tmp_path / "out")
     assert (
         "\nA transcoder: from activations at `blocks.3.mlp.hook_in` it predicts those at `blocks.3.hook_mlp_out`, "
         "`sae.predict(x)`.\n"
@@ -383,7 +383,7 @@ def test_the_card_of_every_format_says_how_its_library_loads_it(format):
 @pytest.mark.parametrize("format", ["openai", "gemma_scope"])
 def test_what_is_read_only_is_not_written(format, run_dir, tmp_path):
     with pytest.raises(UserError, match=f"format={format} is not known: choose one of"):
-        export_run(run_dir, format, tmp_path / "out")
+        export_sae(run_dir, format, tmp_path / "out")
 
 
 def test_the_card_does_not_tell_of_the_machine(run_dir, tmp_path):
@@ -393,7 +393,7 @@ def test_the_card_does_not_tell_of_the_machine(run_dir, tmp_path):
     config = {"k": 4, "run_dir": "/home/me/run", "logger": {"wandb": {"project": "mine"}}, "init_from": "~/old/sae"}
     config |= {"lm": model, "data": data, "optimizer": {"_target_": "torch.optim.Adam", "betas": [0.9, 0.99]}}
     (run_dir / ".hydra" / "config.yaml").write_text(json.dumps(config))
-    export_run(run_dir, "sae_lens", tmp_path / "out")
+    export_sae(run_dir, "sae_lens", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     said = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
     assert said.keys() == config.keys() - {"run_dir", "logger"}
@@ -422,7 +422,7 @@ def test_what_is_pushed_is_pulled_again(private, run_dir, tmp_path, monkeypatch)
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
     monkeypatch.setattr("huggingface_hub.HfApi.create_commit", commit)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: str(hub / repo))
-    files = export_run(run_dir, "sae_lens", tmp_path / "out")
+    files = export_sae(run_dir, "sae_lens", tmp_path / "out")
     assert push_to_hub(tmp_path / "out", files, "me/sae", private) == "address"
     assert made == {"me/sae": private}
     assert all((hub / "me/sae" / file.relative_to(tmp_path / "out")).is_file() for file in files)
@@ -450,4 +450,4 @@ def test_a_repository_is_private_unless_one_says_otherwise():
 
 def test_an_unknown_format_is_refused(run_dir, tmp_path):
     with pytest.raises(UserError, match="format=onnx is not known: choose one of sae_lens, sparsify, dictionary_learn"):
-        export_run(run_dir, "onnx", tmp_path / "out")
+        export_sae(run_dir, "onnx", tmp_path / "out")

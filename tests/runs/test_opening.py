@@ -147,6 +147,10 @@ def test_the_commands_take_sae(root):
     assert done.returncode == 0, done.stderr
     found = json.loads(next((root / "run").glob("steer_latent=3,strength=2*.json")).read_text())
     assert [(row["strength"], row["value"]) for row in found["table"]] == [(None, 0.0), (2, 2.0)]
+    done = run("sae=sae_lens", "format=sae_lab", module="export", cwd=root)
+    assert done.returncode == 0, done.stderr
+    again = load_sae(root / "sae_lens" / "results" / "export" / "sae_lab")
+    assert torch.equal(again.W_dec, load_sae(root / "sae_lens").W_dec)
     done = run("sae=[run,folder]", "names=[a,b]", module="compare", cwd=root)
     assert done.returncode == 0, done.stderr
     assert json.loads(next(root.glob("outputs/compare/a-b-*/compare.json")).read_text())["agreement"][
