@@ -184,7 +184,7 @@ def test_every_option_of_a_command_exists(command):
     if "--config-dir" in flags:  # whatever a folder of the reader's own holds
         OverridesParser.create().parse_overrides(overrides)
         return
-    if command.module in ("evaluate", "features"):
+    if command.module in ("evaluate", "features", "export", "steer", "compare"):
         overrides = allow_new_keys(overrides)
     cfg = compose(*overrides, config_name=command.module)
     if not flags & {"--help", "--cfg"}:
