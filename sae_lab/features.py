@@ -8,10 +8,11 @@ from annotated_types import Ge, Le
 from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point
-from sae_lab.cli.replaced import allow_new_keys, open_from
+from sae_lab.cli.replaced import allow_new_keys, open_from, typed_options
 from sae_lab.runtime.checks import check_config
 
 SIZES = ("n_tokens", "n_top", "n_random", "n_per_decile", "context", "n_logits", "n_neighbours")
+CHOICE = ("latents", "n_latents")
 
 
 class Options(TypedDict):
@@ -50,7 +51,7 @@ def main(cfg: DictConfig) -> None:
     keep_freed_memory()
     opened = open_from(cfg)
     sae, data = opened.sae, require_text(opened.data, "features")
-    suffix = "" if cfg.overwrite else suffix_of(opened.settings)
+    suffix = "" if cfg.overwrite else suffix_of(typed_options(cfg, *CHOICE, *SIZES) | opened.settings)
     description: dict[str, Any] = {"run": opened.name, "served": cfg.serve}
     chosen = cfg.latents
     if cfg.text is not None:

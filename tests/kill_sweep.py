@@ -98,7 +98,9 @@ def main(root: Path, kills: int = 10, launcher: str = "shared_stream", seed: int
     for folder in ("killed", "whole"):
         done = run(*overrides(root, root / folder, launcher, kills))
         assert done.returncode == 0, done.stderr
-    equal = [fingerprint(root / "whole" / folder.name) == fingerprint(folder) for folder in planned_jobs(killed)]
+    # The first sweep has one job, whose name leaves nothing out; a sweep that continues it keeps such names.
+    whole = {folder: root / "whole" / folder.name.removeprefix("experiment=killed,") for folder in planned_jobs(killed)}
+    equal = [fingerprint(whole[folder]) == fingerprint(folder) for folder in planned_jobs(killed)]
     print(f"{sum(equal)} of {len(equal)} jobs are equal to the bit after {kills} kills")
     return len(equal) == 4 and all(equal)
 

@@ -55,7 +55,7 @@ def test_a_run_leaves_every_file(run_dir):
     files += [f"figures/{name}.png" for name in ("l0_per_token", "latent_density", "training")]
     assert [f for f in files if not (run_dir / f).is_file()] == []
     log = pd.read_csv(run_dir / "metrics.csv")
-    assert log["tokens"].dropna().tolist() == [1024.0 * i for i in range(10, N_STEPS + 1, 10)]
+    assert log["tokens"].dropna().tolist() == [1024.0, *(1024.0 * i for i in range(10, N_STEPS, 10)), 60_000.0]
     assert {"loss", "loss/reconstruction", "loss/auxk", "fvu", "l0", "dead_share", "val/fvu", "val/l0"} <= set(log)
     assert log["fvu"].dropna().iloc[-1] < log["fvu"].dropna().iloc[0]
 
@@ -322,7 +322,7 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         (["batch_size=0"], ["batch_size=0 must be a whole number of at least 1"]),
         (
             ["trainer.precision=bf16-true"],
-            ["trainer.precision=bf16-true is not known: choose 32-true", "or bf16-mixed"],
+            ["trainer.precision=bf16-true is not known: choose 32-true", "bf16-mixed"],
         ),
         (["+sae.gamma=3"], ["sae.gamma is not a setting of DictionarySAE"]),
         (["k=abc"], ["k=abc must be a number"]),
@@ -342,7 +342,7 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
         (["experiment=mlp_encoder"], ["would freeze a random dictionary", "give init_from="]),
         (["experiment=kl_finetune"], ["goes on from a trained SAE", "give init_from="]),
         (["experiment=pursuit_dictionary"], ["goes on from a trained SAE", "give init_from="]),
-        (["init_from=nowhere"], ["nowhere is not a folder, file or release", "give a path"]),
+        (["init_from=nowhere"], ["nowhere is not a folder, a file or one of the", "sae_lab.releases` lists them"]),
         (["resume=maybe"], ["resume=maybe is not known", "never"]),
         (["optimizer.betas=0.9"], ["optimizer.betas=0.9 must be two numbers from 0 to below 1, such as [0.9,0.99]"]),
         (["optimizer.betas=[0.9,1]"], ["optimizer.betas=[0.9,1] must be two numbers"]),
@@ -357,7 +357,7 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
             ["schedule.warmup=1000 must be a share of the run's steps", "type schedule.warmup=0.5"],
         ),
         (["+callbacks.mine._target_=nope.Nope"], ["callbacks.mine._target_=nope.Nope cannot be imported"]),
-        (["callbacks=null"], ["callbacks=null names no choice of callbacks: type", "one of keep_saes, none"]),
+        (["callbacks=null"], ["callbacks=null names no choice of callbacks: type", "one of keep_best, keep_saes, none, splice_ce"]),
         (["data=text_files", "data.paths=5"], ["data.paths=5 must be a list of globs"]),
         (["trainer.accelerator=tpu"], ["trainer.accelerator=tpu is not known: choose auto"]),
         (["lm.sites=null"], ["lm.sites=null must name at least one site"]),
@@ -439,7 +439,7 @@ def test_help_shows_every_option_with_its_comment_every_choice_and_examples():
     said = run("--help").stdout
     assert all(word in said for word in ("n_tokens", "hydra.run.dir", "sae=topk"))
     assert "\nseq_len: 128              # tokens per text row, BOS included\n" in said
-    assert "\n  schedule: constant, warmup_decay\n" in said
+    assert "\n  schedule: constant, cosine, cosine_restarts, warmup_decay\n" in said
     assert "\n  hydra/launcher: basic, gpus, shared_stream, slurm\n" in said
     assert "\n  hydra/sweeper: basic, reach_l0, search\n" in said
     assert {"matched/topk,", "route_layers,"} <= set(said.split())

@@ -101,7 +101,9 @@ def folder_of(source: str | Path, sae_id: str | None) -> Path:
 
 def is_of_this_library(folder: Path) -> bool:
     """Return whether a folder is a run or an SAE of this library."""
-    return (folder / ".hydra").is_dir() or all((folder / name).is_file() for name in (CONFIG, WEIGHTS))
+    if (folder / ".hydra").is_dir():
+        return True
+    return any(all((place / name).is_file() for name in (CONFIG, WEIGHTS)) for place in (folder, folder / "sae"))
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:

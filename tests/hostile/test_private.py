@@ -12,7 +12,7 @@ from shell import run
 
 import sae_lab.lm
 from sae_lab.runs.config import read_config, read_environment_keys
-from sae_lab.runs.export import describe_upload, export_run, push_to_hub
+from sae_lab.runs.export import describe_upload, export_sae, push_to_hub
 from sae_lab.runs.loading import load_run
 from sae_lab.runtime.private import HIDDEN, keys_from_environment, private_values, public, public_path, public_text
 from sae_lab.saes.files import load_sae_folder
@@ -189,7 +189,7 @@ def test_an_export_and_its_card_are_public(format, at_run, tmp_path):
     description.write_text(json.dumps(old))
     record.unlink()  # nor did it write one
     try:
-        files = export_run(at_run, format, tmp_path / "out")
+        files = export_sae(at_run, format, tmp_path / "out")
     finally:
         description.write_text(before)
         record.write_text(recorded)
@@ -202,7 +202,7 @@ def test_an_export_and_its_card_are_public(format, at_run, tmp_path):
 
 
 def test_an_sae_with_digests_is_exported_with_digests_that_fit(at_run, tmp_path):
-    export_run(at_run, "sae_lab", tmp_path)
+    export_sae(at_run, "sae_lab", tmp_path)
     assert "digests" in json.loads((tmp_path / "config.json").read_text())
     load_sae_folder(tmp_path)
 
@@ -283,7 +283,7 @@ def test_only_the_files_of_the_export_are_listed_and_sent(at_run, tmp_path, monk
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.HfApi.create_commit", commit)
-    files = export_run(at_run, "sae_lens", out)
+    files = export_sae(at_run, "sae_lens", out)
     listed = describe_upload(out, files, "me/sae", private=True)
     with pytest.raises(Exception, match="was not pushed"):
         push_to_hub(out, files, "me/sae", private=True)

@@ -18,7 +18,7 @@ from sae_lab.evaluation.latents import describe_latents
 from sae_lab.evaluation.matching import compare_dictionaries
 from sae_lab.evaluation.steering import Sampling, steer
 from sae_lab.interop.load import load_sae
-from sae_lab.runs.export import export_run
+from sae_lab.runs.export import export_sae
 from sae_lab.runs.folder import flatten
 from sae_lab.runs.opening import distinct_names, open_sae
 from sae_lab.runtime.errors import UserError
@@ -55,7 +55,7 @@ def root(tmp_path_factory) -> Path:
     train_run(compose(*RUN, f"data.paths=['{root}/text/*.txt']", f"run_dir={root / 'run'}"))
     shutil.copytree(root / "run" / "sae", root / "folder")
     for format in ("sae_lens", "dictionary_learning"):
-        export_run(root / "run", format, root / format)
+        export_sae(root / "run", format, root / format)
     write_gemma_scope_2(root / "gemma_scope_2")
     return root
 

@@ -13,7 +13,7 @@ from shell import run
 from small_runs import assert_continues_to_the_bits_of, assert_one_sentence
 
 from sae_lab import load_run, load_sae
-from sae_lab.runs.export import export_run
+from sae_lab.runs.export import export_sae
 from sae_lab.runtime.errors import SafeStop, UserError
 from sae_lab.sweeps.shared_stream import read_job, train_jobs
 from sae_lab.sweeps.table import collect_table
@@ -112,7 +112,7 @@ def test_files_may_move_but_not_change(whole, acts, tmp_path):
 
 
 def test_other_libraries_get_the_sae(whole, tmp_path):
-    export_run(whole, "sae_lens", tmp_path / "exported")
+    export_sae(whole, "sae_lens", tmp_path / "exported")
     assert load_sae(tmp_path / "exported").d_in == 16
     assert "# BatchTopKSAE of acts\n" in (tmp_path / "exported" / "README.md").read_text()
 

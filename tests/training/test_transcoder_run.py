@@ -73,7 +73,7 @@ def test_a_stopped_run_continues_to_the_same_bits(run_dir, tmp_path):
 def test_its_features_promote_tokens(run_dir):
     done = run(f"run_dir={run_dir}", "n_latents=4", "n_tokens=2_000", module="features")
     assert done.returncode == 0, done.stderr
-    page = json.loads((run_dir / "features" / "features.json").read_text())
+    page = json.loads((run_dir / "features_n_latents=4,n_tokens=2000" / "features.json").read_text())
     assert page["sites"] == ["blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"]
     assert all(latent["promoted"] for latent in page["latents"])
 
