@@ -357,7 +357,10 @@ def test_a_run_is_exported_with_all_that_sae_lens_asks(run_dir, tmp_path):
             ["schedule.warmup=1000 must be a share of the run's steps", "type schedule.warmup=0.5"],
         ),
         (["+callbacks.mine._target_=nope.Nope"], ["callbacks.mine._target_=nope.Nope cannot be imported"]),
-        (["callbacks=null"], ["callbacks=null names no choice of callbacks: type", "one of keep_best, keep_saes, none, splice_ce"]),
+        (
+            ["callbacks=null"],
+            ["callbacks=null names no choice of callbacks: type", "one of keep_best, keep_saes, none, splice_ce"],
+        ),
         (["data=text_files", "data.paths=5"], ["data.paths=5 must be a list of globs"]),
         (["trainer.accelerator=tpu"], ["trainer.accelerator=tpu is not known: choose auto"]),
         (["lm.sites=null"], ["lm.sites=null must name at least one site"]),

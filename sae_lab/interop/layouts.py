@@ -47,7 +47,7 @@ TITLES = {
 }
 BEGINNINGS = {
     b"version https://git-lfs": "a Git LFS pointer, which stands for the file",
-    b"<!DOCTYPE": "a web page",
+    b"<!doctype": "a web page",
     b"<html": "a web page",
     b"PK\x03\x04": "a zip archive, as torch.save and NumPy's .npz are",
     b"\x1f\x8b": "a gzip archive",
@@ -86,8 +86,10 @@ def kind_of_file(file: Path) -> str:
     if not file.is_file():
         return "missing"
     with file.open("rb") as f:
-        head = f.read(64)
+        head = f.read(64).lower()
+    if not head:
+        return "empty"
     if head[8:9] == b"{":
         return f"safetensors, with {file.stat().st_size:,} bytes"
-    kind = next((kind for start, kind in BEGINNINGS.items() if head.startswith(start)), "of no known kind")
+    kind = next((kind for start, kind in BEGINNINGS.items() if head.startswith(start.lower())), "of no known kind")
     return f"{kind}, with {file.stat().st_size:,} bytes"

@@ -130,9 +130,13 @@ class JumpReLUSAE(PenalizedLinearSAE):
     def may_resample(self) -> bool:
         return super().may_resample() or not self.started
 
+    @torch.no_grad()
     def start_from(self, other: BaseSAE) -> None:
         super().start_from(other)
-        self.started = self.started or "thresholds" in dict(other.named_parameters())
+        if "thresholds" in dict(other.named_parameters()):
+            self.started = True
+        elif (deployed := other.activation_thresholds()) is not None and bool((deployed > 0).all()):
+            self.thresholds.copy_(deployed)  # one for all latents; training may start elsewhere, for its own k
 
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
         if not self.started:  # asked once: reading the number of steps makes the host wait for the GPU

@@ -164,8 +164,9 @@ def test_a_file_of_another_format_is_named(file, tensors, sentence, tmp_path):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "a Git LFS pointer"),
         (b"<!DOCTYPE html>", "a web page"),
+        (b"<!doctype html>", "a web page"),
         (b"\x80\x02}q", "a bare pickle"),
-        (b"", "of no known kind, with 0 bytes"),
+        (b"", "empty"),
     ],
 )
 @pytest.mark.parametrize("name", ["sae.pt", "layer_0.safetensors"])

@@ -162,7 +162,10 @@ def test_features_of_other_text_have_a_folder_of_their_own(run_dir):
     for over in ([], ["data=stdlib"]):
         done = run(f"run_dir={run_dir}", *sizes, *over, module="features")
         assert done.returncode == 0, done.stderr
-    folders = [run_dir / "features_n_latents=64,n_tokens=256", *run_dir.glob("features_n_latents=64,n_tokens=256,data=*")]
+    folders = [
+        run_dir / "features_n_latents=64,n_tokens=256",
+        *run_dir.glob("features_n_latents=64,n_tokens=256,data=*"),
+    ]
     pages = [json.loads((folder / "features.json").read_text()) for folder in folders]
     assert not (run_dir / "features").exists()
     assert pages[0]["latents"] != pages[1]["latents"]

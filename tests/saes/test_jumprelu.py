@@ -263,3 +263,11 @@ def test_thresholds_start_at_the_first_batch_unless_they_are_loaded(source, star
     before = sae.thresholds.clone()
     sae.resample(x)
     assert torch.equal(sae.thresholds, before) != starts
+
+
+def test_a_calibrated_threshold_becomes_that_of_every_latent():
+    other = build("batch_topk").eval()
+    other.threshold.fill_(0.7)
+    converted = other.convert_to(JumpReLUSAE)
+    assert torch.equal(converted.thresholds, torch.full((other.n_latents,), 0.7))
+    assert torch.equal(converted.encode(X), other.encode(X))

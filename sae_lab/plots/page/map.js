@@ -10,7 +10,7 @@ function drawMap() {
   canvas.width = box.width * scale; canvas.height = box.height * scale;
   pen.scale(scale, scale);
   pen.font = "10.5px system-ui, sans-serif";
-  const name = $("axis").value, values = columns[name], some = columns.density.filter(d => d > 0);
+  const name = $("axis").value, values = name === "max" ? columns.latent.map((_, i) => peakOf(i)) : columns[name], some = columns.density.filter(d => d > 0);
   const low = some.length ? Math.floor(Math.log10(some.reduce((a, b) => Math.min(a, b)))) : -3, width = box.width - MARGIN.left - MARGIN.right;
   let bottom = values.reduce((a, b) => Math.min(a, b), Infinity), top = values.reduce((a, b) => Math.max(a, b), -Infinity);
   if (name === "max") bottom = 0;

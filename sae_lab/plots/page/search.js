@@ -1,10 +1,11 @@
 // Search: which latents a query, a filter and an order show.
 const DENSE = 0.1;  // latents that fire on more tokens than this share are dense
-const NUMBERS = /^\s*\d+\s*(-\s*\d+\s*)?(,\s*\d+\s*(-\s*\d+\s*)?)*,?\s*$/;
+const NUMBERS = /^\d+(-\d+)?([,\s]+\d+(-\d+)?)*,?$/;
 
 function parseNumbers(query) {
-  if (!NUMBERS.test(query)) return null;
-  return query.split(",").filter(part => part.trim()).map(part => {
+  const plain = query.replace(/\s*[-\u2013\u2014]\s*/g, "-").trim();
+  if (!NUMBERS.test(plain)) return null;
+  return plain.split(/[,\s]+/).filter(part => part).map(part => {
     const [low, high = low] = part.split("-").map(Number);
     return [Math.min(low, high), Math.max(low, high)];
   });
@@ -21,6 +22,9 @@ function findTokens(query) {
   }
   return equal.size || quoted ? { ids: equal, how: "the token" } : { ids: containing, how: "a token that contains" };
 }
+
+// The largest absolute activation: a signed latent may fire negatively alone.
+const peakOf = i => Math.max(columns.max[i], -columns.min[i]);
 
 const FILTERS = {
   firing: ["that fire", i => columns.density[i] > 0],
@@ -41,7 +45,7 @@ const ORDERS = {
   best: ["number, or best match", null],
   density: ["density, densest first", i => -columns.density[i]],
   rare: ["density, rarest first", i => columns.density[i]],
-  max: ["largest activation", i => -columns.max[i]],
+  max: ["largest activation", i => -peakOf(i)],
 };
 
 function addOrders() {
