@@ -56,7 +56,7 @@ def test_a_search_is_measured_in_encoder_products_a_step(tmp_path):
 
 
 def test_an_unknown_precision_is_called_as_it_was_typed():
-    with pytest.raises(UserError, match="^precision=bf16-true is not measured here: choose 32-true or bf16-mixed"):
+    with pytest.raises(UserError, match=r"^precision=bf16-true is not measured here: choose 32-true or bf16-mixed"):
         step_cost.autocast("bf16-true", torch.zeros(1))
 
 

@@ -99,6 +99,8 @@ def test_search_is_on_the_tokens_that_fire(page):
 def test_ranges_and_lists(page):
     search(page, "17, 20-23,9")
     assert shown(page) == [9, 17, 20, 21, 22, 23]
+    search(page, "9 17 20 \u2013 23")
+    assert shown(page) == [9, 17, 20, 21, 22, 23]
     do(page, "show.value = 'dead'; show.onchange()")
     assert shown(page) == [9]
     search(page, "")
