@@ -73,6 +73,8 @@ VALIDATION: dict[str, Any] = {
 def activations(table: pd.DataFrame, path: Path, facts: str = "") -> Path:
     """Plot a histogram of the size of active entries, |z|, in % of all of them. Four bins are one octave.
 
+    The x axis leaves out the smallest 0.1 % of them.
+
     Args:
         table: columns log2 (centre of the bin of log2 |z|), entries.
     """
@@ -87,9 +89,10 @@ def activations(table: pd.DataFrame, path: Path, facts: str = "") -> Path:
             )
             axes.axvline(middle, color=INK, linestyle="--", linewidth=1, label=f"median = {middle:.2g}")
             axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_locator(LogLocator(base=2, numticks=8))
+            axes.set_xlim(left=left[np.argmax(np.cumsum(share) > 0.1)])
+            axes.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
             axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter(PLAIN)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}"))
             legend_below(figure)
         axes.set(xlabel="Activation |z| of an active latent", ylabel="Share of active entries (%)")
         axes.grid(axis="x", visible=False)
