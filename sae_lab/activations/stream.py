@@ -291,11 +291,14 @@ class StreamData(L.LightningDataModule, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the stream; raise a UserError if what the rows come from changed."""
         state = dict(state_dict)
-        origin = state.pop("origin", {})
+        self.check_began_with(state.pop("origin", {}))
+        self.stream.load_state_dict(state)
+
+    def check_began_with(self, origin: dict[str, str]) -> None:
+        """Raise a UserError if the rows do not come from what a run began with, whose `source_digests` these are."""
         check_unchanged(
             origin, self.digests_like(origin), "restore what it began with, or start over with resume=never."
         )
-        self.stream.load_state_dict(state)
 
     def digests_like(self, origin: dict[str, str]) -> dict[str, str]:
         """Return the digests to compare with those that a run began with."""

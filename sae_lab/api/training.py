@@ -15,7 +15,8 @@ from torch import Tensor
 from sae_lab.activations.stream import StreamData
 from sae_lab.api.activations import Activations, as_activations
 from sae_lab.api.composing import name_folder
-from sae_lab.runs.folder import FAILED, has_checkpoint
+from sae_lab.runs.checkpoint import check_checkpoint, origin_of
+from sae_lab.runs.folder import FAILED, Run, has_checkpoint
 from sae_lab.runs.loading import check_width
 from sae_lab.runs.results import read_metrics
 from sae_lab.runtime.errors import UserError
@@ -87,10 +88,9 @@ def train_sae(
     options = Options(n_tokens, lr, batch_size, resume, tuple(overrides))
     source = as_activations(activations, sae)
     cfg = config_of_run(sae, source, options, run_dir)
-    run = open_run(cfg)
+    run, data = open_run(cfg), build_training_data(source, cfg)
     if run.complete:
-        return complete_run(sae, run.folder)
-    data = build_training_data(source, cfg)
+        return complete_run(sae, run, data)
     member = member_of(sae, cfg, data, [TrainingProgress()] if progress else [Throughput()])
     train_member(member, data)
     return TrainedRun(sae.eval(), read_metrics(run.folder), run.folder)
@@ -129,20 +129,19 @@ def train_sae_group(
     parent = Path(run_dir or whole.run_dir)  # type: ignore[union-attr]
     configs = {name: config_of_run(sae, source, options, parent / name) for name, sae in named.items()}
     runs = {name: open_run(cfg) for name, cfg in configs.items()}
-    trained = {name: complete_run(named[name], run.folder) for name, run in runs.items() if run.complete}
+    data = build_training_data(source, next(iter(configs.values())))
+    trained = {name: complete_run(named[name], run, data) for name, run in runs.items() if run.complete}
     if waiting := {name: sae for name, sae in named.items() if name not in trained}:
-        trained |= train_members(waiting, configs, source, progress)
+        trained |= train_members(waiting, configs, data, progress)
     return [trained[name] for name in named]
 
 
 def train_members(
-    saes: Mapping[str, BaseSAE], configs: Mapping[str, DictConfig], source: Activations, progress: bool
+    saes: Mapping[str, BaseSAE], configs: Mapping[str, DictConfig], data: StreamData, progress: bool
 ) -> dict[str, TrainedRun]:
     """Train the SAEs of a group on one stream."""
-    names = list(saes)
-    data = build_training_data(source, configs[names[0]])
     members: dict[str, Member] = {}
-    for name in names:
+    for name in saes:
         callback = TrainingProgress() if progress and not members else Throughput()
         members[name] = member_of(saes[name], configs[name], data.with_sites(data.sites), [callback])
     by_step = sorted(members.values(), key=lambda member: member.run.step)
@@ -230,7 +229,13 @@ def member_of(sae: BaseSAE, cfg: DictConfig, data: StreamData, callbacks: list[A
     return build_member(cfg, open_run(cfg), sae.train(), data, callbacks)
 
 
-def complete_run(sae: BaseSAE, folder: Path) -> TrainedRun:
-    """Read a complete run into its SAE."""
-    sae.load_state_dict(load_sae_folder(folder).state_dict())
-    return TrainedRun(sae.eval(), read_metrics(folder), folder)
+def complete_run(sae: BaseSAE, run: Run, data: StreamData) -> TrainedRun:
+    """Read a complete run into its SAE.
+
+    Raises:
+        UserError: it was trained on other data; a stopped run finds that when it continues.
+    """
+    check_checkpoint(run.folder)
+    data.check_began_with(origin_of(run.last_checkpoint, type(data).__name__))
+    sae.load_state_dict(load_sae_folder(run.folder).state_dict())
+    return TrainedRun(sae.eval(), read_metrics(run.folder), run.folder)

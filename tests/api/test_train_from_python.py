@@ -93,6 +93,19 @@ def test_a_complete_run_is_read_into_a_new_sae(trained):
         train(batch_topk(k=2), trained.folder)
 
 
+def test_a_complete_run_of_other_data_is_refused(trained):
+    other = X.clone()
+    other[-1, 0] += 1
+    before = trained.sae.W_dec.clone()
+    sae = batch_topk()
+    with pytest.raises(UserError, match="the activations changed since this run began"):
+        train(sae, trained.folder, other)
+    options = {"batch_size": BATCH, "overrides": SMALL, "run_dir": trained.folder.parent}
+    with pytest.raises(UserError, match="the activations changed since this run began"):
+        train_sae_group({trained.folder.name: sae}, other, STEPS * BATCH, **options)
+    assert not torch.equal(sae.W_dec, before)
+
+
 def test_a_group_gets_the_bits_of_each_alone(trained, tmp_path):
     members = {"batch": batch_topk(), "topk": TopKSAE(k=3, d_in=16, n_latents=32, seed=1)}
     options = {"batch_size": BATCH, "overrides": SMALL}
