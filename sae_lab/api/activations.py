@@ -1,9 +1,12 @@
 """Activations for training and evaluation, wherever they come from."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -15,8 +18,26 @@ from sae_lab.activations.stream import StreamData
 from sae_lab.api.composing import compose_config
 from sae_lab.cli.help import CONF
 from sae_lab.lm.base import LanguageModel
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.calls import check_call
+from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.saes.base import BaseSAE
+
+Array: TypeAlias = Tensor | np.ndarray
+"""Numbers in memory."""
+
+
+def as_tensor(x: Array) -> Tensor:
+    """Return an array as a tensor, which shares its memory where torch allows it.
+
+    Raises:
+        UserError: torch has no such dtype.
+    """
+    if isinstance(x, Tensor):
+        return x
+    try:
+        return torch.from_numpy(np.require(x, requirements=["C", "W"]))
+    except TypeError as e:
+        raise UserError(f"an array of {x.dtype} is no tensor ({first_line(e)}): give x.astype('float32').") from e
 
 
 class Activations:
@@ -48,31 +69,43 @@ class Activations:
         self.choice, self.settings, self.lm, self.objects, self.target = data, settings, lm, objects or {}, target
 
     @classmethod
-    def from_tensor(cls, x: Float[Tensor, "*n d"], axes: str = "auto", **settings: Any) -> Self:
-        """Take the rows of a tensor in memory: (n, d), (n, s, d) with axes="nsd", (n, t, d) with axes="ntd"."""
+    @check_call
+    def from_tensor(cls, x: Array, axes: str = "auto", **settings: Any) -> Self:
+        """Take the rows of a tensor or array: (n, d), (n, s, d) with axes="nsd", (n, t, d) with axes="ntd"."""
         known = settings if axes == "auto" else {"axes": axes, **settings}
-        return cls("tensor", {"path": None, **known}, objects={"tensor": x})
+        return cls("tensor", {"path": None, **known}, objects={"tensor": as_tensor(x)})
 
     @classmethod
+    @check_call
     def from_files(cls, path: str | Path, **settings: Any) -> Self:
         """Take the rows of .pt, .safetensors or .npy files, mapped into memory: `data=tensor` of the command."""
         return cls("tensor", {"path": str(path), **settings})
 
     @classmethod
+    @check_call
     def from_lm(cls, lm: LanguageModel, documents: Iterable[str] | str | Path = "stdlib", **settings: Any) -> Self:
         """Take the activations of a language model on documents.
 
         Args:
             documents: strings; or a file of conf/data, such as "stdlib" or "openwebtext"; or the path of text files.
+
+        Raises:
+            UserError: a string is neither.
         """
         if isinstance(documents, str) and (CONF / "data" / f"{documents}.yaml").is_file():
             return cls(documents, settings, lm)
         if isinstance(documents, str | Path):
+            if not glob(str(Path(documents).expanduser()), recursive=True):  # noqa: PTH207
+                raise UserError(
+                    f"documents={str(documents)[:80]!r} is no file of conf/data and matches no file: give a list of "
+                    "strings for text itself."
+                )
             return cls("text_files", {"paths": [str(documents)], **settings}, lm)
         target = f"{from_text.__name__}.{from_text.in_memory.__name__}"
         return cls("stdlib", settings, lm, {"documents": list(documents)}, target)
 
     @classmethod
+    @check_call
     def from_cache(cls, path: str | Path, lm: LanguageModel, **settings: Any) -> Self:
         """Take activations that `python -m sae_lab.harvest` wrote, of this language model."""
         return cls("cached", {"path": str(path), **settings}, lm)
@@ -110,13 +143,14 @@ class Activations:
             stream.close()
 
 
-def as_activations(x: Activations | Tensor, sae: BaseSAE) -> Activations:
-    """Return activations; a tensor stands for its rows, whose axes are those that the SAE takes.
+def as_activations(x: Activations | Array, sae: BaseSAE) -> Activations:
+    """Return activations; a tensor or array stands for its rows, whose axes are those that the SAE takes.
 
     Raises:
         UserError: a tensor has another shape.
     """
-    if not isinstance(x, Tensor):
+    if isinstance(x, Activations):
         return x
+    x = as_tensor(x)
     n, width = sae.leading(x).numel(), (sae.n_sources, sae.d_in)
     return Activations.from_tensor(x) if x.ndim == 2 else Activations.from_tensor(x.reshape(n, *width), "nsd")

@@ -1,6 +1,6 @@
 """conf/ composed from Python, as the command line composes it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
@@ -18,6 +18,7 @@ from sae_lab.activations.building import build_data
 from sae_lab.activations.stream import StreamData
 from sae_lab.cli.folder_names import new_folder
 from sae_lab.cli.help import CONF
+from sae_lab.runtime.checks import check_value
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.saes.base import BaseSAE
 from sae_lab.training.run import build_sae, train_run
@@ -32,6 +33,7 @@ def compose_config(*overrides: str) -> DictConfig:
     Raises:
         UserError: an override names no option or choice.
     """
+    check_value("overrides", overrides, Sequence[str])
     typed = [override.replace("hydra.run.dir=", "run_dir=", 1) for override in overrides]
     given = any(override.startswith("run_dir=") for override in typed)
     try:

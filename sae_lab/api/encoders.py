@@ -1,17 +1,24 @@
 """Another encoder for the dictionary of an SAE."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 
+from sae_lab.runtime.calls import check_call
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.pursuit_sae import require_dictionary
 
 
+@check_call
 def with_encoder(
-    sae: BaseSAE, hidden: Sequence[int] = (), from_scratch: bool = False, frozen_decoder: bool = True, **changes: Any
+    sae: BaseSAE,
+    hidden: Sequence[Annotated[int, Ge(1)]] = (),
+    from_scratch: bool = False,
+    frozen_decoder: bool = True,
+    **changes: Any,
 ) -> BaseSAE:
     """Return an SAE with the dictionary of this one and another encoder, to be trained.
 

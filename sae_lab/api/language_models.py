@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from torch import nn
@@ -12,9 +13,11 @@ from sae_lab.cli.help import CONF
 from sae_lab.lm.base import LanguageModel
 from sae_lab.lm.paired import PairedLM
 from sae_lab.runtime.build import build
+from sae_lab.runtime.calls import check_call
 from sae_lab.runtime.errors import UserError
 
 
+@check_call
 def load_lm(
     model: str | nn.Module,
     sites: Sequence[str] | str | None = None,
@@ -29,12 +32,13 @@ def load_lm(
         sites: site names; None: those of conf/lm. An unknown one raises an error that lists the choices.
         tokenizer: hub name or folder of another tokenizer; for a module, its tokenizer.
         backend: transformers, transformer_lens or nnsight; None: that of conf/lm, else transformers.
-        options: other settings of conf/lm/transformers.yaml, such as dtype="bfloat16", device="cuda"; for a module,
+        options: other settings of conf/lm/transformers.yaml, such as dtype=torch.bfloat16, device="cuda"; for a module,
             `name` and `bos_id`.
 
     Raises:
         UserError: the model cannot be loaded, a site is unknown, or a module comes without a tokenizer.
     """
+    options = {name: as_setting(value) for name, value in options.items()}
     named = isinstance(model, str) and (CONF / "lm" / f"{model}.yaml").is_file()
     cfg = compose_config(f"lm={backend or (model if named else 'transformers')}")
     OmegaConf.set_struct(cfg, False)
@@ -57,6 +61,12 @@ def load_lm(
     return lm
 
 
+def as_setting(value: Any) -> Any:
+    """Return a dtype or a device of torch as conf/ names it; other values unchanged."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype | torch.device) else value
+
+
+@check_call
 def pair_lms(base: LanguageModel, tuned: LanguageModel, spliced: str = "tuned", device: str = "auto") -> PairedLM:
     """Run two language models on the same tokens, for a crosscoder: sources are the sites of `base`, then of `tuned`.
 

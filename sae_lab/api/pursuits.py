@@ -1,19 +1,25 @@
 """Codes by search in a dictionary, without an encoder (see ops/pursuit.py)."""
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.api.activations import Array, as_tensor
 from sae_lab.ops.pursuit import Dictionary, Method, pursue
+from sae_lab.runtime.calls import check_call
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.pursuit_sae import require_dictionary
 
-Rows = Float[Tensor, "*b d"]
-AnyDictionary = BaseSAE | Float[Tensor, "f d"]
+AnyDictionary = BaseSAE | Array
+Steps = Annotated[int, Ge(1)]
 
 
-def gradient_pursuit(x: Rows, dictionary: AnyDictionary, k: int, signed: bool = False) -> Float[Tensor, "*b f"]:
+@check_call
+def gradient_pursuit(x: Array, dictionary: AnyDictionary, k: Steps, signed: bool = False) -> Float[Tensor, "*b f"]:
     """Return a dense code of at most k active latents per row, by k steps of gradient pursuit.
 
         code = gradient_pursuit(x, sae, k=32)
@@ -21,7 +27,7 @@ def gradient_pursuit(x: Rows, dictionary: AnyDictionary, k: int, signed: bool = 
         compute_metrics(x, code, x_hat)["fvu"]
 
     Args:
-        x: raw activations.
+        x: raw activations (*b, d), or (*b, s, d).
         dictionary: an SAE, whose b_dec and normalization are taken into account; or rows (f, d), for x = code @ rows.
         k: number of steps.
         signed: whether latents may be negative.
@@ -32,22 +38,26 @@ def gradient_pursuit(x: Rows, dictionary: AnyDictionary, k: int, signed: bool = 
     return search("gradient_pursuit", x, dictionary, k, signed)
 
 
-def matching_pursuit(x: Rows, dictionary: AnyDictionary, k: int, signed: bool = False) -> Float[Tensor, "*b f"]:
+@check_call
+def matching_pursuit(x: Array, dictionary: AnyDictionary, k: Steps, signed: bool = False) -> Float[Tensor, "*b f"]:
     """Return a dense code by matching pursuit. Arguments and errors are those of `gradient_pursuit`."""
     return search("matching_pursuit", x, dictionary, k, signed)
 
 
+@check_call
 def orthogonal_matching_pursuit(
-    x: Rows, dictionary: AnyDictionary, k: int, signed: bool = False
+    x: Array, dictionary: AnyDictionary, k: Steps, signed: bool = False
 ) -> Float[Tensor, "*b f"]:
     """Return a dense code by orthogonal matching pursuit. Arguments and errors are those of `gradient_pursuit`."""
     return search("orthogonal_matching_pursuit", x, dictionary, k, signed)
 
 
 @torch.no_grad()
-def search(method: Method, x: Rows, dictionary: AnyDictionary, k: int, signed: bool) -> Float[Tensor, "*b f"]:
+def search(method: Method, x: Array, dictionary: AnyDictionary, k: int, signed: bool) -> Float[Tensor, "*b f"]:
     """Return a dense code by `method`, in the units of the dictionary's rows."""
-    if isinstance(dictionary, Tensor):
+    x = as_tensor(x)
+    if not isinstance(dictionary, BaseSAE):
+        dictionary = as_tensor(dictionary)
         rows, axes = dictionary.flatten(1), x.shape[:-1] if dictionary.ndim == 2 else x.shape[: 1 - dictionary.ndim]
         if x.shape[len(axes) :].numel() != rows.shape[1]:
             raise UserError(

@@ -2,16 +2,22 @@
 
 from collections.abc import Iterable
 from itertools import islice
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
+from sae_lab.api.activations import Array, as_tensor
+from sae_lab.runtime.calls import check_call
+from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.training.step import StepResult, TrainingStep
 
 
+@check_call
 def training_step(
-    sae: BaseSAE, optimizer: torch.optim.Optimizer, x: Tensor, max_grad_norm: float | None = None
+    sae: BaseSAE, optimizer: torch.optim.Optimizer, x: Tensor, max_grad_norm: Annotated[float, Gt(0)] | None = None
 ) -> StepResult:
     """Take one training step on raw activations (b, d) or (b, s, d): the step of the command.
 
@@ -28,16 +34,27 @@ def training_step(
     return TrainingStep(sae.train(), optimizer, max_grad_norm)(rows)
 
 
-def calibrate(sae: BaseSAE, batches: Iterable[Tensor], n: int = 100) -> BaseSAE:
+@check_call
+def calibrate(sae: BaseSAE, batches: Array | Iterable[Array], n: Annotated[int, Ge(1)] = 100) -> BaseSAE:
     """Estimate what the SAE needs when it is deployed, such as BatchTopK's threshold, and set it to eval mode.
 
     Call it once, after the last step.
 
     Args:
-        batches: batches of training size, from the training data.
+        batches: batches of training size, from the training data, such as x.split(1024). A tensor is one batch.
         n: take at most so many.
+
+    Raises:
+        UserError: there is no batch, or one has no row.
     """
+    given = [batches] if isinstance(batches, Array) else islice(batches, n)
+    i = -1
     with torch.no_grad():
-        for i, x in enumerate(islice(batches, n)):
-            sae.calibrate(sae.as_rows(x), i)
+        for i, x in enumerate(given):
+            rows = sae.as_rows(as_tensor(x))
+            if not len(rows):
+                raise UserError(f"batch {i} has no rows: calibrate needs batches of training size.")
+            sae.calibrate(rows, i)
+    if i < 0:
+        raise UserError("batches is empty: calibrate needs at least one batch of training size.")
     return sae.eval()

@@ -10,15 +10,15 @@ from weakref import WeakKeyDictionary
 import torch
 import xxhash
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from sae_lab.activations.stream import StreamData
-from sae_lab.api.activations import Activations, as_activations
+from sae_lab.api.activations import Activations, Array, as_activations
 from sae_lab.api.composing import name_folder
 from sae_lab.runs.checkpoint import check_checkpoint, origin_of
 from sae_lab.runs.folder import FAILED, Run, has_checkpoint
 from sae_lab.runs.loading import check_width
 from sae_lab.runs.results import read_metrics
+from sae_lab.runtime.calls import check_call
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder
@@ -49,9 +49,10 @@ class TrainedRun:
         return f"TrainedRun({shown}, folder={str(self.folder)!r}, sae={self.sae!r})"
 
 
+@check_call
 def train_sae(
     sae: BaseSAE,
-    activations: Activations | Tensor,
+    activations: Activations | Array,
     n_tokens: int | None = None,
     lr: float | str | None = None,
     *,
@@ -96,9 +97,10 @@ def train_sae(
     return TrainedRun(sae.eval(), read_metrics(run.folder), run.folder)
 
 
+@check_call
 def train_sae_group(
     saes: Sequence[BaseSAE] | Mapping[str, BaseSAE],
-    activations: Activations | Tensor,
+    activations: Activations | Array,
     n_tokens: int | None = None,
     lr: float | str | None = None,
     *,
@@ -117,6 +119,8 @@ def train_sae_group(
         UserError: a member failed; the others are trained and saved.
     """
     named = saes if isinstance(saes, Mapping) else {str(i): sae for i, sae in enumerate(saes)}
+    if not named:
+        raise UserError("saes is empty: give at least one SAE.")
     if len(set(map(id, named.values()))) < len(named):
         raise UserError("an SAE is twice in the group: give each member an SAE of its own.")
     if of_pairs := [name for name, sae in named.items() if sae.reads_previous]:
@@ -181,6 +185,7 @@ def config_of_run(sae: BaseSAE, source: Activations, options: Options, run_dir: 
     Raises:
         UserError: several processes are asked for.
     """
+    check_overrides(source, options.overrides)
     cfg = source.config(*options.as_overrides())
     if cfg.trainer.devices > 1:
         raise UserError("from Python an SAE trains in one process: for several, use the command with trainer=ddp.")
@@ -196,6 +201,17 @@ def config_of_run(sae: BaseSAE, source: Activations, options: Options, run_dir: 
     cfg.init_from = start_of(sae, Path(cfg.run_dir), options.resume)
     OmegaConf.set_struct(cfg, True)
     return cfg
+
+
+def check_overrides(source: Activations, overrides: Sequence[str]) -> None:
+    """Raise a UserError for an override of what the objects of the call decide: the SAE, its weights, the model."""
+    of_objects = dict.fromkeys(("sae", "k", "n_latents", "expansion", "init_from"), "the SAE")
+    of_objects |= {"lm": "the language model"} if source.lm is not None else {}
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        owner = of_objects.get(key.partition(".")[0].partition("@")[0]) or ("the activations" if key == "data" else "")
+        if owner:
+            raise UserError(f"{override} has no effect on {owner} that you give: set it where you create {owner}.")
 
 
 def start_of(sae: BaseSAE, folder: Path, resume: str) -> str | None:

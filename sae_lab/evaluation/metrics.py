@@ -80,7 +80,7 @@ RowMetric: TypeAlias = Callable[[Float[Tensor, "b s d"], Float[Tensor, "b s d"]]
 
 ROW_METRICS: dict[str, RowMetric] = {"nmse": nmse, "cosine_similarity": cosine_similarity}
 """Functions of x and x_hat (raw units, float32) that return one value per row and source. The mean over the rows and
-sources that count is reported under the key. `metric` adds one."""
+sources that count is reported under the key. `metric` adds one, `remove_metric` removes it."""
 
 BUILT_IN = frozenset(ROW_METRICS)
 OTHERS = re.compile(
@@ -105,6 +105,17 @@ def metric(function: RowMetric) -> RowMetric:
     check_name(name := function.__name__)
     ROW_METRICS[name] = function
     return function
+
+
+def remove_metric(name: str) -> None:
+    """Stop reporting a metric that `metric` added.
+
+    Raises:
+        UserError: there is no such metric of one's own.
+    """
+    if name not in (own := own_metrics(ROW_METRICS)):
+        raise UserError(f"there is no metric {name!r} to remove, only {', '.join(own) or 'those of this library'}.")
+    del ROW_METRICS[name]
 
 
 def check_name(name: str) -> None:
@@ -177,9 +188,12 @@ class ReconstructionMetrics(Metric):
         }
         for name, metric in self.row_metrics.items():
             values = metric(x, x_hat)
-            if values.shape != weight.shape:
-                b_s = tuple(weight.shape)
-                raise UserError(f"the metric {name} must return shape (b, s) = {b_s}, not {tuple(values.shape)}.")
+            if getattr(values, "shape", None) != weight.shape:
+                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise UserError(
+                    f"the metric {name} must return shape (b, s) = {tuple(weight.shape)}, one value per row and "
+                    f"source, not {got}: correct it, or remove_metric({name!r})."
+                )
             totals[row_total(name)] = (weight * values).sum(dim=0)
         for name, value in totals.items():
             setattr(self, name, getattr(self, name) + value)

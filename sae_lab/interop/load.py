@@ -29,6 +29,7 @@ from sae_lab.interop.layouts import TITLES, matching, most_like
 from sae_lab.interop.releases import UNREADABLE
 from sae_lab.interop.tensors import fold_decoder_norm as fold
 from sae_lab.interop.tensors import read_pickle, read_safetensors, untie
+from sae_lab.runtime.calls import check_call
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder
@@ -59,6 +60,7 @@ FILE_FORMATS = {
 """Formats that are one file, known by the names and shapes of its tensors (layouts.py)."""
 
 
+@check_call
 def load_sae(
     source: str | Path,
     device: str | torch.device = "cpu",

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from copy import copy
 from functools import cached_property, reduce
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from sae_lab.lm.generation import generate
 from sae_lab.lm.predictions import Predictions, PredictionsOfHidden, PredictionsOfRows, is_split
 from sae_lab.lm.sites import check_sites, join_heads, site_names
 from sae_lab.lm.splicing import splicing_hooks
+from sae_lab.runtime.calls import check_call
 from sae_lab.runtime.errors import SettingError, UserError
 
 SiteHook = Callable[[Any], Tensor | None]
@@ -188,7 +190,14 @@ class LanguageModel(ABC):
         """
         return self.hooked(splicing_hooks(self, sae, edit, keep_error))
 
-    def generate(self, prompt: str, max_new_tokens: int = 32, temperature: float = 0.0, seed: int = 0) -> str:
+    @check_call
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: Annotated[int, Ge(0)] = 32,
+        temperature: Annotated[float, Ge(0)] = 0.0,
+        seed: Annotated[int, Ge(0)] = 0,
+    ) -> str:
         """Return the text with which the model continues a prompt; see `generate` in lm/generation.py."""
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         tokens = torch.tensor([[self.bos_id, *ids]])
@@ -226,9 +235,16 @@ class LanguageModel(ABC):
         """Return the tokens on the model's device.
 
         Raises:
-            UserError: the rows exceed the model's context, or an id the embedding. (On a GPU, an id beyond it would end
-                the process. Rows of text are on the CPU, where looking costs microseconds.)
+            UserError: they are no rows, the rows exceed the model's context, or an id the embedding. (On a GPU, an id
+                beyond it would end the process. Rows of text are on the CPU, where looking costs microseconds.)
         """
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
+            given = (
+                f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+                if isinstance(tokens, Tensor)
+                else type(tokens).__name__
+            )
+            raise UserError(f"tokens must be rows of token ids, a tensor of integers (n, t), not {given}.")
         if self.context is not None and tokens.shape[1] > self.context:
             raise UserError(
                 f"seq_len={tokens.shape[1]} exceeds the context of {self.name}: use seq_len={self.context} or less."

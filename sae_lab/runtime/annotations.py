@@ -11,6 +11,7 @@ an int. Bools and strings are not numbers, numbers must be finite, and whole num
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -79,8 +80,9 @@ def strict(annotation: Any) -> Any:
 
 
 def as_int(value: Any) -> Any:
-    """Convert a whole float to an int; return other values unchanged."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    """Convert a whole float, or an integer of another library, to an int; return other values unchanged."""
+    whole = value.is_integer() if isinstance(value, float) else isinstance(value, Integral)
+    return int(value) if whole and not isinstance(value, bool) else value
 
 
 def as_list(value: Any) -> Any:

@@ -28,6 +28,11 @@ def check_arguments(function: AnyCallable) -> AnyCallable:
     if isinstance(function, type):
         function.__init__ = check_arguments(function.__init__)  # type: ignore[misc]
         return function
+    return checked_by(check_objects, function)
+
+
+def checked_by(check: Callable[..., None], function: AnyCallable) -> AnyCallable:
+    """Return a function whose calls check their objects by `check`, and their settings."""
     signature = inspect.signature(function)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = [name for name, parameter in signature.parameters.items() if parameter.kind not in variadic]
@@ -39,7 +44,7 @@ def check_arguments(function: AnyCallable) -> AnyCallable:
         except TypeError:
             return function(*args, **kwargs)  # raises Python's own TypeError
         values = {n: v for n, v in given.arguments.items() if n in names}
-        check_objects(function, values)
+        check(function, values)
         given.arguments |= check_values(function, values)
         return function(*given.args, **given.kwargs)
 

@@ -3,6 +3,7 @@
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import build, planted
@@ -16,11 +17,12 @@ from sae_lab import (
     evaluate_sae,
     gradient_pursuit,
     load_lm,
+    load_sae,
     matching_pursuit,
     orthogonal_matching_pursuit,
     with_encoder,
 )
-from sae_lab.evaluation.metrics import ReconstructionMetrics
+from sae_lab.evaluation.metrics import ReconstructionMetrics, metric, remove_metric
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.pursuit_sae import PursuitSAE
 from sae_lab.training import progress
@@ -65,6 +67,66 @@ def test_metrics_of_a_tensor_are_those_of_all_its_rows():
     assert evaluate_sae(sae, x, batch_size=30) == pytest.approx(totals.compute())
     assert evaluate_sae(sae, x.view(10, 10, 16)) == pytest.approx(totals.compute())
     assert not sae.training
+
+
+def test_metrics_of_a_code_do_not_depend_on_its_form_or_the_axes_of_x():
+    x, sae = planted(100)[0], build("topk").eval()
+    x_hat, sparse = sae.autoencode(x)
+    expected = pytest.approx(compute_metrics(x, sparse.to_dense(), x_hat))
+    tokens = x.view(4, 25, 16)
+    assert compute_metrics(tokens, sparse, x_hat.view(4, 25, 16)) == expected
+    assert compute_metrics(tokens, sparse.to_dense().view(4, 25, -1), x_hat.view(4, 25, 16)) == expected
+    assert compute_metrics(x.numpy(), sparse.to_dense().detach().numpy(), x_hat.detach().numpy()) == expected
+    assert evaluate_sae(sae, x.numpy()) == evaluate_sae(sae, x)
+    two = torch.cat([x, -x], dim=1)  # (b, s, d)
+    assert {"fvu_0", "fvu_1"} <= compute_metrics(two, sparse, two).keys()
+
+
+X, NAN = planted(100)[0], planted(100)[0].index_fill(0, torch.tensor([3]), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda lm: compute_metrics(X, torch.ones(10, 24), X), r"x has shape \(100, 1, 16\), code \(10, 24\)"),
+        (lambda lm: compute_metrics(X, torch.ones(100, 24), X[:50]), "must have the same shape"),
+        (lambda lm: compute_metrics(X, torch.ones(100, 24), NAN), "x_hat are not finite in 1 of 100 rows"),
+        (lambda lm: evaluate_sae(build("topk"), NAN), "x are not finite in 1 of 100 rows"),
+        (lambda lm: evaluate_sae(build("topk"), X[:0]), "give at least one row"),
+        (lambda lm: evaluate_sae(build("topk"), X, n_evl_tokens=3), "n_evl_tokens has no effect here"),
+        (lambda lm: evaluate_sae(build("topk"), Activations.from_tensor(X), n_eval_tokens=64), "n_eval_tokens has no"),
+        (lambda lm: evaluate_sae(build("topk"), X, batch_size=0), "batch_size=0 must be a whole number of at least 1"),
+        (lambda lm: evaluate_sae(build("topk"), lm, "import sys"), "give a list of strings for text itself"),
+        (lambda lm: gradient_pursuit(X, build("topk"), k="4"), "k=4 must be a whole number of at least 1"),
+        (lambda lm: with_encoder(build("topk"), hidden=16), "hidden=16 must be a list of whole numbers"),
+        (lambda lm: compose(["k=3"]), "overrides=.* must be a list of strings"),
+        (lambda lm: load_sae(None), "source=null must be a string or a path"),
+        (lambda lm: lm.activations(torch.tensor([1, 2, 3])), r"integers \(n, t\), not torch.int64 of shape \(3,\)"),
+        (lambda lm: lm.generate(["a", "b"]), r"prompt=\[a,b\] must be a string"),
+        (lambda lm: lm.generate("a", temperature=-1), "temperature=-1 must be a number of at least 0"),
+    ],
+)
+def test_a_wrong_call_is_told_in_one_sentence(call, message, lm):
+    with pytest.raises(UserError, match=message):
+        call(lm)
+
+
+def test_a_whole_float_counts_and_a_dtype_may_be_torch_s_own():
+    assert torch.equal(gradient_pursuit(X, build("topk"), k=4.0), gradient_pursuit(X, build("topk"), k=np.int64(4)))
+    assert load_lm("tiny", SITE, dtype=torch.bfloat16, device=torch.device("cpu")).dtype == torch.bfloat16
+
+
+def test_a_bad_metric_is_named_and_can_be_removed():
+    @metric
+    def mine(x, x_hat):
+        return 3.0
+
+    with pytest.raises(UserError, match=r"metric mine must return shape \(b, s\) = \(100, 1\), .* not float: .*'mine'"):
+        evaluate_sae(build("topk"), X)
+    remove_metric("mine")
+    assert "mine" not in evaluate_sae(build("topk"), X)
+    with pytest.raises(UserError, match="there is no metric 'nmse' to remove"):
+        remove_metric("nmse")
 
 
 def test_an_encoder_from_scratch_leaves_the_dictionary(monkeypatch):

@@ -160,6 +160,19 @@ def test_a_loop_of_ones_own_keeps_the_constraints(make):
     assert not hasattr(sae, "threshold") or sae.threshold != running
 
 
+def test_a_tensor_calibrates_as_one_batch():
+    one, listed = batch_topk(), batch_topk()
+    calibrate(one, X)
+    calibrate(listed, [X.numpy()])
+    assert one.threshold == listed.threshold > 0
+
+
+def test_arrays_are_taken_as_tensors_are(trained):
+    again = train(batch_topk(), trained.folder, X.numpy())  # read: the rows are the same
+    assert again.metrics == trained.metrics
+    assert torch.equal(next(iter(Activations.from_tensor(X.numpy()))), next(iter(Activations.from_tensor(X))))
+
+
 def test_iterating_gives_the_batches_of_training():
     activations = Activations.from_tensor(X, block_tokens=2048)
     first = next(iter(activations))
@@ -177,6 +190,18 @@ def test_iterating_gives_the_batches_of_training():
         (lambda f: train_sae(batch_topk(), X, overrides=["no_such=1"]), "no_such"),
         (lambda f: train_sae(batch_topk(), X, lr=-1.0), "optimizer.lr=-1.0 must be a number above 0"),
         (lambda f: Activations.from_tensor(X, block=1).config(), "block is no setting of data=tensor"),
+        (lambda f: train_sae(batch_topk(), X, overrides=["k=4"]), "k=4 has no effect on the SAE that you give"),
+        (lambda f: train_sae(batch_topk(), X, overrides=["sae=topk"]), "sae=topk has no effect on the SAE"),
+        (lambda f: train_sae(batch_topk(), X, overrides=["data=stdlib"]), "no effect on the activations that"),
+        (lambda f: train_sae(batch_topk(), X, overrides="seed=1"), "overrides=seed=1 must be a list of strings"),
+        (lambda f: train_sae(BatchTopKSAE, X), "sae must be a BaseSAE, not the class BatchTopKSAE"),
+        (lambda f: train_sae(torch.nn.Linear(2, 2), X), "sae must be a BaseSAE, not a Linear"),
+        (lambda f: train_sae(batch_topk(), [1, 2]), r"activations must be .* or a ndarray, not \[1,2\]"),
+        (lambda f: train_sae_group([], X), "saes is empty: give at least one SAE"),
+        (lambda f: train_sae_group(batch_topk(), X), "saes must be a list of BaseSAE or a Mapping of BaseSAE, not a B"),
+        (lambda f: train_sae_group([BatchTopKSAE], X), "saes must be a list of BaseSAE"),
+        (lambda f: calibrate(batch_topk(), []), "batches is empty"),
+        (lambda f: calibrate(batch_topk(), X[:0]), "batch 0 has no rows"),
         (lambda f: train_sae_group([(sae := batch_topk()), sae], X), "twice in the group"),
     ],
 )
