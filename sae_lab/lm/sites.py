@@ -122,6 +122,10 @@ def site_names(sites: Sequence[str] | str | None) -> tuple[str, ...]:
     return (sites,) if isinstance(sites, str) else tuple(sites or ())
 
 
+class UnknownSite(SettingError):
+    """A language model has no site of that name."""
+
+
 def check_sites(name: str, sites: Sequence[str] | str | None, known: Sequence[str], offer: str) -> None:
     """Raise a SettingError unless the sites are known and distinct, and there is one. `offer` ends the message."""
     names = site_names(sites)
@@ -131,7 +135,7 @@ def check_sites(name: str, sites: Sequence[str] | str | None, known: Sequence[st
         if site not in known:
             close = difflib.get_close_matches(site, known, n=3)
             hint = f"did you mean {' or '.join(close)}? Otherwise " if close else ""
-            raise SettingError(f"{{sites}}: {name} has no site {site!r}: {hint}{offer}")
+            raise UnknownSite(f"{{sites}}: {name} has no site {site!r}: {hint}{offer}")
 
 
 def join_heads(site: str, x: Any, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t d"]:

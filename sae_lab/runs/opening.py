@@ -1,5 +1,6 @@
 """Open any SAE for a command: with its data and language model, and the folder where results go."""
 
+import logging
 import os
 import re
 import zlib
@@ -13,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lab.activations.building import build_data
 from sae_lab.activations.stream import StreamData
 from sae_lab.interop.load import load_sae
+from sae_lab.interop.trained_on import trained_on
+from sae_lab.lm.sites import UnknownSite
 from sae_lab.runs.config import bring_up_to_date, config_file, read_config
 from sae_lab.runs.folder import MAY_CHANGE, check_links
 from sae_lab.runs.loading import check_parts, check_width, load_run, on_device
@@ -22,6 +25,8 @@ from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import read_json
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import CONFIG, sae_folder
+
+log = logging.getLogger(__name__)
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 OUTPUTS = Path("outputs")
@@ -63,7 +68,8 @@ def open_sae(
     """Open an SAE: a run folder, or anything that `load_sae` reads.
 
     A run fills in its language model and data. An SAE folder of ours fills in what its provenance says of them. Any
-    other SAE needs both in `replace`.
+    other SAE needs both in `replace`; its sites are those that its files or its release name, unless `typed` has
+    lm.sites.
 
     Args:
         source, sae_id: as for `load_sae`.
@@ -78,7 +84,8 @@ def open_sae(
             `outputs/` for an SAE on the hub or in a folder that may not be written.
 
     Raises:
-        UserError: there is no such SAE; language model or data are missing, not trusted or do not fit it.
+        UserError: there is no such SAE; language model or data are missing, not trusted or do not fit it; its sites
+            are unknown, or the language model lacks them, and they are not typed.
     """
     if is_run(source, sae_id):
         sae, data, run = load_run(source, device, n_eval_tokens, sae_dir, trust, replace)
@@ -95,11 +102,34 @@ def open_sae(
     check_named(config, source)
     check_trusted(OmegaConf.to_container(OmegaConf.create(said)), Path(source) / CONFIG, trust)
     check_parts(config, Path(source), ("lm", "data"))
-    data = build_data(config)
+    names_sites = "sites" not in config.lm or "lm.sites" in typed or (said and "lm._target_" not in replace)
+    data = build_data(config) if names_sites else build_where_trained(config, sae, source, sae_id)
     check_width(sae, data)
     settings = replaced_settings(own, config) if said else without_free(typed, n_eval_tokens)
     folder = prepare_folder(Path(out or results_folder(source, sae_id)))
     return OpenedSAE(sae.to(data.device), data, folder, config, settings, name_of(source, sae_id))
+
+
+def build_where_trained(config: DictConfig, sae: BaseSAE, source: str | Path, sae_id: str | None) -> StreamData:
+    """Build the data, with the language model read where the SAE was trained. Writes these sites into the config.
+
+    Raises:
+        UserError: that is unknown, or the language model lacks these sites.
+    """
+    known = trained_on(source, sae_id, sae.n_inputs, sae.n_sources)
+    name, of_model = config.lm.get("name"), f" of {known.model}" if known.model else ""
+    for sites in known.sites:
+        config.lm.sites = sites
+        try:
+            data = build_data(config)
+        except UnknownSite:
+            continue
+        log.info("%s was trained on %s%s: reading %s there.", source, ", ".join(sites), of_model, name)
+        return data
+    if not known.sites:
+        raise UserError(f"{source} does not say on which sites it was trained: type lm.sites=[...].")
+    there = ", ".join(known.sites[0])
+    raise UserError(f"{source} was trained on {there}{of_model}, which {name} does not have: type lm.sites=[...].")
 
 
 def is_run(source: str | Path, sae_id: str | None = None) -> bool:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ from sae_lab.evaluation.latents import describe_latents
 from sae_lab.evaluation.matching import compare_dictionaries
 from sae_lab.evaluation.steering import Sampling, steer
 from sae_lab.interop.load import load_sae
+from sae_lab.interop.trained_on import trained_on
 from sae_lab.runs.export import export_sae
 from sae_lab.runs.folder import flatten
 from sae_lab.runs.opening import distinct_names, open_sae
 from sae_lab.runtime.errors import UserError
+from sae_lab.saes.files import save_sae
 from sae_lab.training.run import train_run
 
 TEXT = 60 * "import os; a document about nothing in particular, with one two three. "
@@ -107,7 +110,42 @@ def test_what_is_missing_or_does_not_fit_is_said(root):
         open_sae(root / "sae_lens", "cpu", replace={k: v for k, v in typed(root).items() if k.startswith("lm.")})
     sites = {"lm.sites": ["transformer.h.2", "transformer.h.3"]}
     with pytest.raises(UserError, match=r"width 128 at 1 sites, and tiny has width 128 at the 2 of lm.sites: correct"):
-        open_sae(root / "sae_lens", "cpu", replace=typed(root) | sites)
+        open_sae(root / "sae_lens", "cpu", replace=typed(root) | sites, typed=sites)
+
+
+def test_an_sae_is_read_where_its_files_say(root, tmp_path):
+    def sites_of(name: str, **typed_too: object) -> tuple[str, ...]:
+        given = typed(root) | typed_too
+        return open_sae(root / name, "cpu", replace=given, typed=typed_too).data.lm.sites
+
+    assert sites_of("sae_lens") == sites_of("gemma_scope_2") == ("blocks.2.hook_resid_post",)
+    assert sites_of("sae_lens", **{"lm.sites": ["blocks.3.hook_resid_pre"]}) == ("blocks.3.hook_resid_pre",)
+    copy = Path(shutil.copytree(root / "sae_lens", tmp_path / "copy"))
+    config = json.loads((copy / "cfg.json").read_text())
+    config["metadata"] |= {"hook_name": "blocks.9.hook_resid_post", "hf_hook_name": None, "model_name": "gpt2"}
+    (copy / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"on blocks.9.hook_resid_post of gpt2, which tiny does not have: type lm.si"):
+        open_sae(copy, "cpu", replace=typed(root))
+    save_sae(load_sae(root / "run"), tmp_path / "bare")
+    with pytest.raises(UserError, match=r"does not say on which sites it was trained: type lm.sites=\["):
+        open_sae(tmp_path / "bare", "cpu", replace=typed(root))
+
+
+def test_where_published_saes_were_trained():
+    def sites(config: dict, n_inputs: int = 0, n_sources: int = 1) -> list[list[str]]:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config))
+            return trained_on(folder, None, n_inputs, n_sources).sites
+
+    assert sites({"hook_point": "blocks.{layer}.hook_mlp_out", "hook_point_layer": 3}) == [["blocks.3.hook_mlp_out"]]
+    named = sites({"trainer": {"submodule_name": "resid_post_layer_4", "lm_name": "pythia"}})
+    assert named == [["blocks.4.hook_resid_post"]]
+    both = {"hook_point_in": "blocks.1.mlp.hook_in", "hook_point_out": "blocks.1.hook_mlp_out"}
+    assert sites(both, 1, 2) == [[*both.values()]]
+    assert sites({"dtype": "float32"}) == []
+    scope = ("gemma-scope-2b-pt-res", "layer_15/width_16k/average_l0_78")
+    assert trained_on(*scope, 0, 1).sites == [["blocks.15.hook_resid_post"]]
+    assert trained_on("google/gemma-scope-2b-pt-res", scope[1], 0, 1).model == "gemma-2-2b"
 
 
 def test_an_sae_folder_runs_no_code_that_it_names(root, tmp_path):
