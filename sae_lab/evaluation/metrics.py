@@ -191,8 +191,8 @@ class ReconstructionMetrics(Metric):
             if getattr(values, "shape", None) != weight.shape:
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise UserError(
-                    f"the metric {name} must return shape (b, s) = {tuple(weight.shape)}, one value per row and "
-                    f"source, not {got}: correct it, or remove_metric({name!r})."
+                    f"the metric {name} must return shape (b, s) = {tuple(weight.shape)}, not {got}: give a tensor "
+                    f"of one value per row and source, or take it out (remove_metric({name!r}) in Python)."
                 )
             totals[row_total(name)] = (weight * values).sum(dim=0)
         for name, value in totals.items():
