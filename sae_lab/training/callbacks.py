@@ -15,6 +15,13 @@ from sae_lab.runtime.files import read_json, write_json
 from sae_lab.saes.files import save_sae
 
 RECORD = "best.json"
+SPLICED = ("ce_degradation", "loss_recovered")
+"""What SpliceCE logs, each as `val/<name>`."""
+
+
+def save(module: L.LightningModule, folder: Path) -> None:
+    """Save the SAE in training, with the provenance of its run."""
+    save_sae(module.sae, folder, module.provenance())  # type: ignore[arg-type,operator]
 
 
 class KeepSAEs(L.Callback):
@@ -37,7 +44,7 @@ class KeepSAEs(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step % self.every == 0 and rank() == 0:
-            save_sae(pl_module.sae, self.folder / str(trainer.global_step))  # type: ignore[arg-type]
+            save(pl_module, self.folder / str(trainer.global_step))
 
 
 class SpliceCE(L.Callback):
@@ -85,12 +92,22 @@ class KeepBest(L.Callback):
         mode: whether a small (`min`) or a large value (`max`) is good.
 
     Raises:
-        UserError: `mode` is unknown; at the first validation, `metric` is not logged.
+        UserError: `mode` is unknown. At the start, `metric` is one of SpliceCE, which is missing; at the first
+            validation, it is not logged.
     """
 
     @check_arguments
     def __init__(self, folder: str | Path, metric: str = "val/fvu", mode: Literal["min", "max"] = "min"):
         self.folder, self.metric, self.mode = Path(folder), metric, mode
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        of_splice = {f"val/{name}" for name in SPLICED}
+        others = trainer.callbacks  # type: ignore[attr-defined]
+        if self.metric in of_splice and not any(isinstance(other, SpliceCE) for other in others):
+            raise UserError(
+                f"callbacks.keep_best.metric={self.metric} is logged by splice_ce only: type "
+                "callbacks=[splice_ce,keep_best]."
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step == 0 and rank() == 0:  # what another run has left there
@@ -107,7 +124,7 @@ class KeepBest(L.Callback):
             )
         value = float(logged[self.metric])
         if self.improves(value):
-            save_sae(pl_module.sae, self.folder)  # type: ignore[arg-type]
+            save(pl_module, self.folder)
             said = {"metric": self.metric, "mode": self.mode, "value": value, "step": trainer.global_step}
             write_json(self.folder / RECORD, said)  # last: if the run stops before, it saves the same SAE again
 

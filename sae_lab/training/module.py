@@ -44,6 +44,8 @@ class SAEModule(L.LightningModule):
 
     tokens: Tensor
     """Number of rows trained on so far."""
+    provenance: Callable[[], dict[str, Any]] = dict
+    """Returns what is saved with the SAE in the middle of training, too (see runs/provenance.py)."""
 
     def __init__(
         self,

@@ -119,6 +119,7 @@ def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: StreamData, call
     optimizer = build(cfg, "optimizer", **rate)
     metrics = build_metrics(cfg)
     module = SAEModule(sae, optimizer, schedule, cfg.max_grad_norm, splice_loss(data), metrics)
+    module.provenance = lambda: provenance_of(cfg, run, data)
     module.configure_optimizers()  # raises on invalid arguments before the run begins
     observers = [build(cfg, f"callbacks.{name}") for name in cfg.callbacks or {}]
     trainer = build(cfg, "trainer")(run_dir=run.folder, n_steps=data.n_steps, callbacks=[*observers, *callbacks])
@@ -246,9 +247,7 @@ def finish(
     saved, metrics = list[Member](), list[dict[str, Any]]()
     for member, sae in zip(members, saes, strict=True):
         with scope(member.run.folder):
-            config = OmegaConf.to_container(member.cfg, resolve=True)
-            assert isinstance(config, dict)
-            said = provenance(config, member.data.origin(), read_environment_keys(member.run.folder))
+            said = provenance_of(member.cfg, member.run, member.data)
             with recorded_when_written(member.run.folder, SAE):
                 own_columns = Columns(data.sites, member.data.sites)
                 save_sae(sae, member.run.folder / "sae", said, own_columns(probe_rows))
@@ -264,6 +263,13 @@ def finish(
             print_files([member.run.folder / "sae", *files])
             metrics.append(evaluation.metrics)
     return metrics
+
+
+def provenance_of(cfg: DictConfig, run: Run, data: StreamData) -> dict[str, Any]:
+    """Return what an SAE of the run says of its origin."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    return provenance(config, data.origin(), read_environment_keys(run.folder))
 
 
 def hydra_files(cfg: DictConfig) -> dict[str, str]:

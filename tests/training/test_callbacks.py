@@ -61,6 +61,11 @@ def test_callbacks_change_no_bit_of_the_run(whole, tmp_path):
         assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
 
 
+def test_the_best_sae_says_where_it_comes_from(whole):
+    best, last = (json.loads((whole / name / "config.json").read_text())["provenance"] for name in ("best", "sae"))
+    assert best == last
+
+
 def test_a_stopped_run_keeps_the_same_best(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at_batch(patch, 8, signal.SIGTERM)
@@ -115,6 +120,10 @@ def test_the_decorator_registers_by_name(monkeypatch):
         (
             ["callbacks=keep_best", "callbacks.keep_best.metric=val/ce"],
             "metric=val/ce is not logged .* give one of val/dead",
+        ),
+        (
+            ["callbacks=keep_best", "callbacks.keep_best.metric=val/loss_recovered"],
+            r"is logged by splice_ce only: type callbacks=\[splice_ce,keep_best\]",
         ),
         (["+metric.fvu._target_=test_callbacks.worst"], "cannot be called fvu"),
         (["+metric.mine._target_=test_callbacks.nope"], "metric.mine._target_=test_callbacks.nope cannot be imported"),
