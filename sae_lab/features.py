@@ -57,7 +57,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.text is not None:
         own = description["own"] = describe_text(sae, data, cfg.text)
         suffix += name_of_text(cfg.text)
-        chosen = chosen or [row["latent"] for row in own["latents"]] or None
+        if chosen is None:
+            chosen = [row["latent"] for row in own["latents"]] or None
         print_activations(own)
     latents = choose_latents(sae, chosen, cfg.n_latents)
     folder = opened.folder / f"features{suffix}"

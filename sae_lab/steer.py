@@ -37,14 +37,17 @@ def main(cfg: DictConfig) -> None:
     from sae_lab.evaluation.steering import Sampling, check_choice, steer
     from sae_lab.runs.pages import name_of_strength, write_steering
     from sae_lab.runs.replacements import suffix_of
+    from sae_lab.runtime.errors import UserError
     from sae_lab.runtime.memory import keep_freed_memory
     from sae_lab.runtime.screen import print_files, print_table
 
     check_config(cfg, Options)
     check_choice(cfg.mode, cfg.unit)
+    strengths = [*cfg.strength] if OmegaConf.is_list(cfg.strength) else [cfg.strength]
+    if not strengths:
+        raise UserError("strength=[] is empty: give a number or a list of numbers, such as strength=[1,2,4].")
     keep_freed_memory()
     opened = open_from(cfg)
-    strengths = [*cfg.strength] if OmegaConf.is_list(cfg.strength) else [cfg.strength]
     found = {"sae": opened.name} | steer(
         opened.sae,
         require_text(opened.data, "steer"),

@@ -425,7 +425,7 @@ def test_wandb_without_a_key_names_both_ways_out(tmp_path, monkeypatch):
     ("module", "override", "sentence"),
     [
         ("evaluate", "n_eval_tokens=0", "n_eval_tokens=0 must be null or a whole number of at least 1"),
-        ("features", "latents=3", "latents=3 must be a list of numbers between 0 and 511"),
+        ("features", "latents=600", "latents=600 must be numbers between 0 and 511"),
         ("features", "n_tokens=abc", "n_tokens=abc must be a whole number of at least 1"),
     ],
 )

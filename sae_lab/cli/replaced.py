@@ -15,20 +15,32 @@ if TYPE_CHECKING:
     from sae_lab.runs.opening import OpenedSAE
 
 RUN_KEY = re.compile(r"(lm|data)\.[^=]*=")
+PLAIN_PATH = re.compile(r"[\w/.,:+~-]*", re.ASCII)
+LATENTS = re.compile(r"latents=[\d\s,-]*[\s,-][\d\s,-]*")
+"""Numbers and ranges without brackets, as the page's search takes them."""
 
 
 def allow_new_keys(arguments: Sequence[str]) -> list[str]:
     """Let Hydra take what it would refuse: keys of `lm` and `data` that the command's config lacks, and `sae=PATH`.
 
-    `lm.x=1` becomes `++lm.x=1`. `sae=PATH` becomes `run_dir=PATH`, since conf/ has a group `sae`, of training.
+    `lm.x=1` becomes `++lm.x=1`. `sae=PATH` becomes `run_dir=PATH`, since conf/ has a group `sae`, of training; a path
+    with spaces or other characters that Hydra's grammar lacks is quoted, and so are `latents=17, 20-25`.
 
     Raises:
         UserError: both `sae` and `run_dir` are given.
     """
     if sum(argument.startswith(("sae=", "run_dir=")) for argument in arguments) > 1:
         raise UserError("sae=... and run_dir=... name the same thing: give one of them, once.")
-    arguments = [f"run_dir={a.removeprefix('sae=')}" if a.startswith("sae=") else a for a in arguments]
+    arguments = [f"run_dir={quoted(a.removeprefix('sae='))}" if a.startswith("sae=") else a for a in arguments]
+    arguments = [f'latents="{a.removeprefix("latents=")}"' if LATENTS.fullmatch(a) else a for a in arguments]
     return [f"++{argument}" if RUN_KEY.match(argument) else argument for argument in arguments]
+
+
+def quoted(path: str) -> str:
+    """Return a path in quotes if it has letters or signs that Hydra takes only in quotes; lists stay as they are."""
+    if PLAIN_PATH.fullmatch(path) or path[:1] in ("[", "'", '"', "$"):
+        return path
+    return "'" + path.replace("'", r"\'") + "'"
 
 
 def source_from(cfg: DictConfig) -> str:
@@ -74,12 +86,10 @@ def sources_from(cfg: DictConfig) -> dict[str, tuple[str, str | None]]:
     pairs = list(zip(map(str, sources), ids, strict=False))
     names = distinct_names(pairs) if names is None else names
     for key, given in (("sae_id", ids), ("names", names)):
-        if (
-            not isinstance(given, list)
-            or len(given) != len(sources)
-            or (key == "names" and len(set(given)) < len(given))
-        ):
+        if not isinstance(given, list) or len(given) != len(sources):
             raise UserError(f"{key}={given} must be a list with one entry for each of the {len(sources)} SAEs.")
+    if len(set(map(str, names))) < len(names):
+        raise UserError(f"names={names} must differ from one another: give each SAE a name of its own.")
     return dict(zip(map(str, names), pairs, strict=True))
 
 

@@ -1,5 +1,6 @@
 """Descriptions of latents: the contexts in which they are active, and what their weights read and write."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
@@ -125,19 +126,39 @@ def describe_routing(activations: Activations, n: int, n_sites: int) -> list[dic
 
 
 def choose_latents(sae: BaseSAE, latents: Any, n_latents: int) -> Int[Tensor, " c"]:
-    """Return the latents to describe, ascending: those in the list `latents`, or n_latents drawn from all.
+    """Return the latents to describe, ascending: those of `latents`, or n_latents drawn from all.
+
+    Args:
+        latents: a list of numbers, one number, or text with numbers and ranges, such as "17, 20-25"; None: drawn.
 
     Raises:
-        UserError: `latents` is not a list of latent indices.
+        UserError: `latents` holds anything but latent indices.
     """
     if latents is None:
         drawn = torch.randperm(sae.n_latents, generator=torch.Generator().manual_seed(0))[:n_latents]
         return drawn.sort().values
-    named = isinstance(latents, Sequence) and all(isinstance(i, int) and 0 <= i < sae.n_latents for i in latents)
-    if not named or not latents:
-        last = sae.n_latents - 1
-        raise UserError(f"latents={latents} must be a list of numbers between 0 and {last}, such as [0,{last}].")
-    return torch.tensor(sorted(set(latents)))
+    last, given = sae.n_latents - 1, [latents] if isinstance(latents, int) else latents
+    ends = numbers_and_ranges(given) if isinstance(given, str) else given
+    named = isinstance(ends, Sequence) and all(type(i) is int and 0 <= i <= last for i in flat(ends))
+    if not named or not ends:
+        raise UserError(
+            f"latents={latents} must be numbers between 0 and {last}, such as latents=[0,{last}], or ranges of them, "
+            f"such as latents=0-{last}."
+        )
+    chosen = [range(i[0], i[1] + 1) if isinstance(i, tuple) else [i] for i in ends]
+    return torch.tensor(sorted({i for part in chosen for i in part}))
+
+
+def numbers_and_ranges(text: str) -> list[tuple[int, int]] | None:
+    """Return the first and the last number of each part of "17, 20-25"; None if a part is neither."""
+    found = [re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part) for part in text.split(",")]
+    ends = [(int(part[1]), int(part[2] or part[1])) for part in found if part]
+    return ends if len(ends) == len(found) and all(a <= b for a, b in ends) else None
+
+
+def flat(ends: Iterable[Any]) -> Iterable[Any]:
+    """Return numbers, and the ends of ranges."""
+    return (i for part in ends for i in (part if isinstance(part, tuple) else (part,)))
 
 
 def spell_tokens(tokenizer: Any, found: Latents) -> dict[int, str]:

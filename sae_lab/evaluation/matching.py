@@ -1,5 +1,6 @@
 """Compare the dictionaries of SAEs: which latents they share, one to one, and which are only in one of them."""
 
+import logging
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from torch import Tensor
 from sae_lab.ops.assignment import assign
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
+
+log = logging.getLogger(__name__)
 
 SHARED, CLOSE = 0.7, 0.9
 """Cosines from which on two latents count as one: 0.7 as in "Sparse Autoencoders Trained on the Same Data Learn
@@ -58,6 +61,13 @@ def compare_dictionaries(a: BaseSAE, b: BaseSAE, names: tuple[str, str] = ("a", 
     if rows[0].shape[1] != rows[1].shape[1]:
         sizes = " and ".join(f"{name} has {row.shape[1]}" for name, row in zip(names, rows, strict=True))
         raise UserError(f"{sizes} numbers (sites x d) in a decoder row: compare SAEs of one width and number of sites.")
+    if bool(a.n_inputs) != bool(b.n_inputs):
+        transcoder, other = names if a.n_inputs else names[::-1]
+        log.warning(
+            "%s is a transcoder and %s is not: cosines mean something only if both write to one site.",
+            transcoder,
+            other,
+        )
     cosines = rows[0] @ rows[1].T
     if a.signed or b.signed:
         cosines = cosines.abs()
