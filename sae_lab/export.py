@@ -8,8 +8,13 @@ from annotated_types import Ge
 from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point
-from sae_lab.cli.replaced import allow_new_keys, open_from, source_from
+from sae_lab.cli.replaced import allow_new_keys, open_from, source_from, typed_options, typed_settings
 from sae_lab.runtime.checks import check_config
+from sae_lab.runtime.errors import UserError
+
+SIZES = ("n_tokens", "n_top", "n_random", "context", "n_logits", "n_neighbours")
+NAMES = ("model", "layer", "source_set", "release", "creator")
+OF_DASHBOARDS = ("latents", "n_latents", *SIZES, *NAMES)
 
 
 class Options(TypedDict):
@@ -39,14 +44,22 @@ class Options(TypedDict):
 @entry_point("export", allow_new_keys)
 def main(cfg: DictConfig) -> None:
     from sae_lab.runs.dashboards import DASHBOARDS
-    from sae_lab.runs.export import describe_upload, export_sae, push_to_hub
-    from sae_lab.runs.opening import home_of
+    from sae_lab.runs.export import check_format, describe_upload, export_sae, push_to_hub
+    from sae_lab.runs.opening import home_of, without_free
+    from sae_lab.runs.replacements import suffix_of
     from sae_lab.runtime.plain_text import for_terminal
     from sae_lab.runtime.screen import print_files
 
     check_config(cfg, Options)
-    source = source_from(cfg)
-    out = Path(cfg.out or home_of(source, cfg.sae_id) / "export" / str(cfg.format))
+    source, typed = source_from(cfg), typed_options(cfg, *OF_DASHBOARDS)
+    if typed and cfg.format not in DASHBOARDS:
+        check_format(cfg.format)
+        raise UserError(
+            f"{', '.join(typed)} {'is' if len(typed) == 1 else 'are'} of format={' and format='.join(DASHBOARDS)}, and "
+            f"format={cfg.format} exports the whole SAE: leave it out, or choose one of these formats."
+        )
+    suffix = suffix_of(typed | without_free(typed_settings(), None)) if cfg.format in DASHBOARDS else ""
+    out = Path(cfg.out or home_of(source, cfg.sae_id) / "export" / f"{cfg.format}{suffix}")
     files = show_latents(cfg, out) if cfg.format in DASHBOARDS else export_sae(source, cfg.format, out, cfg.sae_id)
     print_files(files)
     if cfg.push_to_hub:
@@ -66,8 +79,8 @@ def show_latents(cfg: DictConfig, out: Path) -> list[Path]:
     opened = open_from(cfg)
     data = require_text(opened.data, f"export format={cfg.format}")
     latents = choose_latents(opened.sae, cfg.latents, cfg.n_latents or opened.sae.n_latents)
-    sizes = {name: cfg[name] for name in ("n_tokens", "n_top", "n_random", "context", "n_logits", "n_neighbours")}
-    names = Names(cfg.model, cfg.layer, cfg.source_set, cfg.release, cfg.creator)
+    sizes = {name: cfg[name] for name in SIZES}
+    names = Names(*(cfg[name] for name in NAMES))
     return export_dashboards(source_from(cfg), cfg.sae_id, opened.sae, data, latents, cfg.format, out, names, sizes)
 
 

@@ -1,12 +1,14 @@
 """Pages in Markdown about steered text and compared dictionaries, with the numbers as JSON beside them."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sae_lab import plots
 from sae_lab.evaluation.matching import CLOSE, SHARED, Comparison, agreement
-from sae_lab.runtime.files import write_atomically, write_json
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.files import read_json, write_atomically, write_json
 from sae_lab.runtime.plain_text import for_code_span, for_markdown
 from sae_lab.runtime.screen import format_number
 
@@ -43,8 +45,39 @@ def name_of_strength(row: Mapping[str, Any], mode: str) -> str:
     return "ablated" if mode == "ablate" else f"{row['strength']:g}"
 
 
-def write_comparison_page(comparisons: Mapping[tuple[str, str], Comparison], folder: Path) -> list[Path]:
-    """Write compare.json, a table of latents for each pair, a figure, and compare.md, which shows them."""
+def places(sources: Mapping[str, tuple[str, str | None]]) -> dict[str, list[str | None]]:
+    """Return where the SAEs of a comparison are, by their names: a path in full, and the id."""
+    return {
+        name: [str(Path(source).resolve()) if Path(source).exists() else source, sae_id]
+        for name, (source, sae_id) in sources.items()
+    }
+
+
+def check_comparison(folder: Path, sources: Mapping[str, tuple[str, str | None]]) -> None:
+    """Raise a UserError if the folder holds a comparison of other SAEs."""
+    file = folder / "compare.json"
+    if file.is_file() and read_json(file).get("sources") != places(sources):
+        raise UserError(f"{folder} holds a comparison of other SAEs: give another out=, or overwrite=true.")
+
+
+def write_comparison_page(
+    comparisons: Mapping[tuple[str, str], Comparison],
+    folder: Path,
+    sources: Mapping[str, tuple[str, str | None]],
+    facts: str = "",
+) -> list[Path]:
+    """Write compare.json, a table of latents for each pair, a figure, and compare.md, which shows them.
+
+    Tables of pairs that an earlier comparison left in the folder are removed.
+
+    Args:
+        sources: what `load_sae` read, by the names of the SAEs.
+        facts: a line above the figure.
+    """
+    for i in itertools.count(len(comparisons)):
+        if not (stale := folder / f"latents_{i}.csv").is_file():
+            break
+        stale.unlink()
     means = agreement(comparisons)
     lines = [f"# {' and '.join(dict.fromkeys(for_markdown(name) for pair in comparisons for name in pair))}", ""]
     lines += ["Means over all pairs:", "", "| | |", "|---|---|"]
@@ -59,10 +92,10 @@ def write_comparison_page(comparisons: Mapping[tuple[str, str], Comparison], fol
         lines += ["", f"## {for_markdown(name)}", "", f"All latents: {files[-1].name}", "", "| | |", "|---|---|"]
         lines += [f"| {for_markdown(key)} | {show(value)} |" for key, value in comparison.numbers.items()]
         lines += list_latents(comparison, a, b)
-    figure = plots.matched_cosines(cosines, folder / "compare.png", (SHARED, CLOSE))
+    figure = plots.matched_cosines(cosines, folder / "compare.png", (SHARED, CLOSE), facts)
     lines += ["", f"![Cosines of matched latents]({figure.name})", ""]
     numbers = [{"saes": [*pair]} | comparison.numbers for pair, comparison in comparisons.items()]
-    write_json(folder / "compare.json", {"agreement": means, "pairs": numbers})
+    write_json(folder / "compare.json", {"agreement": means, "pairs": numbers, "sources": places(sources)})
     write_atomically(folder / "compare.md", "\n".join(lines).encode())
     return [folder / "compare.md", folder / "compare.json", figure, *files]
 

@@ -14,15 +14,17 @@ from safetensors.torch import save_file
 from shell import run
 from small_runs import assert_one_sentence
 
+from sae_lab.cli.replaced import allow_new_keys
 from sae_lab.evaluation.evaluator import evaluate
-from sae_lab.evaluation.latents import describe_latents
-from sae_lab.evaluation.matching import compare_dictionaries
+from sae_lab.evaluation.latents import choose_latents, describe_latents
+from sae_lab.evaluation.matching import compare_all, compare_dictionaries
 from sae_lab.evaluation.steering import Sampling, steer
 from sae_lab.interop.load import load_sae
 from sae_lab.interop.trained_on import trained_on
 from sae_lab.runs.export import export_sae
 from sae_lab.runs.folder import flatten
 from sae_lab.runs.opening import distinct_names, open_sae
+from sae_lab.runs.pages import check_comparison, write_comparison_page
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.files import save_sae
 from sae_lab.training.run import train_run
@@ -172,6 +174,38 @@ def test_names_tell_saes_apart():
     assert distinct_names([("a", None), ("a", None)]) == ["a (0)", "a (1)"]
 
 
+def test_latents_are_numbers_and_ranges(root):
+    sae = load_sae(root / "run")
+    for given in ("17, 20-22", [22, 17, 20, 21]):
+        assert choose_latents(sae, given, 3).tolist() == [17, 20, 21, 22]
+    assert choose_latents(sae, 17, 3).tolist() == [17]
+    for wrong in ("17,", "22-20", "0-999999999", [], [True], [-1], 1.0):
+        with pytest.raises(UserError, match=r"must be numbers between 0 and 255, such as latents=\[0,255\]"):
+            choose_latents(sae, wrong, 3)
+
+
+def test_arguments_are_quoted_for_hydra():
+    typed = ["sae=moved/mat é", "latents=17, 20-25", "latents=17", "latents=[1,2]"]
+    assert allow_new_keys(typed) == ["run_dir='moved/mat é'", 'latents="17, 20-25"', *typed[2:]]
+    assert allow_new_keys(["sae=[a,b]"]) == ["run_dir=[a,b]"]
+
+
+def test_a_comparison_of_other_saes_is_not_written_over(tmp_path, caplog):
+    saes = {name: build("topk", d_in=16, n_latents=32) for name in "abc"}
+    sources = {name: (f"{name}_folder", None) for name in saes}
+    write_comparison_page(compare_all(saes), tmp_path, sources, "facts")
+    assert len([*tmp_path.glob("latents_*.csv")]) == 3
+    check_comparison(tmp_path, sources)
+    pair = {name: sources[name] for name in "ab"}
+    with pytest.raises(UserError, match="holds a comparison of other SAEs"):
+        check_comparison(tmp_path, pair)
+    write_comparison_page(compare_all({name: saes[name] for name in pair}), tmp_path, pair)
+    assert [file.name for file in tmp_path.glob("latents_*.csv")] == ["latents_0.csv"]
+    transcoder = build("topk", "sae.n_inputs=1", "sae.normalize=none", d_in=16, n_latents=32, n_sources=2)
+    compare_all({"sae": saes["a"], "transcoder": transcoder})
+    assert "transcoder is a transcoder and sae is not" in caplog.text
+
+
 @pytest.mark.process
 def test_the_commands_take_sae(root):
     text = ["data=text_files", f"data.paths=['{root}/text/*.txt']", "data.seq_len=32", "data.held_out_every=2"]
@@ -196,3 +230,6 @@ def test_the_commands_take_sae(root):
     ] == pytest.approx(1)
     assert_one_sentence(run("sae=run", "run_dir=run", module="evaluate", cwd=root), "name the same thing")
     assert_one_sentence(run("sae=run", module="compare", cwd=root), "sae=run must be a list of two SAEs or more")
+    done = run("sae=sae_lens", "format=sae_lens", "n_latents=4", module="export", cwd=root)
+    assert_one_sentence(done, "n_latents is of format=neuronpedia", "leave it out")
+    assert_one_sentence(run("sae=[run,run]", "names=[a,a]", module="compare", cwd=root), "must differ")
