@@ -62,11 +62,11 @@ def compare_dictionaries(a: BaseSAE, b: BaseSAE, names: tuple[str, str] = ("a", 
         sizes = " and ".join(f"{name} has {row.shape[1]}" for name, row in zip(names, rows, strict=True))
         raise UserError(f"{sizes} numbers (sites x d) in a decoder row: compare SAEs of one width and number of sites.")
     if bool(a.n_inputs) != bool(b.n_inputs):
-        transcoder, other = names if a.n_inputs else names[::-1]
+        transcoder, plain = names if a.n_inputs else names[::-1]
         log.warning(
             "%s is a transcoder and %s is not: cosines mean something only if both write to one site.",
             transcoder,
-            other,
+            plain,
         )
     cosines = rows[0] @ rows[1].T
     if a.signed or b.signed:
