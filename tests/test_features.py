@@ -179,7 +179,9 @@ def test_choose():
     assert choose_latents(sae, None, 1024).tolist() == list(range(64))
     assert len(set(choose_latents(sae, None, 10).tolist())) == 10
     assert choose_latents(sae, [9, 3, 3], 10).tolist() == [3, 9]
-    for wrong in ([64], [-1], [], 3, "all", ["a"], [1.5]):
+    assert choose_latents(sae, 3, 10).tolist() == [3]
+    assert choose_latents(sae, "17, 20-22,9", 10).tolist() == [9, 17, 20, 21, 22]
+    for wrong in ([64], [-1], [], 64, True, "all", "9-3", "60-64", "", ["a"], [1.5]):
         with pytest.raises(UserError, match="between 0 and 63"):
             choose_latents(sae, wrong, 10)
 
