@@ -30,15 +30,13 @@ from sae_lab.evaluation.metrics import (
     own_metrics,
     to_log_probs,
 )
+from sae_lab.lm import predictions as of_lm
 from sae_lab.lm.base import LanguageModel
-from sae_lab.lm.predictions import Predictions, cut
+from sae_lab.lm.predictions import Predictions, logit_slices
 from sae_lab.ops.sparse import Code, l0_per_row
 from sae_lab.runtime.device import synchronized_time
 from sae_lab.runtime.screen import track
 from sae_lab.saes.base import BaseSAE
-
-SLICE_BYTES = 2**26
-"""Size of one float32 copy of a slice's logits. Also bounds the hidden states that are held for SAEs of one group."""
 
 
 class Evaluation(NamedTuple):
@@ -219,9 +217,9 @@ def splice_all(subjects: BySites, data: ActivationData, passes: Sequence[TextPas
                 for sites, group in part.items()
                 for one in splice(group, tokens, keep, Columns(data.sites, sites)(activations), rows, means[sites])
             )
-            at_once = max(1, SLICE_BYTES // (clean.nbytes or activations.nbytes))
+            at_once = max(1, of_lm.SLICE_BYTES // (clean.nbytes or activations.nbytes))
             while some := list(islice(spliced, at_once)):
-                for piece in cut(len(tokens), tokens.shape[1], SLICE_BYTES // (4 * data.lm.vocab_size)):
+                for piece in logit_slices(tokens, data.lm.vocab_size):
                     score(some, clean, tokens.to(data.lm.device), piece)
 
 

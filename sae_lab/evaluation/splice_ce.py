@@ -10,12 +10,9 @@ from sae_lab.activations.data import ActivationData
 from sae_lab.activations.passes import batch_sizes
 from sae_lab.evaluation.downstream import Replace, spliced_predictions, zero_ablation
 from sae_lab.evaluation.metrics import cross_entropy, to_log_probs
-from sae_lab.lm.predictions import Predictions, cut
+from sae_lab.lm.predictions import Predictions, logit_slices
 from sae_lab.parallel.collectives import rank, sum_over_ranks, world_size
 from sae_lab.saes.base import BaseSAE
-
-SLICE_BYTES = 2**26
-"""Size of one float32 copy of a slice's logits."""
 
 
 class SpliceCost:
@@ -80,7 +77,7 @@ class SpliceCost:
     def sum_of_ce(self, predictions: Predictions, tokens: Int[Tensor, "n t"]) -> Float[Tensor, " 2"]:
         """Return the sum of the cross-entropies of all predictions within rows, and their number."""
         targets, total = tokens.roll(-1, dims=1), torch.zeros(2, dtype=torch.float64, device=tokens.device)
-        for piece in cut(len(tokens), tokens.shape[1], SLICE_BYTES // (4 * self.data.lm.vocab_size)):
+        for piece in logit_slices(tokens, self.data.lm.vocab_size):
             ce = cross_entropy(to_log_probs(predictions.logits(*piece)), targets[piece])
             ce = ce[:, : -1 if piece[1].stop == tokens.shape[1] else None]  # the last token of a row predicts none
             total[0] += ce.double().sum()

@@ -11,7 +11,7 @@ from sae_lab.activations.data import ActivationData
 from sae_lab.evaluation.downstream import with_edit
 from sae_lab.evaluation.metrics import cross_entropy, kl_divergence, to_log_probs
 from sae_lab.lm.generation import Predict, generate
-from sae_lab.lm.predictions import cut
+from sae_lab.lm.predictions import logit_slices
 from sae_lab.ops.sparse import SparseCode
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.screen import track
@@ -20,8 +20,6 @@ from sae_lab.text.encoding import Encoder
 
 Mode = Literal["add", "clamp", "ablate"]
 Unit = Literal["max", "norm", "code"]
-SLICE_BYTES = 2**26
-"""Size of one float32 copy of a slice's logits."""
 
 
 class Sampling(NamedTuple):
@@ -160,7 +158,7 @@ def cost(data: ActivationData, predict: Predict, rows: Int[Tensor, "n t"]) -> di
     ce, kl, n = 0.0, 0.0, 0
     for tokens in rows.split(data.lm_batch_rows):
         clean, steered = data.lm.predictions(tokens), predict(tokens)
-        for piece in cut(len(tokens), tokens.shape[1], SLICE_BYTES // (4 * data.lm.vocab_size)):
+        for piece in logit_slices(tokens, data.lm.vocab_size):
             last = slice(None, -1 if piece[1].stop == tokens.shape[1] else None)  # the last token predicts none
             log_p, log_q = (to_log_probs(x.logits(*piece)[:, last]) for x in (clean, steered))
             targets = tokens.roll(-1, dims=1)[piece][:, last].to(log_q.device)

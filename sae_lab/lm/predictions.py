@@ -14,6 +14,8 @@ from torch import Tensor, nn
 LM: TypeAlias = Any
 """A LanguageModel, whose file imports this one."""
 ALL = slice(None)
+SLICE_BYTES = 2**26
+"""Size of one float32 copy of a slice's logits. Also bounds the hidden states that an evaluation holds at once."""
 Loss: TypeAlias = Callable[[Float[Tensor, "r p v"], tuple[slice, slice]], Float[Tensor, ""]]
 
 
@@ -182,6 +184,11 @@ def replace_first(output: Any, new: Tensor) -> Any:
     output = copy(output)
     output[next(iter(output))] = new
     return output
+
+
+def logit_slices(tokens: Int[Tensor, "n t"], vocab_size: int) -> list[tuple[slice, slice]]:
+    """Cut the predictions of a pass into slices (rows, positions) of at most SLICE_BYTES of float32 logits."""
+    return cut(len(tokens), tokens.shape[1], SLICE_BYTES // (4 * vocab_size))
 
 
 def cut(n_rows: int, n_positions: int, size: int) -> list[tuple[slice, slice]]:

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from sae_lab.activations.text_batches import TextBatch
 from sae_lab.evaluation.downstream import predictions_with
-from sae_lab.evaluation.evaluator import SLICE_BYTES
 from sae_lab.evaluation.metrics import kl_divergence, to_log_probs
 from sae_lab.lm.base import LanguageModel
-from sae_lab.lm.predictions import cut
+from sae_lab.lm.predictions import logit_slices
 from sae_lab.ops.matmul import float32_products
 from sae_lab.saes.base import BaseSAE
 
@@ -83,7 +82,7 @@ class SpliceLoss:
             of_each = kl_divergence(log_p.exp(), log_p, to_log_probs(logits))
             return of_each[:, : -1 if is_last else None].sum()
 
-        pieces = cut(len(tokens), tokens.shape[1], SLICE_BYTES // (4 * self.lm.vocab_size))
+        pieces = logit_slices(tokens, self.lm.vocab_size)
         value = predictions_with(self.lm, tokens, keep, x_hat, predicted).backward(kl, pieces)
         assert x_hat.grad is not None
         return value, x_hat.grad.float()

@@ -9,8 +9,8 @@ import torch
 from conftest import compose
 
 from sae_lab.activations.passes import batch_sizes, plan_passes
-from sae_lab.evaluation import evaluator
 from sae_lab.evaluation.evaluator import evaluate
+from sae_lab.lm import predictions
 from sae_lab.lm.finding import TINY, find_folder
 from sae_lab.runs.loading import load_run
 from sae_lab.training.run import build_data, build_sae
@@ -37,7 +37,7 @@ def small():
 @pytest.mark.parametrize("positions", [7, 32, 100])
 def test_slices_change_no_number(small, monkeypatch, positions):
     whole = evaluate(*small).metrics
-    monkeypatch.setattr(evaluator, "SLICE_BYTES", 4 * 4096 * positions)
+    monkeypatch.setattr(predictions, "SLICE_BYTES", 4 * 4096 * positions)
     sliced = evaluate(*small).metrics
     assert sliced == numbers(whole) | {name: sliced[name] for name in ("train_mode",)}
     assert sliced["train_mode"] == numbers(whole["train_mode"])
@@ -94,7 +94,7 @@ def test_a_vocabulary_of_256_000_fits_into_3_gb(tmp_path, monkeypatch):
     assert process.returncode == 0
     assert used.ru_maxrss < 3_000_000  # kB
 
-    monkeypatch.setattr(evaluator, "SLICE_BYTES", 4 * VOCABULARY * 16)
+    monkeypatch.setattr(predictions, "SLICE_BYTES", 4 * VOCABULARY * 16)
     sae, data, _ = load_run(folder, "cpu", 256)
     small_slices = evaluate(sae, data).metrics
     monkeypatch.undo()

@@ -13,11 +13,10 @@ from groups import assert_same_run, config, stop_at_batch, train_each
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sae_lab.activations.text_batches import TextBatch, TextBatches
-from sae_lab.lm import TransformersLM
+from sae_lab.lm import TransformersLM, predictions
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import SafeStop, UserError
 from sae_lab.sweeps.shared_stream import read_job, train_jobs
-from sae_lab.training import splice_loss
 from sae_lab.training.run import train_run
 from sae_lab.training.splice_loss import SpliceLoss
 from sae_lab.training.step import TrainingStep
@@ -89,7 +88,7 @@ def assert_exact(lm, sae, batch, rows_per_pass: int = 2) -> None:
 @pytest.fixture
 def small_slices(monkeypatch):
     """Slices of five positions, so that a row takes several."""
-    monkeypatch.setattr(splice_loss, "SLICE_BYTES", 5 * 4 * V)
+    monkeypatch.setattr(predictions, "SLICE_BYTES", 5 * 4 * V)
 
 
 def test_the_gradient_of_every_sae_is_that_of_the_dense_computation(sae_name, small_slices):
