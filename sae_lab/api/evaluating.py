@@ -92,9 +92,10 @@ def evaluate_rows(sae: BaseSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
     totals = ReconstructionMetrics(sae.n_latents).to(device)
     axes = sae.leading(x)
     rows = usable(x.reshape(axes.numel(), *x.shape[len(axes) :]))
+    sae.eval()
     try:
         for part in rows.split(batch_size):
-            batch = sae.eval().as_rows(part.to(device))
+            batch = sae.as_rows(part.to(device))
             totals.update(batch, *sae.autoencode(batch), sae.predicted_mask(batch))
     finally:
         sae.train(before)

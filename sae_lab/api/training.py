@@ -24,7 +24,7 @@ from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder
 from sae_lab.sweeps.lockstep import train_in_lockstep
 from sae_lab.training.progress import Throughput, TrainingProgress
-from sae_lab.training.run import Member, build_member, finish, hydra_files, open_run, train_member
+from sae_lab.training.run import Member, build_member, build_training_data, finish, hydra_files, open_run, train_member
 
 STARTS: "WeakKeyDictionary[BaseSAE, dict[str, str | None]]" = WeakKeyDictionary()
 """What each SAE started from in each folder. A stopped run changes its SAE, and continues with the same config."""
@@ -89,10 +89,10 @@ def train_sae(
     options = Options(n_tokens, lr, batch_size, resume, tuple(overrides))
     source = as_activations(activations, sae)
     cfg = config_of_run(sae, source, options, run_dir)
-    run, data = open_run(cfg), build_training_data(source, cfg)
+    run, data = open_run(cfg), build_training_data(cfg, source.data)
     if run.complete:
         return complete_run(sae, run, data)
-    member = member_of(sae, cfg, data, [TrainingProgress()] if progress else [Throughput()])
+    member = member_of(sae, cfg, run, data, [TrainingProgress()] if progress else [Throughput()])
     train_member(member, data)
     return TrainedRun(sae.eval(), read_metrics(run.folder), run.folder)
 
@@ -133,21 +133,25 @@ def train_sae_group(
     parent = Path(run_dir or whole.run_dir)  # type: ignore[union-attr]
     configs = {name: config_of_run(sae, source, options, parent / name) for name, sae in named.items()}
     runs = {name: open_run(cfg) for name, cfg in configs.items()}
-    data = build_training_data(source, next(iter(configs.values())))
+    data = build_training_data(next(iter(configs.values())), source.data)
     trained = {name: complete_run(named[name], run, data) for name, run in runs.items() if run.complete}
     if waiting := {name: sae for name, sae in named.items() if name not in trained}:
-        trained |= train_members(waiting, configs, data, progress)
+        trained |= train_members(waiting, configs, runs, data, progress)
     return [trained[name] for name in named]
 
 
 def train_members(
-    saes: Mapping[str, BaseSAE], configs: Mapping[str, DictConfig], data: StreamData, progress: bool
+    saes: Mapping[str, BaseSAE],
+    configs: Mapping[str, DictConfig],
+    runs: Mapping[str, Run],
+    data: StreamData,
+    progress: bool,
 ) -> dict[str, TrainedRun]:
     """Train the SAEs of a group on one stream."""
     members: dict[str, Member] = {}
     for name in saes:
         callback = TrainingProgress() if progress and not members else Throughput()
-        members[name] = member_of(saes[name], configs[name], data.with_sites(data.sites), [callback])
+        members[name] = member_of(saes[name], configs[name], runs[name], data.with_sites(data.sites), [callback])
     by_step = sorted(members.values(), key=lambda member: member.run.step)
     with ExitStack() as folders:
         for member in by_step:
@@ -233,16 +237,10 @@ def digest_of(sae: BaseSAE) -> str:
     return digest.hexdigest()
 
 
-def build_training_data(source: Activations, cfg: DictConfig) -> StreamData:
-    """Build the data of a run in the batches that its loss needs."""
-    data = source.data(cfg)
-    return data.in_whole_rows() if cfg.get("loss") else data
-
-
-def member_of(sae: BaseSAE, cfg: DictConfig, data: StreamData, callbacks: list[Any]) -> Member:
+def member_of(sae: BaseSAE, cfg: DictConfig, run: Run, data: StreamData, callbacks: list[Any]) -> Member:
     """Build the run of an SAE that exists already."""
     check_width(sae, data)
-    return build_member(cfg, open_run(cfg), sae.train(), data, callbacks)
+    return build_member(cfg, run, sae.train(), data, callbacks)
 
 
 def complete_run(sae: BaseSAE, run: Run, data: StreamData) -> TrainedRun:

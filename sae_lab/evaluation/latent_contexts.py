@@ -90,9 +90,6 @@ class LatentsOnText(Sequence[dict[str, Any]]):
         return torch.from_numpy(shown.nonzero()[0])
 
 
-describe_activations = LatentsOnText
-
-
 def describe_entries(entries: Entries, activations: Activations) -> dict[str, Any]:
     """Describe a latent by numbers: density, range, histogram, and the tokens on which it fires."""
     values, m = entries.values, len(entries.values)

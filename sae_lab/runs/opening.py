@@ -168,7 +168,12 @@ def name_of(source: str | Path, sae_id: str | None) -> str:
     """Return a name for an SAE that is a file or folder name, too."""
     path = Path(source).expanduser()
     parts = [path.resolve().name if path.exists() else str(source), *([sae_id] if sae_id else [])]
-    return re.sub(r"[^\w.=-]+", "_", "_".join(parts), flags=re.ASCII)
+    return as_file_name("_".join(parts))
+
+
+def as_file_name(text: str) -> str:
+    """Return text with "_" for what a file name should not have."""
+    return re.sub(r"[^\w.=-]+", "_", text, flags=re.ASCII)
 
 
 def home_of(source: str | Path, sae_id: str | None) -> Path:
@@ -195,11 +200,18 @@ def distinct_names(sources: Sequence[tuple[str, str | None]]) -> list[str]:
     return [f"{'/'.join(path)} ({i})" for i, path in enumerate(paths)]
 
 
+def places(sources: Mapping[str, tuple[str, str | None]]) -> dict[str, list[str | None]]:
+    """Return where the SAEs of a comparison are, by their names: a path in full, and the id."""
+    return {
+        name: [str(Path(source).resolve()) if Path(source).exists() else source, sae_id]
+        for name, (source, sae_id) in sources.items()
+    }
+
+
 def comparison_folder(sources: Mapping[str, tuple[str, str | None]]) -> Path:
     """Return the folder of a comparison: by the names of the SAEs, and a checksum of where they are."""
-    where = [(str(Path(source).resolve()) if Path(source).exists() else source, i) for source, i in sources.values()]
-    names = re.sub(r"[^\w.=-]+", "_", "-".join(sources), flags=re.ASCII)[:LONGEST]
-    return OUTPUTS / "compare" / f"{names}-{zlib.crc32(repr(where).encode()):08x}"
+    where = [*map(tuple, places(sources).values())]
+    return OUTPUTS / "compare" / f"{as_file_name('-'.join(sources))[:LONGEST]}-{zlib.crc32(repr(where).encode()):08x}"
 
 
 def prepare_folder(folder: Path) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sae_lab import plots
 from sae_lab.evaluation.matching import CLOSE, SHARED, Comparison, agreement
+from sae_lab.runs.opening import places
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import read_json, write_atomically, write_json
 from sae_lab.runtime.plain_text import for_code_span, for_markdown
@@ -43,14 +44,6 @@ def name_of_strength(row: Mapping[str, Any], mode: str) -> str:
     if row["strength"] is None:
         return "without"
     return "ablated" if mode == "ablate" else f"{row['strength']:g}"
-
-
-def places(sources: Mapping[str, tuple[str, str | None]]) -> dict[str, list[str | None]]:
-    """Return where the SAEs of a comparison are, by their names: a path in full, and the id."""
-    return {
-        name: [str(Path(source).resolve()) if Path(source).exists() else source, sae_id]
-        for name, (source, sae_id) in sources.items()
-    }
 
 
 def check_comparison(folder: Path, sources: Mapping[str, tuple[str, str | None]]) -> None:

@@ -104,9 +104,9 @@ def open_run(cfg: DictConfig) -> Run:
     return examine_folder(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
 
 
-def build_training_data(cfg: DictConfig) -> StreamData:
-    """Build the data of a config in the batches that its loss needs."""
-    data = build_data(cfg)
+def build_training_data(cfg: DictConfig, open_data: Callable[[DictConfig], StreamData] = build_data) -> StreamData:
+    """Build the data of a config, by `open_data`, in the batches that its loss needs."""
+    data = open_data(cfg)
     return data.in_whole_rows() if cfg.get("loss") else data
 
 
