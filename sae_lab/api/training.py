@@ -24,7 +24,7 @@ from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder
 from sae_lab.sweeps.lockstep import train_in_lockstep
 from sae_lab.training.progress import Throughput, TrainingProgress
-from sae_lab.training.run import Member, build_member, build_training_data, finish, hydra_files, open_run, train_member
+from sae_lab.training.run import Member, build_member, finish, hydra_files, in_batches_of_loss, open_run, train_member
 
 STARTS: "WeakKeyDictionary[BaseSAE, dict[str, str | None]]" = WeakKeyDictionary()
 """What each SAE started from in each folder. A stopped run changes its SAE, and continues with the same config."""
@@ -89,7 +89,7 @@ def train_sae(
     options = Options(n_tokens, lr, batch_size, resume, tuple(overrides))
     source = as_activations(activations, sae)
     cfg = config_of_run(sae, source, options, run_dir)
-    run, data = open_run(cfg), build_training_data(cfg, source.data)
+    run, data = open_run(cfg), in_batches_of_loss(cfg, source.data(cfg))
     if run.complete:
         return complete_run(sae, run, data)
     member = member_of(sae, cfg, run, data, [TrainingProgress()] if progress else [Throughput()])
@@ -133,7 +133,8 @@ def train_sae_group(
     parent = Path(run_dir or whole.run_dir)  # type: ignore[union-attr]
     configs = {name: config_of_run(sae, source, options, parent / name) for name, sae in named.items()}
     runs = {name: open_run(cfg) for name, cfg in configs.items()}
-    data = build_training_data(next(iter(configs.values())), source.data)
+    first = next(iter(configs.values()))
+    data = in_batches_of_loss(first, source.data(first))
     trained = {name: complete_run(named[name], run, data) for name, run in runs.items() if run.complete}
     if waiting := {name: sae for name, sae in named.items() if name not in trained}:
         trained |= train_members(waiting, configs, runs, data, progress)

@@ -19,6 +19,7 @@ import psutil
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from sae_lab.activations.building import build_data
 from sae_lab.activations.stream import StreamData
 from sae_lab.lm.sites import site_names
 from sae_lab.runs.folder import FAILED
@@ -32,9 +33,9 @@ from sae_lab.training.progress import Throughput, TrainingProgress
 from sae_lab.training.run import (
     Member,
     build_member,
-    build_training_data,
     finish,
     hydra_files,
+    in_batches_of_loss,
     initial_sae,
     open_run,
     show_complete,
@@ -130,7 +131,7 @@ class Views:
 
     def __init__(self, first: Job):
         with report_typed_keys(first.typed):
-            self.data = build_training_data(first.cfg)
+            self.data = in_batches_of_loss(first.cfg, build_data(first.cfg))
         self.views: dict[tuple[str, ...] | None, StreamData | None] = {
             first.sites: self.data.with_sites(self.data.sites)
         }

@@ -74,7 +74,7 @@ def train_run(cfg: DictConfig) -> dict[str, Any]:
     run = open_run(cfg)
     if run.complete:
         return show_complete(run)
-    data = build_training_data(cfg)
+    data = in_batches_of_loss(cfg, build_data(cfg))
     member = build_member(cfg, run, initial_sae(cfg, run, data), data, [TrainingProgress()])
     return train_member(member, data)
 
@@ -93,7 +93,7 @@ def train_member(member: Member, data: StreamData) -> dict[str, Any]:
 def train_as_follower(folder: Path) -> None:
     """Train the run in `folder` as a rank above 0. Rank 0 has created the folder and writes all files."""
     cfg = read_config(folder)
-    data = build_training_data(cfg)
+    data = in_batches_of_loss(cfg, build_data(cfg))
     run = examine_folder(folder, OmegaConf.to_container(cfg), "auto")
     fit(build_member(cfg, run, initial_sae(cfg, run, data), data, []))
 
@@ -104,9 +104,8 @@ def open_run(cfg: DictConfig) -> Run:
     return examine_folder(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
 
 
-def build_training_data(cfg: DictConfig, open_data: Callable[[DictConfig], StreamData] = build_data) -> StreamData:
-    """Build the data of a config, by `open_data`, in the batches that its loss needs."""
-    data = open_data(cfg)
+def in_batches_of_loss(cfg: DictConfig, data: StreamData) -> StreamData:
+    """Return `data` in the batches that the config's loss needs: whole text rows, or single rows."""
     return data.in_whole_rows() if cfg.get("loss") else data
 
 

@@ -330,7 +330,7 @@ def test_the_check_sees_every_entry(dtype):
 
 def test_a_member_that_cannot_be_saved_fails_alone(tmp_path, monkeypatch, no_figures):
     """Its group goes on; what is said of each member stands in its own log."""
-    monkeypatch.setattr(shared_stream, "build_training_data", lambda cfg: bad_data(torch.zeros_like))
+    monkeypatch.setattr(shared_stream, "build_data", lambda cfg: bad_data(torch.zeros_like))
     monkeypatch.setattr(provenance, "current_commit", lambda: None)
     monkeypatch.setattr(BatchTopKSAE, "calibrate", lambda sae, x, i: sae.threshold.fill_(math.inf))
     monkeypatch.setattr(logging.getLogger(), "handlers", [logging.FileHandler(tmp_path / "train.log")])
