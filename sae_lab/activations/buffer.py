@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.activations.source import Chunk, Source
-from sae_lab.parallel.collectives import world_size
+from sae_lab.parallel.mesh import world_size
 from sae_lab.runtime.device import send
 from sae_lab.runtime.seeds import nth_generator
 from sae_lab.runtime.signals import raise_if_stopped

@@ -13,7 +13,8 @@ from torch import Tensor
 from sae_lab.activations.finite import FiniteCheck, remedy_for
 from sae_lab.lm.base import LanguageModel
 from sae_lab.lm.packing import one_sequence_per_row
-from sae_lab.parallel.collectives import broadcast_from, rank, world_size
+from sae_lab.parallel.collectives import broadcast_from
+from sae_lab.parallel.mesh import rank, world_size
 from sae_lab.runtime.device import send
 from sae_lab.text.rows import RowStream
 

@@ -20,7 +20,8 @@ from sae_lab.activations.interleave import InterleavedSource
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import SharedSource, Source
 from sae_lab.activations.text_batches import WholeBatches
-from sae_lab.parallel.collectives import rank, rank_share, world_size
+from sae_lab.parallel.collectives import rank_share
+from sae_lab.parallel.mesh import data_axis
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.runtime.memory import check_memory_of
@@ -261,7 +262,7 @@ class StreamData(L.LightningDataModule, ABC):
     @cached_property
     def validation_batches(self) -> Sequence[Float[Tensor, "b s d"]]:
         """Batches of held-out activations for the validation during training; this rank's share."""
-        return self.validation_rows().tensor_split(world_size())[rank()].split(self.batch_size)
+        return self.validation_rows().tensor_split(data_axis().size)[data_axis().index].split(self.batch_size)
 
     def validation_rows(self) -> Float[Tensor, "n s d"]:
         return torch.cat([self.held_out_rows_of(part).x for part in self.held_out(self.n_val_tokens).parts])

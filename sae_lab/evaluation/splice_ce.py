@@ -11,7 +11,8 @@ from sae_lab.activations.passes import batch_sizes
 from sae_lab.evaluation.downstream import Replace, spliced_predictions, zero_ablation
 from sae_lab.evaluation.metrics import cross_entropy, to_log_probs
 from sae_lab.lm.predictions import Predictions, logit_slices
-from sae_lab.parallel.collectives import rank, sum_over_ranks, world_size
+from sae_lab.parallel.collectives import sum_over_ranks
+from sae_lab.parallel.mesh import data_axis
 from sae_lab.saes.base import BaseSAE
 
 
@@ -28,7 +29,7 @@ class SpliceCost:
     def __init__(self, data: ActivationData, n_tokens: int):
         self.data = data
         self.zero: float | None = None
-        self.parts = data.held_out(n_tokens).parts[rank() :: world_size()]
+        self.parts = data.held_out(n_tokens).parts[data_axis().index :: data_axis().size]
 
     def __call__(self, sae: BaseSAE) -> dict[str, float]:
         """Return the metrics of an SAE in its present mode; no `loss_recovered` where zero-ablation costs nothing."""

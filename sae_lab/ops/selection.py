@@ -20,7 +20,8 @@ from sae_lab.ops.fixed_selection import top_of_batch, top_of_rows
 from sae_lab.ops.fixed_size import is_fixed_size, numpy_may_read
 from sae_lab.ops.matmul import linear_by_part
 from sae_lab.ops.sparse import Pattern, SparseCode
-from sae_lab.parallel.collectives import concatenate_ranks, min_over_ranks, world_size
+from sae_lab.parallel.collectives import concatenate_ranks, min_over_ranks
+from sae_lab.parallel.mesh import data_axis
 from sae_lab.runtime.threads import one_thread
 
 Pieces: TypeAlias = Iterable[Float[Tensor, "_ f"]]
@@ -98,7 +99,7 @@ def select_top_of_batch(
     for margin in (1.5, 12, 96, math.inf):
         found = gather_candidates(h, partial(estimate_batch_bound, m=margin * k), signed)
         sizes, own = concatenate_ranks(found.sizes())
-        n = int(k * found.n_rows * world_size())
+        n = int(k * found.n_rows * data_axis().size)
         if len(sizes) >= n:
             return found.keep(largest_of_batch(sizes, n)[own]).code()
     return found.code()

@@ -1,9 +1,9 @@
-"""Communication between the n processes that train one SAE. With one process every function is the identity.
+"""Communication between ranks with different rows of a batch. With one rank every function is the identity.
 
-Rank r trains on the r-th of n equal consecutive shares of every batch, and gradients are averaged before anything reads
-them. Loss terms are means over rows, so the average is the gradient of the whole batch. Code that depends on the batch
-in any other way (a selection among all its entries, a count, a ratio of two means) must use the functions here. All
-ranks get the same bits, so all take the same step.
+The r-th of n ranks trains on the r-th of n equal consecutive shares of every batch, and gradients are averaged before
+anything reads them (see mesh.py for ranks that hold different latents). Loss terms are means over rows, so the average
+is the gradient of the whole batch. Code that depends on the batch in any other way (a selection among all its entries,
+a count, a ratio of two means) must use the functions here. All ranks get the same bits, so all take the same step.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,15 +16,9 @@ import torch.distributed as dist
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
+from sae_lab.parallel.mesh import data_axis
+
 TIMEOUT = timedelta(minutes=30)  # of one collective operation; the longest wait is for another rank to fill its block
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if world_size() > 1 else 0
 
 
 @contextmanager
@@ -43,28 +37,27 @@ def process_group(rank: int, n: int, store: dist.Store) -> Iterator[None]:
 
 def rank_share(batch: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "b/n *rest"]:
     """Return this rank's rows of a batch. If n does not divide b, the last b mod n rows go to no rank."""
-    size = len(batch) // world_size()
-    return batch[rank() * size : (rank() + 1) * size]
+    return batch[data_axis().share(len(batch))]
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Return the sum over ranks, without a gradient."""
-    if world_size() == 1:
+    if data_axis().size == 1:
         return x
     x = x.detach().clone()
-    dist.all_reduce(x)
+    dist.all_reduce(x, group=data_axis().group)
     return x
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
     """Return the mean over ranks. Its gradient is this rank's, whose average over ranks is the gradient of the mean."""
-    return x if world_size() == 1 else _Average.apply(x)
+    return x if data_axis().size == 1 else _Average.apply(x)
 
 
 class _Average(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return sum_over_ranks(x) / world_size()
+        return sum_over_ranks(x) / data_axis().size
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -73,15 +66,15 @@ class _Average(torch.autograd.Function):
 
 def on_any_rank(x: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
     """Return where x is true on at least one rank."""
-    return x if world_size() == 1 else sum_over_ranks(x.int()) > 0
+    return x if data_axis().size == 1 else sum_over_ranks(x.int()) > 0
 
 
 def min_over_ranks(x: Tensor) -> Tensor:
     """Return the elementwise minimum over ranks."""
-    if world_size() == 1:
+    if data_axis().size == 1:
         return x
     y = x.to(torch.int32 if x.dtype == torch.int16 else x.dtype, copy=True)  # no back end supports int16
-    dist.all_reduce(y, dist.ReduceOp.MIN)
+    dist.all_reduce(y, dist.ReduceOp.MIN, data_axis().group)
     return y.to(x.dtype)
 
 
@@ -90,21 +83,22 @@ def concatenate_ranks(x: Shaped[Tensor, "n *rest"]) -> tuple[Shaped[Tensor, "m *
 
     n may differ between ranks.
     """
-    if world_size() == 1:
+    if data_axis().size == 1:
         return x, slice(None)
-    own_size = torch.zeros(world_size(), dtype=torch.long, device=x.device)
-    own_size[rank()] = len(x)
+    axis = data_axis()
+    own_size = torch.zeros(axis.size, dtype=torch.long, device=x.device)
+    own_size[axis.index] = len(x)
     sizes = sum_over_ranks(own_size).tolist()
     padded = x.new_zeros(max(sizes), *x.shape[1:])
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather([view_as_bytes(part) for part in parts], view_as_bytes(padded))
-    start = sum(sizes[: rank()])
+    dist.all_gather([view_as_bytes(part) for part in parts], view_as_bytes(padded), axis.group)
+    start = sum(sizes[: axis.index])
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), slice(start, start + len(x))
 
 
 def broadcast_from(x: Tensor, source: int) -> None:
-    """Copy x from rank `source` into x, in place; x must be contiguous."""
+    """Copy x from rank `source` of all into x, in place; x must be contiguous."""
     dist.broadcast(view_as_bytes(x), source)
 
 
@@ -115,10 +109,10 @@ def view_as_bytes(x: Tensor) -> Tensor:
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over ranks. All ranks must have gradients for the same parameters."""
-    if world_size() == 1:
+    if data_axis().size == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+    for work in [dist.all_reduce(gradient, group=data_axis().group, async_op=True) for gradient in gradients]:
         work.wait()
     for gradient in gradients:
-        gradient /= world_size()
+        gradient /= data_axis().size

@@ -8,7 +8,7 @@ from annotated_types import Ge
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.evaluation.splice_ce import SpliceCost
-from sae_lab.parallel.collectives import rank
+from sae_lab.parallel.mesh import rank
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import read_json, write_json

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae_lab.ops.matmul import Products
 from sae_lab.ops.sparse import HAS_TRITON
-from sae_lab.parallel.collectives import world_size
+from sae_lab.parallel.mesh import world_size
 from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.training.step import Splice, StepResult, TrainingStep

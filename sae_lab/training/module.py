@@ -15,7 +15,8 @@ from sae_lab.activations.finite import check_finite
 from sae_lab.activations.text_batches import TextBatch
 from sae_lab.evaluation.metrics import ReconstructionMetrics, RowMetric, batch_fvu, own_metrics
 from sae_lab.ops.sparse import l0_per_row
-from sae_lab.parallel.collectives import mean_over_ranks, world_size
+from sae_lab.parallel.collectives import mean_over_ranks
+from sae_lab.parallel.mesh import data_axis
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.training.splice_loss import SpliceLoss
@@ -85,7 +86,7 @@ class SAEModule(L.LightningModule):
         x = batch.x if isinstance(batch, TextBatch) else batch
         splice = partial(self.splice, batch=batch) if self.splice and isinstance(batch, TextBatch) else None
         result = self.step(x, splice)
-        self.tokens += len(x) * world_size()
+        self.tokens += len(x) * data_axis().size
         regular = (batch_idx + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if regular or self.trainer.global_step in (0, self.trainer.max_steps - 1):
             row = training_row(self.sae, result)

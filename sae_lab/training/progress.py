@@ -10,7 +10,7 @@ import lightning as L
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from sae_lab.activations.buffer import Filling
-from sae_lab.parallel.collectives import world_size
+from sae_lab.parallel.mesh import data_axis
 from sae_lab.runtime.screen import console, format_duration
 
 BAR_SECONDS = 0.2
@@ -26,7 +26,7 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
-        self._tokens += len(batch) * world_size()
+        self._tokens += len(batch) * data_axis().size
         self.rate = self._tokens / (time.perf_counter() - self._start)
         if (i + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("tokens_per_second", self.rate)
@@ -67,7 +67,7 @@ class TrainingProgress(Throughput):
         self._step = trainer.global_step
         if not self._is_due():
             return  # the text below reads numbers, for which the host waits for the GPU
-        rows = (trainer.max_steps - trainer.global_step) * len(batch) * world_size()
+        rows = (trainer.max_steps - trainer.global_step) * len(batch) * data_axis().size
         elapsed = time.perf_counter() - self._start
         left = seconds_left(rows, self._tokens, elapsed, self._stream.n_rows_left, self._stream.filling)
         self._show(f"{progress_text(trainer, self.rate)}  {format_duration(left)} left")

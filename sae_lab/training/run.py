@@ -27,8 +27,8 @@ from sae_lab.evaluation.evaluator import evaluate_all
 from sae_lab.evaluation.findings import check_metrics, find_problems
 from sae_lab.evaluation.metrics import RowMetric
 from sae_lab.interop.load import load_sae
-from sae_lab.parallel.collectives import rank
 from sae_lab.parallel.launch import launch_ranks
+from sae_lab.parallel.mesh import rank
 from sae_lab.runs.checkpoint import check_fits
 from sae_lab.runs.config import environment_file, read_config, read_environment_keys
 from sae_lab.runs.digests import SAE, recorded_when_written

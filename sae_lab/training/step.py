@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sae_lab.ops.fixed_size import fixed_size, is_fixed_size
 from sae_lab.ops.matmul import Products, float32_products
 from sae_lab.ops.sparse import HAS_TRITON
-from sae_lab.parallel.collectives import average_gradients, world_size
+from sae_lab.parallel.collectives import average_gradients
+from sae_lab.parallel.mesh import world_size
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.training.row_adam import RowAdam
 from sae_lab.training.splice_loss import Spliced

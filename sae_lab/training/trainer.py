@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from sae_lab.ops.matmul import Products
-from sae_lab.parallel.collectives import rank
+from sae_lab.parallel.mesh import rank
 from sae_lab.runs.digests import recorded
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.device import Precision, resolve_device

@@ -1,13 +1,11 @@
 """Two processes that train one SAE: the rows, the choice, the weights and the files are those of one process."""
 
-import concurrent.futures
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from conftest import SAE_NAMES, build, dictionary, equal
 from fakes import Echo, data
 from fitting import BATCHES, fit
 from groups import SMALL, config, stop_at_batch
+from ranks import Call, start_ranks
 from safetensors.torch import load_file
 
 from sae_lab.activations.buffer import ShuffledBlocks
@@ -32,12 +31,11 @@ from sae_lab.parallel.collectives import (
     mean_over_ranks,
     min_over_ranks,
     on_any_rank,
-    rank,
     rank_share,
     sum_over_ranks,
-    world_size,
 )
 from sae_lab.parallel.launch import HOST, Child
+from sae_lab.parallel.mesh import rank, world_size
 from sae_lab.runtime.errors import Interrupted, UserError
 from sae_lab.sweeps.shared_stream import read_job, train_jobs
 from sae_lab.sweeps.status import read_status
@@ -57,34 +55,10 @@ pytestmark = pytest.mark.process
 TWO = ["trainer=ddp", "trainer.accelerator=cpu"]
 
 
-def join(number: int, port: int) -> None:
-    torch.set_num_threads(1)
-    store = dist.TCPStore(HOST, port, 2, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=number, world_size=2)
-
-
 @pytest.fixture(scope="module")
-def both() -> Iterator[Callable[..., list[Any]]]:
-    """both(function, *arguments): what it returns in each of two processes that know each other."""
-    store = dist.TCPStore(HOST, 0, 2, is_master=True, wait_for_workers=False)
-    start = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")  # fork spares the imports
-    pools = [
-        concurrent.futures.ProcessPoolExecutor(1, start, initializer=join, initargs=(number, store.port))
-        for number in range(2)
-    ]
-
-    def call(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        futures = [pool.submit(function, *arguments) for pool in pools]
-        done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-        for future in done:
-            future.result()  # raises before the other one, which may wait for it, is asked
-        return [future.result() for future in futures]
-
-    yield call
-    for pool in pools:
-        for process in pool._processes.values():
-            process.kill()
-        pool.shutdown()
+def both() -> Iterator[Call]:
+    with start_ranks(2) as call:
+        yield call
 
 
 # --- what they tell each other

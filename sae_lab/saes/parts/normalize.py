@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae_lab.parallel.collectives import mean_over_ranks, world_size
+from sae_lab.parallel.collectives import mean_over_ranks
+from sae_lab.parallel.mesh import data_axis
 from sae_lab.runtime.errors import UserError
 
 
@@ -233,10 +234,10 @@ class Whiten(Centred):
     def measure(self, x: Float[Tensor, "b s d"]) -> None:
         b, _, d = x.shape
         least = self.ROWS_PER_DIMENSION * d
-        if b * world_size() < least:
+        if b * data_axis().size < least:
             raise UserError(
                 f"sae.normalize=whiten measures {d} x {d} covariances on the first batch, which needs at least {least} "
-                f"rows, not {b * world_size()}: give batch_size={least} or more, or sae.normalize=centred."
+                f"rows, not {b * data_axis().size}: give batch_size={least} or more, or sae.normalize=centred."
             )
         super().measure(x)
         # In float64 on the CPU: the same bits on all ranks, and an eigenvalue of 1e-4 of the largest keeps its digits.

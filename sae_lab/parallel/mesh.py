@@ -1,0 +1,81 @@
+"""The processes that train one SAE, as a mesh of data x latents.
+
+Ranks of one row of the mesh hold the same share of every batch and different latents, those of one column the same
+latents and different shares. Rank r is in row r // m and column r % m for m shards of the latents, so that those of a
+row are neighbours. Without shards, all ranks are one column.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from sae_lab.runtime.errors import SettingError
+
+
+def world_size() -> int:
+    """Return the number of processes that train one SAE."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process. Rank 0 writes the run's files."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This process's place among the ranks of its row or column."""
+
+    size: int = 1
+    index: int = 0
+    group: dist.ProcessGroup | None = None
+    """The ranks that communicate along the axis; None: all."""
+
+    def share(self, n: int) -> slice:
+        """Return this rank's part of n items, in equal consecutive shares. The last n mod size items are in none."""
+        size = n // self.size
+        return slice(self.index * size, (self.index + 1) * size)
+
+
+_axes: tuple[Axis, Axis] | None = None
+
+
+def data_axis() -> Axis:
+    """Return the axis along which ranks hold different rows of a batch."""
+    return Axis(world_size(), rank()) if _axes is None else _axes[0]
+
+
+def latent_axis() -> Axis:
+    """Return the axis along which ranks hold different latents."""
+    return Axis() if _axes is None else _axes[1]
+
+
+@contextmanager
+def sharded_latents(m: int) -> Iterator[None]:
+    """Arrange all processes as a mesh with m shards of the latents, inside the block.
+
+    Raises:
+        SettingError: m does not divide the number of processes.
+    """
+    global _axes
+    if m == 1:
+        yield
+        return
+    n = world_size()
+    if n % m:
+        raise SettingError(f"{{shard_latents}}={m} must divide the number of processes, which is {n}.")
+    device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= n else "cpu"
+    mesh = init_device_mesh(device, (n // m, m), mesh_dim_names=("data", "latents"))
+    data, latents = (
+        Axis(mesh.size(i), mesh.get_local_rank(name), mesh.get_group(name))
+        for i, name in enumerate(("data", "latents"))
+    )
+    _axes = data, latents
+    try:
+        yield
+    finally:
+        _axes = None
