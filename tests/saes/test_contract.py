@@ -247,6 +247,12 @@ def test_planted_dictionary_is_recovered(sae_name):
     for i in range(1500):
         x = planted(256, d, active=active, seed=i, signed=signed)[0]
         step(sae, 0.1 * x, adam)  # small rows: an L1 penalty then weighs as on unit-std input
+        if i % 250 == 249 and found(sae, d) >= 0.95:
+            break
+    assert found(sae, d) >= 0.95
+
+
+def found(sae, d: int) -> float:
+    """Mean, over the planted directions, of the largest cosine with a decoder row."""
     cosines = planted(1, d)[1].flatten(1) @ dictionary(sae).W_dec.detach().flatten(1).T
-    cosines = cosines.abs() if signed else cosines
-    assert cosines.max(dim=1).values.mean() >= 0.95
+    return (cosines.abs() if sae.signed else cosines).max(dim=1).values.mean().item()
