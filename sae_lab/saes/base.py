@@ -221,6 +221,15 @@ class BaseSAE(Registered, ABC):
     def calibrate(self, x: Float[Tensor, "b s d"], i: int) -> None:
         """Estimate what inference needs from the i-th batch after training; i = 0 starts over. Weights are frozen."""
 
+    @property
+    def own_latents(self) -> range:
+        """The latents whose parameters and codes this process holds: all, or one shard (see parallel/shards.py)."""
+        return range(self.n_latents)
+
+    def latent_axes(self) -> dict[str, int]:
+        """Return the names of the parameters and buffers that have an axis of latents, each with that axis."""
+        return {}
+
     def dead(self) -> Tensor | None:
         """Return which latents count as dead in training, (f,) bool; None if the SAE does not track it."""
         return None

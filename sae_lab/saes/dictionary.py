@@ -105,6 +105,9 @@ class DictionarySAE(BaseSAE):
         self.register_buffer("batches_since_fired", torch.zeros(self.n_latents, dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
+    def latent_axes(self) -> dict[str, int]:
+        return {"W_dec": 0, "batches_since_fired": 0}
+
     def draw_weights(self, n: int, generator: torch.Generator) -> Float[Tensor, "f n d"]:
         """Draw the write-up's initial weights for n sources: uniform in ±sqrt(6 / f) (Kaiming)."""
         bound = math.sqrt(6 / self.n_latents)

@@ -40,6 +40,9 @@ class GatedSAE(PenalizedLinearSAE):
         self.r_mag = nn.Parameter(torch.zeros(self.n_latents))
         self.b_mag = nn.Parameter(torch.zeros(self.n_latents))
 
+    def latent_axes(self) -> dict[str, int]:
+        return super().latent_axes() | {"r_mag": 0, "b_mag": 0}
+
     def activate(self, h: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
         u = h if self.b_enc is None else h - self.b_enc
         return (h > 0) * (self.r_mag.exp() * u + self.b_mag).relu()

@@ -109,6 +109,9 @@ class JumpReLUSAE(PenalizedLinearSAE):
             self.register_buffer("width", torch.tensor(BANDWIDTH))
         self.started = False
 
+    def latent_axes(self) -> dict[str, int]:
+        return super().latent_axes() | {"thresholds": 0}
+
     def choose_coefficient(self) -> float:
         given = self.sparsity_coefficient
         if given is None and self.penalty == "target_l0":

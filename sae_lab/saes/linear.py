@@ -115,6 +115,11 @@ class LinearSAE(DictionarySAE):
         if self.mlp is not None:
             self.mlp.initialize(generator)
 
+    def latent_axes(self) -> dict[str, int]:
+        axes = super().latent_axes() | {"W_enc": 0}
+        axes |= {} if self.b_enc is None else {"b_enc": 0}
+        return axes if self.mlp is None else axes | {"mlp.W_out": 0}
+
     def build_layers(self) -> OneLayer:
         """Build the part that defines which sources each latent reads and writes."""
         return OneLayer()

@@ -102,6 +102,13 @@ class RouteSAE(BaseSAE):
         if isinstance(other, RouteSAE):
             self.inner.start_from(other.inner)  # it may know what need not start at the first batch now
 
+    @property
+    def own_latents(self) -> range:
+        return self.inner.own_latents
+
+    def latent_axes(self) -> dict[str, int]:
+        return {f"inner.{name}": axis for name, axis in self.inner.latent_axes().items()}
+
     def restart(self) -> None:
         self.inner.restart()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build, dictionary, planted
+from conftest import SAE_NAMES, build, dictionary, planted
 
 from sae_lab.ops.sparse import fired_latents, l0_per_row
 from sae_lab.runtime.errors import UserError
@@ -256,3 +256,17 @@ def found(sae, d: int) -> float:
     """Mean, over the planted directions, of the largest cosine with a decoder row."""
     cosines = planted(1, d)[1].flatten(1) @ dictionary(sae).W_dec.detach().flatten(1).T
     return (cosines.abs() if sae.signed else cosines).max(dim=1).values.mean().item()
+
+
+TENSORS_OF_LATENTS = [*((name,) for name in SAE_NAMES), ("topk", "sae.hidden=[8]"), ("topk", "sae.encoder_bias=true")]
+
+
+@pytest.mark.parametrize("settings", TENSORS_OF_LATENTS, ids=" ".join)
+def test_the_tensors_with_an_axis_of_latents_are_those_that_change_with_their_number(settings):
+    few, many = (build(*settings, n_latents=n) for n in (64, 96))
+    shapes = zip(few.state_dict().items(), many.state_dict().values(), strict=True)
+    grown = {name: [i for i, n in enumerate(a.shape) if n != b.shape[i]] for (name, a), b in shapes}
+    assert {name: axes for name, axes in grown.items() if axes} == {
+        name: [axis] for name, axis in few.latent_axes().items()
+    }
+    assert few.own_latents == range(64)
