@@ -34,6 +34,7 @@ from sae_lab.lm import predictions as of_lm
 from sae_lab.lm.base import LanguageModel
 from sae_lab.lm.predictions import Predictions, logit_slices
 from sae_lab.ops.sparse import Code, l0_per_row
+from sae_lab.parallel.shards import sum_over_shards
 from sae_lab.runtime.device import synchronized_time
 from sae_lab.runtime.screen import track
 from sae_lab.saes.base import BaseSAE
@@ -62,7 +63,7 @@ class EvaluatedSAE:
     ):
         self.sae, self.data, self.training_rule = sae, data, training_rule
         self.device = next(sae.parameters()).device
-        self.reconstruction = ReconstructionMetrics(sae.n_latents, added).to(self.device)
+        self.reconstruction = ReconstructionMetrics(len(sae.own_latents), added).to(self.device)
         self.downstream = DownstreamMetrics()
         self.l0: list[Tensor] = []
         self.entries = torch.zeros(len(ACTIVATION_EDGES) - 1, dtype=torch.long, device=self.device)
@@ -289,8 +290,9 @@ def score(
 def build_tables(subject: EvaluatedSAE, bos: Bool[Tensor, " n"]) -> dict[str, pd.DataFrame]:
     """Build three tables: numbers of tokens by L0 (BOS apart), densities of latents, active entries by size."""
     density = subject.reconstruction.density().cpu().numpy()
+    entries = sum_over_shards(subject.entries).cpu()
     return {
         "l0_per_token": pd.DataFrame(l0_histogram(torch.cat(subject.l0), bos)),
         "latent_density": pd.DataFrame({"latent": range(len(density)), "density": density}),
-        "activations": pd.DataFrame(activation_histogram(subject.entries.cpu()), columns=["log2", "entries"]),
+        "activations": pd.DataFrame(activation_histogram(entries), columns=["log2", "entries"]),
     }

@@ -49,6 +49,8 @@ from torchmetrics import Metric
 
 from sae_lab.ops.sparse import Code, SparseCode, fire_counts, l0_per_row
 from sae_lab.parallel.collectives import mean_over_ranks, sum_over_ranks
+from sae_lab.parallel.mesh import data_axis
+from sae_lab.parallel.shards import concatenate_shards, mean_over_shards
 from sae_lab.runtime.errors import UserError
 
 CONSTANT = 1e-13
@@ -137,7 +139,7 @@ class ReconstructionMetrics(Metric):
     """The reconstruction metrics of this module, accumulated as float64 totals that are summed over processes.
 
     Args:
-        n_latents: f.
+        n_latents: f; for a sharded SAE, the number of latents that this rank holds.
         added: row metrics besides those that are in ROW_METRICS when this object is constructed.
     """
 
@@ -154,7 +156,7 @@ class ReconstructionMetrics(Metric):
     n_rows: Tensor
 
     def __init__(self, n_latents: int, added: Mapping[str, RowMetric] = MappingProxyType({})):
-        super().__init__()
+        super().__init__(process_group=data_axis().group)
         self.row_metrics = dict(sorted({**ROW_METRICS, **added}.items()))  # ranks add their states up in this order
         per_source = ("sum_x", "predicted_x", "squared_norm", "squared_error", "n_predicted")
         for name in (*per_source, *map(row_total, self.row_metrics)):
@@ -208,8 +210,8 @@ class ReconstructionMetrics(Metric):
         return (self.sum_x / self.n_rows).float()
 
     def density(self) -> Float[Tensor, " f"]:
-        """Return the share of rows on which each latent is active."""
-        return self.fires / self.n_rows
+        """Return the share of rows on which each latent is active, of all shards."""
+        return concatenate_shards(self.fires) / self.n_rows
 
     def compute(self) -> dict[str, float]:
         """Return the metrics by name."""
@@ -220,7 +222,7 @@ class ReconstructionMetrics(Metric):
             "fvu": self.squared_error.sum() / variance.sum(),
             "l0": l0,
             "l0_std": (self.l0_squared / self.n_rows - l0.square()).clamp_min(0).sqrt(),
-            "dead_fraction": (self.fires == 0).double().mean(),
+            "dead_fraction": mean_over_shards((self.fires == 0).double().mean()),
         }
         values = {name: values[name] for name in (*ORDER, *values) if name in values}
         values |= {f"fvu_{i}": self.squared_error[i] / variance[i] for i in self.compared_sources()}

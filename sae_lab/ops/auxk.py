@@ -20,6 +20,7 @@ from sae_lab.ops.selection import (
 )
 from sae_lab.ops.sparse import attach_encoder_gradient, decode
 from sae_lab.parallel.collectives import min_over_ranks
+from sae_lab.parallel.mesh import latent_axis
 
 SPARSE_FROM = {"cpu": 10, "cuda": 100}
 """Ratio n_dead / k_aux from which the sparse computation is used instead of the dense one. Measured at d 768, b 4096,
@@ -53,7 +54,7 @@ def auxk_loss(
             several entries tied for the last place are chosen is not specified.
         signed: choose by |h_i|, and keep h_i in place of relu(h_i).
     """
-    if len(W_enc) < SPARSE_FROM[x.device.type] * k_aux:
+    if latent_axis().size == 1 and len(W_enc) < SPARSE_FROM[x.device.type] * k_aux:
         return _AuxK.apply(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch, signed)
     with torch.no_grad():
         select = select_top_of_batch if over_batch else select_top_k

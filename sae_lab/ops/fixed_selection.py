@@ -65,7 +65,7 @@ def _nothing(h: Float[Tensor, "b f"], n: int) -> SparseCode:
 @torch.no_grad()
 def top_of_batch_torch(h: Float[Tensor, "b f"], n: int, lower: Float[Tensor, ""]) -> SparseCode:
     """Compute `top_of_batch` by torch's operations. The guess is updated but not used."""
-    kept, nth = _largest(_positive(h).flatten(), n)
+    kept, nth = mark_largest(_positive(h).flatten(), n)
     lower.copy_(nth.squeeze(0).float() * LOWERED)
     return _compact(kept.view_as(h), h, n)
 
@@ -73,7 +73,7 @@ def top_of_batch_torch(h: Float[Tensor, "b f"], n: int, lower: Float[Tensor, ""]
 @torch.no_grad()
 def top_of_rows_torch(h: Float[Tensor, "b f"], k: int) -> SparseCode:
     """Compute `top_of_rows` by torch's operations."""
-    return _compact(_largest(_positive(h), k)[0], h, k * len(h))
+    return _compact(mark_largest(_positive(h), k)[0], h, k * len(h))
 
 
 def _positive(h: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def _positive(h: Tensor) -> Tensor:
     return torch.where(h > 0, h, torch.zeros_like(h))
 
 
-def _largest(z: Float[Tensor, "*b m"], k: int) -> tuple[Bool[Tensor, "*b m"], Float[Tensor, "*b 1"]]:
+def mark_largest(z: Float[Tensor, "*b m"], k: int) -> tuple[Bool[Tensor, "*b m"], Float[Tensor, "*b 1"]]:
     """Mark the k largest positive entries along the last axis, the first ones among ties, and return the k-th largest.
 
     The k-th largest is 0 if fewer than k entries are positive.

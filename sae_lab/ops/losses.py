@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_lab.ops.sparse import Code, SparseCode
+from sae_lab.parallel.shards import sum_over_shards
 
 
 def mse(target: Float[Tensor, "b s d"], x_hat: Float[Tensor, "b s d"]) -> Tensor:
@@ -28,9 +29,10 @@ def l1(code: Code, weights: Float[Tensor, " f"] | None = None) -> Tensor:
     if isinstance(code, SparseCode):
         z = code.values.float().abs()
         # the latent f of padding has weight 0
-        return (z if weights is None else z * F.pad(weights, (0, 1))[code.latents]).sum() / code.shape[0]
+        weighted = z if weights is None else z * F.pad(weights, (0, 1))[code.latents]
+        return sum_over_shards(weighted.sum() / code.shape[0])
     z = code.float().abs()
-    return (z if weights is None else z * weights).sum(dim=-1).mean()
+    return sum_over_shards((z if weights is None else z * weights).sum(dim=-1).mean())
 
 
 def lp(code: Float[Tensor, "b f"], p: Tensor | float) -> Tensor:
@@ -40,7 +42,7 @@ def lp(code: Float[Tensor, "b f"], p: Tensor | float) -> Tensor:
     """
     z = code.float().abs()
     active = z > 0
-    return torch.where(active, torch.where(active, z, 1.0).pow(p), 0.0).sum(dim=-1).mean()
+    return sum_over_shards(torch.where(active, torch.where(active, z, 1.0).pow(p), 0.0).sum(dim=-1).mean())
 
 
 def quadratic_frequency(frequencies: Float[Tensor, " f"], scale: float) -> Tensor:
@@ -51,7 +53,7 @@ def quadratic_frequency(frequencies: Float[Tensor, " f"], scale: float) -> Tenso
 
     Smith, Rajamanoharan et al. 2025 (GDM Mech Interp Team Progress Update #2).
     """
-    return frequencies.square().sum() / scale
+    return sum_over_shards(frequencies.square().sum()) / scale
 
 
 def pre_activation(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], dead: Bool[Tensor, " f"]) -> Tensor:
@@ -61,7 +63,7 @@ def pre_activation(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], dead: Bo
 
     Conerly et al. 2025 (Anthropic, January 2025), there for every latent that is not active; SAELens takes dead ones.
     """
-    return ((theta - h).relu() * dead).float().sum(dim=-1).mean()
+    return sum_over_shards(((theta - h).relu() * dead).float().sum(dim=-1).mean())
 
 
 def contrast(z: Float[Tensor, "b f"], other: Float[Tensor, "b f"]) -> Tensor:

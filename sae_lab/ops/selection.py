@@ -7,6 +7,7 @@ faster than torch's.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -19,9 +20,9 @@ from torch import Tensor
 from sae_lab.ops.fixed_selection import top_of_batch, top_of_rows
 from sae_lab.ops.fixed_size import is_fixed_size, numpy_may_read
 from sae_lab.ops.matmul import linear_by_part
+from sae_lab.ops.sharded_selection import keep_top_of_batch, keep_top_of_rows, nth_largest, sum_over_all
 from sae_lab.ops.sparse import Pattern, SparseCode
-from sae_lab.parallel.collectives import concatenate_ranks, min_over_ranks
-from sae_lab.parallel.mesh import data_axis
+from sae_lab.parallel.mesh import data_axis, latent_axis, mesh_size
 from sae_lab.runtime.threads import one_thread
 
 Pieces: TypeAlias = Iterable[Float[Tensor, "_ f"]]
@@ -86,7 +87,7 @@ def select_top_of_batch(
 
     Only entries above a bound are gathered. The bound is estimated on the first piece such that about 1.5·k entries
     per row exceed it; if fewer than k·b entries of the batch do, h is computed again with a lower bound. With several
-    processes the choice is made over the batches of all ranks, and each rank keeps the chosen entries of its rows.
+    processes the choice is made over the rows and latents of all ranks, and each rank keeps the entries of its own.
 
     Args:
         lower: in fixed-size mode, the bound that the last batch left; updated in place. It changes the speed only.
@@ -94,14 +95,16 @@ def select_top_of_batch(
     if is_fixed_size():
         all_h = whole(h)
         lower = torch.zeros((), device=all_h.device) if lower is None else lower
-        n = min(int(k * len(all_h)), all_h.numel())
-        return with_values_of(all_h, top_of_batch(compared(all_h, signed), n, lower), signed)
+        n = int(k * len(all_h) * data_axis().size)
+        code = with_values_of(all_h, top_of_batch(compared(all_h, signed), min(n, all_h.numel()), lower), signed)
+        return code if mesh_size() == 1 else keep_top_of_batch(code, n)
     for margin in (1.5, 12, 96, math.inf):
         found = gather_candidates(h, partial(estimate_batch_bound, m=margin * k), signed)
-        sizes, own = concatenate_ranks(found.sizes())
         n = int(k * found.n_rows * data_axis().size)
-        if len(sizes) >= n:
-            return found.keep(largest_of_batch(sizes, n)[own]).code()
+        if mesh_size() > 1 and int(sum_over_all(found.count())) >= n:
+            return keep_top_of_batch(found.code(), n)
+        if mesh_size() == 1 and len(found.positions) >= n:
+            return found.keep(largest_of_batch(found.sizes(), n)).code()
     return found.code()
 
 
@@ -110,9 +113,11 @@ def select_top_k(h: Pieces, k: int, signed: bool = False) -> SparseCode:
     if is_fixed_size():
         all_h = whole(h)
         code = top_of_rows(compared(all_h, signed), min(k, all_h.shape[1]))
-        return with_values_of(all_h, code, signed)
-    found = gather_candidates(h, lambda piece, _: row_bounds(piece, k), signed)
-    return found.keep(largest_of_rows(found, k)).code()
+        code = with_values_of(all_h, code, signed)
+    else:
+        found = gather_candidates(h, lambda piece, _: row_bounds(piece, min(k, piece.shape[1])), signed)
+        code = found.keep(largest_of_rows(found, k)).code()
+    return code if latent_axis().size == 1 else keep_top_of_rows(code, k)
 
 
 def with_values_of(h: Float[Tensor, "b f"], code: SparseCode, signed: bool) -> SparseCode:
@@ -134,6 +139,10 @@ class Entries(NamedTuple):
     def sizes(self) -> Tensor:
         """Return the absolute values in `sortable` form."""
         return sortable(self.values.abs())
+
+    def count(self) -> Int[Tensor, ""]:
+        """Return the number of entries as a tensor."""
+        return torch.tensor(len(self.positions), device=self.positions.device)
 
     def rows(self) -> Int[Tensor, " n"]:
         """Return the row of each entry."""
@@ -177,9 +186,9 @@ def estimate_batch_bound(piece: Float[Tensor, "n f"], bound: Tensor | None, m: f
         return bound
     sample = sortable(piece[:: 1 + len(piece) // SAMPLE_ROWS]).flatten()
     rank = m * len(sample) / piece.shape[1]
-    return min_over_ranks(
-        kth_largest(sample, max(1, int(rank))).clamp_min(0) if rank < len(sample) else sample.new_zeros(())
-    )
+    if mesh_size() > 1:  # as many rows of each rank, with all latents
+        return nth_largest(sample, max(1, int(rank * data_axis().size)) if math.isfinite(rank) else sys.maxsize)
+    return kth_largest(sample, max(1, int(rank))).clamp_min(0) if rank < len(sample) else sample.new_zeros(())
 
 
 def row_bounds(piece: Float[Tensor, "n f"], k: int) -> Tensor:

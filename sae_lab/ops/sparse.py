@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_lab.ops.fixed_size import numpy_may_read
+from sae_lab.parallel.mesh import latent_axis
+from sae_lab.parallel.shards import min_over_shards, sum_over_shards
 from sae_lab.runtime.threads import one_thread
 
 warnings.filterwarnings("ignore", message="Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
@@ -126,7 +128,7 @@ Code: TypeAlias = SparseCode | Float[Tensor, "b f"]
 
 def l0_per_row(code: Code) -> Int[Tensor, " b"]:
     """Count the active (non-zero) latents on each row."""
-    return code.row_offsets.diff() if isinstance(code, SparseCode) else (code != 0).sum(dim=-1)
+    return sum_over_shards(code.row_offsets.diff() if isinstance(code, SparseCode) else (code != 0).sum(dim=-1))
 
 
 def fire_counts(code: Code) -> Int[Tensor, " f"]:
@@ -143,29 +145,34 @@ def smallest_active(code: Code) -> Tensor:
     """Return min{|z_ij| : z_ij != 0}, a scalar; infinity if no latent is active."""
     values = code.values if isinstance(code, SparseCode) else code.flatten()
     infinity = values.new_full((1,), float("inf"))
-    return torch.cat([values.abs().masked_fill(values == 0, float("inf")), infinity]).min()
+    return min_over_shards(torch.cat([values.abs().masked_fill(values == 0, float("inf")), infinity]).min())
 
 
 def split_by_group(code: Code, sizes: Sequence[int]) -> list[Code]:
     """Split a code into consecutive groups of latents. Latents are numbered from 0 in each group."""
     if not isinstance(code, SparseCode):
         return list(code.split(list(sizes), dim=-1))
-    parts: list[Code] = []
-    for stop, size in zip(accumulate(sizes), sizes, strict=True):
-        if code.pattern.padded:
-            parts.append(keep_entries(code, (code.latents >= stop - size) & (code.latents < stop), stop - size, size))
-            continue
-        entries = ((code.latents >= stop - size) & (code.latents < stop)).nonzero().squeeze(-1)
-        row_offsets = torch.searchsorted(entries, code.row_offsets)
-        parts.append(
-            SparseCode(Pattern(row_offsets, code.latents[entries] - (stop - size), size), code.values[entries])
-        )
-    return parts
+    return [
+        keep_entries(code, (code.latents >= stop - size) & (code.latents < stop), stop - size, size)
+        for stop, size in zip(accumulate(sizes), sizes, strict=True)
+    ]
 
 
-def keep_entries(code: SparseCode, kept: Bool[Tensor, " nnz"], first: int, n_latents: int) -> SparseCode:
-    """Return a padded code of as many entries, with only those that are kept; their latents count from `first`."""
+def keep_entries(
+    code: SparseCode, kept: Bool[Tensor, " nnz"], first: int = 0, n_latents: int | None = None
+) -> SparseCode:
+    """Return a code with only the entries that are kept, padded to as many entries if it was padded.
+
+    Args:
+        first: the latent that becomes number 0.
+        n_latents: how many latents the result has; None: as many as before.
+    """
     n, pattern = len(kept), code.pattern
+    n_latents = pattern.n_latents if n_latents is None else n_latents
+    if not pattern.padded:
+        entries = kept.nonzero().squeeze(-1)
+        row_offsets = torch.searchsorted(entries, pattern.row_offsets)
+        return SparseCode(Pattern(row_offsets, pattern.latents[entries] - first, n_latents), code.values[entries])
     counts = F.pad(kept.cumsum(0), (1, 0))
     place = torch.where(kept, counts[1:] - 1, n)  # the others share a place that is cut off
     latents = pattern.latents.new_full((n + 1,), n_latents).scatter(0, place, pattern.latents - first)[:n]
@@ -217,6 +224,12 @@ def decode(
     Args:
         b_dec: one bias for all rows, or one per row.
     """
+    if latent_axis().size > 1:
+        return sum_over_shards(_decode(code, W_dec, torch.zeros_like(b_dec))) + b_dec
+    return _decode(code, W_dec, b_dec)
+
+
+def _decode(code: Code, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     if isinstance(code, SparseCode):
         return _Decode.apply(code.values, W_dec, b_dec, code.pattern)
     return (code @ W_dec.flatten(1)).unflatten(-1, W_dec.shape[1:]) + b_dec

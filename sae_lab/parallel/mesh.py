@@ -54,6 +54,27 @@ def latent_axis() -> Axis:
     return Axis() if _axes is None else _axes[1]
 
 
+def mesh_size() -> int:
+    """Return the number of ranks that work on one batch: those with other rows times those with other latents."""
+    return data_axis().size * latent_axis().size
+
+
+@contextmanager
+def first_share() -> Iterator[bool]:
+    """Let the ranks that hold the first share of each batch work without the others, inside the block.
+
+    Each of them then holds whole batches, as after training, when one process, or one per shard, does what is left.
+    Yields whether this rank is one of them; the others wait for nothing inside the block.
+    """
+    global _axes
+    before, data, latents = _axes, data_axis(), latent_axis()
+    _axes = Axis(), latents
+    try:
+        yield data.index == 0
+    finally:
+        _axes = before
+
+
 @contextmanager
 def sharded_latents(m: int) -> Iterator[None]:
     """Arrange all processes as a mesh with m shards of the latents, inside the block.

@@ -1,6 +1,13 @@
 """Random numbers that a resumed run can draw again."""
 
+import math
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
+
+AT_ONCE = 2**20
+"""Numbers that are drawn at a time where they are thrown away."""
 
 
 def nth_generator(seed: int, n: int) -> torch.Generator:
@@ -11,3 +18,23 @@ def nth_generator(seed: int, n: int) -> torch.Generator:
     its numbers.
     """
     return torch.Generator().manual_seed((seed * 1_000_003 + n) % 2**64)
+
+
+def uniform_rows(n: int, own: range, shape: Sequence[int], bound: float, generator: torch.Generator) -> Tensor:
+    """Draw a tensor (n, *shape), uniform in ±bound, and return its rows `own`.
+
+    The other rows are drawn as well, a few at a time, and thrown away: the numbers are those of the whole tensor, which
+    is never in memory, and so are all that the generator draws afterwards.
+    """
+    rows, size = torch.empty(len(own), *shape), math.prod(shape)
+    skip(own.start * size, generator)
+    rows.uniform_(-bound, bound, generator=generator)
+    skip((n - own.stop) * size, generator)
+    return rows
+
+
+def skip(n: int, generator: torch.Generator) -> None:
+    """Draw n uniform numbers and throw them away."""
+    thrown_away = torch.empty(min(n, AT_ONCE))
+    for start in range(0, n, AT_ONCE):
+        thrown_away[: n - start].uniform_(generator=generator)

@@ -50,6 +50,10 @@ class BaseSAE(Registered, ABC):
     varying_size: str | None = None
     """Why a training step has shapes that depend on data, even in fixed-size mode; None if it has none."""
 
+    shardable: bool = False
+    """Whether the latents may be sharded over ranks: all that sums or compares latents does so over all shards, as the
+    functions of ops/ do. A class says so of itself alone; a subclass with a rule of its own must say so again."""
+
     signed: bool = False
     """Whether active latents may be negative. Then the sign of a dictionary row means nothing by itself."""
     reads_previous: bool = False
@@ -156,7 +160,7 @@ class BaseSAE(Registered, ABC):
             return self.autoencode(x, lambda z: dense.reshape(z.shape).to(z))[0]
         if isinstance(code, SparseCode):
             return self.decode_rows(code)
-        x_hat = self.decode_rows(code.reshape(-1, self.n_latents))
+        x_hat = self.decode_rows(code.reshape(-1, code.shape[-1]))
         return x_hat.view(*code.shape[:-1], *x_hat.shape[1:])
 
     @abstractmethod

@@ -47,6 +47,8 @@ class BatchTopKSAE(SparseLinearSAE):
         UserError: k is not between 1 and n_latents, `quantile` is unknown, or `quantile_rate` is not in (0, 1].
     """
 
+    shardable = True
+
     threshold: Tensor
     threshold_updates: Tensor
     lower_bound: Tensor
@@ -80,7 +82,7 @@ class BatchTopKSAE(SparseLinearSAE):
         return select_above(h, self.threshold, self.signed)
 
     def activation_thresholds(self) -> Float[Tensor, " f"]:
-        return self.threshold.expand(self.n_latents)
+        return self.threshold.expand(len(self.own_latents))
 
     @torch.no_grad()
     def observe(self, code: Code) -> None:

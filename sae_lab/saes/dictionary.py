@@ -14,8 +14,10 @@ from sae_lab.ops.matmul import linear
 from sae_lab.ops.sparse import Code, SparseCode, fired_latents
 from sae_lab.ops.unit_norm import divide_by_norm, project_gradient
 from sae_lab.parallel.collectives import concatenate_ranks, on_any_rank
+from sae_lab.parallel.shards import own_share
 from sae_lab.runtime.errors import SettingError
 from sae_lab.runtime.memory import check_memory_of
+from sae_lab.runtime.seeds import uniform_rows
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
 from sae_lab.saes.parts.normalize import Context, Normalization
 from sae_lab.saes.parts.sources import Sources
@@ -97,13 +99,18 @@ class DictionarySAE(BaseSAE):
         self._has_start = b_dec_init == "zeros"
         self.sources = Sources(d_in, n_sources, n_inputs, normalize)
         n_read, n_written = self.sources.n_read, self.sources.n_written
-        check_memory_of(torch.device("cpu"), 4 * n_latents * n_written * d_in, TOO_MANY_LATENTS)
+        self._own_latents = own_share(type(self).__name__, n_latents, "shardable" in vars(type(self)))
+        check_memory_of(torch.device("cpu"), 4 * len(self.own_latents) * n_written * d_in, TOO_MANY_LATENTS)
         self.W_dec = nn.Parameter(self.draw_weights(n_written, torch.Generator().manual_seed(seed)))
         divide_by_norm(self.W_dec, decoder_norm)
         self.b_dec = nn.Parameter(torch.zeros(n_written, d_in))
         self.W_skip = nn.Parameter(torch.zeros(n_written * d_in, n_read * d_in)) if skip else None
-        self.register_buffer("batches_since_fired", torch.zeros(self.n_latents, dtype=torch.long))
+        self.register_buffer("batches_since_fired", torch.zeros(len(self.own_latents), dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    @property
+    def own_latents(self) -> range:
+        return self._own_latents
 
     def latent_axes(self) -> dict[str, int]:
         return {"W_dec": 0, "batches_since_fired": 0}
@@ -111,7 +118,7 @@ class DictionarySAE(BaseSAE):
     def draw_weights(self, n: int, generator: torch.Generator) -> Float[Tensor, "f n d"]:
         """Draw the write-up's initial weights for n sources: uniform in ±sqrt(6 / f) (Kaiming)."""
         bound = math.sqrt(6 / self.n_latents)
-        return torch.empty(self.n_latents, n, self.d_in).uniform_(-bound, bound, generator=generator)
+        return uniform_rows(self.n_latents, self.own_latents, (n, self.d_in), bound, generator)
 
     @abstractmethod
     def encode_normalized(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
@@ -206,7 +213,7 @@ class DictionarySAE(BaseSAE):
         """
         code = self.code(self.read(x)[0])
         dense = code.to_dense() if isinstance(code, SparseCode) else code
-        return dense.view(*self.leading(x, self.sources.n_sources_given(x)), self.n_latents)
+        return dense.view(*self.leading(x, self.sources.n_sources_given(x)), code.shape[1])
 
     def decode_rows(self, code: Code) -> Float[Tensor, "b w d"]:
         return self.sources.undo_shared(sparse.decode(code, self.W_dec, self.b_dec))

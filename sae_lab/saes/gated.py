@@ -32,13 +32,14 @@ class GatedSAE(PenalizedLinearSAE):
         l1_coefficient: weight of the penalty.
     """
 
+    shardable = True
     pre_activation_parameters = ("b_enc", "b_mag")
 
     def __init__(self, l1_coefficient: Annotated[float, Ge(0)] = 0.01, **penalized: Any):
         super().__init__(**penalized)
         self.l1_coefficient = l1_coefficient
-        self.r_mag = nn.Parameter(torch.zeros(self.n_latents))
-        self.b_mag = nn.Parameter(torch.zeros(self.n_latents))
+        self.r_mag = nn.Parameter(torch.zeros(len(self.own_latents)))
+        self.b_mag = nn.Parameter(torch.zeros(len(self.own_latents)))
 
     def latent_axes(self) -> dict[str, int]:
         return super().latent_axes() | {"r_mag": 0, "b_mag": 0}

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sae_lab.ops.losses import pre_activation, quadratic_frequency
-from sae_lab.parallel.collectives import concatenate_ranks, mean_over_ranks
+from sae_lab.ops.sharded_selection import nth_largest
+from sae_lab.parallel.collectives import mean_over_ranks
+from sae_lab.parallel.mesh import data_axis, mesh_size
+from sae_lab.parallel.shards import sum_over_shards
 from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.penalized import PenalizedLinearSAE
@@ -69,6 +72,7 @@ class JumpReLUSAE(PenalizedLinearSAE):
         UserError: a setting is unknown or out of range, or target_l0 has no k between 1 and n_latents.
     """
 
+    shardable = True
     pre_activation_parameters = ("b_enc", "thresholds")
 
     width: Tensor
@@ -104,7 +108,7 @@ class JumpReLUSAE(PenalizedLinearSAE):
         self.frequency_coefficient, self.frequency_scale = frequency_coefficient, frequency_scale
         self.preact_coefficient = preact_coefficient
         self.coefficient = self.choose_coefficient()
-        self.thresholds = nn.Parameter(torch.full((self.n_latents,), THETA if theta is None else float(theta)))
+        self.thresholds = nn.Parameter(torch.full((len(self.own_latents),), THETA if theta is None else float(theta)))
         if bandwidth is None:
             self.register_buffer("width", torch.tensor(BANDWIDTH))
         self.started = False
@@ -156,8 +160,7 @@ class JumpReLUSAE(PenalizedLinearSAE):
         read, target = self.sources(rows)
         if not self.has_start:
             self.start_biases(read, target)
-        h, _ = concatenate_ranks(self.pre_activations(read))
-        if (start := self.kth_largest(h)) > 0:
+        if (start := self.kth_largest(self.pre_activations(read))) > 0:
             self.thresholds.copy_(start.expand_as(self.thresholds))
             if self.bandwidth is None:
                 self.width.copy_(start / 2)
@@ -172,13 +175,14 @@ class JumpReLUSAE(PenalizedLinearSAE):
         if not self.calibrated or self.penalty != "target_l0":
             return
         h = self.pre_activations(self.read(x)[0])
-        factor = mean_over_ranks(self.kth_largest(h / self.thresholds.clamp_min(1e-12)))
+        factor = self.kth_largest(h / self.thresholds.clamp_min(1e-12))
         self.thresholds.mul_(1 + (factor - 1) / (i + 1))
 
     def kth_largest(self, h: Float[Tensor, "b f"]) -> Tensor:
-        """Return the k·b-th largest of the entries of all latents and rows; at least 0."""
+        """Return the k·b-th largest of the entries of all latents and rows, over all ranks; at least 0."""
         assert self.k is not None
-        return h.flatten().topk(max(1, int(self.k * len(h)))).values[-1].clamp_min(0)
+        n = max(1, int(self.k * len(h) * data_axis().size))
+        return nth_largest(h.flatten(), n) if mesh_size() > 1 else h.flatten().topk(n).values[-1].clamp_min(0)
 
     def resampled_values(self) -> list[tuple[nn.Parameter, float]]:
         return [*super().resampled_values(), (self.thresholds, THETA if self.theta is None else self.theta)]
@@ -198,9 +202,9 @@ class JumpReLUSAE(PenalizedLinearSAE):
         """Compute the penalty, without its coefficient."""
         if self.penalty == "tanh":
             assert isinstance(out.code, Tensor)
-            return (4 * self.weigh(out.code.float())).tanh().sum(dim=-1).mean()
+            return sum_over_shards((4 * self.weigh(out.code.float())).tanh().sum(dim=-1).mean())
         assert out.h is not None
-        l0 = self.frequencies(out.h).sum()
+        l0 = sum_over_shards(self.frequencies(out.h).sum())
         return l0 if self.k is None or self.penalty == "l0" else (mean_over_ranks(l0) / self.k - 1).square()
 
     def frequencies(self, h: Float[Tensor, "b f"]) -> Float[Tensor, " f"]:

@@ -16,6 +16,8 @@ from sae_lab.ops.matmul import linear_by_part
 from sae_lab.ops.row_gradients import select_rows
 from sae_lab.ops.sparse import Code
 from sae_lab.ops.unit_norm import divide_by_norm
+from sae_lab.parallel.mesh import latent_axis
+from sae_lab.parallel.shards import count_over_shards, max_over_shards, on_any_shard, shared_by_shards
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.saes.base import BaseSAE, SAEOutput
@@ -110,8 +112,8 @@ class LinearSAE(DictionarySAE):
             divide_by_norm(W_enc, "joint")
             W_enc *= 1.0 if encoder_norm == "unit" else encoder_norm
         self.W_enc = self.W_dec if tied else nn.Parameter(W_enc)
-        self.b_enc = nn.Parameter(torch.zeros(self.n_latents)) if encoder_bias else None
-        self.mlp = MLP(self.sources.n_read * self.d_in, self.hidden, self.n_latents) if self.hidden else None
+        self.b_enc = nn.Parameter(torch.zeros(len(self.own_latents))) if encoder_bias else None
+        self.mlp = MLP(self.sources.n_read * self.d_in, self.hidden, len(self.own_latents)) if self.hidden else None
         if self.mlp is not None:
             self.mlp.initialize(generator)
 
@@ -135,7 +137,7 @@ class LinearSAE(DictionarySAE):
         super().set_biases(read, target)
         if self.b_enc is not None and self.b_enc_init != "zeros":
             inputs, center, W = self.encoder(read)
-            rows = self.layers.encoder_rows(W, torch.arange(self.n_latents, device=W.device))
+            rows = self.layers.encoder_rows(W, torch.arange(len(W), device=W.device))
             level = level_exceeded_by(self.b_enc_init, (inputs - center).flatten(1), rows)
             self.b_enc.copy_(self.firing_level() - level)
 
@@ -151,9 +153,9 @@ class LinearSAE(DictionarySAE):
         """Return the factors of h. The last layer of an MLP and the linear encoder are concatenated to one product."""
         center = self.encoder_center()
         if self.mlp is None:
-            return Encoder(x, center, self.W_enc)
+            return Encoder(shared_by_shards(x), shared_by_shards(center), self.W_enc)
         centered = (x - center).flatten(1)
-        inputs = torch.cat([centered, self.mlp(centered)], dim=1).unsqueeze(1)
+        inputs = shared_by_shards(torch.cat([centered, self.mlp(centered)], dim=1).unsqueeze(1))
         W = torch.cat([self.W_enc.flatten(1), self.mlp.W_out], dim=1).unsqueeze(1)
         return Encoder(inputs, torch.zeros_like(inputs[0]), W)
 
@@ -182,24 +184,27 @@ class LinearSAE(DictionarySAE):
     def auxk_loss(self, out: SAEOutput) -> Tensor:
         """Compute the unweighted auxiliary loss. Only the encoder and decoder rows of dead latents get gradients."""
         # In fixed-size mode, f stands for no latent: its rows are zero, so that it is never selected.
+        f = len(self.own_latents)
         dead = true_positions_padded(self.dead(), self.dead_slots) if is_fixed_size() else self.dead().nonzero()[:, 0]
-        if len(dead) == 0:
+        n_dead = latent_axis().size * len(dead) if is_fixed_size() else count_over_shards(len(dead), dead.device)
+        if n_dead == 0:
             return out.x_hat.new_zeros(())
+        dead = dead if len(dead) else dead.new_full((1,), f)  # none of this shard
         inputs, center, W = self.encoder(out.x)
         x, residual = (inputs - center).detach().flatten(1), (out.target - out.x_hat).detach().flatten(1)
         W_enc, W_dec = self.layers.encoder_rows(W, dead), select_rows(self.W_dec.flatten(1), dead, self.W_dec)
         b_enc = None if self.b_enc is None else F.pad(self.b_enc, (0, 1)).index_select(0, dead)
-        k_aux = self.k_aux or max(1, self.sources.n_written * self.d_in // 2)
+        k_aux = min(n_dead, self.k_aux or max(1, self.sources.n_written * self.d_in // 2))
         loss = auxk_loss(x, residual, W_enc, b_enc, W_dec, k_aux, self.auxk_selection == "batch", self.signed)
-        return loss * (dead[0] < self.n_latents)
+        return loss * on_any_shard(dead[0] < f)
 
     def plan_step(self) -> Hashable:
         """Fix the number of slots for dead latents: a power of two, so that few different steps are captured."""
         self.dead_slots = 0
         if self.auxk_coefficient:
             # The losses see the counters after this batch, which adds at most one to each.
-            n = int((self.batches_since_fired >= self.dead_after - 1).sum())
-            self.dead_slots = min(self.n_latents, 1 << (n - 1).bit_length()) if n else 0
+            n = int(max_over_shards((self.batches_since_fired >= self.dead_after - 1).sum()))
+            self.dead_slots = min(len(self.own_latents), 1 << (n - 1).bit_length()) if n else 0
         return self.dead_slots
 
     def decoder_norms(self) -> Float[Tensor, " f"]:

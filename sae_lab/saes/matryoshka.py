@@ -76,16 +76,22 @@ class Nested(LinearSAE):
                 f"{{active_groups}}={active_groups} must lie between 1 and the {len(self.sizes)} groups."
             )
 
+    @property
+    def own_sizes(self) -> list[int]:
+        """Numbers of latents of each group that this process holds."""
+        ends = [min(max(end, self.own_latents.start), self.own_latents.stop) for end in accumulate(self.sizes)]
+        return [end - start for start, end in pairwise([self.own_latents.start, *ends])]
+
     def encode_normalized(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         code, h = super().encode_normalized(x)
         if self.training or self.active_groups is None:
             return code, h
-        return sparse.keep_first_latents(code, sum(self.sizes[: self.active_groups])), h
+        return sparse.keep_first_latents(code, sum(self.own_sizes[: self.active_groups])), h
 
     def output(
         self, x: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"], code: Code, h: Float[Tensor, "b f"] | None
     ) -> NestedOutput:
-        groups = zip(sparse.split_by_group(code, self.sizes), self.W_dec.split(self.sizes), strict=True)
+        groups = zip(sparse.split_by_group(code, self.own_sizes), self.W_dec.split(self.own_sizes), strict=True)
         nothing = torch.zeros_like(self.b_dec)
         levels = tuple(accumulate((sparse.decode(z, W, nothing) for z, W in groups), initial=self.decoder_offset(x)))
         return NestedOutput(x, target, levels[-1], code, h, levels)
@@ -105,9 +111,13 @@ class Nested(LinearSAE):
 class MatryoshkaSAE(Nested, BatchTopKSAE):
     """Nested dictionaries (see Nested) with BatchTopK's rule, as in the paper."""
 
+    shardable = True
+
 
 class MatryoshkaTopKSAE(Nested, TopKSAE):
     """Nested dictionaries (see Nested) with TopK's rule: sae=matryoshka sae._target_=<this class>."""
+
+    shardable = True
 
 
 def doubling_group_sizes(n_latents: int, d_in: int) -> list[int]:

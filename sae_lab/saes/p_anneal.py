@@ -84,12 +84,16 @@ class PAnneal(PenalizedLinearSAE):
 class PAnnealSAE(PAnneal, VanillaSAE):
     """ReLU SAE with an annealed penalty (see PAnneal)."""
 
+    shardable = True
+
     def deployed(self) -> VanillaSAE:
         return self.convert_to(VanillaSAE)
 
 
 class PAnnealGatedSAE(PAnneal, GatedSAE):
     """Gated SAE with an annealed penalty on its gate (see PAnneal)."""
+
+    shardable = True
 
     def deployed(self) -> GatedSAE:
         return self.convert_to(GatedSAE)

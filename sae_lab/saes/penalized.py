@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sae_lab.ops import losses
 from sae_lab.parallel.collectives import concatenate_ranks
+from sae_lab.parallel.mesh import latent_axis
 from sae_lab.runtime.errors import SettingError
 from sae_lab.runtime.seeds import nth_generator
 from sae_lab.saes.base import SAEOutput
@@ -45,6 +46,10 @@ class PenalizedLinearSAE(LinearSAE):
     ):
         super().__init__(encoder_bias=encoder_bias, **linear)
         self.sparsity_warmup, self.resample_every = sparsity_warmup, resample_every
+        if resample_every and latent_axis().size > 1:
+            raise SettingError(
+                "{resample_every} compares latents of all shards: give {resample_every}=0, or trainer.shard_latents=1."
+            )
         if resample_every and self.frozen_decoder:
             raise SettingError(
                 "{resample_every} rewrites the decoder, which {frozen_decoder}=true forbids: choose one of them."

@@ -24,6 +24,8 @@ class TopKSAE(SparseLinearSAE):
         UserError: k is not a whole number between 1 and n_latents.
     """
 
+    shardable = True
+
     def __init__(self, k: WholeK, **sparse: Any):
         super().__init__(k=k, **sparse)
 

@@ -27,6 +27,8 @@ class VanillaSAE(PenalizedLinearSAE):
             Adam's path to them differs.
     """
 
+    shardable = True
+
     def __init__(self, l1_coefficient: Annotated[float, Ge(0)] = 0.002, **penalized: Any):
         super().__init__(**penalized)
         self.l1_coefficient = l1_coefficient

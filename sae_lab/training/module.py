@@ -17,6 +17,7 @@ from sae_lab.evaluation.metrics import ReconstructionMetrics, RowMetric, batch_f
 from sae_lab.ops.sparse import l0_per_row
 from sae_lab.parallel.collectives import mean_over_ranks
 from sae_lab.parallel.mesh import data_axis
+from sae_lab.parallel.shards import mean_over_shards
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.training.splice_loss import SpliceLoss
@@ -59,7 +60,7 @@ class SAEModule(L.LightningModule):
     ):
         super().__init__()
         self.automatic_optimization = False
-        self.sae, self.validation = sae, ReconstructionMetrics(sae.n_latents, added)
+        self.sae, self.validation = sae, ReconstructionMetrics(len(sae.own_latents), added)
         self.register_buffer("tokens", torch.zeros((), dtype=torch.long))
         self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
         self.splice = splice
@@ -176,4 +177,4 @@ def training_row(sae: BaseSAE, result: StepResult) -> dict[str, Tensor]:
         sources = zip(out.target.split(1, dim=1), out.x_hat.split(1, dim=1), strict=True)
         row |= {f"fvu_{i}": batch_fvu(*pair) for i, pair in enumerate(sources, start=sae.n_inputs)}
     dead = sae.dead()
-    return row if dead is None else row | {"dead_share": dead.float().mean()}
+    return row if dead is None else row | {"dead_share": mean_over_shards(dead.float().mean())}

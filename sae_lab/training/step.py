@@ -13,6 +13,7 @@ from sae_lab.ops.matmul import Products, float32_products
 from sae_lab.ops.sparse import HAS_TRITON
 from sae_lab.parallel.collectives import average_gradients
 from sae_lab.parallel.mesh import world_size
+from sae_lab.parallel.shards import clip_gradients
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.training.row_adam import RowAdam
 from sae_lab.training.splice_loss import Spliced
@@ -119,7 +120,8 @@ class TrainingStep:
             self.scaler.unscale_(self.optimizer)
         self.sae.before_step()
         if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.sae.parameters(), self.max_grad_norm)
+            sharded = self.sae.latent_axes()
+            clip_gradients(((p, name in sharded) for name, p in self.sae.named_parameters()), self.max_grad_norm)
         if self.scaler is None:
             self.optimizer.step()
         else:
