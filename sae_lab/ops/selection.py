@@ -20,7 +20,7 @@ from torch import Tensor
 from sae_lab.ops.fixed_selection import top_of_batch, top_of_rows
 from sae_lab.ops.fixed_size import is_fixed_size, numpy_may_read
 from sae_lab.ops.matmul import linear_by_part
-from sae_lab.ops.sharded_selection import keep_top_of_batch, keep_top_of_rows, nth_largest, sum_over_all
+from sae_lab.ops.sharded_selection import count_over_all, keep_top_of_batch, keep_top_of_rows, nth_largest
 from sae_lab.ops.sparse import Pattern, SparseCode
 from sae_lab.parallel.mesh import data_axis, latent_axis, mesh_size
 from sae_lab.runtime.threads import one_thread
@@ -101,10 +101,10 @@ def select_top_of_batch(
     for margin in (1.5, 12, 96, math.inf):
         found = gather_candidates(h, partial(estimate_batch_bound, m=margin * k), signed)
         n = int(k * found.n_rows * data_axis().size)
-        if mesh_size() > 1 and int(sum_over_all(found.count())) >= n:
-            return keep_top_of_batch(found.code(), n)
         if mesh_size() == 1 and len(found.positions) >= n:
             return found.keep(largest_of_batch(found.sizes(), n)).code()
+        if mesh_size() > 1 and count_over_all(len(found.positions), found.positions.device) >= n:
+            return keep_top_of_batch(found.code(), n)
     return found.code()
 
 
@@ -139,10 +139,6 @@ class Entries(NamedTuple):
     def sizes(self) -> Tensor:
         """Return the absolute values in `sortable` form."""
         return sortable(self.values.abs())
-
-    def count(self) -> Int[Tensor, ""]:
-        """Return the number of entries as a tensor."""
-        return torch.tensor(len(self.positions), device=self.positions.device)
 
     def rows(self) -> Int[Tensor, " n"]:
         """Return the row of each entry."""

@@ -95,3 +95,8 @@ def nth_largest(x: Shaped[Tensor, " m"], n: int) -> Shaped[Tensor, ""]:
 def sum_over_all(x: Tensor) -> Tensor:
     """Return the sum over all ranks: those with other latents and those with other rows."""
     return sum_over_ranks(sum_over_shards(x))
+
+
+def count_over_all(n: int, device: torch.device) -> int:
+    """Return the sum of a number over all ranks. The host waits for it."""
+    return int(sum_over_all(torch.tensor(n, device=device)))

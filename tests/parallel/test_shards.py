@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import dictionary, planted
+from fitting import N_STEPS, fit
 from ranks import Call, start_ranks
 from torch import nn
 
@@ -164,3 +165,30 @@ def test_the_gradients_are_those_of_one_process(four, name, layout):
         torch.testing.assert_close(parts[0]["x_hat"], alone["x_hat"], rtol=0, atol=1e-10)
         for key, term in alone["terms"].items():  # float32 at any precision
             torch.testing.assert_close(parts[-1]["terms"][key], term, rtol=1e-6, atol=0)
+
+
+# --- the weights
+
+TRAINED = ["topk", "batch_topk", "matryoshka", "jumprelu", "crosscoder", "transcoder"]
+
+
+def trained(layout: str | None, name: str) -> dict[str, Any]:
+    """A run that clips gradients, with some latents dead from the start."""
+    with laid_out(layout):
+        sae = build(name)
+        let_die(sae)
+        batches = [planted(32, n_sources=sae.n_sources, seed=i)[0] for i in range(N_STEPS)]
+        own, axes = slice(sae.own_latents.start, sae.own_latents.stop), sae.latent_axes()
+        return {
+            "own": own,
+            "axes": axes,
+            "tensors": fit(sae, max_grad_norm=0.05, batches=list(map(rank_share, batches))).sae.state_dict(),
+        }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_sae_is_that_of_one_process(four, name, layout):
+    alone = trained(None, name)["tensors"]
+    for got in four(trained, layout, name):
+        assert_is_part_of(alone, got, "tensors", 1e-5)
