@@ -1,5 +1,6 @@
 """Train an SAE, `python -m sae_lab.train`: compose, build data, module and trainer, fit, calibrate, save, evaluate."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -12,14 +13,15 @@ from sae_lab.cli.folder_names import leave_out_constants
 
 @entry_point("train", leave_out_constants)
 def main(cfg: DictConfig) -> float | None:
+    from sae_lab.parallel.environment import is_first
     from sae_lab.sweeps.failures import failure_recorded
     from sae_lab.sweeps.search import search_score
     from sae_lab.training.run import train_run
 
-    if HydraConfig.get().mode == RunMode.RUN:
-        return search_score(train_run(cfg), cfg.goal_l0)
-    with failure_recorded(Path(cfg.run_dir)):  # one job's failure must not end a sweep
-        return search_score(train_run(cfg), cfg.goal_l0)
+    folder = Path(cfg.run_dir) if HydraConfig.get().mode == RunMode.MULTIRUN and is_first() else None
+    with nullcontext() if folder is None else failure_recorded(folder):  # one job's failure must not end a sweep
+        metrics = train_run(cfg)
+        return search_score(metrics, cfg.goal_l0) if metrics else None
     return None  # not nan, over which Optuna's sweeper breaks
 
 

@@ -32,6 +32,7 @@ class SharedStreamLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from sae_lab.sweeps.gpus import train_on_gpus  # here, because Hydra imports plug-ins even for `--help`
+        from sae_lab.sweeps.shared_stream import score_of
 
         setup_globals()
         log.info("Launching %d jobs on shared streams", len(job_overrides))
@@ -42,7 +43,7 @@ class SharedStreamLauncher(Launcher):
         job_logging = OmegaConf.to_container(last.hydra.job_logging, resolve=True)
         train_on_gpus([job for job in jobs if job is not None], self.max_members, self.parallel, job_logging)
         for r, job in zip(returns, jobs, strict=True):
-            r.return_value = None if job is None else job.score()
+            r.return_value = None if job is None else score_of(job)
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         return returns
 
@@ -53,7 +54,7 @@ class SharedStreamLauncher(Launcher):
         """
         from sae_lab.sweeps.composition import hydra_config
         from sae_lab.sweeps.failures import failure_recorded
-        from sae_lab.sweeps.shared_stream import read_job
+        from sae_lab.training.job import read_job
 
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         log.info("\t#%d : %s", number, " ".join(filter_overrides(overrides)))

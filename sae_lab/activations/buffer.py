@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.activations.source import Chunk, Source
+from sae_lab.parallel.agreement import stop_together
 from sae_lab.parallel.mesh import world_size
 from sae_lab.runtime.device import send
 from sae_lab.runtime.seeds import nth_generator
@@ -121,7 +122,7 @@ class ShuffledBlocks:
         return self
 
     def __next__(self) -> Float[Tensor, "b s d"]:
-        raise_if_stopped()
+        stop_together()
         if self._block is None:
             self._refill()
         self._prepare_next_block()

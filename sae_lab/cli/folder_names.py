@@ -1,6 +1,7 @@
 """Names of folders: a new one for each command, and a sweep's job folders, named by the overrides of each job."""
 
 import itertools
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -14,7 +15,17 @@ def new_folder(path: str) -> str:
     """Create a folder and return its path, with -2, -3, ... at the end if there is one of that name.
 
     Commands that start in the same second get the same name from the time; only one of them can create the folder.
+    Processes that torchrun or srun started together get the folder of rank 0.
     """
+    if "WORLD_SIZE" in os.environ or "SLURM_STEP_ID" in os.environ:
+        from sae_lab.parallel.environment import ask_rank_0  # imported here, because it imports torch
+
+        return ask_rank_0(lambda: create_folder(path))
+    return create_folder(path)
+
+
+def create_folder(path: str) -> str:
+    """Create the folder of new_folder, and return its path."""
     for number in itertools.count(1):
         name = path if number == 1 else f"{path}-{number}"
         try:

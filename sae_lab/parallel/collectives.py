@@ -6,9 +6,7 @@ is the gradient of the whole batch. Code that depends on the batch in any other 
 a count, a ratio of two means) must use the functions here. All ranks get the same bits, so all take the same step.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,22 +15,6 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
 from sae_lab.parallel.mesh import data_axis
-
-TIMEOUT = timedelta(minutes=30)  # of one collective operation; the longest wait is for another rank to fill its block
-
-
-@contextmanager
-def process_group(rank: int, n: int, store: dist.Store) -> Iterator[None]:
-    """Join a process group of n as number `rank` inside the block. Uses one GPU per process if there are n GPUs."""
-    gpus = torch.cuda.is_available() and torch.cuda.device_count() >= n
-    if gpus:
-        torch.cuda.set_device(rank)
-    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=TIMEOUT)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def rank_share(batch: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "b/n *rest"]:

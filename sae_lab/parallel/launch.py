@@ -1,148 +1,189 @@
-"""`trainer=ddp trainer.devices=n`: n processes train one SAE, as a single run or as a job of a sweep.
+"""`trainer=ddp trainer.devices=n`: torch's elastic agent starts n processes of this machine, which train one SAE.
 
-The process that the user started is rank 0, and the only one that writes into the run folder. It starts the other ranks
-as `python -m sae_lab.parallel.follower`; they read the config from `.hydra/` in that folder and do not use Hydra.
-Lightning's own launcher is not used, because it repeats the user's command: under `--multirun` that is the whole sweep,
-in a new folder. Ranks above 0 exit when the pipe from rank 0 closes, so none survives it, and they block signals.
+The process that the user started watches them and passes signals on. Rank 0 has its terminal; what the others print
+goes to `rank_<r>.log` in the run folder if they fail. Signals are not left to the agent, which would kill the processes
+30 seconds after a signal. They fork from one server, which has imported the package once for all jobs of a sweep.
 """
 
+import multiprocessing
 import os
-import subprocess
-import sys
+import pickle
+import shutil
+import signal
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from sae_lab.parallel.collectives import TIMEOUT, process_group
-from sae_lab.runtime.errors import UserError
+from sae_lab.parallel import heartbeat
+from sae_lab.runtime.errors import Interrupted, SafeStop, UserError, first_line
+from sae_lab.runtime.signals import ALWAYS, stopping_signals
 
 HOST = "127.0.0.1"
-GRACE = 30.0  # seconds that a lost rank has to exit, and that rank 0 may still wait for a rank that exited
+GRACE = 2.0  # seconds that a process waits before it fails for a lost one, which the agent then sees first
 
 
-class Child:
-    """Process of a rank above 0. Its output goes to `rank_<r>.log`, which is kept if the process fails."""
-
-    def __init__(self, target: str, folder: Path, rank: int, n: int, port: int):
-        self.rank, self.n, self.log = rank, n, folder / f"rank_{rank}.log"
-        command = [sys.executable, "-m", "sae_lab.parallel.follower", target, str(folder), *map(str, (rank, n, port))]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
-
-    def failure(self) -> str | None:
-        """Return an error message if the process has exited, else None."""
-        code = self.process.poll()
-        if code is None:
-            return None
-        output = self.log.read_text(errors="replace").strip() or f"exit code {code}"
-        last_line = output.splitlines()[-1]
-        return f"process {self.rank} of {self.n} ended early ({last_line}): see {self.log}; the same command continues."
-
-    def end(self) -> None:
-        """Let the process exit, kill it after 10 seconds, and delete its log if it succeeded."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        if self.process.returncode == 0:
-            self.log.unlink(missing_ok=True)
-
-
-@contextmanager
-def launch_ranks(folder: Path, n: int, target: str) -> Iterator[None]:
-    """Start ranks 1 to n - 1 on the run in `folder`; inside the block this process is rank 0, after it they exit.
+def run_ranks(n: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call function(*arguments) in n processes of this machine, and return what it returns in rank 0.
 
     Args:
-        folder: the run folder.
-        n: number of processes.
-        target: the function that the other ranks call with `folder`, as "module:function".
+        folder: the run folder, for the logs of processes that fail.
+        function: a function of a module, with arguments that can be pickled.
 
     Raises:
-        UserError: another rank exited early.
+        UserError: a process failed, with its own error if that was one.
+        Interrupted: a signal stopped them.
     """
-    if n == 1:
-        yield
-        return
-    children: list[Child] = []
-    with ExitStack() as stack:
-        stack.callback(end_all, children)
-        store = dist.TCPStore(HOST, 0, n, is_master=True, wait_for_workers=False, timeout=TIMEOUT)  # port 0: any free
-        children += [Child(target, folder, rank, n, store.port) for rank in range(1, n)]
-        wait_until_ready(store, children)
-        stack.enter_context(share_threads(n))
-        stack.enter_context(process_group(0, n, store))
-        stack.enter_context(watch_children(children))  # exits first: the others end before rank 0 leaves the group
-        yield
+    with tempfile.TemporaryDirectory() as name, passed_on_signals(Path(name)) as received:
+        multiprocessing.set_forkserver_preload([function.__module__])
+        config = LaunchConfig(
+            *(1, 1, n, RankFiles(name)),
+            run_id=Path(name).name,
+            rdzv_backend="c10d",
+            rdzv_endpoint=f"{HOST}:0",
+            local_addr=HOST,
+            max_restarts=0,
+            start_method="forkserver",
+            signals_to_handle="SIGQUIT",
+        )
+        try:
+            threads = max(1, torch.get_num_threads() // n)
+            result, stop = elastic_launch(config, run_rank)(Path(name), Terminal(), threads, function, arguments)[0]
+        except ChildFailedError as e:
+            if received:
+                raise Interrupted(f"Stopped by {signal.Signals(received[0]).name}", received[0]) from None
+            raise failure_of(e, Path(name), folder, n) from e
+    if stop is not None:
+        raise SafeStop(*stop)
+    return result
 
 
 @contextmanager
-def watch_children(children: list[Child]) -> Iterator[None]:
-    """Turn torch's error about a lost rank into a UserError with that rank's message; end all children at exit."""
-    done = threading.Event()
-    threading.Thread(target=exit_if_stuck, args=(children, done), daemon=True).start()
+def passed_on_signals(files: Path) -> Iterator[list[int]]:
+    """Pass signals on to the processes, inside the block. Yields the list of those that arrived.
+
+    A process that starts later finds them in the file `signal`.
+    """
+    received: list[int] = []
+
+    def pass_on(signum: int, _: Any) -> None:
+        received.append(signum)
+        (files / "signal").write_text(str(signum))
+        for file in files.glob("*.pid"):
+            if pid := file.read_text():
+                os.kill(int(pid), signum)
+
+    handlers = {signum: signal.signal(signum, pass_on) for signum in stopping_signals()}
     try:
-        yield
-    except RuntimeError as e:  # torch raises it when a rank is lost
-        lost = isinstance(e, dist.DistError) or "gloo" in str(e)
-        reason = first_failure(children, GRACE if lost else 0.0)
-        if reason is None:
-            raise
-        raise UserError(reason) from e
+        yield received
     finally:
-        done.set()
-        end_all(children)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
-def end_all(children: list[Child]) -> None:
-    for child in children:
-        child.end()
+class Terminal:
+    """The descriptors of standard output and error of this process, as a process that is started gets them."""
+
+    def __init__(self, descriptors: tuple[Any, Any] | None = None):
+        self.descriptors = descriptors
+
+    def __reduce__(self) -> tuple:
+        return Terminal, ((DupFd(1), DupFd(2)),)
+
+    def use(self) -> None:
+        """Make them the output and the error of this process."""
+        for descriptor, own in zip(self.descriptors or (), (1, 2), strict=True):
+            os.dup2(descriptor.detach(), own)
 
 
-def wait_until_ready(store: dist.Store, children: list[Child]) -> None:
-    """Wait until all children are ready to join the process group."""
-    while store.add("ready", 0) < len(children):
-        reason = first_failure(children, 0.1)
-        if reason is not None:
-            raise UserError(reason)
+class RankFiles(LogsSpecs):
+    """What torchelastic keeps of each process: its error. The environment is that of this process."""
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._root_log_dir)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        errors = {rank: str(Path(self.root_log_dir, f"{rank}.json")) for rank in envs}
+        for rank, env in envs.items():
+            env.update({**os.environ, **env, "TORCHELASTIC_ERROR_FILE": errors[rank]})
+        nowhere = dict.fromkeys(envs, "")
+        return LogsDest(nowhere, {**nowhere}, {}, {}, errors)
 
 
-def first_failure(children: list[Child], seconds: float) -> str | None:
-    """Return the message of the first child that failed, waiting up to `seconds` for one; None if none did."""
-    deadline = time.monotonic() + seconds
-    while True:
-        for child in children:
-            if (reason := child.failure()) is not None:
-                return reason
-        if time.monotonic() > deadline:
-            return None
-        time.sleep(0.02)
-
-
-def exit_if_stuck(children: list[Child], done: threading.Event) -> None:
-    """Exit this process if it still waits for a rank that failed GRACE seconds ago: on a GPU torch may not raise."""
-    while not done.wait(1.0):
-        reason = first_failure(children, 0.0)
-        if reason is not None:
-            if not done.wait(GRACE):
-                print(reason, file=sys.stderr, flush=True)
-                os._exit(1)
-            return
-
-
-@contextmanager
-def share_threads(n: int) -> Iterator[None]:
-    """Use 1/n of torch's threads inside the block, so that n processes do not compete for the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // n))
+def run_rank(files: Path, terminal: Terminal, threads: int, function: Callable[..., Any], arguments: tuple) -> Any:
+    """Call the function in a process that was started. Returns its result, and how a signal stopped it or None."""
+    rank = int(os.environ["RANK"])
+    for signum in ALWAYS:
+        signal.signal(signum, signal.SIG_DFL)
+    (files / f"{rank}.pid").write_text(str(os.getpid()))
+    if (files / "signal").exists():
+        raise SystemExit(1)
+    terminal.use()
+    if rank:
+        os.dup2(os.open(files / f"{rank}.log", os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(2, 1)
+    torch.set_num_threads(threads)
+    heartbeat.report = partial(keep_error, files / f"{rank}.error")
+    ended = threading.Event()
+    threading.Thread(target=exit_without_parent, args=(ended,), daemon=True).start()
     try:
-        yield
+        return function(*arguments), None
+    except SafeStop as stop:
+        return None, (str(stop), stop.signum)
+    except Exception as e:
+        if not isinstance(e, UserError):
+            traceback.print_exc()
+        heartbeat.report(e)
+        if isinstance(e, heartbeat.LostRank):
+            time.sleep(GRACE)
+        raise SystemExit(1) from None
     finally:
-        torch.set_num_threads(before)
+        ended.set()
+
+
+def keep_error(file: Path, error: Exception) -> None:
+    """Write an error to the file from which `failure_of` reads it."""
+    try:
+        content = pickle.dumps(error)
+    except Exception:
+        content = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    file.write_bytes(content)
+
+
+def exit_without_parent(ended: threading.Event) -> None:
+    """Exit when the process that started this one is lost and training has ended: nobody takes the result.
+
+    torch lets the kernel send SIGINT to this process at that moment, so that training ends soon and is saved.
+    """
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        ended.wait()
+        os._exit(1)
+
+
+def failure_of(failed: ChildFailedError, files: Path, folder: Path, n: int) -> Exception:
+    """Return the error that ended the processes: that of a process that failed by itself, if one did."""
+    errors = {int(file.stem): pickle.loads(file.read_bytes()) for file in files.glob("*.error")}
+    failures: dict[int, Exception | None] = dict.fromkeys(failed.failures) | errors
+    rank = min(failures, key=lambda rank: (isinstance(failures[rank], heartbeat.LostRank), rank))
+    error = failures[rank]
+    if error is not None and (rank == 0 or isinstance(error, UserError)):
+        return error
+    if error is None:
+        error = RuntimeError(f"exit code {failed.failures[rank].exitcode}")
+    log = files / f"{rank}.log"
+    kept = shutil.copy(log, folder / f"rank_{rank}.log") if log.exists() and folder.is_dir() else None
+    seen = f": see {kept}; the same command continues." if kept else ": the same command continues."
+    return UserError(f"process {rank} of {n} ended early ({type(error).__name__}: {first_line(error)}){seen}")

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from sae_lab.parallel.environment import own_gpu
 from sae_lab.runtime.errors import SettingError
 
 
@@ -89,7 +89,7 @@ def sharded_latents(m: int) -> Iterator[None]:
     n = world_size()
     if n % m:
         raise SettingError(f"{{shard_latents}}={m} must divide the number of processes, which is {n}.")
-    device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= n else "cpu"
+    device = "cpu" if own_gpu() is None else "cuda"
     mesh = init_device_mesh(device, (n // m, m), mesh_dim_names=("data", "latents"))
     data, latents = (
         Axis(mesh.size(i), mesh.get_local_rank(name), mesh.get_group(name))

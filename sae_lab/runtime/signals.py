@@ -36,8 +36,10 @@ def stopping_signals() -> list[signal.Signals]:
 class Recorder:
     """Handler that records the first signal; a second one ends the process at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, together: bool) -> None:
         self.received: int | None = None
+        self.together = together
+        self.agreed: int | None = None
         self._time = 0.0
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
@@ -51,17 +53,20 @@ _recorder: Recorder | None = None
 
 
 @contextmanager
-def deferred_signals() -> Iterator[None]:
+def deferred_signals(together: bool = False) -> Iterator[None]:
     """Record signals inside the block instead of stopping. One block holds all steps and all saves of a command's work.
 
     The block must call `raise_if_stopped` wherever nothing is half done, and must install no other handlers.
+
+    Args:
+        together: act only on a signal that several processes have agreed upon (see parallel/agreement.py).
 
     Raises:
         SafeStop: at the end of the block, if a signal arrived after the last `raise_if_stopped`.
     """
     global _recorder
     assert _recorder is None, "blocks of deferred signals are not nested"
-    _recorder = recorder = Recorder()
+    _recorder = recorder = Recorder(together)
     handlers: dict[int, Any] = {signum: signal.signal(signum, recorder) for signum in stopping_signals()}
     try:
         yield
@@ -77,7 +82,16 @@ def received_signal() -> signal.Signals | None:
     return None if _recorder is None or _recorder.received is None else signal.Signals(_recorder.received)
 
 
+def act_on(signum: int) -> None:
+    """Let `raise_if_stopped` raise because of a signal that several processes have agreed upon."""
+    if _recorder is not None:
+        _recorder.agreed = signum
+
+
 def raise_if_stopped() -> None:
     """Raise SafeStop if a signal has arrived since the block of deferred signals began. Does nothing outside of one."""
-    if (signum := received_signal()) is not None:
-        raise SafeStop(f"Stopped by {signum.name}", signum)
+    if _recorder is None:
+        return
+    signum = _recorder.agreed if _recorder.together else _recorder.received
+    if signum is not None:
+        raise SafeStop(f"Stopped by {signal.Signals(signum).name}", signum)

@@ -15,7 +15,8 @@ from sae_lab.runtime.errors import Interrupted, SafeStop, UserError, first_line
 from sae_lab.runtime.signals import deferred_signals, received_signal
 from sae_lab.sweeps.failures import record_failure
 from sae_lab.sweeps.member_logs import log_files
-from sae_lab.sweeps.shared_stream import Job, group_by_stream, train_jobs
+from sae_lab.sweeps.shared_stream import group_by_stream, train_jobs
+from sae_lab.training.job import Job
 
 log = logging.getLogger(__name__)
 

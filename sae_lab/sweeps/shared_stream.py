@@ -9,11 +9,11 @@ resumed alone or in another group. A member that resumes from a later step joins
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -21,20 +21,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.activations.building import build_data
 from sae_lab.activations.stream import StreamData
-from sae_lab.lm.sites import site_names
 from sae_lab.runs.folder import FAILED
-from sae_lab.runtime.build import typed_keys
 from sae_lab.runtime.errors import UserError, report_typed_keys
 from sae_lab.sweeps.failures import failure_recorded, record_failure
 from sae_lab.sweeps.lockstep import train_in_lockstep
 from sae_lab.sweeps.member_logs import log_files, logging_for
 from sae_lab.sweeps.search import search_score
+from sae_lab.training.job import Job, sites_of
 from sae_lab.training.progress import Throughput, TrainingProgress
 from sae_lab.training.run import (
     Member,
     build_member,
     finish,
-    hydra_files,
     in_batches_of_loss,
     initial_sae,
     open_run,
@@ -45,34 +43,10 @@ from sae_lab.training.trainer import training_device
 log = logging.getLogger(__name__)
 
 
-class Job(NamedTuple):
-    """A requested run: its config with interpolations resolved, and the files for its `.hydra/`."""
-
-    cfg: DictConfig
-    typed: dict[str, str]
-    """The keys that were interpolations, by the keys that they name (see typed_keys)."""
-    hydra: dict[str, str]
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.cfg.run_dir)
-
-    @property
-    def sites(self) -> tuple[str, ...] | None:
-        """The sites in the config. All jobs of a group have some, or none has."""
-        return sites_of(self.cfg)
-
-    def score(self) -> float | None:
-        """Return the score that a search minimizes; None if the run failed."""
-        metrics = self.folder / "metrics.json"
-        return search_score(json.loads(metrics.read_text()), self.cfg.goal_l0) if metrics.is_file() else None
-
-
-def read_job(cfg: DictConfig) -> Job:
-    """Return the job of a config. Must be called while Hydra's config of this job is set."""
-    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    assert isinstance(resolved, DictConfig)
-    return Job(resolved, typed_keys(cfg), hydra_files(cfg))
+def score_of(job: Job) -> float | None:
+    """Return the score that a search minimizes; None if the run failed."""
+    metrics = job.folder / "metrics.json"
+    return search_score(json.loads(metrics.read_text()), job.cfg.goal_l0) if metrics.is_file() else None
 
 
 def train_jobs(jobs: list[Job], max_members: int | None = None) -> None:
@@ -105,13 +79,6 @@ def group_by_stream(jobs: list[Job]) -> list[list[Job]]:
                 continue
             groups.setdefault(stream_key(job.cfg), []).append((run.step, job))
     return [[job for _, job in sorted(group, key=itemgetter(0))] for group in groups.values()]
-
-
-def sites_of(cfg: DictConfig) -> tuple[str, ...] | None:
-    """Return `lm.sites` of a config; None if `lm` has no such list of names."""
-    sites = cfg.lm.get("sites") if isinstance(cfg.lm, DictConfig) else None
-    names = [sites] if isinstance(sites, str) else sites
-    return site_names(sites) if isinstance(names, Sequence) and all(isinstance(s, str) for s in names) else None
 
 
 def stream_key(cfg: DictConfig) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,12 +10,10 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
-from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
-from omegaconf._utils import get_omega_conf_dumper
 
 from sae_lab.activations.building import build_data
 from sae_lab.activations.columns import Columns
@@ -27,24 +25,26 @@ from sae_lab.evaluation.evaluator import evaluate_all
 from sae_lab.evaluation.findings import check_metrics, find_problems
 from sae_lab.evaluation.metrics import RowMetric
 from sae_lab.interop.load import load_sae
-from sae_lab.parallel.launch import launch_ranks
-from sae_lab.parallel.mesh import rank
+from sae_lab.parallel.environment import Place, place
+from sae_lab.parallel.group import on_rank_0, process_group
+from sae_lab.parallel.launch import run_ranks
+from sae_lab.parallel.mesh import rank, world_size
 from sae_lab.runs.checkpoint import check_fits
-from sae_lab.runs.config import environment_file, read_config, read_environment_keys
+from sae_lab.runs.config import read_environment_keys
 from sae_lab.runs.digests import SAE, recorded_when_written
 from sae_lab.runs.folder import Run, examine_folder
-from sae_lab.runs.paths import with_absolute_paths
 from sae_lab.runs.provenance import provenance
 from sae_lab.runs.results import read_metrics, write_results
 from sae_lab.runtime.build import build
-from sae_lab.runtime.errors import SafeStop, UserError, first_line
+from sae_lab.runtime.errors import SafeStop, UserError, first_line, report_typed_keys
 from sae_lab.runtime.memory import check_memory_of
-from sae_lab.runtime.private import keys_from_environment, public
+from sae_lab.runtime.private import public
 from sae_lab.runtime.screen import print_files, print_metrics
 from sae_lab.runtime.signals import deferred_signals
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.dictionary import TOO_MANY_LATENTS
 from sae_lab.saes.files import save_sae
+from sae_lab.training.job import Job, hydra_files, job_logging, read_job
 from sae_lab.training.loggers import finish_loggers
 from sae_lab.training.module import SAEModule
 from sae_lab.training.options import check_options
@@ -70,32 +70,68 @@ class Member:
 
 
 def train_run(cfg: DictConfig) -> dict[str, Any]:
-    """Train and evaluate one run, resuming from its folder if possible. Returns the metrics."""
-    run = open_run(cfg)
-    if run.complete:
-        return show_complete(run)
-    data = in_batches_of_loss(cfg, build_data(cfg))
-    member = build_member(cfg, run, initial_sae(cfg, run, data), data, [TrainingProgress()])
-    return train_member(member, data)
+    """Train and evaluate one run, resuming from its folder if possible. Returns the metrics.
+
+    `trainer.devices` processes train it: those that torchrun or srun started together with this one, or those that are
+    started here. The metrics of the former are {} but in rank 0.
+    """
+    if (started := place()) is not None:
+        join_started(cfg, started)
+    check_options(cfg)
+    job = read_job(cfg)
+    if started is not None or cfg.trainer.devices == 1:
+        return train_as_rank(job)
+    return run_ranks(cfg.trainer.devices, job.folder, train_as_rank, job, job_logging())
+
+
+def join_started(cfg: DictConfig, started: Place) -> None:
+    """Let a run use the processes that were started together. Those above rank 0 log nothing but warnings."""
+    if cfg.trainer.devices != started.size and started.rank == 0:
+        log.info("trainer.devices=%d, the number of processes that were started", started.size)
+    cfg.trainer.devices = started.size
+    if started.rank:
+        logging.getLogger().handlers = [logging.StreamHandler()]
+        logging.getLogger().setLevel(logging.WARNING)
+
+
+def train_as_rank(job: Job, logging_config: Any = None) -> dict[str, Any]:
+    """Train a run as one of its processes, then evaluate it in rank 0. Returns the metrics there, elsewhere {}.
+
+    Args:
+        logging_config: how rank 0 logs, if this process was started for the run.
+    """
+    with report_typed_keys(job.typed), ExitStack() as folder:
+        with process_group():  # with sharded_latents(job.cfg.trainer.shard_latents) comes here
+            first = rank() == 0
+            if first and logging_config is not None:
+                configure_log(OmegaConf.create(logging_config))
+            run = on_rank_0(lambda: open_run(job.cfg))
+            if not run.complete:
+                data = in_batches_of_loss(job.cfg, build_data(job.cfg))
+                member = fit_as_rank(job, run, data, folder)
+        if not first:
+            return {}
+        return show_complete(run) if run.complete else finish([member], data)[0]
+
+
+def fit_as_rank(job: Job, run: Run, data: StreamData, folder: ExitStack) -> Member:
+    """Build and train a run as one of its processes. Rank 0 begins its folder, which `folder` ends."""
+    progress: list[Callback] = [TrainingProgress()] if rank() == 0 else []
+    member = build_member(job.cfg, run, initial_sae(job.cfg, run, data), data, progress)
+    # After everything is built, so that an invalid config leaves no folder.
+    on_rank_0(lambda: folder.enter_context(run.begin(job.hydra)))
+    with deferred_signals(together=world_size() > 1):
+        fit(member)
+    return member
 
 
 def train_member(member: Member, data: StreamData) -> dict[str, Any]:
     """Train a run that is built, then calibrate, save and evaluate its SAE on `data`. Returns the metrics."""
-    cfg, run = member.cfg, member.run
-    with run.begin(hydra_files(cfg)):  # after everything is built, so that an invalid config leaves no folder
-        ranks = launch_ranks(run.folder, cfg.trainer.devices, f"{__name__}:{train_as_follower.__name__}")
-        with ranks, deferred_signals():
+    with member.run.begin(hydra_files(member.cfg)):
+        with deferred_signals():
             fit(member)
         [metrics] = finish([member], data)
     return metrics
-
-
-def train_as_follower(folder: Path) -> None:
-    """Train the run in `folder` as a rank above 0. Rank 0 has created the folder and writes all files."""
-    cfg = read_config(folder)
-    data = in_batches_of_loss(cfg, build_data(cfg))
-    run = examine_folder(folder, OmegaConf.to_container(cfg), "auto")
-    fit(build_member(cfg, run, initial_sae(cfg, run, data), data, []))
 
 
 def open_run(cfg: DictConfig) -> Run:
@@ -269,23 +305,6 @@ def provenance_of(cfg: DictConfig, run: Run, data: StreamData) -> dict[str, Any]
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
     return provenance(config, data.origin(), read_environment_keys(run.folder))
-
-
-def hydra_files(cfg: DictConfig) -> dict[str, str]:
-    """Return the files of `.hydra/` as Hydra writes them, but with interpolations and relative paths resolved.
-
-    Where the environment has a part in a value, its key is kept, so that the value is not shown to others.
-    """
-    config = with_absolute_paths(OmegaConf.to_container(cfg, resolve=True))
-    files = {"config.yaml": OmegaConf.to_yaml(OmegaConf.create(config))}
-    if keys := keys_from_environment(cfg):
-        files[environment_file(Path()).name] = "".join(f"{key}\n" for key in keys)
-    if HydraConfig.initialized():
-        hydra = HydraConfig.get()
-        tree = {"hydra": OmegaConf.to_container(hydra, enum_to_str=True)}
-        files["hydra.yaml"] = yaml.dump(tree, Dumper=get_omega_conf_dumper(), sort_keys=False, allow_unicode=True)
-        files["overrides.yaml"] = OmegaConf.to_yaml(hydra.overrides.task)
-    return files
 
 
 def show_complete(run: Run) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from sae_lab.ops.matmul import Products
+from sae_lab.parallel.environment import own_gpu, place
 from sae_lab.parallel.mesh import rank
 from sae_lab.runs.digests import recorded
 from sae_lab.runtime.checks import check_arguments
@@ -100,7 +101,7 @@ def build_trainer(
     try:
         trainer = L.Trainer(
             accelerator=device,
-            devices=[rank()] if device in GPU else 1,
+            devices=[own_gpu() or 0] if device in GPU else 1,
             precision=precision,
             max_epochs=1,
             max_steps=n_steps,
@@ -145,6 +146,8 @@ def quiet_lightning() -> None:
 
 def check_devices(device: str, n: int) -> None:
     """Raise a SettingError if n processes would not have a GPU each; on the CPU any number may run."""
-    found = torch.cuda.device_count()
+    found, started = torch.cuda.device_count(), place()
+    if started is not None:  # by torchrun or srun, perhaps on several machines
+        n = 1 if own_gpu() is not None else started.local_size
     if n > 1 and device != "cpu" and not (device in GPU and n <= found):
         raise SettingError(f"{{devices}}={n} exceeds the {found} GPUs: give fewer, or {{accelerator}}=cpu.")

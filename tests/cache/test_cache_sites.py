@@ -8,8 +8,9 @@ from groups import assert_same_run, config
 
 from sae_lab.cache.writer import CacheWriter
 from sae_lab.runtime.errors import UserError
-from sae_lab.sweeps.shared_stream import read_job, train_jobs
+from sae_lab.sweeps.shared_stream import train_jobs
 from sae_lab.sweeps.status import read_status
+from sae_lab.training.job import read_job
 from sae_lab.training.run import build_data, train_run
 
 A, B, C, D = (f"transformer.h.{i}" for i in range(4))

@@ -23,8 +23,9 @@ from sae_lab.cli.folder_names import new_folder
 from sae_lab.runs import results
 from sae_lab.runtime.errors import Interrupted, SafeStop
 from sae_lab.runtime.signals import raise_interrupted
-from sae_lab.sweeps.shared_stream import read_job, train_jobs
+from sae_lab.sweeps.shared_stream import train_jobs
 from sae_lab.sweeps.status import planned_jobs
+from sae_lab.training.job import read_job
 from sae_lab.training.module import SAEModule
 from sae_lab.training.run import train_run
 

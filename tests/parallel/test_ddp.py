@@ -2,30 +2,26 @@
 
 import os
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 import pytest
+import shell
 import torch
 import torch.distributed as dist
 from conftest import SAE_NAMES, build, dictionary, equal
 from fakes import Echo, data
 from fitting import BATCHES, fit
-from groups import SMALL, config, stop_at_batch
+from groups import SMALL, config
 from ranks import Call, start_ranks
 from safetensors.torch import load_file
 
 from sae_lab.activations.buffer import ShuffledBlocks
-from sae_lab.cli.help import CONF
 from sae_lab.ops.auxk import batch_threshold
 from sae_lab.ops.selection import select_top_of_batch
-from sae_lab.parallel import launch as ranks
 from sae_lab.parallel.collectives import (
     concatenate_ranks,
     mean_over_ranks,
@@ -34,21 +30,13 @@ from sae_lab.parallel.collectives import (
     rank_share,
     sum_over_ranks,
 )
-from sae_lab.parallel.launch import HOST, Child
+from sae_lab.parallel.group import on_rank_0
 from sae_lab.parallel.mesh import rank, world_size
-from sae_lab.runtime.errors import Interrupted, UserError
-from sae_lab.sweeps.shared_stream import read_job, train_jobs
+from sae_lab.runtime.errors import SafeStop, UserError
+from sae_lab.sweeps.shared_stream import train_jobs
 from sae_lab.sweeps.status import read_status
-from sae_lab.training.run import (
-    build_data,
-    build_member,
-    hydra_files,
-    initial_sae,
-    open_run,
-    train_as_follower,
-    train_run,
-)
-from sae_lab.training.run import fit as fit_run
+from sae_lab.training.job import read_job
+from sae_lab.training.run import build_data, fit_as_rank, open_run, train_run
 
 pytestmark = pytest.mark.process
 
@@ -239,14 +227,8 @@ def run_part(folder: Path, fail_at: int | None) -> None:
 
     ShuffledBlocks.__next__ = failing
     try:
-        if rank() == 0:
-            run, d = open_run(cfg), build_data(cfg)
-            with run.begin(hydra_files(cfg)):
-                dist.barrier()
-                fit_run(build_member(cfg, run, initial_sae(cfg, run, d), d, []))
-        else:
-            dist.barrier()
-            train_as_follower(folder)
+        with ExitStack() as folder:
+            fit_as_rank(read_job(cfg), on_rank_0(lambda: open_run(cfg)), build_data(cfg), folder)
     except ArithmeticError:
         assert fail_at is not None
     finally:
@@ -263,7 +245,7 @@ def test_a_run_that_stopped_and_went_on_equals_one_that_did_not(both, tmp_path):
     assert whole["global_step"] == 12
     for key in whole.keys() - {"callbacks"}:
         assert equal(whole[key], parts[key]), key
-    logs = [pd.read_csv(tmp_path / name / "metrics.csv") for name in ("whole", "parts")]
+    logs = [pd.read_csv(tmp_path / name / "metrics.csv").drop(columns="tokens_per_second") for name in ("whole", "parts")]
     pd.testing.assert_frame_equal(*logs)
 
 
@@ -299,37 +281,39 @@ def assert_same_sae(theirs: Path, ours: Path) -> None:
     assert names[0] == names[1]
 
 
-def command(cwd: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """The real thing, where it would leave a folder that it makes by mistake."""
-    line = [sys.executable, "-m", "sae_lab.train", *overrides]
-    env = os.environ | {"PYTHONPATH": str(CONF.parent)}
-    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=cwd, env=env)
+def stopped(folder: Path) -> None:
+    """The two processes of a run, of which the second gets a signal where it asks for its eighth batch."""
+    draw, drawn = ShuffledBlocks.__next__, []
+
+    def stopping(self):
+        drawn.append(None)
+        if len(drawn) == 8 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return draw(self)
+
+    ShuffledBlocks.__next__ = stopping
+    cfg = config(folder, *MEMBERS["batch_topk"], *SETTINGS)
+    try:
+        with pytest.raises(SafeStop, match="Stopped by SIGUSR1 at step 8 of 12, saved as"), ExitStack() as stack:
+            fit_as_rank(read_job(cfg), on_rank_0(lambda: open_run(cfg)), build_data(cfg), stack)
+    finally:
+        ShuffledBlocks.__next__ = draw
+    dist.barrier()
 
 
-def others() -> list[psutil.Process]:
-    """The processes above rank 0 that this one has started."""
-    return [p for p in psutil.Process().children(recursive=True) if "sae_lab.parallel.follower" in p.cmdline()]
-
-
-def test_alone_stopped_by_a_signal_and_continued_by_the_command(alone, tmp_path, monkeypatch):
+def test_a_signal_to_any_process_stops_all_at_one_step_and_the_command_continues(both, alone, tmp_path):
     folder = tmp_path / "batch_topk"
-    stop_at_batch(monkeypatch, 8, signal.SIGUSR1)
-    with pytest.raises(Interrupted, match="Stopped by SIGUSR1 at step 7 of 12"):
-        train_run(config(folder, *MEMBERS["batch_topk"], *SETTINGS))
-    monkeypatch.undo()
-    assert others() == []
-    assert not dist.is_initialized()
-    assert not list(folder.glob("rank_*"))
-    done = command(tmp_path, *SMALL, *MEMBERS["batch_topk"], *SETTINGS, f"hydra.run.dir={folder}")
+    both(stopped, folder)
+    done = shell.run(*SMALL, *MEMBERS["batch_topk"], *SETTINGS, f"hydra.run.dir={folder}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "continuing from step 7" in done.stderr
+    assert "continuing from step 8" in done.stderr
     assert_same_sae(alone / "batch_topk", folder)
     assert [p.name for p in tmp_path.iterdir()] == ["batch_topk"]  # no other process made a folder of its own
 
 
 def test_in_a_sweep(alone, tmp_path):
     jobs = ["sae=topk,batch_topk", "k=4", "hydra.sweep.subdir='${hydra:runtime.choices.sae}'"]
-    done = command(tmp_path, "-m", *SMALL, *SETTINGS, *jobs, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    done = shell.run("-m", *SMALL, *SETTINGS, *jobs, f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {p.name for p in (tmp_path / "sweep").iterdir()} == {*MEMBERS, "jobs.txt", "multirun.yaml"}
     assert [p.name for p in tmp_path.iterdir()] == ["sweep"]
@@ -339,44 +323,6 @@ def test_in_a_sweep(alone, tmp_path):
 
 
 # --- when something goes wrong
-
-FOLLOW = "sae_lab.training.run:train_as_follower"
-
-
-def test_the_failure_of_another_process_is_told(tmp_path):
-    """Its folder holds no config: it joins, and fails while rank 0 waits for it."""
-    told = r"process 1 of 2 ended early \(.*config\.yaml cannot be read .*rank_1.log; the same command continues"
-    with pytest.raises(UserError, match=told), ranks.launch_ranks(tmp_path, 2, FOLLOW):
-        sum_over_ranks(torch.ones(1))
-    assert "Traceback" in (tmp_path / "rank_1.log").read_text()
-    assert others() == []
-    assert world_size() == 1
-
-
-def test_other_processes_leave_signals_to_rank_0_and_go_with_it(tmp_path):
-    store = dist.TCPStore(HOST, 0, 2, is_master=True, wait_for_workers=False)
-    child = Child(FOLLOW, tmp_path, 1, 2, store.port)
-    ranks.wait_until_ready(store, [child])
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        child.process.send_signal(signum)
-    with pytest.raises(subprocess.TimeoutExpired):
-        child.process.wait(0.5)
-    child.end()
-    assert child.process.returncode == 0
-    assert not child.log.exists()
-
-
-def test_rank_0_does_not_wait_for_ever(monkeypatch, capfd):
-    class Gone:
-        def failure(self) -> str:
-            return "process 1 of 2 ended early"
-
-    codes: list[int] = []
-    monkeypatch.setattr(os, "_exit", codes.append)
-    monkeypatch.setattr(ranks, "GRACE", 0.01)
-    ranks.exit_if_stuck([Gone()], threading.Event())
-    assert codes == [1]
-    assert capfd.readouterr().err == "process 1 of 2 ended early\n"
 
 
 @pytest.mark.parametrize(

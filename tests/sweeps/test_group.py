@@ -11,8 +11,9 @@ from groups import N_STEPS, assert_same_run, config, stop_at_batch, train_each
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import Interrupted, UserError
-from sae_lab.sweeps.shared_stream import group_by_stream, has_room, read_job, train_group, train_jobs
+from sae_lab.sweeps.shared_stream import group_by_stream, has_room, train_group, train_jobs
 from sae_lab.sweeps.status import read_status
+from sae_lab.training.job import read_job
 from sae_lab.training.run import train_run
 
 # Architectures, widths, rates, schedules, clipping, precision and intervals differ; text and language model do not.

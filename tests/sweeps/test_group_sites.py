@@ -10,8 +10,9 @@ from groups import assert_same_run, config, stop_at_batch, train_each
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import Interrupted
 from sae_lab.sweeps import shared_stream
-from sae_lab.sweeps.shared_stream import group_by_stream, read_job, train_jobs
+from sae_lab.sweeps.shared_stream import group_by_stream, train_jobs
 from sae_lab.sweeps.status import read_status
+from sae_lab.training.job import read_job
 from sae_lab.training.run import build_data, train_run
 
 # Early and late sites, the same site twice, crosscoders in two orders, a transcoder; two rules of activation.

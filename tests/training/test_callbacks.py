@@ -14,7 +14,8 @@ from sae_lab.evaluation.metrics import ROW_METRICS, metric
 from sae_lab.interop.load import load_sae
 from sae_lab.runs.loading import load_run
 from sae_lab.runtime.errors import SafeStop, UserError
-from sae_lab.sweeps.shared_stream import read_job, train_jobs
+from sae_lab.sweeps.shared_stream import train_jobs
+from sae_lab.training.job import read_job
 from sae_lab.training.run import train_run
 
 BOTH = [

@@ -16,7 +16,8 @@ from sae_lab.activations.text_batches import TextBatch, TextBatches
 from sae_lab.lm import TransformersLM, predictions
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.errors import SafeStop, UserError
-from sae_lab.sweeps.shared_stream import read_job, train_jobs
+from sae_lab.sweeps.shared_stream import train_jobs
+from sae_lab.training.job import read_job
 from sae_lab.training.run import train_run
 from sae_lab.training.splice_loss import SpliceLoss
 from sae_lab.training.step import TrainingStep

@@ -15,8 +15,9 @@ from small_runs import assert_continues_to_the_bits_of, assert_one_sentence
 from sae_lab import load_run, load_sae
 from sae_lab.runs.export import export_sae
 from sae_lab.runtime.errors import SafeStop, UserError
-from sae_lab.sweeps.shared_stream import read_job, train_jobs
+from sae_lab.sweeps.shared_stream import train_jobs
 from sae_lab.sweeps.table import collect_table
+from sae_lab.training.job import read_job
 from sae_lab.training.run import train_run
 
 N_STEPS = 12

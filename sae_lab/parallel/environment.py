@@ -1,0 +1,115 @@
+"""The processes that torchrun, srun or launch.py started together, as the environment of each describes them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from itertools import count
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from sae_lab.runtime.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.environments import ClusterEnvironment
+
+TORCHELASTIC, SLURM = "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"
+"""Variables that torchelastic (torchrun, launch.py) and srun set for the processes that they start."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process's place among those that were started together.
+
+    Attributes:
+        rank, size: its number among all of them, and how many there are.
+        local_rank, local_size: the same among those of its machine.
+        address, port: of the store through which they find each other.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    address: str
+    port: int
+
+
+def place() -> Place | None:
+    """Return this process's place; None if no other process was started with it.
+
+    Raises:
+        UserError: variables of the environment contradict each other.
+    """
+    try:
+        found = cluster_environment()
+        if found is None or found.world_size() == 1:
+            return None
+        local_size = int(os.environ["LOCAL_WORLD_SIZE" if TORCHELASTIC in os.environ else "SLURM_NTASKS_PER_NODE"])
+        here = found.global_rank(), found.world_size(), found.local_rank(), local_size
+        return Place(*here, found.main_address, found.main_port)
+    except (RuntimeError, KeyError, ValueError) as e:
+        raise UserError(f"the environment does not say how the processes were started: {first_line(e)}") from e
+
+
+def is_first() -> bool:
+    """Return whether this process is rank 0 of those that were started together, or was started alone."""
+    here = place()
+    return here is None or here.rank == 0
+
+
+def cluster_environment() -> "ClusterEnvironment | None":
+    """Return what reads the variables of the launcher that started this process."""
+    if TORCHELASTIC in os.environ:
+        from lightning.fabric.plugins.environments import TorchElasticEnvironment  # here: it imports for seconds
+
+        return TorchElasticEnvironment()
+    if SLURM in os.environ:  # set by srun, and not in a batch script: there one process runs for all tasks
+        from lightning.fabric.plugins.environments import SLURMEnvironment
+
+        return SLURMEnvironment() if SLURMEnvironment.detect() else None
+    return None
+
+
+def connect(to: Place, timeout: timedelta) -> dist.Store:
+    """Connect to the store of the processes that were started together. Rank 0 opens it, unless its launcher has."""
+    store, _, _ = next(rendezvous(f"tcp://{to.address}:{to.port}", to.rank, to.size, timeout=timeout))
+    return store
+
+
+@cache
+def shared_store(to: Place, timeout: timedelta) -> dist.Store:
+    """Return this process's connection to the store. It stays open, since rank 0 may hold the store for the others."""
+    return connect(to, timeout)
+
+
+WAIT = timedelta(minutes=30)  # for rank 0
+_questions = count()
+
+
+def ask_rank_0(make: Callable[[], str]) -> str:
+    """Return the text that make() returns on rank 0, before the processes have joined a process group.
+
+    All processes must ask the same questions in the same order. A process that was started alone asks itself.
+    """
+    if (here := place()) is None:
+        return make()
+    store, key = shared_store(here, WAIT), f"sae_lab/{next(_questions)}"
+    if here.rank == 0:
+        store.set(key, make())
+    return store.get(key).decode()
+
+
+def own_gpu() -> int | None:
+    """Return the number of this process's own GPU among those it sees; None if the processes have to do without."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (here := place()) is None:
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return rank if found >= size else None
+    if found == 1 and SLURM in os.environ:  # srun shows each task its own GPU only
+        return 0
+    return here.local_rank if found >= here.local_size else None
