@@ -49,6 +49,9 @@ class Follow:
         x = torch.stack([tokens, position, tokens[:, 1:2].expand_as(tokens)], dim=-1).float() * self.scale
         return torch.stack([x, 2 * x], dim=2)
 
+    def copies(self):
+        return []
+
 
 class Numbers(Documents):
     """Documents of single-digit words, of uneven lengths; the held-out split holds other numbers."""
@@ -75,6 +78,9 @@ class Echo:
 
     def activations(self, tokens):
         return tokens[:, :, None, None].expand(-1, -1, 2, 2).float()
+
+    def copies(self):
+        return []
 
 
 SETTINGS = {

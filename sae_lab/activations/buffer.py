@@ -2,17 +2,16 @@
 
 import time
 from collections.abc import Callable, Generator
-from mmap import mmap
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.activations.block import Block, Layout
 from sae_lab.activations.source import Chunk, Source
 from sae_lab.parallel.agreement import stop_together
 from sae_lab.parallel.mesh import world_size
-from sae_lab.runtime.device import send
 from sae_lab.runtime.seeds import nth_generator
 from sae_lab.runtime.signals import raise_if_stopped
 
@@ -49,6 +48,8 @@ class Filling:
 class ShuffledBlocks:
     """Iterator over batches: fills a block with `block_rows` consecutive rows, shuffles it, yields it, and repeats.
 
+    With several ranks, each holds and yields its share of every batch: of all rows of a block, 1/n of a data axis of n.
+
     Block number n is permuted by a generator seeded with (seed, n), so the batches are a function of (source, seed).
     At the end of the source, the last batch may be smaller. All blocks reuse the same memory.
 
@@ -63,8 +64,10 @@ class ShuffledBlocks:
         block_rows: rows that are shuffled together, rounded down to whole batches.
         batch_size: rows in a batch.
         seed: seed of the permutations.
-        n_rows: rows that the run takes. No block after them is prepared. None: there is no end.
+        n_rows: rows that the run takes. The batch with the last one ends there, and no block after it is prepared.
+            None: there is no end.
         prepare: tells the source which of the rows that it has not handed over yet are wanted; see Prepare.
+        device: where the block lies; None: where the first rows do.
     """
 
     def __init__(
@@ -75,13 +78,14 @@ class ShuffledBlocks:
         seed: int,
         n_rows: int | None = None,
         prepare: Prepare = no_prefetch,
+        device: torch.device | None = None,
     ):
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.n_rows, self.prepare = n_rows, prepare
         self.block_rows = max(1, block_rows // batch_size) * batch_size
         self._begin: tuple[dict[str, Any], int] = (source.state_dict(), 0)
         self._number = self._given = 0
-        self.filling = Filling()
+        self.filling, self._block = Filling(), Block(device)
         self._chunks: Generator[Chunk, None, None] | None = None
         self.close()
 
@@ -92,9 +96,8 @@ class ShuffledBlocks:
         self._chunks = None
         self._chunk: Chunk | None = None  # the chunk being read, and how many of its rows have been read
         self._used = self._filled_at = 0  # _filled_at: batches that were given of the block before it was filled
-        self._memory: Tensor | None = None
-        self._block: Tensor | None = None
-        self._batches: tuple[Tensor, ...] = ()
+        self._is_filled = False
+        self._block.close()
 
     @property
     def n_batches_given(self) -> int:
@@ -107,7 +110,7 @@ class ShuffledBlocks:
     @property
     def n_rows_left(self) -> int:
         """Rows left in the current block, counted in batches of full size."""
-        return max(0, len(self._batches) - self._given) * self.batch_size
+        return max(0, self._block.n_batches - self._given) * self._is_filled * self.batch_size
 
     def state_dict(self) -> dict[str, Any]:
         chunk, skip = self._begin
@@ -123,28 +126,27 @@ class ShuffledBlocks:
 
     def __next__(self) -> Float[Tensor, "b s d"]:
         stop_together()
-        if self._block is None:
+        if not self._is_filled:
             self._refill()
         self._prepare_next_block()
-        assert self._block is not None
-        batch = self._block[self._batches[self._given]]
+        batch = self._block.batch(self._given)
         self._given += 1
-        if self._given == len(self._batches):
+        if self._given == self._block.n_batches:
             self._begin, self._number, self._given = self._place(), self._number + 1, 0
-            self._block, self._batches = None, ()
+            self._is_filled = False
         return batch
 
     def _refill(self) -> None:
         """Fill the block from the source and draw its permutation; raise StopIteration at the end of the source."""
         filled, start = 0, time.perf_counter()
+        expected = self._layout(self.block_rows)
+        self._block.begin(expected)
         while filled < self.block_rows and self._open_chunk() is not None:
             assert self._chunk is not None
             if filled == 0:
                 self._begin = self._place()
             rows = self._chunk.rows[self._used : self._used + self.block_rows - filled]
-            if self._memory is None:
-                self._memory = allocate_block(rows, self.block_rows)
-            self._memory[filled : filled + len(rows)] = rows
+            self._block.put(rows, self._chunk.rank)
             self._used += len(rows)
             filled += len(rows)
             self._prepare_this_block(self.block_rows - filled)
@@ -152,13 +154,16 @@ class ShuffledBlocks:
                 self.filling.watch(filled, self.block_rows)
             raise_if_stopped()
         self.filling.add(filled, time.perf_counter() - start)
-        if self._memory is None or filled == 0:
+        if filled == 0:
             raise StopIteration
-        self._block = self._memory[:filled]
-        order = torch.randperm(filled, generator=nth_generator(self.seed, self._number))
-        # On the block's device at once: a copy for each batch would make the host wait for the GPU each time.
-        self._batches = send(order, self._block.device).split(self.batch_size)
-        self._filled_at = self._given
+        self._block.finish(expected if filled == self.block_rows else self._layout(filled))
+        self._is_filled, self._filled_at = True, self._given
+
+    def _layout(self, n: int) -> Layout:
+        """Return which of the n rows of the current block each rank trains on."""
+        order = torch.randperm(n, generator=nth_generator(self.seed, self._number))
+        n_wanted = None if self.n_rows is None else self.n_rows - self._number * self.block_rows
+        return Layout(order, self.batch_size, n_wanted)
 
     def _prepare_this_block(self, missing: int) -> None:
         """While the block is filled, let each rank compute two chunks while one is copied."""
@@ -170,7 +175,7 @@ class ShuffledBlocks:
         """Ask for the share of the next block that is due, so that it fills evenly over the batches of this one."""
         is_last = self.n_rows is not None and (self._number + 1) * self.block_rows >= self.n_rows
         wanted = 0 if is_last else max(0, self.block_rows - self._rows_in_chunk())
-        batch, n_batches = self._given + 1 - self._filled_at, len(self._batches) - self._filled_at
+        batch, n_batches = self._given + 1 - self._filled_at, self._block.n_batches - self._filled_at
         self.prepare(wanted * batch // n_batches, wanted)
 
     def _rows_in_chunk(self) -> int:
@@ -195,15 +200,3 @@ class ShuffledBlocks:
     def _place(self) -> tuple[dict[str, Any], int]:
         assert self._chunk is not None
         return self._chunk.state, self._used
-
-
-def allocate_block(rows: Float[Tensor, "n s d"], n: int) -> Float[Tensor, "m s d"]:
-    """Allocate memory for n rows of the shape, dtype and device of `rows`.
-
-    On a CPU the block is mapped with mmap instead of taken from the C library's heap. There, small tensors fragmented
-    the memory of a freed block, so the block for the threshold calibration needed new memory: a run took two blocks.
-    """
-    if rows.device.type != "cpu":
-        return rows.new_empty(n, *rows.shape[1:])
-    pages = mmap(-1, n * rows[0].numel() * rows.element_size())
-    return torch.frombuffer(pages, dtype=rows.dtype).view(n, *rows.shape[1:])

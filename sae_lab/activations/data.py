@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from copy import copy
-from functools import cached_property
+from functools import cache, cached_property
 from threading import Lock
 from typing import Annotated, Any
 
@@ -19,9 +19,10 @@ from sae_lab.activations.interleave import InterleavedSource
 from sae_lab.activations.passes import PassTokens, TextPass, batch_sizes, plan_passes, rows_per_pass
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.previous import WithPrevious, has_previous
-from sae_lab.activations.source import LMSource, Source, kept_activations
+from sae_lab.activations.source import LMSource, Source
 from sae_lab.activations.stream import Batches, HeldOut, HeldOutRows, StreamData
 from sae_lab.activations.text_batches import TextBatches, WholeBatches
+from sae_lab.activations.workers import kept_activations
 from sae_lab.lm.base import LanguageModel
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_arguments
@@ -98,6 +99,7 @@ class ActivationData(StreamData):
     def _begin(self, lm: LanguageModel, lm_batch_rows: int) -> None:
         """Read the sites of `lm`, from the beginning of the stream."""
         self.lm, self.lm_batch_rows = lm, lm_batch_rows
+        self._copies = cache(lambda: lm.copies())  # made when the first rows are harvested: then the rank is known
         one_pass = lm_batch_rows * self.seq_len * self.bytes_per_token
         of_a_pass = "{lm_batch_tokens} tokens" if self._pass_size[0] is None else "{lm_batch_rows} rows"
         check_memory_of(lm.device, one_pass, f"the activations of {of_a_pass} take {{size}}: lower it.")
@@ -273,8 +275,12 @@ class ActivationData(StreamData):
         """Return the training activations before shuffling, from the beginning."""
         if self.pairs:
             lm: Any = WithPrevious(self.lm)
-            return LMSource(lm, self.rows(), self.pair_mask, self.lm_batch_rows, self.lm_lock)
-        return LMSource(self.lm, self.rows(), self.keep_mask, self.lm_batch_rows, self.lm_lock)
+
+            def paired() -> list[Any]:
+                return [WithPrevious(copied) for copied in self._copies()]
+
+            return LMSource(lm, self.rows(), self.pair_mask, self.lm_batch_rows, self.lm_lock, paired)
+        return LMSource(self.lm, self.rows(), self.keep_mask, self.lm_batch_rows, self.lm_lock, self._copies)
 
     def read_ahead(self, source: Any) -> InterleavedSource | PrefetchedSource:
         """Return the source in the form that computes chunks ahead on the language model's device."""

@@ -87,7 +87,7 @@ def norm_limits(rows: Float[Tensor, "n s d"], sites: Sequence[str], max_norm: fl
 
 
 class ShortRows:
-    """A Source without the rows of another Source that are too long. Every rank filters all rows."""
+    """A Source without the rows of another Source that are too long. A rank filters the rows that it computes."""
 
     def __init__(self, source: Source, is_short: Callable[[Tensor], Tensor]):
         self.source, self.is_short = source, is_short
@@ -102,6 +102,6 @@ class ShortRows:
         chunks = iter(self.source)
         try:
             for chunk in chunks:
-                yield chunk._replace(rows=chunk.rows[self.is_short(chunk.rows)])
+                yield chunk if chunk.rows.is_meta else chunk._replace(rows=chunk.rows[self.is_short(chunk.rows)])
         finally:
             chunks.close()

@@ -92,10 +92,10 @@ class InterleavedSource:
         item = self._launched.popleft()
         if isinstance(item, Exception):
             raise item
-        chunk, check = item
-        self._n_rows -= len(chunk.rows)
-        if check is not None:
-            rows = check.wait()
-            if rows.is_cuda:  # its memory is used by the other stream from now on, and not free before that has read it
-                rows.record_stream(torch.cuda.current_stream(rows.device))
+        self._n_rows -= len(item.chunk.rows)
+        chunk = item.wait()
+        if (
+            chunk.rows.is_cuda
+        ):  # its memory is used by the other stream from now on, and not free before that has read it
+            chunk.rows.record_stream(torch.cuda.current_stream(chunk.rows.device))
         return chunk

@@ -1,37 +1,44 @@
 """Activations in the order of the text, computed by one process or by several together."""
 
-from collections.abc import Callable, Generator
-from contextlib import closing, nullcontext
-from itertools import islice
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
+from itertools import cycle, islice
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lab.activations.finite import FiniteCheck, remedy_for
+from sae_lab.activations.workers import Pending, rows_elsewhere, workers_of
 from sae_lab.lm.base import LanguageModel
-from sae_lab.lm.packing import one_sequence_per_row
-from sae_lab.parallel.collectives import broadcast_from
+from sae_lab.parallel.collectives import gather_counts
 from sae_lab.parallel.mesh import rank, world_size
-from sae_lab.runtime.device import send
 from sae_lab.text.rows import RowStream
 
 
 class Chunk(NamedTuple):
-    """Consecutive rows, the source's state from which they can be computed again, and their text rows, if any."""
+    """Consecutive rows, the source's state from which they can be computed again, and their text rows, if any.
+
+    Of a chunk that another rank computes, the rows are a meta tensor and there are no text rows.
+    """
 
     state: dict[str, Any]
     rows: Float[Tensor, "n s d"]
     tokens: Int[Tensor, "r t"] | None = None
+    rank: int = 0
+    """The rank that computes the rows."""
 
 
 class Launched(NamedTuple):
-    """A chunk that a GPU may still be computing, and the check to wait for; None if another rank computes it."""
+    """A chunk that is being computed, and what to wait for; None if nothing is."""
 
     chunk: Chunk
-    check: FiniteCheck | None
+    pending: Pending | None
+
+    def wait(self) -> Chunk:
+        """Wait for the rows of the chunk, and return it with them."""
+        return self.chunk if self.pending is None else self.chunk._replace(rows=self.pending.wait())
 
 
 class Source(Protocol):
@@ -44,41 +51,32 @@ class Source(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def launch_activations(lm: LanguageModel, tokens: Int[Tensor, "r t"], keep: Bool[Tensor, "r t"]) -> FiniteCheck:
-    """Start to compute the activations at the positions to keep. The host does not wait for a GPU.
-
-    Which rows are kept is known on the CPU, where `tokens` and `keep` are: a mask on the GPU would make the host wait
-    for the number of its rows.
-    """
-    with nullcontext() if lm.device.type == "cpu" else one_sequence_per_row():
-        rows = lm.activations(send(tokens, lm.device)).flatten(0, 1)
-    if not keep.all():
-        rows = rows.index_select(0, send(keep.flatten().nonzero().squeeze(1), rows.device))
-    return FiniteCheck(rows, lm.sites, remedy_for(lm, rows.dtype))
-
-
-def kept_activations(
-    lm: LanguageModel, tokens: Int[Tensor, "r t"], keep: Bool[Tensor, "r t"]
-) -> Float[Tensor, "n s d"]:
-    """Return the activations at the positions to keep.
-
-    Raises:
-        UserError: they are not finite.
-    """
-    return launch_activations(lm, tokens, keep).wait()
-
-
 class LMSource:
     """A Source that runs the language model over text rows, one forward pass per chunk.
 
-    It holds `lock` meanwhile, because hooks and tokenizer are not thread-safe. With n processes, each reads all of the
-    text but runs the model on every n-th chunk only; `SharedSource` fetches the rows of the other chunks.
+    With n ranks, each reads and computes every n-th chunk only. Of the others it knows where they begin; how many rows
+    they have, SharedSource asks. Until then they are taken to have as many as its own.
+
+    Args:
+        lm: the language model.
+        rows: the text.
+        keep: returns a mask of the positions to keep.
+        lm_batch_rows: text rows of a chunk.
+        lock: held while text is read or `lm` runs, because tokenizers and hooks are not thread-safe.
+        copies: returns copies of the language model, which take the chunks in turn with `lm`.
     """
 
     def __init__(
-        self, lm: LanguageModel, rows: RowStream, keep: Callable[[Tensor], Tensor], lm_batch_rows: int, lock: Lock
+        self,
+        lm: LanguageModel,
+        rows: RowStream,
+        keep: Callable[[Tensor], Tensor],
+        lm_batch_rows: int,
+        lock: Lock,
+        copies: Callable[[], Sequence[LanguageModel]] = list,
     ):
         self.lm, self.rows, self.keep, self.lm_batch_rows, self.lock = lm, rows, keep, lm_batch_rows, lock
+        self.copies = copies
 
     def state_dict(self) -> dict[str, Any]:
         return self.rows.state_dict()
@@ -87,37 +85,59 @@ class LMSource:
         self.rows.load_state_dict(state)
 
     def __iter__(self) -> Generator[Chunk, None, None]:
+        """Yield the chunks. Every copy of the language model computes one meanwhile."""
+        n_models, running = 1 + len(self.copies()), deque[Launched]()
         with closing(self.launch()) as launched:
-            for chunk, check in launched:
-                if check is not None:
-                    check.wait()
-                yield chunk
+            for item in launched:
+                running.append(item)
+                while running and (running[0].pending is None or count_pending(running) >= n_models):
+                    yield running.popleft().wait()
+        for item in running:
+            yield item.wait()
 
     def launch(self) -> Generator[Launched, None, None]:
-        """Yield the chunks as soon as a GPU has been told to compute them. Wait for the check before you use them."""
-        with closing(self.rows):
+        """Yield the chunks as soon as a device has been told to compute them. Wait for them before you use them."""
+        with ExitStack() as stack:
+            stack.enter_context(closing(self.rows))
+            workers = workers_of([self.lm, *self.copies()], self.lock)
+            turn = cycle([stack.enter_context(closing(worker)) for worker in workers])
             while texts := self._read(world_size()):
+                own = next((tokens for _, tokens in texts if tokens is not None), None)
+                keep = None if own is None else self.keep(own)
                 for i, (state, tokens) in enumerate(texts):
-                    if i == rank() or len(texts) < world_size():  # at the end of the text, every process runs the rest
-                        with self.lock:
-                            check = launch_activations(self.lm, tokens, self.keep(tokens))
-                        yield Launched(Chunk(state, check.rows, tokens), check)
+                    if tokens is None:
+                        rows = rows_elsewhere(self.lm, 0 if keep is None else int(keep.sum()))
+                        yield Launched(Chunk(state, rows, rank=i), None)
                     else:
-                        yield Launched(Chunk(state, self._other_rank_rows(tokens), tokens), None)
+                        assert keep is not None
+                        pending = next(turn).launch(tokens, keep)
+                        yield Launched(Chunk(state, pending.rows, tokens, i), pending)
 
-    def _read(self, n: int) -> list[tuple[dict[str, Any], Int[Tensor, "r t"]]]:
-        """Return the state and the text rows of each of the next n chunks, or of as many as are left."""
+    def _read(self, n: int) -> list[tuple[dict[str, Any], Int[Tensor, "r t"] | None]]:
+        """Return the state of each of the next n chunks, or of as many as are left, and the text rows of this rank's.
+
+        Text rows of other ranks are skipped, and None.
+        """
+        texts = list[tuple[dict[str, Any], Tensor | None]]()
         with self.lock:
-            texts = [(self.rows.state_dict(), self.rows.take(self.lm_batch_rows)) for _ in range(n)]
-        return [(state, tokens) for state, tokens in texts if len(tokens)]
+            for i in range(n):
+                state = self.rows.state_dict()
+                tokens = self.rows.take(self.lm_batch_rows) if i == rank() else None
+                if (self.rows.skip(self.lm_batch_rows) if tokens is None else len(tokens)) == 0:
+                    break
+                texts.append((state, tokens))
+        return texts
 
-    def _other_rank_rows(self, tokens: Int[Tensor, "r t"]) -> Float[Tensor, "n s d"]:
-        """Return a meta tensor that stands in for the rows that another rank computes."""
-        return torch.empty(int(self.keep(tokens).sum()), len(self.lm.sites), self.lm.d, device="meta")
+
+def count_pending(launched: Sequence[Launched]) -> int:
+    return sum(item.pending is not None for item in launched)
 
 
 class SharedSource:
-    """A Source that several processes compute together; each of them yields all chunks, in the same order."""
+    """A Source that several ranks compute together: each yields all chunks in the same order, with the rows of its own.
+
+    The i-th of n consecutive chunks is computed by rank i. The rows of the others are meta, of the right number.
+    """
 
     def __init__(self, source: Source):
         self.source = source
@@ -131,17 +151,14 @@ class SharedSource:
     def __iter__(self) -> Generator[Chunk, None, None]:
         with closing(iter(self.source)) as chunks:
             while group := list(islice(chunks, world_size())):
-                yield from self._fetch(group)
+                yield from self._count(group)
 
-    def _fetch(self, group: list[Chunk]) -> list[Chunk]:
-        """Fill in the rows that other ranks computed; rank r broadcasts the r-th chunk."""
-        if not any(chunk.rows.is_meta for chunk in group):
+    def _count(self, group: list[Chunk]) -> list[Chunk]:
+        """Let the rows of each chunk be as many as the rank has that computes it."""
+        if world_size() == 1:
             return group
-        own = group[rank()].rows.contiguous()
-        rows = [
-            own if i == rank() else torch.empty_like(chunk.rows, dtype=own.dtype, device=own.device)
+        counts = gather_counts(len(group[rank()].rows) if rank() < len(group) else 0)
+        return [
+            chunk if i == rank() else chunk._replace(rows=chunk.rows.new_empty(counts[i], *chunk.rows.shape[1:]))
             for i, chunk in enumerate(group)
         ]
-        for i, chunk_rows in enumerate(rows):
-            broadcast_from(chunk_rows, i)
-        return [chunk._replace(rows=chunk_rows) for chunk, chunk_rows in zip(group, rows, strict=True)]

@@ -14,13 +14,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sae_lab.activations.buffer import ShuffledBlocks
+from sae_lab.activations.buffer import Prepare, ShuffledBlocks, no_prefetch
 from sae_lab.activations.digests import check_unchanged
 from sae_lab.activations.interleave import InterleavedSource
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import SharedSource, Source
 from sae_lab.activations.text_batches import WholeBatches
-from sae_lab.parallel.collectives import rank_share
 from sae_lab.parallel.mesh import data_axis
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError
@@ -30,8 +29,8 @@ from sae_lab.runtime.memory import check_memory_of
 class Batches:
     """Iterable for Lightning over the first n_rows rows of the stream; the last batch may be smaller.
 
-    With several processes, each gets its share of every batch. The length is defined because Lightning otherwise reads
-    one batch ahead.
+    With several processes, the stream gives each its share of every batch. The length is defined because Lightning
+    otherwise reads one batch ahead.
     """
 
     def __init__(self, stream: ShuffledBlocks, n_rows: int):
@@ -41,14 +40,11 @@ class Batches:
         return math.ceil(self.n_rows / self.stream.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        while (left := self.n_rows - self.stream.n_batches_given * self.stream.batch_size) > 0:
+        while self.stream.n_batches_given * self.stream.batch_size < self.n_rows:
             batch = next(self.stream, None)
-            if batch is None:
+            if batch is None or len(batch) == 0:  # fewer rows than ranks
                 return
-            mine = rank_share(batch[:left])
-            if len(mine) == 0:
-                return
-            yield mine
+            yield batch
 
 
 class HeldOut(NamedTuple):
@@ -157,7 +153,7 @@ class StreamData(L.LightningDataModule, ABC):
             self.block_bytes,
             "a block takes {size}: lower {block_tokens}, or {batch_size} if that is larger.",
         )
-        self.stream: Any = self.new_stream(self.prefetch)
+        self.stream: Any = self.new_stream(self.prefetch, self.n_tokens)
 
     def with_sites(self, sites: Sequence[str]) -> "StreamData":
         """Return the same data at the same sites, from the beginning of the stream. A subclass may know other sites."""
@@ -241,13 +237,15 @@ class StreamData(L.LightningDataModule, ABC):
     def source_digests(self) -> dict[str, str]:
         """Digests of what determines the batches besides the config; they must be the same when a run resumes."""
 
-    def new_stream(self, prefetch: bool = False) -> ShuffledBlocks:
-        """Return the stream of shuffled training batches, from the beginning."""
-        source, size = self.source(), (self.block_tokens, self.batch_size, self.seed)
-        if not prefetch:
-            return ShuffledBlocks(self.keep_short(SharedSource(source)), *size)
-        ahead = self.read_ahead(source)
-        return ShuffledBlocks(self.keep_short(SharedSource(ahead)), *size, self.n_tokens, ahead.prepare)
+    def new_stream(self, prefetch: bool = False, n_rows: int | None = None) -> ShuffledBlocks:
+        """Return the stream of shuffled training batches, from the beginning; n_rows: those that will be taken."""
+        source = ahead = self.source()
+        prepare: Prepare = no_prefetch
+        if prefetch:
+            ahead = self.read_ahead(source)
+            prepare = ahead.prepare
+        shared = SharedSource(self.keep_short(ahead))
+        return ShuffledBlocks(shared, self.block_tokens, self.batch_size, self.seed, n_rows, prepare, self.device)
 
     def keep_short(self, source: Source) -> Source:
         """Return the source without rows that are too long. Here none is, whatever its norm."""

@@ -11,7 +11,9 @@ import torch
 from annotated_types import Ge
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from sae_lab.lm.devices import copy_to, devices_of_rank
 from sae_lab.lm.generation import generate
 from sae_lab.lm.predictions import Predictions, PredictionsOfHidden, PredictionsOfRows, is_split
 from sae_lab.lm.sites import check_sites, join_heads, site_names
@@ -54,6 +56,8 @@ class LanguageModel(ABC):
     """
 
     models: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    """Devices on which copies of the model compute the activations of training; see `copies`. Empty: the model's."""
     description: Mapping[str, Any] | None = None
     """The node of a config from which this model can be built again, where Python has built it."""
 
@@ -83,6 +87,23 @@ class LanguageModel(ABC):
         other = copy(self)
         other.__dict__.pop("is_split", None)
         other._read_at(sites)
+        return other
+
+    def copies(self) -> list["LanguageModel"]:
+        """Return copies of this model on those of `devices` that are this rank's, but for the first, where it is.
+
+        Raises:
+            UserError: the weights are quantised.
+        """
+        others = devices_of_rank(self.devices)[1:]
+        return [self.run_by(copy_to(self.model, device)) for device in others]
+
+    def run_by(self, model: nn.Module) -> Self:
+        """Return the same model at the same sites, run by a copy of its module."""
+        other = copy(self)
+        for name in [name for name in vars(self) if isinstance(getattr(type(self), name, None), cached_property)]:
+            del other.__dict__[name]
+        other.model = model
         return other
 
     def _read_at(self, sites: Sequence[str] | str | None) -> None:

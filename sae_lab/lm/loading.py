@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from sae_lab.lm.adapters import base_of, find_adapter, has_tokenizer, merge_adapter
 from sae_lab.lm.base import LanguageModel
+from sae_lab.lm.devices import Devices, device_names, devices_of_rank
 from sae_lab.lm.finding import TOKENIZER_FILES, read_local_first
 from sae_lab.lm.weights import loading_options, read_description, read_model, read_tokenizer
 from sae_lab.runtime.annotations import ErrorMessage
@@ -38,6 +39,8 @@ class LoadedLM(LanguageModel):
         tokenizer: hub name or local folder of the tokenizer; None takes the model's own.
         base_model: for an adapter: its base model; None takes the one that the adapter's config names.
         trust_remote_code: run the code that comes with the model, if there is any.
+        devices: devices on which copies of the model compute the activations of training, as numbers of GPUs or names;
+            with n ranks, rank r has every n-th from the r-th on. The model itself is on the first.
         load: other arguments of `from_pretrained`, such as {"attn_implementation": "eager"} or
             {"quantization_config": {"load_in_8bit": True}}.
 
@@ -59,7 +62,10 @@ class LoadedLM(LanguageModel):
         base_model: str | None = None,
         trust_remote_code: bool = False,
         load: Mapping[str, Any] | None = None,
+        devices: Devices | None = None,
     ):
+        if devices is not None:
+            self.devices, device = place_copies(devices, device, device_map)
         model, found = load_model(
             name,
             dtype,
@@ -108,6 +114,21 @@ class LoadedLM(LanguageModel):
     @property
     def body(self) -> nn.Module | None:
         return decoder_of(self.model)
+
+
+def place_copies(
+    devices: Sequence[int | str], device: str | None, device_map: Any = None
+) -> tuple[tuple[str, ...], str]:
+    """Return the names of `devices`, and that of the first one of this rank.
+
+    Raises:
+        SettingError: there is no such device, or the model is placed by another setting as well.
+    """
+    for key, value in {"device": device, "device_map": device_map}.items():
+        if value not in (None, "auto") or (key == "device_map" and value is not None):
+            raise SettingError(f"{{{key}}}={value} and {{devices}}={[*devices]} both place the model: set one of them.")
+    names = device_names(devices)
+    return names, devices_of_rank(names)[0]
 
 
 def decoder_of(model: Any) -> nn.Module | None:

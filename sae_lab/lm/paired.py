@@ -6,7 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.lm.base import Hooks, LanguageModel
-from sae_lab.lm.loading import place_model
+from sae_lab.lm.devices import Devices
+from sae_lab.lm.loading import place_copies, place_model
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError
 
@@ -22,7 +23,8 @@ class PairedLM(LanguageModel):
         tuned: a model with the same activation width and number of sites. One vocabulary must contain the other, with
             equal ids, and the text is tokenized with the smaller one.
         spliced: the model that gives the logits and the cross-entropy: `base` or `tuned`.
-        device: device of both models.
+        device: device of both models; None: each stays where it is, and activations are those of the base model's.
+        devices: devices on which copies of the pair compute the activations of training; see LoadedLM.
 
     Raises:
         UserError: the models differ in vocabulary, width or number of sites; or `spliced` is unknown.
@@ -36,8 +38,11 @@ class PairedLM(LanguageModel):
         base: LanguageModel,
         tuned: LanguageModel,
         spliced: Literal["base", "tuned"] = "tuned",
-        device: str = "auto",
+        device: str | None = "auto",
+        devices: Devices | None = None,
     ):
+        if devices is not None:
+            self.devices, device = place_copies(devices, device)
         self.pair = {"base": base, "tuned": tuned}
         check_alike(base, tuned)
         self.of_logits = spliced
@@ -45,7 +50,12 @@ class PairedLM(LanguageModel):
         super().__init__(
             name=f"{base.name} and {tuned.name}",
             sites=[f"{which}.{site}" for which, lm in self.pair.items() for site in lm.sites],
-            model=nn.ModuleDict({which: place_model(lm.model, device) for which, lm in self.pair.items()}),
+            model=nn.ModuleDict(
+                {
+                    which: lm.model if device is None else place_model(lm.model, device)
+                    for which, lm in self.pair.items()
+                }
+            ),
             config=getattr(base.model, "config", None),
             tokenizer=shared.tokenizer,
             bos_id=shared.bos_id,
@@ -62,10 +72,19 @@ class PairedLM(LanguageModel):
     def forward(self, tokens: Int[Tensor, "n t"], hooks: Hooks) -> Float[Tensor, "n t v"]:
         lm = self.pair[self.of_logits]
         names = {site: f"{self.of_logits}.{site}" for site in lm.sites}
-        return lm.forward(tokens, {site: hooks[name] for site, name in names.items() if name in hooks})
+        return lm.forward(tokens.to(lm.device), {site: hooks[name] for site, name in names.items() if name in hooks})
 
     def capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t ..."]]:
-        return {f"{which}.{site}": x for which, lm in self.pair.items() for site, x in lm.capture(tokens).items()}
+        return {
+            f"{which}.{site}": x
+            for which, lm in self.pair.items()
+            for site, x in lm.capture(tokens.to(lm.device)).items()
+        }
+
+    def run_by(self, model: nn.Module) -> "PairedLM":
+        other = super().run_by(model)
+        other.pair = {which: lm.run_by(model[which]) for which, lm in self.pair.items()}  # type: ignore[index]
+        return other
 
     @property
     def body(self) -> nn.Module | None:

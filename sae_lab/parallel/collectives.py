@@ -6,7 +6,7 @@ is the gradient of the whole batch. Code that depends on the batch in any other 
 a count, a ratio of two means) must use the functions here. All ranks get the same bits, so all take the same step.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
-from sae_lab.parallel.mesh import data_axis
+from sae_lab.parallel.mesh import data_axis, rank, world_size
 
 
 def rank_share(batch: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "b/n *rest"]:
@@ -79,9 +79,35 @@ def concatenate_ranks(x: Shaped[Tensor, "n *rest"]) -> tuple[Shaped[Tensor, "m *
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), slice(start, start + len(x))
 
 
-def broadcast_from(x: Tensor, source: int) -> None:
-    """Copy x from rank `source` of all into x, in place; x must be contiguous."""
-    dist.broadcast(view_as_bytes(x), source)
+def exchange_rows(
+    into: Shaped[Tensor, "n *rest"],
+    parts: Sequence[Shaped[Tensor, "_ *rest"]],
+    n_received: Sequence[int],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Send parts[q] to rank q of a group (None: all), and receive n_received[q] rows from it: into `into`, by rank.
+
+    The parts may lie on another device; `into` must be contiguous.
+    """
+    if len(parts) == 1:
+        into.copy_(parts[0])
+        return
+    outgoing, sizes = torch.cat([part.to(into.device) for part in parts]), [len(part) for part in parts]
+    dist.all_to_all_single(rows_as_bytes(into), rows_as_bytes(outgoing), list(n_received), sizes, group)
+
+
+def rows_as_bytes(x: Shaped[Tensor, "n *rest"]) -> Tensor:
+    """View the same memory as uint8, row by row."""
+    return x.view(len(x), x.shape[1:].numel()).view(torch.uint8)
+
+
+def gather_counts(n: int) -> list[int]:
+    """Return the n of every rank of all. The host does not wait for a GPU."""
+    counts = torch.zeros(world_size(), dtype=torch.long)
+    counts[rank()] = n
+    if world_size() > 1:
+        dist.all_reduce(counts)
+    return counts.tolist()
 
 
 def view_as_bytes(x: Tensor) -> Tensor:

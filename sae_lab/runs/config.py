@@ -35,7 +35,7 @@ MOVED = {
     "sae_lab.train.build_trainer": "sae_lab.training.trainer.build_trainer",
 }
 """Old → new `_target_`. Keep an entry as long as runs with the old name must open."""
-LOADED_LM = {"tokenizer": None, "base_model": None, "trust_remote_code": False, "load": None}
+LOADED_LM = {"tokenizer": None, "base_model": None, "trust_remote_code": False, "load": None, "devices": None}
 OF_ROWS = {"chat": "auto", "special_tokens": "text"}
 OF_LINEAR = {"encoder_norm": "drawn", "b_dec_init": "zeros", "b_enc_init": "zeros", "unit_norm": True}
 LINEAR_SAES = ("topk", "batch_topk", "matryoshka", "jumprelu", "gated", "vanilla", "cross_layer")
@@ -69,6 +69,7 @@ ADDED: dict[str, dict[str, Any]] = {
         for family in ("hierarchical_topk", "temporal")
     },
     "sae_lab.saes.p_anneal": {"unit_norm": True},
+    "sae_lab.lm.paired.PairedLM": {"devices": None},
     **{f"sae_lab.lm.{back_end}.": LOADED_LM for back_end in ("transformers", "transformer_lens", "nnsight")},
     **{f"sae_lab.saes.{family}": OF_LINEAR for family in LINEAR_SAES},
     "sae_lab.saes.pursuit_sae": {"b_dec_init": "zeros", "signed": False},

@@ -52,6 +52,7 @@ MAY_CHANGE = (
     "metric",
     "lm.device",
     "lm.device_map",
+    "lm.devices",
     "data.prefetch",
     "data.lm_batch_tokens",
     "trainer.accelerator",

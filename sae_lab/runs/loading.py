@@ -78,6 +78,8 @@ def on_device(run: DictConfig, device: str, replaced: str | None) -> DictConfig:
     Raises:
         UserError: both are given, and differ.
     """
+    if run.lm.get("devices") is not None:
+        run.lm.devices = None  # those of the training
     if replaced in (None, "auto"):
         run.lm.device = device
     elif device not in ("auto", replaced):

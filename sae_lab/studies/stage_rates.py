@@ -67,7 +67,6 @@ def build_stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str
     rows = data.rows()
     source = CachedSource(Cache(folder), data.lm_batch_rows * data.seq_len, 0, True, data.lm.device)
     streamed = data.new_stream(data.prefetch)
-    streamed.n_rows = None  # slices may go on beyond n_tokens
     cached = ShuffledBlocks(source, data.block_tokens, data.batch_size, seed=0)
     batch = next(data.new_stream())
     sae = build_sae(cfg, data).to(data.lm.device)

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Int64
+from numpy import ndarray as Array
 from torch import Tensor
 
 from sae_lab.runtime.files import digest_of_json
@@ -45,18 +46,34 @@ class MixedRows:
         self.taken = [0] * len(parts)
 
     def take(self, n: int) -> Int[Tensor, "r t"]:
-        order = np.array(next_parts([part.share for part in self.parts], self.taken, n), np.int64)
-        rows, end = torch.empty(n, self.parts[0].text.seq_len, dtype=torch.long), n
+        rows = torch.empty(n, self.parts[0].text.seq_len, dtype=torch.long)
+
+        def fill(stream: RowStream, places: Int64[Array, "m"]) -> int:
+            own = stream.take(len(places))
+            rows[places[: len(own)]] = own
+            return len(own)
+
+        return rows[: self._advance(n, fill)]
+
+    def skip(self, n: int) -> int:
+        return self._advance(n, lambda stream, places: stream.skip(len(places)))
+
+    def _advance(self, n: int, move: Callable[[RowStream, Int64[Array, "m"]], int]) -> int:
+        """Go on by n rows, or to the end of a part. Returns the number of rows.
+
+        Args:
+            move: goes on in the stream of a part by the rows at these places, and returns the number of rows.
+        """
+        order, end = np.array(next_parts([part.share for part in self.parts], self.taken, n), np.int64), n
         for i, (part, stream) in enumerate(zip(self.parts, self.streams, strict=True)):
             places = np.flatnonzero(order == i)
             with reading_part(part.key):
-                own = stream.take(len(places))
-            rows[places[: len(own)]] = own
-            end = min([end, *places[len(own) : len(own) + 1].tolist()])
+                moved = move(stream, places)
+            end = min([end, *places[moved : moved + 1].tolist()])
         self.taken = [count + int((order[:end] == i).sum()) for i, count in enumerate(self.taken)]
         if end < n:
             self.warn_of_end(self.parts[order[end]], sum(self.taken))
-        return rows[:end]
+        return end
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": list(self.taken), "parts": [stream.state_dict() for stream in self.streams]}

@@ -31,6 +31,10 @@ class RowStream(Protocol):
         """Return the next n rows, or as many as are left."""
         ...
 
+    def skip(self, n: int) -> int:
+        """Go on as `take` does, without the rows. Returns their number. Reads no text where rows have numbers."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -87,6 +91,9 @@ class TextRows:
 
     def take(self, n: int) -> Int[Tensor, "r t"]:
         return torch.tensor(list(islice(self, n)), dtype=torch.long).view(-1, self.seq_len)
+
+    def skip(self, n: int) -> int:
+        return sum(1 for _ in islice(self, n))
 
     def close(self) -> None:
         pass

@@ -1,6 +1,6 @@
 """Rows of a token store in a random order over the whole text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -38,11 +38,19 @@ class StoredRows:
 
     def take(self, n: int) -> Int[Tensor, "r t"]:
         taken = [np.empty((0, self.store.seq_len), np.int64)]
-        while n and (self.row < len(self.store) or self._next_pass()):
-            numbers = np.arange(self.row, min(self.row + n, len(self.store)))
-            taken.append(self.store.read(permute(numbers, len(self.store), self.seed, self.epoch)))
-            self.row, n = self.row + len(numbers), n - len(numbers)
+        for epoch, numbers in self._advance(n):
+            taken.append(self.store.read(permute(np.array(numbers), len(self.store), self.seed, epoch)))
         return torch.from_numpy(np.concatenate(taken, dtype=np.int64))
+
+    def skip(self, n: int) -> int:
+        return sum(len(numbers) for _, numbers in self._advance(n))
+
+    def _advance(self, n: int) -> Iterator[tuple[int, range]]:
+        """Go on by n rows, or to the end. Yields the rows of each pass on the way: its epoch, their numbers in it."""
+        while n and (self.row < len(self.store) or self._next_pass()):
+            numbers = range(self.row, min(self.row + n, len(self.store)))
+            self.row, n = numbers.stop, n - len(numbers)
+            yield self.epoch, numbers
 
     def _next_pass(self) -> bool:
         if self.repeat:

@@ -1,5 +1,6 @@
 """Rows of documents that can only be read in order, shuffled within windows."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -52,11 +53,19 @@ class WindowRows:
 
     def take(self, n: int) -> Int[Tensor, "r t"]:
         taken = [np.empty((0, self.seq_len), np.int64)]
-        while n and (rows := self._open_window()) is not None:
-            numbers = np.arange(self.row, min(self.row + n, len(rows)))
-            taken.append(rows[permute(numbers, len(rows), self.seed, self.epoch, self.before)])
-            self.row, n = self.row + len(numbers), n - len(numbers)
+        for rows, numbers in self._advance(n):
+            taken.append(rows[permute(np.array(numbers), len(rows), self.seed, self.epoch, self.before)])
         return torch.from_numpy(np.concatenate(taken, dtype=np.int64))
+
+    def skip(self, n: int) -> int:
+        return sum(len(numbers) for _, numbers in self._advance(n))
+
+    def _advance(self, n: int) -> Iterator[tuple[Int[Array, "r t"], range]]:
+        """Go on by n rows, or to the end. Yields the rows of each window on the way, and the numbers of those in it."""
+        while n and (rows := self._open_window()) is not None:
+            numbers = range(self.row, min(self.row + n, len(rows)))
+            self.row, n = numbers.stop, n - len(numbers)
+            yield rows, numbers
 
     def _open_window(self) -> Int[Array, "r t"] | None:
         """Return the rows of the window with the next row; None at the end of the text."""

@@ -1,0 +1,135 @@
+"""Many ranks: each reads, computes and holds its own part, and the batches are those of one process."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import equal
+from fakes import SETTINGS, Echo, Numbers, UniqueWords
+from ranks import Call, start_ranks
+
+from sae_lab.activations.data import ActivationData
+from sae_lab.activations.from_text import from_documents
+from sae_lab.parallel.mesh import data_axis, rank, sharded_latents
+from sae_lab.text.store import TokenStore
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[dict[int, Call]]:
+    with start_ranks(2) as two, start_ranks(4) as four:
+        yield {1: lambda f, *arguments: [f(*arguments)], 2: two, 4: four}
+
+
+SIZES: dict[str, Any] = {"batch_size": 8, "block_tokens": 64, "n_tokens": 300, "seq_len": 8, "lm_batch_rows": 2}
+
+
+def words(**changes: Any) -> ActivationData:
+    documents = partial(Numbers, n_documents=40) if changes.pop("streamed", False) else UniqueWords
+    settings = SETTINGS | SIZES | changes
+    return from_documents(Echo(), documents, **({"order": "shuffled"} | settings))
+
+
+class Traffic:
+    """Counts the rows that the token store gives, and the bytes that an exchange sends to other ranks."""
+
+    def __init__(self) -> None:
+        self.rows = self.sent = 0
+        self.read, self.exchange = TokenStore.read, dist.all_to_all_single
+
+    def __enter__(self) -> "Traffic":
+        def read(store: TokenStore, numbers: Any) -> Any:
+            self.rows += len(numbers)
+            return self.read(store, numbers)
+
+        def exchange(into: Any, rows: Any, n_received: Any, sizes: Any, group: Any) -> None:
+            own = rank() if group is None else dist.get_group_rank(group, rank())
+            self.sent += (len(rows) - sizes[own]) * rows.shape[1]
+            self.exchange(into, rows, n_received, sizes, group)
+
+        TokenStore.read, dist.all_to_all_single = read, exchange
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        TokenStore.read, dist.all_to_all_single = self.read, self.exchange
+
+
+def draw(state: dict | None, n: int, changes: dict, m: int = 1) -> dict[str, Any]:
+    """The next n batches of a stream on this rank, where it then stands, and what that took."""
+    with sharded_latents(m), Traffic() as traffic:
+        d = words(**changes)
+        if state is not None:
+            d.load_state_dict(state)
+        batches = [batch for _, batch in zip(range(n), d.train_dataloader(), strict=False)]
+        state, memory = d.state_dict(), d.stream._block._memory
+        d.stream.close()
+        place = data_axis().index
+    return {
+        "batches": batches,
+        "state": state,
+        "place": place,
+        "rows": traffic.rows,
+        "sent": traffic.sent,
+        "held": len(memory),
+    }
+
+
+def joined(given: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """The batches of all ranks; those that hold the same share must agree."""
+    parts: dict[int, list[torch.Tensor]] = {}
+    for of_rank in given:
+        assert equal(parts.setdefault(of_rank["place"], of_rank["batches"]), of_rank["batches"])
+    return [torch.cat(shares) for shares in zip(*(parts[i] for i in sorted(parts)), strict=True)]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "store": {},
+    "positions left out": {"exclude_bos": True, "exclude_tokens": [0]},
+    "long rows left out": {"max_norm": 1.2},
+    "the text ends in a block": {"repeat": False, "n_tokens": 100_000},
+    "the last batch is cut": {"n_tokens": 308},
+    "prefetched": {"prefetch": True},
+    "as read": {"order": "as_read"},
+    "windows": {"streamed": True},
+    "windows, the text ends": {"streamed": True, "repeat": False, "n_tokens": 100_000, "exclude_bos": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_batches_are_those_of_one_process_to_the_bit(ranks, case):
+    [alone] = ranks[1](draw, None, 10_000, CASES[case])
+    assert len(alone["batches"]) > 10
+    for n, m in ((2, 1), (4, 1), (4, 2)):
+        whole = joined(ranks[n](draw, None, 10_000, CASES[case], m))
+        ended = n // m * (len(alone["batches"][-1]) // (n // m))
+        assert equal(whole, [*alone["batches"][:-1], alone["batches"][-1][:ended]][: len(whole)])
+        assert len(whole) == len(alone["batches"]) - (ended == 0)
+
+
+@pytest.mark.parametrize("case", ["store", "positions left out", "windows"])
+def test_a_stream_goes_on_with_another_number_of_ranks(ranks, case):
+    """In the middle of a block, from one to four, to two, to one."""
+    [alone] = ranks[1](draw, None, 23, CASES[case])
+    got, state = list[torch.Tensor](), None
+    for n, n_batches in ((1, 5), (4, 6), (2, 9), (1, 3)):
+        given = ranks[n](draw, state, n_batches, CASES[case])
+        state = given[0]["state"]
+        assert all(equal(state, of_rank["state"]) for of_rank in given)
+        got += joined(given)
+    assert equal(got, alone["batches"])
+
+
+def test_a_rank_reads_holds_and_gets_its_own_part(ranks):
+    """Two blocks of 64 rows: eight chunks of 2 text rows each, of 16 rows of 16 bytes."""
+    took = {n: ranks[n](draw, None, 16, {}) for n in (1, 2, 4)}
+    for n in (1, 2, 4):
+        assert [of_rank["rows"] for of_rank in took[n]] == [16 // n] * n
+        assert [of_rank["held"] for of_rank in took[n]] == [64 // n] * n
+        # A broadcast sends (n - 1)·128 rows in all; here each row goes to one rank, which may have it already.
+        sent = sum(of_rank["sent"] for of_rank in took[n])
+        assert sent <= 128 * 16 * (n - 1) / n * 1.25
+        assert (sent > 0) == (n > 1)
