@@ -76,7 +76,7 @@ class ActivationData(StreamData):
         max_norm: Annotated[float, Gt(1)] | None = None,
         **stream: Any,
     ):
-        super().__init__(lm.device, **stream)
+        super().__init__(device_of_blocks(lm), **stream)
         seq_len = text.seq_len
         if lm.context is not None and seq_len > lm.context:
             raise SettingError(
@@ -196,7 +196,7 @@ class ActivationData(StreamData):
         if self.max_norm is not None:
             short = self._is_short(rows)
             keep, rows = keep.masked_scatter(keep, short.to(keep.device)), rows[short]
-        return keep, rows
+        return keep, rows.to(self.device)
 
     def kept_activations(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "m s d"]:
         """Return the activations at the positions on which an SAE is trained and evaluated."""
@@ -381,3 +381,10 @@ class ActivationData(StreamData):
         if "the text" in origin and "the text" not in here:  # before lm_batch_tokens, by the rows of a pass
             return here | {"the text": self._first_rows_digest(self.fixed_rows)}
         return here
+
+
+def device_of_blocks(lm: LanguageModel) -> torch.device:
+    """Return the device on which blocks lie: the language model's; where it has devices of its own, this process's."""
+    if lm.device.type == "cuda" and lm.devices:
+        return torch.device("cuda", torch.cuda.current_device())
+    return lm.device

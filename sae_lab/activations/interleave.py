@@ -8,11 +8,15 @@ from typing import Any, Protocol
 import torch
 
 from sae_lab.activations.source import Chunk, Launched, Source
+from sae_lab.parallel.mesh import world_size
 from sae_lab.runtime.signals import raise_if_stopped
 
 
 class LaunchingSource(Source, Protocol):
     """A Source that can yield chunks which a GPU is still computing."""
+
+    n_at_once: int
+    """Chunks of this rank that are computed side by side."""
 
     def launch(self) -> Generator[Launched, None, None]: ...
 
@@ -60,13 +64,16 @@ class InterleavedSource:
             self._n_rows = 0
 
     def prepare(self, now: int, soon: int) -> None:
-        """Launch chunks until `now` rows are launched and not handed over, or the source ends. Ignores `soon`.
+        """Launch chunks until `now` rows are launched and not handed over, or the source ends.
+
+        Where several devices compute chunks, keep each of them at work while some of the next `soon` rows are missing.
 
         Raises:
             SafeStop: a signal arrived. What was launched is kept.
         """
-        more = True
-        while more and self._n_rows < now:
+        more, at_once = True, self.source.n_at_once if now else 1
+        least = 0 if at_once == 1 else 2 * at_once * world_size()
+        while more and (self._n_rows < now or (self._n_rows < soon and len(self._launched) < least)):
             raise_if_stopped()
             more = self._launch()
 
@@ -94,8 +101,6 @@ class InterleavedSource:
             raise item
         self._n_rows -= len(item.chunk.rows)
         chunk = item.wait()
-        if (
-            chunk.rows.is_cuda
-        ):  # its memory is used by the other stream from now on, and not free before that has read it
+        if chunk.rows.is_cuda:  # in use by the other stream from now on, and not free before that has read it
             chunk.rows.record_stream(torch.cuda.current_stream(chunk.rows.device))
         return chunk

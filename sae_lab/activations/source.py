@@ -84,13 +84,18 @@ class LMSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows.load_state_dict(state)
 
+    @property
+    def n_at_once(self) -> int:
+        """Chunks of this rank that are computed side by side."""
+        return 1 + len(self.copies())
+
     def __iter__(self) -> Generator[Chunk, None, None]:
         """Yield the chunks. Every copy of the language model computes one meanwhile."""
-        n_models, running = 1 + len(self.copies()), deque[Launched]()
+        running = deque[Launched]()
         with closing(self.launch()) as launched:
             for item in launched:
                 running.append(item)
-                while running and (running[0].pending is None or count_pending(running) >= n_models):
+                while running and (running[0].pending is None or count_pending(running) >= self.n_at_once):
                     yield running.popleft().wait()
         for item in running:
             yield item.wait()

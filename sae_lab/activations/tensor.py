@@ -17,6 +17,7 @@ from sae_lab.activations.source import Chunk, Source
 from sae_lab.activations.stream import HeldOut, HeldOutRows, StreamData
 from sae_lab.activations.tensor_files import Axes, TensorFiles, TensorRows, expanded, rows_in_memory
 from sae_lab.lm.none import NoLM
+from sae_lab.parallel.mesh import rank, world_size
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.device import send
 from sae_lab.runtime.errors import SettingError, UserError
@@ -77,7 +78,10 @@ class Pieces:
 
 
 class TensorSource:
-    """A Source that yields every training row once per pass, in the order of PiecePasses."""
+    """A Source that yields every training row once per pass, in the order of PiecePasses.
+
+    Each of n ranks reads the rows of every n-th chunk.
+    """
 
     def __init__(self, data: "TensorData"):
         self.data = data
@@ -91,8 +95,13 @@ class TensorSource:
         self.passes.load_state_dict(state)
 
     def __iter__(self) -> Generator[Chunk, None, None]:
-        for state, pieces in self.passes:
-            yield Chunk(state, self.data.read(pieces.tolist()))
+        for i, (state, pieces) in enumerate(self.passes):
+            if i % world_size() == rank():
+                rows = self.data.read(pieces.tolist())
+            else:
+                shape = (len(pieces) * self.data.pieces.size, self.data.n_sources, self.data.d_in)
+                rows = torch.empty(shape, dtype=self.data.dtype, device="meta")
+            yield Chunk(state, rows, rank=i % world_size())
 
 
 class TensorData(StreamData):

@@ -119,7 +119,7 @@ class CachedData(ActivationData):
             )
 
     def read_ahead(self, source: Source) -> PrefetchedSource:
-        return PrefetchedSource(source, 0, self.lm.device)  # a thread, since reading files releases the lock
+        return PrefetchedSource(source, 0, self.device)  # a thread, since reading files releases the lock
 
     @property
     def float32_forward_in_thread(self) -> bool:  # type: ignore[override]
@@ -154,4 +154,4 @@ class CachedData(ActivationData):
 
     def source(self) -> Source:
         chunk_rows = self.fixed_rows * self.seq_len  # decides the order of the rows, so no device may
-        return CachedSource(self.cache, chunk_rows, self.seed, self.repeat, self.lm.device, self._columns)
+        return CachedSource(self.cache, chunk_rows, self.seed, self.repeat, self.device, self._columns)

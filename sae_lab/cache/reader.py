@@ -20,6 +20,7 @@ from sae_lab.activations.source import Chunk
 from sae_lab.cache.pieces import PIECE
 from sae_lab.cache.shards import Manifest, MappedShard, read_held_out
 from sae_lab.cache.store import Store
+from sae_lab.parallel.mesh import rank, world_size
 from sae_lab.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class Cache:
 class CachedSource:
     """A Source that yields every row of a cache once per pass, in the order of PiecePasses.
 
-    Rows are read from disk when they are needed.
+    Rows are read from disk when they are needed: by each of n ranks, those of every n-th chunk.
 
     Args:
         sites: the sites to read, as indices into `lm.sites` of the key, in the order of axis s; None: all. They change
@@ -143,10 +144,15 @@ class CachedSource:
 
     def _chunks(self, threads: Executor) -> Generator[Chunk, None, None]:
         names = [self.cache.manifest.key["lm.sites"][i] for i in self.sites]
-        for state, pieces in self.passes:
-            in_order_of_disk = pieces.sort().values.tolist()
-            rows = self.cache.pieces(in_order_of_disk, threads, self.sites)
-            yield Chunk({"cache": self.cache.identity} | state, check_finite(rows.to(self.device), names, BAD_CACHE))
+        for i, (state, pieces) in enumerate(self.passes):
+            if i % world_size() == rank():
+                in_order_of_disk = pieces.sort().values.tolist()
+                rows = self.cache.pieces(in_order_of_disk, threads, self.sites)
+                rows = check_finite(rows.to(self.device), names, BAD_CACHE)
+            else:
+                shape = (len(pieces) * PIECE, len(names), self.cache.shard(0).d)
+                rows = torch.empty(shape, dtype=self.cache.manifest.codec.decoded, device="meta")
+            yield Chunk({"cache": self.cache.identity} | state, rows, rank=i % world_size())
 
 
 def log_new_pass(number: int) -> None:

@@ -95,7 +95,7 @@ class LanguageModel(ABC):
         Raises:
             UserError: the weights are quantised.
         """
-        others = devices_of_rank(self.devices)[1:]
+        others = devices_of_rank(self.devices)[1:] if self.devices else ()
         return [self.run_by(copy_to(self.model, device)) for device in others]
 
     def run_by(self, model: nn.Module) -> Self:

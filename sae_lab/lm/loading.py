@@ -211,8 +211,10 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
-def place_model(model: Any, device: str) -> Any:
-    """Move the model to a device; "auto" is CUDA if available, else the CPU."""
+def place_model(model: Any, device: str | None) -> Any:
+    """Move the model to a device; "auto" is CUDA if available, else the CPU; None leaves it where it is."""
+    if device is None:
+        return model
     device = resolve_device(device)
     try:
         return model.to(device)

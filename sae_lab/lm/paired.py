@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ class PairedLM(LanguageModel):
         tuned: a model with the same activation width and number of sites. One vocabulary must contain the other, with
             equal ids, and the text is tokenized with the smaller one.
         spliced: the model that gives the logits and the cross-entropy: `base` or `tuned`.
-        device: device of both models; None: each stays where it is, and activations are those of the base model's.
+        device: device of both models; None: each stays where it is, and activations go to the one that is spliced.
         devices: devices on which copies of the pair compute the activations of training; see LoadedLM.
 
     Raises:
@@ -50,18 +51,17 @@ class PairedLM(LanguageModel):
         super().__init__(
             name=f"{base.name} and {tuned.name}",
             sites=[f"{which}.{site}" for which, lm in self.pair.items() for site in lm.sites],
-            model=nn.ModuleDict(
-                {
-                    which: lm.model if device is None else place_model(lm.model, device)
-                    for which, lm in self.pair.items()
-                }
-            ),
+            model=nn.ModuleDict({which: place_model(lm.model, device) for which, lm in self.pair.items()}),
             config=getattr(base.model, "config", None),
             tokenizer=shared.tokenizer,
             bos_id=shared.bos_id,
             n_ids=min((lm.n_ids for lm in (base, tuned) if lm.n_ids is not None), default=None),
         )
         self.context = min((lm.context for lm in (base, tuned) if lm.context is not None), default=None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pair[self.of_logits].device
 
     def known_sites(self) -> list[str]:
         return [f"{which}.{site}" for which, lm in self.pair.items() for site in lm.known_sites()]

@@ -1,6 +1,6 @@
 """Many ranks: each reads, computes and holds its own part, and the batches are those of one process."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -8,11 +8,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import equal
-from fakes import SETTINGS, Echo, Numbers, UniqueWords
+from fakes import SETTINGS, Echo, Follow, Numbers, UniqueWords
 from ranks import Call, start_ranks
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.from_text import from_documents
+from sae_lab.activations.stream import StreamData
+from sae_lab.activations.tensor import TensorData
+from sae_lab.cache.data import CachedData
+from sae_lab.cache.reader import Cache
+from sae_lab.cache.writer import CacheWriter
+from sae_lab.lm.none import NoLM
 from sae_lab.parallel.mesh import data_axis, rank, sharded_latents
 from sae_lab.text.store import TokenStore
 
@@ -34,48 +40,65 @@ def words(**changes: Any) -> ActivationData:
     return from_documents(Echo(), documents, **({"order": "shuffled"} | settings))
 
 
+def cached(folder: str, **changes: Any) -> CachedData:
+    return CachedData(Follow(), folder, **(SETTINGS | SIZES | {"lm_batch_rows": 32} | changes))
+
+
+def tensor(file: str, **changes: Any) -> TensorData:
+    names = ("prefetch", "repeat", "seed", "n_eval_tokens", "n_val_tokens", "batch_size", "block_tokens", "n_tokens")
+    settings = {name: (SETTINGS | SIZES)[name] for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sae_lab.activations.tensor.CHUNK_BYTES", 5 * 12 * 8 * 4)  # five pieces of twelve rows
+        return TensorData(NoLM("cpu"), file, key=None, axes="auto", held_out_every=10, **(settings | changes))
+
+
 class Traffic:
-    """Counts the rows that the token store gives, and the bytes that an exchange sends to other ranks."""
+    """Counts the rows or pieces that are read of a store, and the bytes that an exchange sends to other ranks."""
 
     def __init__(self) -> None:
-        self.rows = self.sent = 0
-        self.read, self.exchange = TokenStore.read, dist.all_to_all_single
+        self.read = self.sent = 0
+        self.exchange, self.patch = dist.all_to_all_single, pytest.MonkeyPatch()
 
     def __enter__(self) -> "Traffic":
-        def read(store: TokenStore, numbers: Any) -> Any:
-            self.rows += len(numbers)
-            return self.read(store, numbers)
+        for store, name in ((TokenStore, "read"), (Cache, "pieces"), (TensorData, "read")):
+            self.count(store, name)
 
         def exchange(into: Any, rows: Any, n_received: Any, sizes: Any, group: Any) -> None:
             own = rank() if group is None else dist.get_group_rank(group, rank())
             self.sent += (len(rows) - sizes[own]) * rows.shape[1]
             self.exchange(into, rows, n_received, sizes, group)
 
-        TokenStore.read, dist.all_to_all_single = read, exchange
+        self.patch.setattr(dist, "all_to_all_single", exchange)
         return self
 
+    def count(self, store: type, name: str) -> None:
+        read = getattr(store, name)
+
+        def counting(of: Any, numbers: Any, *rest: Any) -> Any:
+            self.read += len(numbers)
+            return read(of, numbers, *rest)
+
+        self.patch.setattr(store, name, counting)
+
     def __exit__(self, *_: Any) -> None:
-        TokenStore.read, dist.all_to_all_single = self.read, self.exchange
+        self.patch.undo()
 
 
-def draw(state: dict | None, n: int, changes: dict, m: int = 1) -> dict[str, Any]:
+def draw(
+    state: dict | None, n: int, changes: dict, m: int = 1, make: Callable[..., StreamData] = words
+) -> dict[str, Any]:
     """The next n batches of a stream on this rank, where it then stands, and what that took."""
     with sharded_latents(m), Traffic() as traffic:
-        d = words(**changes)
+        d = make(**changes)
         if state is not None:
             d.load_state_dict(state)
+        traffic.read = 0
         batches = [batch for _, batch in zip(range(n), d.train_dataloader(), strict=False)]
         state, memory = d.state_dict(), d.stream._block._memory
+        read, place = traffic.read, data_axis().index
         d.stream.close()
-        place = data_axis().index
-    return {
-        "batches": batches,
-        "state": state,
-        "place": place,
-        "rows": traffic.rows,
-        "sent": traffic.sent,
-        "held": len(memory),
-    }
+    took = {"read": read, "sent": traffic.sent, "held": len(memory)}
+    return {"batches": batches, "state": state, "place": place} | took
 
 
 def joined(given: list[dict[str, Any]]) -> list[torch.Tensor]:
@@ -127,9 +150,25 @@ def test_a_rank_reads_holds_and_gets_its_own_part(ranks):
     """Two blocks of 64 rows: eight chunks of 2 text rows each, of 16 rows of 16 bytes."""
     took = {n: ranks[n](draw, None, 16, {}) for n in (1, 2, 4)}
     for n in (1, 2, 4):
-        assert [of_rank["rows"] for of_rank in took[n]] == [16 // n] * n
+        assert [of_rank["read"] for of_rank in took[n]] == [16 // n] * n
         assert [of_rank["held"] for of_rank in took[n]] == [64 // n] * n
         # A broadcast sends (n - 1)·128 rows in all; here each row goes to one rank, which may have it already.
         sent = sum(of_rank["sent"] for of_rank in took[n])
         assert sent <= 128 * 16 * (n - 1) / n * 1.25
         assert (sent > 0) == (n > 1)
+
+
+def test_a_rank_reads_its_own_part_of_files(ranks, tmp_path):
+    """Of a cache and of a tensor: chunks of two pieces of 128 rows and of five of 12."""
+    documents = partial(UniqueWords, n_documents=400)
+    text = from_documents(Follow(), documents, order="shuffled", **(SETTINGS | SIZES | {"lm_batch_rows": 32}))
+    CacheWriter(text, str(tmp_path / "cache"), n_tokens=3000, shard_tokens=1000).build()
+    torch.save(torch.randn(1200, 8, generator=torch.Generator().manual_seed(0)), tmp_path / "x.pt")
+    for make, name in ((cached, "cache"), (tensor, "x.pt")):
+        made, settings = partial(make, str(tmp_path / name)), {"n_tokens": 4000, "block_tokens": 1024}
+        [alone] = ranks[1](draw, None, 10_000, settings, 1, made)
+        assert len(alone["batches"]) == 500
+        for n in (2, 4):
+            took = ranks[n](draw, None, 10_000, settings, 1, made)
+            assert equal(joined(took), alone["batches"])
+            assert max(of_rank["read"] for of_rank in took) <= alone["read"] / n + 5

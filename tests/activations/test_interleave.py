@@ -30,6 +30,8 @@ BLOCK, BATCH = 20, 4
 class Launches(Counter):
     """A source of numbered rows that records which chunks were launched; chunk `broken` cannot be."""
 
+    n_at_once = 1
+
     def __init__(self, n_chunks: int = 13, broken: int = 10**9):
         super().__init__(n_chunks)
         self.broken, self.launched = broken, []
@@ -220,6 +222,8 @@ def test_handing_over_waits_for_the_chunk_and_keeps_its_memory(monkeypatch):
             return self.rows
 
     class Source:
+        n_at_once = 1
+
         def launch(self):
             for i in range(2):
                 told.append("launch")
