@@ -108,6 +108,7 @@ class Block:
 
     def _exchange(self) -> None:
         """Send the pieces that are here, each of another rank, to the ranks that train on them."""
+        assert self._memory is not None
         n_received = [0] * world_size()
         parts = [self._memory[:0]] * data_axis().size
         for start, rows, source in self._pieces:
@@ -126,6 +127,7 @@ class Block:
         axis = data_axis()
         if axis.size == 1:
             return
+        assert self._memory is not None
         received = [((held == i) & (wanted == axis.index)).nonzero().flatten() for i in range(axis.size)]
         parts = rows_by_owner(self._memory[: self._held], wanted[held == axis.index])
         places = torch.cat(received)
