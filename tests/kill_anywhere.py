@@ -55,7 +55,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {  # where it is called, its name, and
     "refill": (ShuffledBlocks, "_refill", 7),
     "window": (ReaderProcess, "request", 3),
     "reader": (ReaderProcess, "request", 3),
-    "checkpoint": (sae_lab.training.trainer.AtomicCheckpointIO, "save_checkpoint", 8),
+    "checkpoint": (sae_lab.training.checkpoint_io.AtomicCheckpointIO, "save_checkpoint", 8),
     "validation": (ActivationData, "val_dataloader", 1),
     "calibration": (sae_lab.training.run, "calibrate", 1),
     "evaluation": (sae_lab.training.run, "evaluate_all", 1),

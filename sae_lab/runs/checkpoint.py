@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sae_lab.runs.digests import CHECKPOINT, check_unaltered
+from sae_lab.runs.sharded_checkpoint import SHARDS, check_shards, remove_shards, whole_shapes
 from sae_lab.runtime.archives import check_torch
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.memory import check_memory
@@ -46,6 +47,7 @@ def check_readable(checkpoint: Path, remedy: str, every_part: bool = True) -> in
         content = checkpoint_content(checkpoint, every_part)
         if missing := {"state_dict", "pytorch-lightning_version", "global_step"} - content.keys():
             raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
+        check_shards(checkpoint, content)
         return int(content["global_step"])
 
 
@@ -60,6 +62,7 @@ def check_fits(checkpoint: Path, module: nn.Module, data: str) -> None:
     there = {name: tuple(tensor.shape) for name, tensor in content["state_dict"].items()}
     rename_old_tensors(module, there, "sae.")
     here = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    here |= whole_shapes(module.sae, "sae.")
     parts = ("optimizer_states", "lr_schedulers", "loops", data)
     wrong = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if wrong := [*wrong, *(part for part in parts if not content.get(part))]:
@@ -80,6 +83,11 @@ def origin_of(checkpoint: Path, data: str) -> dict[str, str]:
     """
     with explain_errors(checkpoint, "restore it, or delete it to do without its digests of model and text."):
         return dict(checkpoint_content(checkpoint).get(data, {}).get("origin", {}))
+
+
+def remove_unfinished_shards(checkpoint: Path) -> None:
+    """Remove the shards that a killed process wrote for a checkpoint that does not name them."""
+    remove_shards(checkpoint, but=checkpoint_content(checkpoint).get(SHARDS, {}).get("folder"))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 from omegaconf import OmegaConf
 
-from sae_lab.runs.checkpoint import check_checkpoint
+from sae_lab.runs.checkpoint import check_checkpoint, remove_unfinished_shards
 from sae_lab.runs.config import config_file, read_config
 from sae_lab.runs.digests import CHECKPOINT, DIGESTS, METRICS, digest_in, is_recorded, recorded, warn_if_unchecked
 from sae_lab.runs.growth import SIZES, ends_with_smaller_batch, reason_not_to_grow
@@ -109,6 +109,8 @@ class Run:
             (self.folder / METRICS).unlink(missing_ok=True)  # of a complete run whose n_tokens has grown
             for name in ("checkpoints", "sae", ".hydra"):
                 remove_unfinished(self.folder / name)
+            if self.checkpoint is not None:
+                remove_unfinished_shards(self.checkpoint)
             self._write_settings(files)
             yield
 

@@ -18,6 +18,7 @@ from sae_lab.ops.sparse import l0_per_row
 from sae_lab.parallel.collectives import mean_over_ranks
 from sae_lab.parallel.mesh import data_axis
 from sae_lab.parallel.shards import mean_over_shards
+from sae_lab.runs.sharded_checkpoint import move_to_shards, take_own_latents
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.training.splice_loss import SpliceLoss
@@ -125,9 +126,11 @@ class SAEModule(L.LightningModule):
                 counts["processed"] = counts["completed"] = 0
         if loop[AUTOMATIC]["optimizer"]["step"]["total"]["completed"]:
             loop[MANUAL] = loop[AUTOMATIC]["optimizer"]["step"]
+        take_own_latents(checkpoint, self.sae)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.raise_if_diverged(torch.stack([p.detach().abs().max() for p in self.sae.parameters()]).max())
+        move_to_shards(checkpoint, self.sae)
 
     def raise_if_diverged(self, value: Tensor, x: Float[Tensor, "b s d"] | None = None) -> None:
         """Raise a UserError if `value` is not finite, about the batch x if that is the cause.

@@ -236,8 +236,7 @@ def fit(member: Member) -> None:
     if trainer.global_step < data.n_steps:
         reason = "a callback stopped the run" if trainer.should_stop else "the text ended (data.repeat=false)"
         log.warning("%s at step %d of %d", reason, trainer.global_step, data.n_steps)
-    if rank() == 0:
-        trainer.save_checkpoint(run.last_checkpoint)
+    trainer.save_checkpoint(run.last_checkpoint)
 
 
 def start_logger(member: Member, name: str) -> Logger:

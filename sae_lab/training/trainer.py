@@ -2,14 +2,12 @@
 
 import logging
 import warnings
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import lightning as L
 import torch
 from annotated_types import Ge
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -17,33 +15,11 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from sae_lab.ops.matmul import Products
 from sae_lab.parallel.environment import own_gpu, place
 from sae_lab.parallel.mesh import rank
-from sae_lab.runs.digests import recorded
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.device import Precision, resolve_device
 from sae_lab.runtime.errors import SettingError, UserError
-from sae_lab.runtime.files import atomic_file, digest_of_file
 from sae_lab.training.capture import Capture, PrepareSteps
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Saves checkpoints atomically. Lightning moves a file from /tmp, which is not atomic across file systems.
-
-    Args:
-        run_dir: the folder whose digests.json records the checkpoints that are saved in it.
-    """
-
-    def __init__(self, run_dir: Path):
-        super().__init__()
-        self.run_dir = run_dir.resolve()
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        path = Path(path).resolve()
-        with ExitStack() as replaced, atomic_file(path) as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            if path.is_relative_to(self.run_dir):
-                name = path.relative_to(self.run_dir).as_posix()
-                replaced.enter_context(recorded(self.run_dir, {name: digest_of_file(Path(f.name))}))
+from sae_lab.training.checkpoint_io import AtomicCheckpointIO
 
 
 class NoSignalHandlers(_SignalConnector):
@@ -109,8 +85,7 @@ def build_trainer(
             log_every_n_steps=min(log_every, n_steps),
             num_sanity_val_steps=0,
             logger=False,
-            callbacks=[*([saving] if rank() == 0 else []), PrepareSteps(capture, products), *callbacks],
-            enable_checkpointing=rank() == 0,
+            callbacks=[saving, PrepareSteps(capture, products), *callbacks],
             plugins=[AtomicCheckpointIO(run_dir)],
             default_root_dir=run_dir,
             enable_progress_bar=False,

@@ -17,8 +17,8 @@ from sae_lab.runs.loading import load_run
 from sae_lab.runs.results import read_metrics, write_metrics
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.files import save_sae
+from sae_lab.training.checkpoint_io import AtomicCheckpointIO
 from sae_lab.training.run import hydra_files, show_complete
-from sae_lab.training.trainer import AtomicCheckpointIO
 
 CONFIG, OVERRIDES, SECRETS = ".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/from_environment.txt"
 

@@ -24,8 +24,8 @@ from sae_lab.sweeps.figures import draw_sweep
 from sae_lab.sweeps.search import describe_best
 from sae_lab.sweeps.status import all_jobs, job_statuses, planned_jobs
 from sae_lab.sweeps.table import collect_table
+from sae_lab.training.checkpoint_io import AtomicCheckpointIO
 from sae_lab.training.loggers import CSVLog
-from sae_lab.training.trainer import AtomicCheckpointIO
 
 LONG = "x" * 300
 FULL = f"{os.strerror(errno.ENOSPC)}): free some space there"

@@ -11,7 +11,7 @@ from sae_lab.runs.checkpoint import check_readable
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_atomically
 from sae_lab.saes.files import load_sae_folder, save_sae
-from sae_lab.training.trainer import AtomicCheckpointIO
+from sae_lab.training.checkpoint_io import AtomicCheckpointIO
 
 
 @pytest.fixture

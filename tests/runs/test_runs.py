@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from sae_lab.runs.folder import Run, examine_folder, flatten
 from sae_lab.runs.lock import is_running
 from sae_lab.runtime.errors import FolderInUse, UserError
+from sae_lab.training.checkpoint_io import AtomicCheckpointIO
 from sae_lab.training.run import hydra_files
-from sae_lab.training.trainer import AtomicCheckpointIO
 
 
 def open_run(folder, *overrides) -> Run:
