@@ -33,6 +33,7 @@ from sae_lab.runtime.calls import check_call
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder
+from sae_lab.saes.weights import holds_weights
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def load_sae(
     *,
     sae_id: str | None = None,
     fold_decoder_norm: bool = False,
+    latents: range | None = None,
 ) -> BaseSAE:
     """Load an SAE in eval mode. An SAE of another library computes the same codes as in that library.
 
@@ -75,12 +77,15 @@ def load_sae(
             formats); `user/repository` on the hub; or a release, such as gemma-scope-2b-pt-res (see releases.yaml).
         device: device to move the SAE to.
         sae_id: the SAE's id in a release, or its folder or file inside a folder or repository.
+        latents: of an SAE folder of ours, read these latents only, such as range(0, 1024). The SAE then codes with them
+            alone: the codes are those of the whole SAE, unless its rule compares latents (top-k), and x_hat is what
+            they add to b_dec.
         fold_decoder_norm: scale the rows of W_dec to unit norm, which training here assumes, and rescale the codes.
 
     Raises:
         UserError: there is no such SAE, or its file is broken, incomplete or has no exact counterpart here.
     """
-    sae = read(source, sae_id)
+    sae = read(source, sae_id) if latents is None else read_slice(source, sae_id, latents)
     if fold_decoder_norm:
         if not sae.foldable:
             raise UserError(
@@ -90,6 +95,17 @@ def load_sae(
         sae = untie(sae)
         fold(sae)
     return sae.eval().to(device)
+
+
+def read_slice(source: str | Path, sae_id: str | None, latents: range) -> BaseSAE:
+    """Read some latents of an SAE folder of ours; raise a UserError for anything else."""
+    folder = Path(source).expanduser() / stay_inside(sae_id or "")
+    if not any(holds_weights(place) for place in (folder, folder / "sae")):
+        raise UserError(
+            f"latents={latents} can be read of an SAE folder of this library only, which {folder} is not: leave it "
+            "out, or export the SAE with format=sae_lab first."
+        )
+    return load_sae_folder(folder, latents=latents)
 
 
 def read(source: str | Path, sae_id: str | None) -> BaseSAE:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from sae_lab.parallel.environment import own_gpu
-from sae_lab.runtime.errors import SettingError
+from sae_lab.runtime.errors import SettingError, UserError
 
 
 def world_size() -> int:
@@ -39,6 +39,19 @@ class Axis:
         """Return this rank's part of n items, in equal consecutive shares. The last n mod size items are in none."""
         size = n // self.size
         return slice(self.index * size, (self.index + 1) * size)
+
+
+@dataclass(frozen=True)
+class Slice(Axis):
+    """The axis of latents of a process that holds some, where no other process holds the rest."""
+
+    own: range = range(0)
+
+    def share(self, n: int) -> slice:
+        own = self.own
+        if own.step != 1 or not 0 <= own.start < own.stop <= n:
+            raise UserError(f"latents={own} is no part of {n} latents: give such as range(0, {min(n, 1024)}).")
+        return slice(own.start, own.stop)
 
 
 _axes: tuple[Axis, Axis] | None = None
@@ -100,3 +113,15 @@ def sharded_latents(m: int) -> Iterator[None]:
         yield
     finally:
         _axes = None
+
+
+@contextmanager
+def only_latents(own: range) -> Iterator[None]:
+    """Let SAEs that are built inside the block hold these latents alone."""
+    global _axes
+    before = _axes
+    _axes = data_axis(), Slice(own=own)
+    try:
+        yield
+    finally:
+        _axes = before

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from sae_lab.runs.digests import CHECKPOINT, check_unaltered
-from sae_lab.runs.sharded_checkpoint import SHARDS, check_shards, remove_shards, whole_shapes
+from sae_lab.runs.sharded_checkpoint import SHARDS, check_shards, remove_shards
 from sae_lab.runtime.archives import check_torch
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.memory import check_memory
 from sae_lab.saes.base import rename_old_tensors
+from sae_lab.saes.weights import whole_shapes
 
 
 def checkpoint_content(checkpoint: Path, every_part: bool = False) -> dict[str, Any]:

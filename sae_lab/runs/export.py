@@ -18,7 +18,8 @@ from sae_lab.runtime.files import read_json, write_atomically
 from sae_lab.runtime.hub import hub_errors
 from sae_lab.runtime.private import public
 from sae_lab.saes.base import BaseSAE
-from sae_lab.saes.files import CONFIG, WEIGHTS, copy_sae, sae_folder, save_sae
+from sae_lab.saes.files import CONFIG, copy_sae, sae_folder, save_sae
+from sae_lab.saes.weights import holds_weights
 
 OURS = "sae_lab"
 WRITERS = {name: format.write for name, format in FORMATS.items() if hasattr(format, "write")}
@@ -103,7 +104,7 @@ def is_of_this_library(folder: Path) -> bool:
     """Return whether a folder is a run or an SAE of this library."""
     if (folder / ".hydra").is_dir():
         return True
-    return any(all((place / name).is_file() for name in (CONFIG, WEIGHTS)) for place in (folder, folder / "sae"))
+    return any((place / CONFIG).is_file() and holds_weights(place) for place in (folder, folder / "sae"))
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:

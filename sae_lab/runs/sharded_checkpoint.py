@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from sae_lab.parallel.collectives import gather_over_shards
 from sae_lab.parallel.mesh import latent_axis
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import digest_of_file
 from sae_lab.runtime.os_errors import reason_of
 from sae_lab.saes.base import BaseSAE
+from sae_lab.saes.weights import with_latents
 
 # torch.distributed.checkpoint is imported where it is used: the import takes a second.
 
@@ -59,20 +60,6 @@ def places(checkpoint: Mapping[str, Any], sae: BaseSAE, n: int) -> Iterator[Plac
             for key, tensor in state.items():
                 if isinstance(tensor, Tensor) and 0 <= axis < tensor.ndim and tensor.shape[axis] == n:
                     yield Place(state, key, f"optimizer_{i}.{name}.{key}", axis)
-
-
-def with_latents(shape: torch.Size, axis: int, n: int) -> torch.Size:
-    """Return a shape with n latents along `axis`."""
-    return torch.Size((*shape[:axis], n, *shape[axis + 1 :]))
-
-
-def whole_shapes(sae: BaseSAE, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that an SAE's parameters and buffers have over all ranks, with a prefix before their names."""
-    axes = sae.latent_axes()
-    return {
-        prefix + name: tuple(with_latents(t.shape, axes[name], sae.n_latents) if name in axes else t.shape)
-        for name, t in sae.state_dict().items()
-    }
 
 
 def move_to_shards(checkpoint: dict[str, Any], sae: BaseSAE) -> None:
@@ -122,18 +109,16 @@ def write_shards(tensors: dict[str, Tensor], checkpoint: Path, step: int) -> dic
     from torch.distributed.checkpoint.api import CheckpointException
 
     axis = latent_axis()
-    folder = [new_folder(checkpoint, step)]
-    dist.broadcast_object_list(folder, group=axis.group, group_src=0)
-    writer = HuggingFaceStorageWriter(str(folder[0]), save_distributed=True)
+    folder = gather_over_shards(new_folder(checkpoint, step))[0]
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         save(tensors, storage_writer=writer, process_group=axis.group)  # type: ignore[arg-type]
     except CheckpointException as e:
         error, _ = next(iter(e.failures.values()))
-        raise UserError(f"{folder[0]} cannot be written: {reason_of(error)}") from e  # type: ignore[arg-type]
-    [own] = folder[0].glob(f"shard-{axis.index + 1:05d}-*")
-    files: list[Any] = [None] * axis.size
-    dist.all_gather_object(files, (own.name, [own.stat().st_size, digest_of_file(own)]), axis.group)
-    return {"folder": folder[0].name, "files": dict(files)}
+        raise UserError(f"{folder} cannot be written: {reason_of(error)}") from e  # type: ignore[arg-type]
+    [own] = folder.glob(f"shard-{axis.index + 1:05d}-*")
+    files = gather_over_shards((own.name, [own.stat().st_size, digest_of_file(own)]))
+    return {"folder": folder.name, "files": dict(files)}
 
 
 def folder_name(checkpoint: Path) -> str:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sae_lab.ops.sparse import SparseCode
+from sae_lab.parallel.collectives import gather_over_shards
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 
@@ -30,10 +31,15 @@ def encode_and_reconstruct(sae: BaseSAE, x: Float[Tensor, "n s d"]) -> dict[str,
 
 
 def make_probe(sae: BaseSAE, x: Float[Tensor, "n s d"]) -> bytes:
-    """Return a safetensors file of rows x with x_hat and the code, the latter as (row, latent) entries and values."""
+    """Return a safetensors file of rows x with x_hat and the code, the latter as (row, latent) entries and values.
+
+    To be called by all ranks that hold a part of the latents.
+    """
     out = {name: t.cpu() for name, t in encode_and_reconstruct(sae, x).items()}
     entries = out["code"].nonzero()
     values = out["code"][entries[:, 0], entries[:, 1]]
+    entries[:, 1] += sae.own_latents.start
+    entries, values = (torch.cat(parts) for parts in zip(*gather_over_shards((entries, values)), strict=True))
     tensors = {"x": x.cpu().float(), "x_hat": out["x_hat"], "entries": entries.int(), "values": values}
     return save({name: t.contiguous() for name, t in tensors.items()})
 
@@ -48,7 +54,9 @@ def check_probe(sae: BaseSAE, file: Path) -> None:
     now = encode_and_reconstruct(sae, saved["x"])
     code = torch.zeros(len(saved["x"]), sae.n_latents)
     code[saved["entries"][:, 0], saved["entries"][:, 1]] = saved["values"]
+    code = code[:, sae.own_latents.start : sae.own_latents.stop]
     wrong = rows_differ(now["code"], code) | rows_differ(now["x_hat"], saved["x_hat"])
+    wrong = torch.stack(gather_over_shards(wrong)).any(dim=0)
     if wrong.float().mean() > MAX_CHANGED:
         raise UserError(
             f"the SAE in {file.parent} does not reproduce its own codes "
