@@ -14,7 +14,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
-from sae_lab.parallel.mesh import data_axis, latent_axis, rank, world_size
+from sae_lab.parallel.mesh import data_axis, rank, world_size
 
 
 def rank_share(batch: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "b/n *rest"]:
@@ -108,16 +108,6 @@ def gather_counts(n: int) -> list[int]:
     if world_size() > 1:
         dist.all_reduce(counts)
     return counts.tolist()
-
-
-def gather_over_shards(value: Any) -> list[Any]:
-    """Return a value of every rank that holds other latents, in their order. For small values: they are pickled."""
-    axis = latent_axis()
-    if axis.size == 1:
-        return [value]
-    values = [None] * axis.size
-    dist.all_gather_object(values, value, axis.group)
-    return values
 
 
 def view_as_bytes(x: Tensor) -> Tensor:

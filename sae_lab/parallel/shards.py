@@ -141,3 +141,13 @@ def clip_gradients(parameters: Iterable[tuple[nn.Parameter, bool]], max_norm: fl
 def norm_of_gradients(parameters: list[nn.Parameter]) -> Tensor:
     """Return the joint norm of the gradients of some parameters."""
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def gather_over_shards(value: Any) -> list[Any]:
+    """Return a value of every rank that holds other latents, in their order. For small values: they are pickled."""
+    axis = latent_axis()
+    if axis.size == 1:
+        return [value]
+    values = [None] * axis.size
+    dist.all_gather_object(values, value, axis.group)
+    return values

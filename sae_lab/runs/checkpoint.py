@@ -63,7 +63,7 @@ def check_fits(checkpoint: Path, module: nn.Module, data: str) -> None:
     there = {name: tuple(tensor.shape) for name, tensor in content["state_dict"].items()}
     rename_old_tensors(module, there, "sae.")
     here = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    here |= whole_shapes(module.sae, "sae.")
+    here |= whole_shapes(module.sae, "sae.")  # type: ignore[arg-type]
     parts = ("optimizer_states", "lr_schedulers", "loops", data)
     wrong = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if wrong := [*wrong, *(part for part in parts if not content.get(part))]:

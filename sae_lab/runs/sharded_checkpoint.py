@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lab.parallel.collectives import gather_over_shards
 from sae_lab.parallel.mesh import latent_axis
+from sae_lab.parallel.shards import gather_over_shards
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import digest_of_file
 from sae_lab.runtime.os_errors import reason_of
@@ -112,7 +112,7 @@ def write_shards(tensors: dict[str, Tensor], checkpoint: Path, step: int) -> dic
     folder = gather_over_shards(new_folder(checkpoint, step))[0]
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        save(tensors, storage_writer=writer, process_group=axis.group)  # type: ignore[arg-type]
+        save(tensors, storage_writer=writer, process_group=axis.group)
     except CheckpointException as e:
         error, _ = next(iter(e.failures.values()))
         raise UserError(f"{folder} cannot be written: {reason_of(error)}") from e  # type: ignore[arg-type]
@@ -200,7 +200,7 @@ def read_shards(tensors: dict[str, Tensor], folder: Path) -> None:
 
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     try:  # no_dist: each rank reads by itself
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)  # type: ignore[arg-type]
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as e:
         error, _ = next(iter(e.failures.values()))
         raise UserError(f"the shards in {folder} cannot be read: {reason_of(error)}") from e  # type: ignore[arg-type]

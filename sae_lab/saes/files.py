@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from sae_lab.parallel.collectives import gather_over_shards
 from sae_lab.parallel.mesh import latent_axis, only_latents
+from sae_lab.parallel.shards import gather_over_shards
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import (
     atomic_file,

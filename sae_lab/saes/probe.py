@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sae_lab.ops.sparse import SparseCode
-from sae_lab.parallel.collectives import gather_over_shards
+from sae_lab.parallel.shards import gather_over_shards
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 

@@ -14,7 +14,6 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 from sae_lab.ops.matmul import Products
 from sae_lab.parallel.environment import own_gpu, place
-from sae_lab.parallel.mesh import rank
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.device import Precision, resolve_device
 from sae_lab.runtime.errors import SettingError, UserError
