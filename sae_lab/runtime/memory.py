@@ -41,8 +41,11 @@ def check_memory(file: Path, n_bytes: int) -> None:
 def check_memory_of(device: torch.device, n_bytes: int, sentence: str) -> None:
     """Raise a SettingError if a tensor exceeds the whole memory of the device. To be called before it is allocated.
 
-    The system would grant it and end the process when it is filled. The sentence has a place for `{size}`.
+    The system would grant it and end the process when it is filled. The sentence has a place for `{size}`. A tensor
+    without numbers (`meta`) takes no memory.
     """
+    if device.type == "meta":
+        return
     on_gpu = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
     if n_bytes > total:

@@ -100,7 +100,7 @@ class DictionarySAE(BaseSAE):
         self.sources = Sources(d_in, n_sources, n_inputs, normalize)
         n_read, n_written = self.sources.n_read, self.sources.n_written
         self._own_latents = own_share(type(self).__name__, n_latents, "shardable" in vars(type(self)))
-        check_memory_of(torch.device("cpu"), 4 * len(self.own_latents) * n_written * d_in, TOO_MANY_LATENTS)
+        check_memory_of(torch.get_default_device(), 4 * len(self.own_latents) * n_written * d_in, TOO_MANY_LATENTS)
         self.W_dec = nn.Parameter(self.draw_weights(n_written, torch.Generator().manual_seed(seed)))
         divide_by_norm(self.W_dec, decoder_norm)
         self.b_dec = nn.Parameter(torch.zeros(n_written, d_in))

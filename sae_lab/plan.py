@@ -1,0 +1,57 @@
+"""Say what a run or a sweep takes before it is started: `python -m sae_lab.plan lm=gemma2_2b n_tokens=4e9 gpus=8`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TypedDict
+
+from annotated_types import Ge, Gt
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from sae_lab.cli.entry import entry_point
+
+
+class Options(TypedDict):
+    """The options of conf/plan.yaml that are none of a run."""
+
+    gpus: Annotated[int, Ge(1)]
+    rates: str | list[str]
+    memory: Annotated[float, Gt(0)] | None
+    out: str | None
+    sweep: list[str]
+
+
+def one_run(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments as one run of Hydra, also for a sweep."""
+    from sae_lab.planning.sweep import take_sweep
+
+    return take_sweep(arguments)
+
+
+@entry_point("plan", one_run)
+def main(cfg: DictConfig) -> None:
+    from sae_lab.planning.plan import known_models, plan_stream
+    from sae_lab.planning.show import as_json, show, show_sweep
+    from sae_lab.planning.sweep import SHARED, by_stream, job_configs
+    from sae_lab.runtime.checks import check_config
+    from sae_lab.runtime.files import write_json
+    from sae_lab.training.options import check_options
+
+    check_config(cfg, Options)
+    hydra = HydraConfig.get()
+    shared = hydra.runtime.choices["hydra/launcher"] == SHARED
+    configs = job_configs("plan", hydra.overrides.task, cfg.sweep) if cfg.sweep else {"": cfg}
+    for config in configs.values():
+        check_options(config)
+    known = known_models()
+    plans = [plan_stream("\n".join(group), [*group.values()], known) for group in by_stream(configs, shared)]
+    if cfg.sweep:
+        show_sweep(plans)
+    else:
+        show(plans[0])
+    if cfg.out is not None:
+        write_json(Path(cfg.out), [as_json(plan) for plan in plans] if cfg.sweep else as_json(plans[0]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Seconds of each stage at any size: formulas of work, fitted to what was measured.
+
+A stage takes a sum of terms, each an amount of work times the seconds of a unit of it:
+
+    forward of the language model     multiplications · 2, and bytes that its blocks read and write
+    training step                     multiplications · 2, bytes of parameters and of gathered rows, and once per step
+
+The seconds of a unit are the non-negative ones that leave the least squares of relative errors at the measured sizes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from sae_lab.planning.sizes import LMSize, SAESize, read_sizes, sae_size
+from sae_lab.runtime.errors import SettingError
+
+BLOCK_BYTES = 64
+"""Bytes that a block reads and writes for each number of an activation: some 16 numbers of 4 bytes."""
+PASSES = 6
+"""Times that a step gathers the rows of active entries: decoding, and the gradients of z, W_dec, W_enc and x."""
+PARAMETER_BYTES = 28
+"""Bytes that a step moves for each parameter: the product reads it; Adam reads parameter, gradient and two moments,
+and writes three of them."""
+FILES = ("throughput.json", "benchmark.json")
+
+
+class Fit(NamedTuple):
+    """Seconds of a unit of each term, and a factor by which a machine of the same kind is slower."""
+
+    seconds: tuple[float, ...]
+    factor: float = 1.0
+
+    def __call__(self, terms: Sequence[float]) -> float:
+        return self.factor * sum(a * b for a, b in zip(self.seconds, terms, strict=True))
+
+    def through(self, terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> "Fit":
+        """Return the fit of these measurements: a new one if there are as many as terms, else this one, scaled."""
+        if not seconds:
+            return self
+        if len(seconds) >= len(self.seconds):
+            return fit(terms, seconds)
+        ratios = [y / self(x) for x, y in zip(terms, seconds, strict=True)]
+        return self._replace(factor=self.factor * float(np.exp(np.mean(np.log(ratios)))))
+
+
+def fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> Fit:
+    """Return the non-negative seconds of a unit of each term with the least squares of relative errors."""
+    A = np.array(terms, dtype=float) / np.array(seconds, dtype=float)[:, None]
+    best, least = np.zeros(A.shape[1]), np.inf
+    for n in range(1, A.shape[1] + 1):
+        for chosen in combinations(range(A.shape[1]), n):
+            columns = A[:, chosen]
+            scale = columns.max(axis=0)  # flops are 1e12 and steps are 1
+            x = np.linalg.lstsq(columns / scale, np.ones(len(A)), rcond=None)[0] / scale
+            error = float(((columns @ x - 1) ** 2).sum())
+            if (x >= 0).all() and error < least - 1e-9:
+                best, least = np.zeros(A.shape[1]), error
+                best[list(chosen)] = x
+    return Fit(tuple(best.tolist()))
+
+
+def forward_terms(parameters: float, d: int, n_layers: float) -> tuple[float, float]:
+    """Return the work of the language model on one token: operations, and bytes of activations."""
+    return 2 * parameters, BLOCK_BYTES * d * n_layers
+
+
+def step_terms(b: float, width: int, n_latents: float, parameters: float, k: float, sparse: bool) -> tuple[float, ...]:
+    """Return the work of a training step: operations, bytes, and 1.
+
+    With codes by active entry there is one product, and rows are gathered for each of the b·k entries. Otherwise there
+    are five products, and matrices (b, f) are read and written.
+    """
+    operations = 2 * b * width * n_latents * (1 if sparse else 5)
+    entries = b * k * width if sparse else 2 * b * n_latents
+    return operations, PARAMETER_BYTES * parameters + 4 * PASSES * entries, 1.0
+
+
+class Rates(NamedTuple):
+    """How fast a machine is.
+
+    Args:
+        machine: its node of conf/machine.
+        forward, step: seconds of the language model per token, and of a training step.
+        text, cache_write, cache_read: tokens/s of one process, and bytes/s.
+        sources: where these come from.
+    """
+
+    machine: DictConfig
+    forward: Fit
+    step: Fit
+    text: float
+    cache_write: float
+    cache_read: float
+    sources: tuple[str, ...]
+
+
+def rates_of(cfg: DictConfig, known: Mapping[str, Mapping[str, int]]) -> Rates:
+    """Return the rates of the machine in a config, corrected by the figures in `rates`.
+
+    Raises:
+        SettingError: a file of `rates` holds no figures of `throughput` or `benchmark`.
+    """
+    m = cfg.machine
+    rates = Rates(m, forward_fit(m.forward), step_fit(m.step), m.text, m.cache_write, m.cache_read, (m.name,))
+    paths = [cfg.rates] if isinstance(cfg.rates, str) else cfg.rates
+    figures = [read_figures(Path(path)) for path in paths]
+    return rates if not figures else corrected(rates, figures, known)._replace(sources=(*map(str, paths),))
+
+
+def forward_fit(points: Sequence[Mapping[str, float]]) -> Fit:
+    terms = [forward_terms(p["parameters"], int(p["d"]), p["n_layers"]) for p in points]
+    return fit(terms, [1 / p["tokens_per_second"] for p in points])
+
+
+def step_fit(points: Sequence[Mapping[str, Any]]) -> Fit:
+    return fit(*zip(*(step_point(p, p["ms"]) for p in points), strict=True))
+
+
+def step_point(p: Mapping[str, Any], ms: float) -> tuple[tuple[float, ...], float]:
+    """Return the work and the seconds of a measured step of a plain SAE."""
+    width, f = p["d_in"] * p.get("n_sources", 1), p["n_latents"]
+    return step_terms(p["batch_size"], width, f, 2 * f * width, p["k"], p["sparse"]), ms / 1e3
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """Return the figures that `throughput` or `benchmark` wrote, by their file or their folder."""
+    files = [path] if path.is_file() else [path / name for name in FILES if (path / name).is_file()]
+    if not files:
+        raise SettingError(f"rates={path} is neither throughput.json or benchmark.json nor a folder with one of them.")
+    figures = json.loads(files[0].read_text())
+    if not isinstance(figures, dict) or "config" not in figures or "tokens_per_second" not in figures:
+        raise SettingError(f"rates={path} holds no figures of throughput or benchmark: give one of their files.")
+    return figures
+
+
+def corrected(rates: Rates, figures: Sequence[Mapping[str, Any]], known: Mapping[str, Mapping[str, int]]) -> Rates:
+    """Return the rates that agree with measured figures."""
+    forwards, steps, plain = [], [], dict[str, float]()
+    for one in figures:
+        cfg = OmegaConf.create(dict(one["config"]))
+        if not isinstance(one["tokens_per_second"], Mapping):  # of `benchmark`
+            steps.append(measured_step(cfg, one["step_ms"] / 1e3))
+            continue
+        reading, stages = read_sizes(with_lm_size(cfg), known), one["tokens_per_second"]
+        forwards.append((forward_work(reading.lm, reading.n_layers), 1 / stages["forward"]))
+        steps.append((step_work(sae_size(cfg, reading), cfg.batch_size), cfg.batch_size / stages["step"]))
+        plain |= {"text": stages["text"]}
+        plain |= {f"cache_{x}": stages[f"cache {x}"] * reading.bytes_per_token for x in ("write", "read")}
+    forward = rates.forward.through(*transposed(forwards))
+    return rates._replace(forward=forward, step=rates.step.through(*transposed(steps)), **plain)
+
+
+def with_lm_size(cfg: DictConfig) -> DictConfig:
+    return OmegaConf.merge({"lm_size": {}}, cfg)  # type: ignore[return-value]
+
+
+def measured_step(cfg: DictConfig, seconds: float) -> tuple[tuple[float, ...], float]:
+    """Return the work and the seconds of a step of `benchmark`."""
+    lm = LMSize(cfg.d_in, 1, 0, 0, 0)
+    from sae_lab.planning.sizes import Reading
+
+    reading = Reading(lm, 1, cfg.n_sources, 4)
+    return step_work(sae_size(OmegaConf.merge({"expansion": None}, cfg), reading), cfg.batch_size), seconds
+
+
+def transposed(points: Sequence[tuple[Any, float]]) -> tuple[list[Any], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def forward_work(lm: LMSize, n_layers: float) -> tuple[float, float]:
+    return forward_terms(lm.multiplied(n_layers), lm.d, n_layers)
+
+
+def step_work(sae: SAESize, b: float) -> tuple[float, ...]:
+    """Return the work of a training step on b rows."""
+    return step_terms(b, sae.width, sae.n_latents, sae.parameters, sae.k, sae.sparse)
