@@ -12,12 +12,17 @@ from sae_lab.api.activations import Array, as_tensor
 from sae_lab.runtime.calls import check_call
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
+from sae_lab.training.micro_batches import MicroBatchStep
 from sae_lab.training.step import StepResult, TrainingStep
 
 
 @check_call
 def training_step(
-    sae: BaseSAE, optimizer: torch.optim.Optimizer, x: Tensor, max_grad_norm: Annotated[float, Gt(0)] | None = None
+    sae: BaseSAE,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    max_grad_norm: Annotated[float, Gt(0)] | None = None,
+    micro_batches: Annotated[int, Ge(1)] = 1,
 ) -> StepResult:
     """Take one training step on raw activations (b, d) or (b, s, d): the step of the command.
 
@@ -29,9 +34,12 @@ def training_step(
     Args:
         optimizer: an optimizer of `sae.parameters()`.
         max_grad_norm: clip the gradient to this norm; None does not clip.
+        micro_batches: take the batch in so many parts, in the memory of one: the same step up to rounding. The result
+            then has no `out`.
     """
     rows = x.unsqueeze(1) if x.ndim == 2 else x
-    return TrainingStep(sae.train(), optimizer, max_grad_norm)(rows)
+    step = TrainingStep(sae.train(), optimizer, max_grad_norm)
+    return (step if micro_batches == 1 else MicroBatchStep(step, micro_batches))(rows)
 
 
 @check_call

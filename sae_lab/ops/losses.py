@@ -8,12 +8,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_lab.ops.sparse import Code, SparseCode
+from sae_lab.parallel.collectives import gather_rows
 from sae_lab.parallel.shards import sum_over_shards
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return x in float32, or in float64 if it is in that."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def mse(target: Float[Tensor, "b s d"], x_hat: Float[Tensor, "b s d"]) -> Tensor:
     """Return mean_{b,s,d} (target - x_hat)², computed in float32 at any precision."""
-    return (target - x_hat).float().square().mean()
+    return at_least_float32(target - x_hat).square().mean()
 
 
 def mean_of_levels(target: Float[Tensor, "b s d"], levels: Sequence[Float[Tensor, "#b s d"]]) -> Tensor:
@@ -69,7 +75,10 @@ def pre_activation(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], dead: Bo
 def contrast(z: Float[Tensor, "b f"], other: Float[Tensor, "b f"]) -> Tensor:
     """Return the mean cross-entropy of finding each row's partner, in both directions, in float32 at any precision.
 
+    Rows are looked for among those of all ranks.
+
     L = -½ mean_i (log softmax_j(z_i · other_j) + log softmax_j(z_j · other_i)) at j = i
     """
-    logits = z.float() @ other.float().T
+    z, other = gather_rows(z), gather_rows(other)
+    logits = at_least_float32(z) @ at_least_float32(other).T
     return -(logits.log_softmax(dim=1).diagonal() + logits.log_softmax(dim=0).diagonal()).mean() / 2

@@ -8,8 +8,9 @@ faster than torch's.
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -20,9 +21,10 @@ from torch import Tensor
 from sae_lab.ops.fixed_selection import top_of_batch, top_of_rows
 from sae_lab.ops.fixed_size import is_fixed_size, numpy_may_read
 from sae_lab.ops.matmul import linear_by_part
-from sae_lab.ops.sharded_selection import count_over_all, keep_top_of_batch, keep_top_of_rows, nth_largest
-from sae_lab.ops.sparse import Pattern, SparseCode
+from sae_lab.ops.sharded_selection import count_over_all, keep_top_of_batch, keep_top_of_rows, max_over_all, nth_largest
+from sae_lab.ops.sparse import Pattern, SparseCode, split_by_rows
 from sae_lab.parallel.mesh import data_axis, latent_axis, mesh_size
+from sae_lab.parallel.parts import active_part, exchange
 from sae_lab.runtime.threads import one_thread
 
 Pieces: TypeAlias = Iterable[Float[Tensor, "_ f"]]
@@ -87,7 +89,8 @@ def select_top_of_batch(
 
     Only entries above a bound are gathered. The bound is estimated on the first piece such that about 1.5·k entries
     per row exceed it; if fewer than k·b entries of the batch do, h is computed again with a lower bound. With several
-    processes the choice is made over the rows and latents of all ranks, and each rank keeps the entries of its own.
+    processes the choice is made over the rows and latents of all ranks, and each rank keeps the entries of its own. So
+    it is with the parts of a batch, each of which has a bound of its own.
 
     Args:
         lower: in fixed-size mode, the bound that the last batch left; updated in place. It changes the speed only.
@@ -99,13 +102,11 @@ def select_top_of_batch(
         code = with_values_of(all_h, top_of_batch(compared(all_h, signed), min(n, all_h.numel()), lower), signed)
         return code if mesh_size() == 1 else keep_top_of_batch(code, n)
     for margin in (1.5, 12, 96, math.inf):
-        found = gather_candidates(h, partial(estimate_batch_bound, m=margin * k), signed)
-        n = int(k * found.n_rows * data_axis().size)
-        if mesh_size() == 1 and len(found.positions) >= n:
-            return found.keep(largest_of_batch(found.sizes(), n)).code()
-        if mesh_size() > 1 and count_over_all(len(found.positions), found.positions.device) >= n:
-            return keep_top_of_batch(found.code(), n)
-    return found.code()
+        gather = partial(gather_candidates, h, partial(estimate_batch_bound, m=margin * k), signed)
+        code = exchange(partial(keep_largest, k=k, complete=math.isinf(margin)), gather)
+        if code is not None:
+            break
+    return code
 
 
 def select_top_k(h: Pieces, k: int, signed: bool = False) -> SparseCode:
@@ -120,6 +121,27 @@ def select_top_k(h: Pieces, k: int, signed: bool = False) -> SparseCode:
     return code if latent_axis().size == 1 else keep_top_of_rows(code, k)
 
 
+def keep_largest(found: list["Entries"], k: float, complete: bool) -> Sequence[SparseCode | None]:
+    """Return the codes with the k·b largest candidates of a batch of b rows; None if too few of these are known.
+
+    Args:
+        found: the candidates of each part of this rank's batch.
+        complete: whether every positive entry is among them.
+    """
+    together, where = join_entries(found), found[0].positions.device
+    n = int(k * together.n_rows * data_axis().size)
+    known = len(together.positions) if len(found) == 1 else together.n_above(max_over_all(together.bound))
+    if mesh_size() == 1 and known >= n:
+        code = together.keep(largest_of_batch(together.sizes(), n)).code()
+    elif mesh_size() > 1 and count_over_all(known, where) >= n:
+        code = keep_top_of_batch(together.code(), n)
+    elif complete:
+        code = together.code()
+    else:
+        return len(found) * [None]
+    return split_by_rows(code, [entries.n_rows for entries in found])
+
+
 def with_values_of(h: Float[Tensor, "b f"], code: SparseCode, signed: bool) -> SparseCode:
     """Return a code selected by `compared(h, signed)` with the values of h at its entries; padding stays 0."""
     if not signed or h.numel() == 0:
@@ -129,16 +151,22 @@ def with_values_of(h: Float[Tensor, "b f"], code: SparseCode, signed: bool) -> S
 
 
 class Entries(NamedTuple):
-    """Entries of h: ascending positions in the flattened matrix, and values."""
+    """Entries of h: ascending positions in the flattened matrix, and values. All exceed `bound`, in `sortable` form."""
 
     positions: Int[Tensor, " n"]
     values: Float[Tensor, " n"]
     n_rows: int
     n_latents: int
+    bound: Tensor
 
     def sizes(self) -> Tensor:
         """Return the absolute values in `sortable` form."""
         return sortable(self.values.abs())
+
+    @one_thread()
+    def n_above(self, bound: Tensor) -> int:
+        """Return how many entries exceed a bound in `sortable` form."""
+        return int((self.sizes() > bound).sum())
 
     def rows(self) -> Int[Tensor, " n"]:
         """Return the row of each entry."""
@@ -159,6 +187,17 @@ class Entries(NamedTuple):
         return SparseCode(pattern, self.values)
 
 
+def join_entries(parts: list[Entries]) -> Entries:
+    """Join the entries of consecutive parts of a batch. All that exceed the highest of their bounds are among them."""
+    if len(parts) == 1:
+        return parts[0]
+    n_latents = parts[0].n_latents
+    starts = accumulate((part.n_rows for part in parts), initial=0)
+    positions = torch.cat([part.positions + start * n_latents for part, start in zip(parts, starts, strict=False)])
+    values, bounds = torch.cat([part.values for part in parts]), torch.stack([part.bound for part in parts])
+    return Entries(positions, values, sum(part.n_rows for part in parts), n_latents, bounds.amax(dim=0))
+
+
 def gather_candidates(h: Pieces, bound_of: Callable[[Tensor, Tensor | None], Tensor], signed: bool = False) -> Entries:
     """Gather the entries of each piece above `bound_of(piece, previous bound)`, which is non-negative and sortable.
 
@@ -173,7 +212,7 @@ def gather_candidates(h: Pieces, bound_of: Callable[[Tensor, Tensor | None], Ten
             values.append(take(piece, place))
             positions.append(place.add_(n_rows * piece.shape[1]))
         n_rows += len(piece)
-    return Entries(torch.cat(positions), torch.cat(values), n_rows, piece.shape[1])
+    return Entries(torch.cat(positions), torch.cat(values), n_rows, piece.shape[1], bound)
 
 
 def estimate_batch_bound(piece: Float[Tensor, "n f"], bound: Tensor | None, m: float) -> Tensor:
@@ -182,7 +221,7 @@ def estimate_batch_bound(piece: Float[Tensor, "n f"], bound: Tensor | None, m: f
         return bound
     sample = sortable(piece[:: 1 + len(piece) // SAMPLE_ROWS]).flatten()
     rank = m * len(sample) / piece.shape[1]
-    if mesh_size() > 1:  # as many rows of each rank, with all latents
+    if mesh_size() > 1 and active_part() is None:  # as many rows of each rank, with all latents
         return nth_largest(sample, max(1, int(rank * data_axis().size)) if math.isfinite(rank) else sys.maxsize)
     return kth_largest(sample, max(1, int(rank))).clamp_min(0) if rank < len(sample) else sample.new_zeros(())
 

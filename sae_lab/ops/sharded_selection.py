@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sae_lab.ops.fixed_selection import mark_largest
 from sae_lab.ops.sparse import SparseCode, keep_entries
-from sae_lab.parallel.collectives import sum_over_ranks
+from sae_lab.parallel.collectives import min_over_ranks, sum_over_ranks
 from sae_lab.parallel.mesh import data_axis, latent_axis
-from sae_lab.parallel.shards import concatenate_shards, sum_over_shards
+from sae_lab.parallel.shards import concatenate_shards, max_over_shards, sum_over_shards
 
 DIGIT = 11
 """Bits that one histogram finds: three make a positive float32."""
@@ -95,6 +95,12 @@ def nth_largest(x: Shaped[Tensor, " m"], n: int) -> Shaped[Tensor, ""]:
 def sum_over_all(x: Tensor) -> Tensor:
     """Return the sum over all ranks: those with other latents and those with other rows."""
     return sum_over_ranks(sum_over_shards(x))
+
+
+def max_over_all(x: Shaped[Tensor, ""]) -> Tensor:
+    """Return the maximum over all ranks. An int16 becomes an int32, since no back end supports it."""
+    y = x.to(torch.int32) if x.dtype == torch.int16 else x
+    return max_over_shards(-min_over_ranks(-y))
 
 
 def count_over_all(n: int, device: torch.device) -> int:

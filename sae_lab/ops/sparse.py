@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -156,6 +156,19 @@ def split_by_group(code: Code, sizes: Sequence[int]) -> list[Code]:
         keep_entries(code, (code.latents >= stop - size) & (code.latents < stop), stop - size, size)
         for stop, size in zip(accumulate(sizes), sizes, strict=True)
     ]
+
+
+def split_by_rows(code: SparseCode, sizes: Sequence[int]) -> list[SparseCode]:
+    """Split an unpadded code into consecutive groups of rows. One group is the code itself."""
+    if len(sizes) == 1:
+        return [code]
+    pattern, parts = code.pattern, []
+    for start, stop in pairwise(accumulate(sizes, initial=0)):
+        offsets = pattern.row_offsets[start : stop + 1]
+        entries = slice(int(offsets[0]), int(offsets[-1]))
+        part = Pattern(offsets - offsets[0], pattern.latents[entries], pattern.n_latents)
+        parts.append(SparseCode(part, code.values[entries]))
+    return parts
 
 
 def keep_entries(

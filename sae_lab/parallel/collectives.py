@@ -4,17 +4,23 @@ The r-th of n ranks trains on the r-th of n equal consecutive shares of every ba
 anything reads them (see mesh.py for ranks that hold different latents). Loss terms are means over rows, so the average
 is the gradient of the whole batch. Code that depends on the batch in any other way (a selection among all its entries,
 a count, a ratio of two means) must use the functions here. All ranks get the same bits, so all take the same step.
+
+A process may also train on consecutive parts of its share, one after the other (see parts.py). Then every function here
+is over all parts of all ranks. Parts may differ in their number of rows; means take that into account.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import reduce
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_lab.parallel.mesh import data_axis, rank, world_size
+from sae_lab.parallel.parts import active_part, exchange
 
 
 def rank_share(batch: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "b/n *rest"]:
@@ -24,6 +30,8 @@ def rank_share(batch: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "b/n *rest"]:
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Return the sum over ranks, without a gradient."""
+    if active_part() is not None:
+        return exchange(lambda given: len(given) * [sum_over_ranks(reduce(torch.add, given))], x.detach)
     if data_axis().size == 1:
         return x
     x = x.detach().clone()
@@ -39,7 +47,8 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 class _Average(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return sum_over_ranks(x) / data_axis().size
+        part = active_part()
+        return sum_over_ranks(x if part is None else x * part.weight) / data_axis().size
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -53,6 +62,8 @@ def on_any_rank(x: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
 
 def min_over_ranks(x: Tensor) -> Tensor:
     """Return the elementwise minimum over ranks."""
+    if active_part() is not None:
+        return exchange(lambda given: len(given) * [min_over_ranks(reduce(torch.minimum, given))], x.detach)
     if data_axis().size == 1:
         return x
     y = x.to(torch.int32 if x.dtype == torch.int16 else x.dtype, copy=True)  # no back end supports int16
@@ -65,6 +76,8 @@ def concatenate_ranks(x: Shaped[Tensor, "n *rest"]) -> tuple[Shaped[Tensor, "m *
 
     n may differ between ranks.
     """
+    if active_part() is not None:
+        return exchange(concatenate_parts, x.detach)
     if data_axis().size == 1:
         return x, slice(None)
     axis = data_axis()
@@ -110,17 +123,31 @@ def gather_counts(n: int) -> list[int]:
     return counts.tolist()
 
 
+def gather_rows(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "m *rest"]:
+    """Concatenate x over ranks, for a loss of the whole batch: the average of gradients over ranks is its gradient."""
+    return x if data_axis().size == 1 else _Gather.apply(x)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        whole, ctx.own = concatenate_ranks(x)
+        part = active_part()
+        ctx.factor = data_axis().size / (1 if part is None else part.weight)  # undone by the average
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad[ctx.own] * ctx.factor
+
+
+def concatenate_parts(given: list[Tensor]) -> list[tuple[Tensor, slice]]:
+    """Return `concatenate_ranks` for each part of this rank's batch."""
+    whole, own = concatenate_ranks(torch.cat(given))
+    stops = list(accumulate(map(len, given), initial=own.start or 0))
+    return [(whole, slice(start, stop)) for start, stop in pairwise(stops)]
+
+
 def view_as_bytes(x: Tensor) -> Tensor:
     """View the same memory as uint8, which every back end supports."""
     return x.view(-1).view(torch.uint8)
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over ranks. All ranks must have gradients for the same parameters."""
-    if data_axis().size == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    for work in [dist.all_reduce(gradient, group=data_axis().group, async_op=True) for gradient in gradients]:
-        work.wait()
-    for gradient in gradients:
-        gradient /= data_axis().size

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from sae_lab.parallel.environment import own_gpu
+from sae_lab.parallel.parts import active_part
 from sae_lab.runtime.errors import SettingError, UserError
 
 
@@ -58,7 +59,18 @@ _axes: tuple[Axis, Axis] | None = None
 
 
 def data_axis() -> Axis:
-    """Return the axis along which ranks hold different rows of a batch."""
+    """Return the axis along which ranks hold different rows of a batch.
+
+    While a part of a batch runs (see parts.py), it is the axis of all parts of all ranks, in the order of their rows.
+    """
+    axis, part = rank_axis(), active_part()
+    if part is None:
+        return axis
+    return Axis(axis.size * part.n_parts, axis.index * part.n_parts + part.index, axis.group)
+
+
+def rank_axis() -> Axis:
+    """Return `data_axis()` of whole batches: that of processes alone."""
     return Axis(world_size(), rank()) if _axes is None else _axes[0]
 
 

@@ -59,6 +59,7 @@ MAY_CHANGE = (
     "trainer.capture",
     "trainer.products",
     "trainer.devices",
+    "trainer.micro_batches",
     "trainer.checkpoint_every",
     "trainer.log_every",
     "trainer.validate_every",

@@ -189,6 +189,12 @@ class BaseSAE(Registered, ABC):
         """
         return self.autoencode(x)[0] if edit is None else self.autoencode(x, edit)[0]
 
+    def start(self, x: Float[Tensor, "b s d"]) -> None:
+        """Measure what the first training batch decides, if that is not done. `forward` does it in train mode.
+
+        Called by itself where a forward pass does not see the whole batch (see training/micro_batches.py).
+        """
+
     def may_resample(self) -> bool:
         """Return whether `resample` may do something at the next batch."""
         return bool(self.resample_every)

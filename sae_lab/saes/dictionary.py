@@ -139,14 +139,18 @@ class DictionarySAE(BaseSAE):
     def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
         rows = self.as_rows(x)
         if self.training:
-            self.sources.observe(rows)
+            self.start(rows)
         read, target = self.sources(rows)
-        if self.training and not self.has_start:
-            self.start_biases(read, target)
         code, h = self.encode_normalized(read)
         if self.training:
             self.observe(code)
         return self.output(read, target, code, h)
+
+    def start(self, x: Float[Tensor, "b s d"]) -> None:
+        rows = self.as_rows(x)
+        self.sources.observe(rows)
+        if not self.has_start:
+            self.start_biases(*self.sources(rows))
 
     @property
     def has_start(self) -> bool:

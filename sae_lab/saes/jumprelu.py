@@ -12,6 +12,7 @@ from sae_lab.ops.losses import pre_activation, quadratic_frequency
 from sae_lab.ops.sharded_selection import nth_largest
 from sae_lab.parallel.collectives import mean_over_ranks
 from sae_lab.parallel.mesh import data_axis, mesh_size
+from sae_lab.parallel.parts import split_rows
 from sae_lab.parallel.shards import sum_over_shards
 from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import BaseSAE, SAEOutput
@@ -155,12 +156,11 @@ class JumpReLUSAE(PenalizedLinearSAE):
     @torch.no_grad()
     def start_thresholds(self, x: Float[Tensor, "b s d"]) -> None:
         """Set all thresholds to one value, with which k latents are active on a row of x on average."""
-        rows = self.as_rows(x)
-        self.sources.observe(rows)  # the scale, which the first batch sets
-        read, target = self.sources(rows)
-        if not self.has_start:
-            self.start_biases(read, target)
-        if (start := self.kth_largest(self.pre_activations(read))) > 0:
+        self.start(x)
+        read, _ = self.sources(self.as_rows(x))
+        n = self.n_active(len(read))
+        largest = [largest_entries(self.pre_activations(part), n) for part in split_rows(read)]
+        if (start := self.kth_largest(torch.cat(largest), len(read))) > 0:
             self.thresholds.copy_(start.expand_as(self.thresholds))
             if self.bandwidth is None:
                 self.width.copy_(start / 2)
@@ -175,21 +175,30 @@ class JumpReLUSAE(PenalizedLinearSAE):
         if not self.calibrated or self.penalty != "target_l0":
             return
         h = self.pre_activations(self.read(x)[0])
-        factor = self.kth_largest(h / self.thresholds.clamp_min(1e-12))
+        factor = self.kth_largest(h / self.thresholds.clamp_min(1e-12), len(h))
         self.thresholds.mul_(1 + (factor - 1) / (i + 1))
 
-    def kth_largest(self, h: Float[Tensor, "b f"]) -> Tensor:
-        """Return the k·b-th largest of the entries of all latents and rows, over all ranks; at least 0."""
+    def kth_largest(self, h: Float[Tensor, "*shape"], b: int) -> Tensor:
+        """Return the k·b-th largest of the entries of all latents and b rows, over all ranks; at least 0.
+
+        Args:
+            h: these entries, or at least the k·b largest of them.
+        """
+        n = self.n_active(b)
+        return nth_largest(h.flatten(), n) if mesh_size() > 1 else largest_entries(h, n)[-1].clamp_min(0)
+
+    def n_active(self, b: int) -> int:
+        """Return how many entries are active in a batch of b rows of each rank, if L0 is k."""
         assert self.k is not None
-        n = max(1, int(self.k * len(h) * data_axis().size))
-        return nth_largest(h.flatten(), n) if mesh_size() > 1 else h.flatten().topk(n).values[-1].clamp_min(0)
+        return max(1, int(self.k * b * data_axis().size))
 
     def resampled_values(self) -> list[tuple[nn.Parameter, float]]:
         return [*super().resampled_values(), (self.thresholds, THETA if self.theta is None else self.theta)]
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
         assert out.h is not None
-        terms = super().losses(out) | {"sparsity": self.scale_by_warmup(self.coefficient * self.compute_penalty(out))}
+        penalty = self.compute_penalty(out)  # before the other terms, which parts of a batch then compute once
+        terms = super().losses(out) | {"sparsity": self.scale_by_warmup(self.coefficient * penalty)}
         if self.frequency_coefficient:
             frequencies = mean_over_ranks(self.frequencies(out.h))
             penalty = quadratic_frequency(frequencies, self.frequency_scale)
@@ -215,6 +224,11 @@ class JumpReLUSAE(PenalizedLinearSAE):
     def after_step(self) -> None:
         super().after_step()
         self.thresholds.clamp_min_(0)
+
+
+def largest_entries(h: Float[Tensor, "*shape"], n: int) -> Float[Tensor, " n"]:
+    """Return the n largest entries, or all if there are fewer, in descending order."""
+    return h.flatten().topk(min(n, h.numel())).values
 
 
 def jump_relu(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sae_lab.ops import losses
 from sae_lab.parallel.collectives import concatenate_ranks
 from sae_lab.parallel.mesh import latent_axis
+from sae_lab.parallel.parts import split_rows
 from sae_lab.runtime.errors import SettingError
 from sae_lab.runtime.seeds import nth_generator
 from sae_lab.saes.base import SAEOutput
@@ -64,8 +65,9 @@ class PenalizedLinearSAE(LinearSAE):
         if len(dead) == 0 or not alive.any():
             return []
         read, target = self.sources(self.as_rows(x))
-        error = target - self.decode_normalized(self.code(read), read)
-        drawn = draw_badly_reconstructed(error.square().sum(dim=(1, 2)), len(dead), nth_generator(self.seed, step))
+        parts = zip(split_rows(read), split_rows(target), strict=True)
+        errors = torch.cat([self.squared_errors(*part) for part in parts])
+        drawn = draw_badly_reconstructed(errors, len(dead), nth_generator(self.seed, step))
         length = SCALE * self.W_enc[alive].flatten(1).norm(dim=1).mean()
         self.W_enc[dead] = length * scale_to_unit_norm(read[drawn] - self.encoder_center())
         self.W_dec[dead] = scale_to_unit_norm(target[drawn] - self.b_dec)
@@ -73,6 +75,10 @@ class PenalizedLinearSAE(LinearSAE):
             parameter[dead] = value
         self.batches_since_fired[dead] = 0
         return [(parameter, dead) for parameter in (self.W_enc, self.W_dec, *(p for p, _ in self.resampled_values()))]
+
+    def squared_errors(self, read: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"]) -> Float[Tensor, " b"]:
+        """Return |x - x_hat|² of normalized rows."""
+        return (target - self.decode_normalized(self.code(read), read)).square().sum(dim=(1, 2))
 
     def resampled_values(self) -> list[tuple[nn.Parameter, float]]:
         """Return the parameters of a latent besides W_enc and W_dec, each with the value that resampling sets."""

@@ -1,5 +1,6 @@
 """Pursuit: a dictionary without an encoder, with codes found by search."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from typing_extensions import Self
 from sae_lab.ops.pursuit import Dictionary, Method, pursue
 from sae_lab.ops.sparse import SparseCode
 from sae_lab.ops.unit_norm import divide_by_norm
+from sae_lab.parallel.parts import remember
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.saes.base import BaseSAE, check_sizes, check_units
 from sae_lab.saes.dictionary import DictionarySAE
@@ -82,7 +84,8 @@ class PursuitSAE(DictionarySAE):
     def encode_normalized(self, x: Float[Tensor, "b s d"]) -> tuple[SparseCode, None]:
         y, rows = (x - self.b_dec).detach().flatten(1), self.W_dec.detach().flatten(1)
         gram = len(y) * self.k > self.n_latents  # the Gram matrix costs f / b products and saves about k / 2
-        return pursue(self.method, y, Dictionary(rows, gram), self.k, self.signed), None
+        search = partial(pursue, self.method, y, Dictionary(rows, gram), self.k, self.signed)
+        return remember(search), None
 
 
 def require_dictionary(sae: BaseSAE) -> DictionarySAE:

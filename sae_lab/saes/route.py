@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from sae_lab.ops.losses import at_least_float32
 from sae_lab.ops.matmul import linear
 from sae_lab.ops.sparse import Code
 from sae_lab.parallel.collectives import mean_over_ranks
@@ -118,7 +119,7 @@ class RouteSAE(BaseSAE):
 
     def probabilities(self, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b s"]:
         """Compute r from normalized rows."""
-        return linear(self.AGGREGATES[self.aggre](x), self.W_router).float().softmax(dim=-1)
+        return at_least_float32(linear(self.AGGREGATES[self.aggre](x), self.W_router)).softmax(dim=-1)
 
     def site_weights(self, r: Float[Tensor, "b s"]) -> Float[Tensor, "b s"]:
         """Return the deployed weight of each site: zero except at the likeliest one."""
@@ -127,16 +128,24 @@ class RouteSAE(BaseSAE):
 
     def forward(self, x: Float[Tensor, "b s d"]) -> SAEOutput:
         """Route, then encode and decode with the inner SAE. `target` (the row) and `x_hat` are (b, 1, d)."""
-        raw = self.as_rows(x)
+        return nn.Module.__call__(self.inner, self.row(self.as_rows(x)))
+
+    def row(self, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b 1 d"]:
+        """Return the row that the inner SAE gets in this mode."""
         if self.training:
-            self.sources.observe(raw)
-        rows, _ = self.sources.read(raw)
+            self.sources.observe(x)
+        rows, _ = self.sources.read(x)
         r = self.probabilities(rows)
-        row = weighted_sum(rows, r if self.training and self.routing == "soft" else self.site_weights(r))
-        return nn.Module.__call__(self.inner, row)
+        return weighted_sum(rows, r if self.training and self.routing == "soft" else self.site_weights(r))
+
+    @torch.no_grad()
+    def start(self, x: Float[Tensor, "b s d"]) -> None:
+        self.inner.start(self.row(self.as_rows(x)))
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
-        mean_square = mean_over_ranks(out.target.float().square().mean()).clamp_min(1e-20)  # rows of zeros have loss 0
+        mean_square = mean_over_ranks(at_least_float32(out.target).square().mean()).clamp_min(
+            1e-20
+        )  # rows of zeros have loss 0
         return {name: mean_over_ranks(term) / mean_square for name, term in self.inner.losses(out).items()}
 
     def route(self, x: Tensor) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b s"], Context]:

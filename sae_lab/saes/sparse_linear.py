@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Hashable
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -14,6 +15,7 @@ from sae_lab.ops import losses
 from sae_lab.ops.fixed_size import is_fixed_size
 from sae_lab.ops.selection import Pieces, Preactivations
 from sae_lab.ops.sparse import Code, SparseCode
+from sae_lab.parallel.parts import remember
 from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import SAEOutput
 from sae_lab.saes.linear import LinearSAE
@@ -104,7 +106,8 @@ class SparseLinearSAE(LinearSAE):
         encoder = self.encoder(x)
         with torch.no_grad():
             centered = (encoder.inputs - encoder.center).flatten(1)
-            code = self.select(Preactivations(centered, encoder.W.flatten(1), self.b_enc, self.layers.n_layers))
+            h = Preactivations(centered, encoder.W.flatten(1), self.b_enc, self.layers.n_layers)
+            code = remember(partial(self.select, h))
         return self.layers.attach_gradients(code, *encoder, self.b_enc), None
 
     def activate(self, h: Float[Tensor, "b f"]) -> SparseCode:

@@ -22,7 +22,8 @@ from sae_lab.ops.sparse import HAS_TRITON
 from sae_lab.parallel.mesh import world_size
 from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import BaseSAE
-from sae_lab.training.step import Splice, StepResult, TrainingStep
+from sae_lab.training.micro_batches import MicroBatchStep
+from sae_lab.training.step import Splice, StepResult, TrainingStep, Watch
 
 log = logging.getLogger(__name__)
 
@@ -98,25 +99,29 @@ class CapturedStep(TrainingStep):
         self.stream = None if record else torch.cuda.Stream(self.device, priority=-1)
         self.pool = None if record else torch.cuda.graph_pool_handle()
 
-    def __call__(self, x: Float[Tensor, "b s d"], splice: Splice | None = None) -> StepResult:
+    def __call__(
+        self, x: Float[Tensor, "b s d"], splice: Splice | None = None, watch: Watch | None = None
+    ) -> StepResult:
         assert splice is None  # see why_eager
         if self.stream is None:
-            return super().__call__(x)
+            return super().__call__(x, None, watch)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            result = super().__call__(x)
+            result = super().__call__(x, None, watch)
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return result
 
-    def run(self, x: Float[Tensor, "b s d"], plan: Hashable, splice: Splice | None = None) -> StepResult:
+    def run(
+        self, x: Float[Tensor, "b s d"], plan: Hashable, splice: Splice | None = None, watch: Watch | None = None
+    ) -> StepResult:
         key = (x.shape, x.dtype, plan)
         self.seen[key] += 1
         if self.failed or self.seen[key] <= WARM:
-            return super().run(x, plan)
+            return super().run(x, plan, None, watch)
         if key not in self.graphs and not self.try_to_record(key, x, plan):
-            return super().run(x, plan)
+            return super().run(x, plan, None, watch)
         self.graphs[key] = graph = self.graphs.pop(key)  # the one last used comes last
-        return graph.replay(x)
+        return graph.replay(x).watched_by(watch)
 
     def try_to_record(self, key: Hashable, x: Tensor, plan: Hashable) -> bool:
         """Record a graph for the key. Returns False, from then on for all keys, if that is impossible here."""
@@ -141,8 +146,8 @@ class CapturedStep(TrainingStep):
 class PrepareSteps(L.Callback):
     """Calls `prepare_step` when training starts, after a checkpoint is loaded."""
 
-    def __init__(self, capture: Capture, products: Literal["auto"] | Products):
-        self.capture, self.products = capture, products
+    def __init__(self, capture: Capture, products: Literal["auto"] | Products, micro_batches: int = 1):
+        self.capture, self.products, self.micro_batches = capture, products, micro_batches
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module.step, CapturedStep):
@@ -153,6 +158,8 @@ class PrepareSteps(L.Callback):
         step.scaler = getattr(trainer.precision_plugin, "scaler", None)
         if step.scaler is not None:
             step.why_eager = "a step in float16 is left out where its gradients overflow"
+        if self.micro_batches > 1:
+            step = MicroBatchStep(step, self.micro_batches)
         data = trainer.datamodule  # type: ignore[attr-defined]
         pl_module.step = prepare_step(step, self.capture, self.products, data)  # type: ignore[assignment]
 

@@ -87,11 +87,11 @@ class SAEModule(L.LightningModule):
     def training_step(self, batch: Float[Tensor, "b s d"] | TextBatch, batch_idx: int) -> None:
         x = batch.x if isinstance(batch, TextBatch) else batch
         splice = partial(self.splice, batch=batch) if self.splice and isinstance(batch, TextBatch) else None
-        result = self.step(x, splice)
-        self.tokens += len(x) * data_axis().size
         regular = (batch_idx + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if regular or self.trainer.global_step in (0, self.trainer.max_steps - 1):
-            row = training_row(self.sae, result)
+        due = regular or self.trainer.global_step in (0, self.trainer.max_steps - 1)
+        row = self.step(x, splice, partial(training_row, self.sae) if due else None).watched
+        self.tokens += len(x) * data_axis().size
+        if row is not None:
             self.raise_if_diverged(row["loss"], x)
             lr = float(self.step.optimizer.param_groups[0]["lr"])
             self.write_row(self.finite(row) | {"tokens": self.tokens.float(), "lr": lr}, regular)
@@ -172,6 +172,7 @@ class SAEModule(L.LightningModule):
 def training_row(sae: BaseSAE, result: StepResult) -> dict[str, Tensor]:
     """Return the values to log for one SAE at one step."""
     out, terms = result.out, result.terms
+    assert out is not None
     row = {"loss": mean_over_ranks(result.loss)}
     row |= {f"loss/{name}": mean_over_ranks(term) for name, term in terms.items()}
     row |= {} if result.kl is None else {"kl": result.kl}

@@ -59,6 +59,11 @@ def check_options(cfg: DictConfig) -> None:
             raise SettingError(f"{key}={cfg[key]} must be a multiple of trainer.devices={cfg.trainer.devices}.")
     if cfg.get("loss") and cfg.trainer.devices > 1:
         raise SettingError(f"loss={cfg.loss} trains in one process, not {cfg.trainer.devices}: give trainer.devices=1.")
+    if cfg.get("loss") and cfg.trainer.micro_batches > 1:
+        raise SettingError(
+            f"loss={cfg.loss} is computed on whole batches, pass by pass of the language model: give "
+            "trainer.micro_batches=1."
+        )
     check_lm_device(cfg)
 
 

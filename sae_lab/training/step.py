@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sae_lab.ops.fixed_size import fixed_size, is_fixed_size
 from sae_lab.ops.matmul import Products, float32_products
 from sae_lab.ops.sparse import HAS_TRITON
-from sae_lab.parallel.collectives import average_gradients
+from sae_lab.parallel.gradients import averaged_gradients
 from sae_lab.parallel.mesh import world_size
 from sae_lab.parallel.shards import clip_gradients
 from sae_lab.saes.base import BaseSAE, SAEOutput
@@ -23,11 +23,14 @@ from sae_lab.training.splice_loss import Spliced
 class StepResult:
     """What a training step computed: the SAE's output, the named loss terms and their sum."""
 
-    out: SAEOutput
+    out: SAEOutput | None
+    """None if the batch was taken in parts, since their outputs are not kept."""
     terms: dict[str, Tensor]
     loss: Tensor
     kl: Tensor | None = None
     """The KL divergence in nats, if it has a part in the loss."""
+    watched: dict[str, Tensor] | None = None
+    """What a Watch made of the step."""
 
     def detach(self) -> "StepResult":
         """Return the same numbers without autograd's graph."""
@@ -35,7 +38,11 @@ class StepResult:
 
     def for_the_log(self) -> "StepResult":
         """Return what the log needs, without autograd's graph and without h, which a graph would keep in memory."""
-        return replace(self, out=replace(self.out, h=None)).detach()
+        return replace(self, out=None if self.out is None else replace(self.out, h=None)).detach()
+
+    def watched_by(self, watch: "Watch | None") -> "StepResult":
+        """Return the result with what `watch` makes of it."""
+        return self if watch is None else replace(self, watched=watch(self))
 
 
 def _detach(value: Any) -> Any:
@@ -52,6 +59,8 @@ def _detach(value: Any) -> Any:
 
 Splice: TypeAlias = Callable[[BaseSAE, Tensor], Spliced]
 """SpliceLoss of one batch: a function of the SAE and the reconstruction term of its loss."""
+Watch: TypeAlias = Callable[[StepResult], dict[str, Tensor]]
+"""Computes, by the functions of parallel/collectives.py, numbers of a step on the whole batch."""
 
 
 class TrainingStep:
@@ -91,30 +100,53 @@ class TrainingStep:
         overflow changes no parameter and halves the scale; many steps without one double it. The scale is in the
         checkpoint, as Lightning keeps it there."""
 
-    def __call__(self, x: Float[Tensor, "b s d"], splice: Splice | None = None) -> StepResult:
-        """Take the step on a batch. `splice` adds the language model's part of the loss."""
+    def __call__(
+        self, x: Float[Tensor, "b s d"], splice: Splice | None = None, watch: Watch | None = None
+    ) -> StepResult:
+        """Take the step on a batch.
+
+        Args:
+            splice: adds the language model's part of the loss.
+            watch: makes what is wanted of the step besides the loss.
+        """
         for parameter, rows in self.sae.resample(x):
             reset_optimizer_rows(self.optimizer, parameter, rows)
-        with fixed_size(has_fixed_size(x)), float32_products(self.products):
-            return self.run(x, self.sae.plan_step(), splice)
+        with fixed_size(self.has_fixed_size(x)), float32_products(self.products):
+            return self.run(x, self.sae.plan_step(), splice, watch)
 
-    def run(self, x: Float[Tensor, "b s d"], plan: Hashable, splice: Splice | None = None) -> StepResult:
+    def has_fixed_size(self, x: Tensor) -> bool:
+        """Return whether the step on x has shapes that do not depend on data."""
+        return has_fixed_size(x)
+
+    def run(
+        self, x: Float[Tensor, "b s d"], plan: Hashable, splice: Splice | None = None, watch: Watch | None = None
+    ) -> StepResult:
         """Take the part of the step that can be captured."""
         self.optimizer.zero_grad()
         with self.row_adam.collect(is_fixed_size() and self.scaler is None):
-            out = self.forward(self.sae, x)
-            terms = self.sae.losses(out)
-            spliced = splice(self.sae, terms["reconstruction"]) if splice else None
-            terms |= {"kl": spliced.term} if spliced else {}
-            loss = torch.stack(list(terms.values())).sum()
+            result = self.compute(x, splice)
+            with averaged_gradients(self.sae.parameters()):
+                self.backward(result.loss)
             with torch.autocast(x.device.type, enabled=False):
-                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                 self.update()
+        return result.watched_by(watch)
+
+    def compute(self, x: Float[Tensor, "b s d"], splice: Splice | None = None) -> StepResult:
+        """Run the forward pass and compute the loss."""
+        out = self.forward(self.sae, x)
+        terms = self.sae.losses(out)
+        spliced = splice(self.sae, terms["reconstruction"]) if splice else None
+        terms |= {"kl": spliced.term} if spliced else {}
+        loss = torch.stack(list(terms.values())).sum()
         return StepResult(out, terms, loss, spliced.kl if spliced else None)
 
+    def backward(self, loss: Float[Tensor, ""]) -> None:
+        """Add the gradients of the loss."""
+        with torch.autocast(loss.device.type, enabled=False):
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
     def update(self) -> None:
-        """Update the parameters by the gradients of a backward pass."""
-        average_gradients(self.sae.parameters())
+        """Update the parameters by the gradients of a batch."""
         self.row_adam.settle()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)

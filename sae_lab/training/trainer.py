@@ -52,6 +52,7 @@ def build_trainer(
     log_every: Annotated[int, Ge(1)],
     capture: Capture = "auto",
     products: Literal["auto"] | Products = "auto",
+    micro_batches: Annotated[int, Ge(1)] = 1,
 ) -> L.Trainer:
     """Build a Lightning Trainer for one pass over a stream of n_steps batches.
 
@@ -63,6 +64,7 @@ def build_trainer(
         devices: number of processes; see conf/trainer/ddp.yaml.
         checkpoint_every, validate_every, log_every: intervals in steps.
         capture, products: see training/capture.py.
+        micro_batches: parts in which each process takes its batch; see training/micro_batches.py.
 
     Raises:
         UserError: there are fewer devices, the precision is unknown, or an interval is not positive.
@@ -84,7 +86,7 @@ def build_trainer(
             log_every_n_steps=min(log_every, n_steps),
             num_sanity_val_steps=0,
             logger=False,
-            callbacks=[saving, PrepareSteps(capture, products), *callbacks],
+            callbacks=[saving, PrepareSteps(capture, products, micro_batches), *callbacks],
             plugins=[AtomicCheckpointIO(run_dir)],
             default_root_dir=run_dir,
             enable_progress_bar=False,

@@ -13,7 +13,8 @@ from torch import nn
 
 from sae_lab.ops.fixed_size import fixed_size
 from sae_lab.ops.selection import select_top_k, select_top_of_batch
-from sae_lab.parallel.collectives import average_gradients, rank_share
+from sae_lab.parallel.collectives import rank_share
+from sae_lab.parallel.gradients import averaged_gradients
 from sae_lab.parallel.mesh import data_axis, first_share, latent_axis, sharded_latents
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.registry import Registered
@@ -125,8 +126,8 @@ def gradients(layout: str | None, name: str, padded: bool = False) -> dict[str, 
         fired = {key: t.clone() for key, t in tensors.items() if key.endswith("fired")}
         let_die(sae)  # although they may have fired
         terms = sae.losses(out)
-        torch.stack(list(terms.values())).sum().backward()
-        average_gradients(sae.parameters())
+        with averaged_gradients(sae.parameters()):
+            torch.stack(list(terms.values())).sum().backward()
         return {
             "own": own,
             "x_hat": out.x_hat.detach(),
