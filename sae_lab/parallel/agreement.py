@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from sae_lab.runtime.signals import act_on, raise_if_stopped, received_signal
+from sae_lab.parallel.mesh import world_size
+from sae_lab.runtime.signals import act_on, deferred_signals, raise_if_stopped, received_signal
 
 
 class Agreement:
@@ -19,32 +20,43 @@ class Agreement:
         self.signum = torch.zeros(1, dtype=torch.int32)
         self.work: dist.Work | None = None
 
-    def __call__(self) -> None:
-        if self.wait():
-            act_on(int(self.signum))
+    def ask(self) -> None:
+        """Act on the answer to the last call, and ask again."""
+        self.wait()
+        if signum := int(self.signum):
+            act_on(signum)
         self.signum.fill_(received_signal() or 0)
         self.work = dist.all_reduce(self.signum, dist.ReduceOp.MAX, async_op=True)
 
-    def wait(self) -> bool:
-        """Wait for the answer to the last call. Returns whether any rank has received a signal."""
+    def wait(self) -> None:
         if self.work is not None:
             self.work.wait()
-        return bool(self.signum)
 
 
 _agreement: Agreement | None = None
 
 
 @contextmanager
-def agreed_stops() -> Iterator[None]:
-    """Let `stop_together` of all ranks raise at the same call, inside the block. It replaces every rank's own stops."""
+def deferred_on_all_ranks() -> Iterator[None]:
+    """Defer signals inside the block (see deferred_signals). `stop_together` raises at the same call of all ranks.
+
+    Raises:
+        SafeStop: at the end of the block, if a signal arrived on any rank after the last `stop_together`.
+    """
     global _agreement
-    _agreement = Agreement()
-    try:
-        yield
-        _agreement.wait()
-    finally:
-        _agreement = None
+    several = world_size() > 1
+    with deferred_signals(together=several):
+        if not several:
+            yield
+            return
+        _agreement = agreement = Agreement()
+        try:
+            yield
+            agreement.ask()
+            agreement.ask()
+            agreement.wait()
+        finally:
+            _agreement = None
 
 
 def stop_together() -> None:
@@ -53,5 +65,5 @@ def stop_together() -> None:
     All ranks must make the same calls between the same collective operations.
     """
     if _agreement is not None:
-        _agreement()
+        _agreement.ask()
     raise_if_stopped()

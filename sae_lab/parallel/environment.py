@@ -1,6 +1,7 @@
 """The processes that torchrun, srun or launch.py started together, as the environment of each describes them."""
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,6 +9,7 @@ from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -85,6 +87,19 @@ def connect(to: Place, timeout: timedelta) -> dist.Store:
 def shared_store(to: Place, timeout: timedelta) -> dist.Store:
     """Return this process's connection to the store. It stays open, since rank 0 may hold the store for the others."""
     return connect(to, timeout)
+
+
+def choose_interface(to: Place) -> None:
+    """Let gloo use the network interface that reaches rank 0, unless GLOO_SOCKET_IFNAME names one.
+
+    By itself it takes that of the host's name, which is the loopback on many machines.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        route.connect((to.address, to.port))  # sends nothing
+        own = route.getsockname()[0]
+    names = [name for name, found in psutil.net_if_addrs().items() if any(a.address == own for a in found)]
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
 WAIT = timedelta(minutes=30)  # for rank 0

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from sae_lab.parallel.agreement import agreed_stops
-from sae_lab.parallel.environment import Place, own_gpu, place, shared_store
+from sae_lab.parallel.environment import Place, choose_interface, own_gpu, place, shared_store
 from sae_lab.parallel.heartbeat import LostRank, heartbeat
 from sae_lab.parallel.mesh import rank, world_size
 from sae_lab.runtime.errors import first_line
@@ -36,12 +35,13 @@ def process_group() -> Iterator[None]:
     gpu, name = own_gpu(), f"group {next(_groups)}"
     if gpu is not None:
         torch.cuda.set_device(gpu)
+    choose_interface(here)
     store = dist.PrefixStore(name, shared_store(here, TIMEOUT))
     backend = "gloo" if gpu is None else "cpu:gloo,cuda:nccl"
     with raise_if_lost(here):
         dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size, timeout=TIMEOUT)
         try:
-            with heartbeat(here, name), agreed_stops():
+            with heartbeat(here, name):
                 yield
         finally:
             dist.destroy_process_group()

@@ -25,10 +25,11 @@ from sae_lab.evaluation.evaluator import evaluate_all
 from sae_lab.evaluation.findings import check_metrics, find_problems
 from sae_lab.evaluation.metrics import RowMetric
 from sae_lab.interop.load import load_sae
+from sae_lab.parallel.agreement import deferred_on_all_ranks
 from sae_lab.parallel.environment import Place, place
 from sae_lab.parallel.group import on_rank_0, process_group
 from sae_lab.parallel.launch import run_ranks
-from sae_lab.parallel.mesh import rank, world_size
+from sae_lab.parallel.mesh import rank
 from sae_lab.runs.checkpoint import check_fits
 from sae_lab.runs.config import read_environment_keys
 from sae_lab.runs.digests import SAE, recorded_when_written
@@ -36,7 +37,8 @@ from sae_lab.runs.folder import Run, examine_folder
 from sae_lab.runs.provenance import provenance
 from sae_lab.runs.results import read_metrics, write_results
 from sae_lab.runtime.build import build
-from sae_lab.runtime.errors import SafeStop, UserError, first_line, report_typed_keys
+from sae_lab.runtime.device import resolve_device
+from sae_lab.runtime.errors import SafeStop, UserError, first_line, report_typed_keys, settings_under
 from sae_lab.runtime.memory import check_memory_of
 from sae_lab.runtime.private import public
 from sae_lab.runtime.screen import print_files, print_metrics
@@ -51,6 +53,7 @@ from sae_lab.training.options import check_options
 from sae_lab.training.progress import TrainingProgress
 from sae_lab.training.rate import resolve_rate
 from sae_lab.training.splice_loss import SpliceLoss
+from sae_lab.training.trainer import check_devices
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +84,8 @@ def train_run(cfg: DictConfig) -> dict[str, Any]:
     job = read_job(cfg)
     if started is not None or cfg.trainer.devices == 1:
         return train_as_rank(job)
+    with settings_under("trainer"):
+        check_devices(resolve_device(cfg.trainer.accelerator, "accelerator"), cfg.trainer.devices)
     return run_ranks(cfg.trainer.devices, job.folder, train_as_rank, job, job_logging())
 
 
@@ -120,7 +125,7 @@ def fit_as_rank(job: Job, run: Run, data: StreamData, folder: ExitStack) -> Memb
     member = build_member(job.cfg, run, initial_sae(job.cfg, run, data), data, progress)
     # After everything is built, so that an invalid config leaves no folder.
     on_rank_0(lambda: folder.enter_context(run.begin(job.hydra)))
-    with deferred_signals(together=world_size() > 1):
+    with deferred_on_all_ranks():
         fit(member)
     return member
 
