@@ -1,5 +1,6 @@
 """The process group of a run: joined by the processes that were started together, and left at the end of training."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -55,7 +56,8 @@ def raise_if_lost(here: Place) -> Iterator[None]:
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
-        raise LostRank(f"process {here.rank} of {here.size} has lost another one ({first_line(e)})") from e
+        reason = re.sub(r"^\[\S+\] ", "", first_line(e)).split(". ")[0]  # without torch's source file and advice
+        raise LostRank(f"rank {here.rank} of {here.size} has lost another one ({reason})") from e
 
 
 def on_rank_0(function: Callable[[], T]) -> T:

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 
@@ -20,7 +20,7 @@ from sae_lab.parallel.environment import Place, connect
 from sae_lab.runtime.errors import UserError, first_line
 
 PERIOD = 3.0  # seconds between two signs of life
-PATIENCE = 14  # periods without one after which a process is lost
+PATIENCE = 10  # periods without one after which a process is lost
 LOST = "lost"  # key of what rank 0 says of a lost process
 
 
@@ -66,7 +66,9 @@ class Heartbeat:
                 self.store.set(str(self.here.rank), str(number))
                 lost, *signs = self.store.multi_get([LOST, *map(str, self.silent)])
             except RuntimeError as e:
-                self.end(f"rank 0 cannot be reached from rank {self.here.rank} ({first_line(e)})")
+                self.end(
+                    f"rank {self.here.rank} of {self.here.size} does not reach the store at rank 0 ({first_line(e)})"
+                )
                 return
             if lost:
                 self.end(lost.decode())
@@ -88,8 +90,9 @@ class Heartbeat:
             return
         report(LostRank(what))
         if self.here.rank == 0:
-            self.store.set(LOST, what)
-            self.left.wait(PERIOD)  # until the others have heard it: with this process, the store may go
+            with suppress(RuntimeError):  # the store is what is lost
+                self.store.set(LOST, what)
+                self.left.wait(PERIOD)  # until the others have heard it: with this process, the store may go
         os._exit(1)
 
 

@@ -5,6 +5,7 @@ goes to `rank_<r>.log` in the run folder if they fail. Signals are not left to t
 30 seconds after a signal. They fork from one server, which has imported the package once for all jobs of a sweep.
 """
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -31,6 +32,8 @@ from sae_lab.runtime.errors import Interrupted, SafeStop, UserError, first_line
 from sae_lab.runtime.signals import ALWAYS, stopping_signals
 
 HOST = "127.0.0.1"
+NOISE = ("torch.multiprocessing.spawn", "torch.distributed.elastic.multiprocessing.api")
+"""Loggers that tell of a failed process, with tracebacks of the agent, before `failure_of` does."""
 GRACE = 2.0  # seconds that a process waits before it fails for a lost one, which the agent then sees first
 
 
@@ -57,6 +60,8 @@ def run_ranks(n: int, folder: Path, function: Callable[..., Any], *arguments: An
             start_method="forkserver",
             signals_to_handle="SIGQUIT",
         )
+        for logger in NOISE:
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
         try:
             threads = max(1, torch.get_num_threads() // n)
             result, stop = elastic_launch(config, run_rank)(Path(name), Terminal(), threads, function, arguments)[0]
@@ -132,7 +137,7 @@ def run_rank(files: Path, terminal: Terminal, threads: int, function: Callable[.
         raise SystemExit(1)
     terminal.use()
     if rank:
-        os.dup2(os.open(files / f"{rank}.log", os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(os.open(files / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT), 2)
         os.dup2(2, 1)
     torch.set_num_threads(threads)
     heartbeat.report = partial(keep_error, files / f"{rank}.error")
@@ -181,9 +186,13 @@ def failure_of(failed: ChildFailedError, files: Path, folder: Path, n: int) -> E
     error = failures[rank]
     if error is not None and (rank == 0 or isinstance(error, UserError)):
         return error
-    if error is None:
-        error = RuntimeError(f"exit code {failed.failures[rank].exitcode}")
-    log = files / f"{rank}.log"
-    kept = shutil.copy(log, folder / f"rank_{rank}.log") if log.exists() and folder.is_dir() else None
-    seen = f": see {kept}; the same command continues." if kept else ": the same command continues."
-    return UserError(f"process {rank} of {n} ended early ({type(error).__name__}: {first_line(error)}){seen}")
+    reason = f"{type(error).__name__}: {first_line(error)}" if error else exit_reason(failed.failures[rank].exitcode)
+    log = files / f"rank_{rank}.log"
+    kept = shutil.copy(log, folder) if log.exists() and log.read_bytes() and folder.is_dir() else None
+    seen = f"see {kept}; the same command continues" if kept else "the same command continues"
+    return UserError(f"process {rank} of {n} ended early ({reason}): {seen}.")
+
+
+def exit_reason(code: int) -> str:
+    """Return the name of the signal that ended a process, or its exit code."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -15,7 +15,7 @@ from sae_lab.runtime.errors import Interrupted, SafeStop
 ALWAYS = (signal.SIGINT, signal.SIGTERM)
 IF_FREE = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """A lost terminal, and what clusters send before they end a job. Left alone where they are ignored (nohup) or where
-other code handles them (submitit's requeue)."""
+other code handles them. submitit's handler, which queues the job again, is called once everything is saved."""
 
 ECHO = 2.0
 """Seconds within which a second signal is ignored: `timeout make demo` sends SIGTERM both to make, which passes it on,
@@ -31,6 +31,11 @@ def stopping_signals() -> list[signal.Signals]:
     """Return the signals that stop this process through this module: SIGINT, SIGTERM, and those that are free."""
     ours = (signal.SIG_DFL, raise_interrupted)
     return [*ALWAYS, *(s for s in IF_FREE if signal.getsignal(s) in ours)]
+
+
+def queues_again(handler: Any) -> bool:
+    """Return whether the handler of a signal is submitit's, which queues the job again and exits."""
+    return getattr(handler, "__name__", "") == "checkpoint_and_try_requeue"
 
 
 class Recorder:
@@ -67,7 +72,8 @@ def deferred_signals(together: bool = False) -> Iterator[None]:
     global _recorder
     assert _recorder is None, "blocks of deferred signals are not nested"
     _recorder = recorder = Recorder(together)
-    handlers: dict[int, Any] = {signum: signal.signal(signum, recorder) for signum in stopping_signals()}
+    requeueing = [signum for signum in IF_FREE if queues_again(signal.getsignal(signum))]
+    handlers: dict[int, Any] = {s: signal.signal(s, recorder) for s in (*stopping_signals(), *requeueing)}
     try:
         yield
         raise_if_stopped()
@@ -75,6 +81,8 @@ def deferred_signals(together: bool = False) -> Iterator[None]:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         _recorder = None
+        if recorder.received in requeueing:
+            handlers[recorder.received](recorder.received, None)
 
 
 def received_signal() -> signal.Signals | None:
