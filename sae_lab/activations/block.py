@@ -1,7 +1,7 @@
 """The part of a block of shuffled rows that a rank trains on, and how the rows get there."""
 
 from mmap import mmap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -65,7 +65,7 @@ class Block:
 
     def close(self) -> None:
         """Free the memory."""
-        self._memory: Tensor | None = None
+        self._memory: Any = None
         self._batches: tuple[Tensor, ...] = ()
 
     def begin(self, layout: Layout) -> None:
@@ -92,7 +92,6 @@ class Block:
         if len(layout.owner) < len(self._layout.owner):
             self._hand_over(self._layout.owner[: self.filled], layout.owner)
         self._layout = layout
-        assert self._memory is not None
         # On the block's device at once: a copy for each batch would make the host wait for the GPU each time.
         sizes = [len(batch) for batch in layout.batches]
         self._batches = send(torch.cat(layout.batches), self._memory.device).split(sizes)
@@ -103,7 +102,6 @@ class Block:
 
     def batch(self, i: int) -> Float[Tensor, "b s d"]:
         """Return a copy of this rank's share of a batch."""
-        assert self._memory is not None
         return self._memory[self._batches[i]]
 
     def _exchange(self) -> None:

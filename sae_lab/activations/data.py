@@ -91,7 +91,7 @@ class ActivationData(StreamData):
         self.fixed_rows = lm_batch_rows or 32  # on any device: for the digest of a text, and chunks of a cache
         self.exclude_bos, self.exclude_first, self.max_norm = exclude_bos, exclude_first, max_norm
         self.exclude_tokens = list(token_ids(lm.tokenizer, exclude_tokens))
-        self.lm_lock, self.pairs = Lock(), False
+        self.lm_lock, self.text_lock, self.pairs = Lock(), Lock(), False
         self._begin(lm, rows_per_pass(lm, seq_len, *self._pass_size))
         if isinstance(text, TrainingText) and (self.exclude_tokens or max_norm is not None):
             self._log_left_out()
@@ -273,14 +273,15 @@ class ActivationData(StreamData):
 
     def source(self) -> Source:
         """Return the training activations before shuffling, from the beginning."""
-        if self.pairs:
-            lm: Any = WithPrevious(self.lm)
+        of_lm = (self.lm_batch_rows, self.lm_lock, self.text_lock)
+        if not self.pairs:
+            return LMSource(self.lm, self.rows(), self.keep_mask, *of_lm, self._copies)
 
-            def paired() -> list[Any]:
-                return [WithPrevious(copied) for copied in self._copies()]
+        def pairs_of_copies() -> list[Any]:
+            return [WithPrevious(lm) for lm in self._copies()]
 
-            return LMSource(lm, self.rows(), self.pair_mask, self.lm_batch_rows, self.lm_lock, paired)
-        return LMSource(self.lm, self.rows(), self.keep_mask, self.lm_batch_rows, self.lm_lock, self._copies)
+        lm: Any = WithPrevious(self.lm)
+        return LMSource(lm, self.rows(), self.pair_mask, *of_lm, pairs_of_copies)
 
     def read_ahead(self, source: Any) -> InterleavedSource | PrefetchedSource:
         """Return the source in the form that computes chunks ahead on the language model's device."""
@@ -293,7 +294,7 @@ class ActivationData(StreamData):
 
         They are shuffled, always in the same way, so that consecutive rows come from different documents.
         """
-        with self.lm_lock:
+        with self.text_lock:
             rows = self.text.held_out(max(1, n_tokens // self.seq_len))
         if len(rows) == 0:
             raise UserError(
@@ -313,7 +314,7 @@ class ActivationData(StreamData):
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and isinstance(self.text, TrainingText):
-            with self.lm_lock:
+            with self.text_lock:
                 self.text.prepare()  # here, because later the bar of the training is on the screen
 
     def validation_rows(self) -> Float[Tensor, "n s d"]:
@@ -351,7 +352,7 @@ class ActivationData(StreamData):
     def source_digests(self) -> dict[str, str]:
         """Digests of what determines the batches besides the config; they must be the same when a run resumes."""
         assert isinstance(self.text, TrainingText)
-        with self.lm_lock:
+        with self.text_lock:
             digest = self.text.identity()
             of_text = {"the text": digest} if digest else {"the first rows of the text": self._first_rows_digest(32)}
             of_readers = self.text.reader_digests()

@@ -4,7 +4,7 @@ import atexit
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class Reader(threading.Thread):
     On a GPU it works on its own CUDA stream, and synchronizes the stream before it hands over a chunk.
     """
 
-    def __init__(self, source: Iterator[Chunk], n_rows: int, device: torch.device):
+    def __init__(self, source: Generator[Chunk, None, None], n_rows: int, device: torch.device):
         super().__init__(name="prefetch", daemon=True)
         self.source, self.n_rows = source, n_rows
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -87,7 +87,8 @@ class Reader(threading.Thread):
         torch.set_num_threads(self._n_threads)
         item: Chunk | BaseException | None = None
         try:
-            with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            on_stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+            with closing(self.source), on_stream:
                 while self._wait_for_room() and (item := next(self.source, None)) is not None:
                     if self._stream is not None:
                         self._stream.synchronize()

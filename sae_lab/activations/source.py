@@ -62,7 +62,8 @@ class LMSource:
         rows: the text.
         keep: returns a mask of the positions to keep.
         lm_batch_rows: text rows of a chunk.
-        lock: held while text is read or `lm` runs, because tokenizers and hooks are not thread-safe.
+        lock: held while `lm` runs, because hooks are not thread-safe.
+        text_lock: held while text is read, because tokenizers are not.
         copies: returns copies of the language model, which take the chunks in turn with `lm`.
     """
 
@@ -73,10 +74,11 @@ class LMSource:
         keep: Callable[[Tensor], Tensor],
         lm_batch_rows: int,
         lock: Lock,
+        text_lock: Lock,
         copies: Callable[[], Sequence[LanguageModel]] = list,
     ):
         self.lm, self.rows, self.keep, self.lm_batch_rows, self.lock = lm, rows, keep, lm_batch_rows, lock
-        self.copies = copies
+        self.text_lock, self.copies = text_lock, copies
 
     def state_dict(self) -> dict[str, Any]:
         return self.rows.state_dict()
@@ -124,7 +126,7 @@ class LMSource:
         Text rows of other ranks are skipped, and None.
         """
         texts = list[tuple[dict[str, Any], Tensor | None]]()
-        with self.lock:
+        with self.text_lock:
             for i in range(n):
                 state = self.rows.state_dict()
                 tokens = self.rows.take(self.lm_batch_rows) if i == rank() else None

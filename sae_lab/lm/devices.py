@@ -14,7 +14,8 @@ from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.errors import SettingError, UserError
 
 Devices = Annotated[
-    Sequence[int | str], Len(1), ErrorMessage("must be a list of GPUs or devices, such as [4,5,6,7] or [cpu,cpu]")
+    Annotated[list[int | str], Len(1)] | None,
+    ErrorMessage("must be a list of GPUs or devices, such as [4,5,6,7] or [cpu,cpu]"),
 ]
 
 

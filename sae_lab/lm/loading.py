@@ -62,7 +62,7 @@ class LoadedLM(LanguageModel):
         base_model: str | None = None,
         trust_remote_code: bool = False,
         load: Mapping[str, Any] | None = None,
-        devices: Devices | None = None,
+        devices: Devices = None,
     ):
         if devices is not None:
             self.devices, device = place_copies(devices, device, device_map)

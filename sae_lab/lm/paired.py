@@ -40,7 +40,7 @@ class PairedLM(LanguageModel):
         tuned: LanguageModel,
         spliced: Literal["base", "tuned"] = "tuned",
         device: str | None = "auto",
-        devices: Devices | None = None,
+        devices: Devices = None,
     ):
         if devices is not None:
             self.devices, device = place_copies(devices, device)

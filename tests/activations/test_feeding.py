@@ -18,6 +18,7 @@ from sae_lab.activations.tensor import TensorData
 from sae_lab.cache.data import CachedData
 from sae_lab.cache.reader import Cache
 from sae_lab.cache.writer import CacheWriter
+from sae_lab.lm import TransformersLM
 from sae_lab.lm.none import NoLM
 from sae_lab.parallel.mesh import data_axis, rank, sharded_latents
 from sae_lab.text.store import TokenStore
@@ -172,3 +173,18 @@ def test_a_rank_reads_its_own_part_of_files(ranks, tmp_path):
             took = ranks[n](draw, None, 10_000, settings, 1, made)
             assert equal(joined(took), alone["batches"])
             assert max(of_rank["read"] for of_rank in took) <= alone["read"] / n + 5
+
+
+def copies(devices: list[str], **changes: Any) -> ActivationData:
+    lm = TransformersLM("tiny", ["transformer.h.1"], device="cpu")
+    lm.devices = tuple(devices)
+    settings = SETTINGS | SIZES | {"seq_len": 16} | changes
+    return from_documents(lm, partial(Numbers, n_documents=40), order="shuffled", **settings)
+
+
+def test_copies_of_the_language_model_beside_ranks(ranks):
+    """Four devices for two ranks: two threads in each, whose activations go through the same exchange."""
+    [alone] = ranks[1](draw, None, 20, {}, 1, partial(copies, []))
+    for devices, prefetch in ((4, False), (4, True), (1, False)):
+        made = partial(copies, ["cpu"] * devices, prefetch=prefetch)
+        assert equal(joined(ranks[2](draw, None, 20, {}, 1, made)), alone["batches"])

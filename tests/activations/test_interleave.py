@@ -12,13 +12,13 @@ import torch
 from fakes import SETTINGS, Echo, Numbers, data
 from test_buffer import Counter, assert_state_is_exact, numbers
 
-from sae_lab.activations import source
+from sae_lab.activations import workers
 from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.from_text import from_documents
 from sae_lab.activations.interleave import InterleavedSource
 from sae_lab.activations.prefetch import PrefetchedSource
-from sae_lab.activations.source import Launched, LMSource, SharedSource
+from sae_lab.activations.source import Chunk, Launched, LMSource, SharedSource
 from sae_lab.lm import TransformersLM
 from sae_lab.runtime import signals
 from sae_lab.runtime.errors import SafeStop, UserError
@@ -190,14 +190,14 @@ def test_a_pass_asks_nothing_of_the_gpu(sites, monkeypatch):
     lm = TransformersLM("tiny", sites, device="cpu")
     tokens = torch.randint(0, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
     for keep in (tokens % 3 > 0, tokens >= 0):
-        found = source.launch_activations(lm, tokens, keep).wait()
+        found = workers.launch_activations(lm, tokens, keep).wait()
         assert torch.equal(found, lm.activations(tokens)[keep])
         with monkeypatch.context() as patched:
             patched.setattr(
-                source, "FiniteCheck", lambda rows, *rest: torch.stack(torch.aminmax(rows)) + 0 * rows[:2, 0, 0]
+                workers, "FiniteCheck", lambda rows, *rest: torch.stack(torch.aminmax(rows)) + 0 * rows[:2, 0, 0]
             )
             lm.model.to("meta")
-            assert source.launch_activations(lm, tokens, keep).is_meta
+            assert workers.launch_activations(lm, tokens, keep).is_meta
         lm = TransformersLM("tiny", sites, device="cpu")
 
 
@@ -227,7 +227,7 @@ def test_handing_over_waits_for_the_chunk_and_keeps_its_memory(monkeypatch):
         def launch(self):
             for i in range(2):
                 told.append("launch")
-                yield Launched(source.Chunk({"chunk": i}, Check.rows), Check())
+                yield Launched(Chunk({"chunk": i}, Check.rows), Check())
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"main of {device}")
     ahead = InterleavedSource(Source(), CPU)
@@ -243,7 +243,7 @@ def test_a_lock_is_free_between_launches():
     """So that a validation may run the language model."""
     d = data()
     lock = Lock()
-    ahead = InterleavedSource(LMSource(d.lm, d.text.rows("train", True), d.keep_mask, 2, lock), CPU)
+    ahead = InterleavedSource(LMSource(d.lm, d.text.rows("train", True), d.keep_mask, 2, lock, lock), CPU)
     chunks = iter(ahead)
     next(chunks)
     ahead.prepare(100, 100)
