@@ -24,6 +24,7 @@ from sae_lab.activations.stream import Batches, HeldOut, HeldOutRows, StreamData
 from sae_lab.activations.text_batches import TextBatches, WholeBatches
 from sae_lab.activations.workers import kept_activations
 from sae_lab.lm.base import LanguageModel
+from sae_lab.parallel.mesh import data_axis
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError
@@ -240,10 +241,26 @@ class ActivationData(StreamData):
                 f"{{batch_size}}={self.batch_size} is not a multiple of {{seq_len}}={self.seq_len}, but loss=kl_mse "
                 f"takes whole text rows: give {{batch_size}}={fits}."
             )
+        if (n := data_axis().size) > 1:
+            self._check_shares_of_rows(n)
         other = copy(self)
         other.whole_rows = True
         other.begin()
         return other
+
+    def _check_shares_of_rows(self, n: int) -> None:
+        """Raise a SettingError unless n ranks have equally many text rows of every batch, and positions in them."""
+        at_once = n * self.seq_len
+        if self.batch_size % at_once or self.n_tokens % at_once:
+            raise SettingError(
+                f"{{batch_size}}={self.batch_size} and {{n_tokens}}={self.n_tokens} must be multiples of {at_once}: "
+                f"loss=kl_mse takes whole text rows of {{seq_len}}={self.seq_len}, as many for each of {n} processes."
+            )
+        if self.exclude_bos or self.exclude_tokens or self.max_norm is not None:
+            raise SettingError(
+                "{exclude_bos}, {exclude_tokens} and {max_norm} leave processes with different numbers of positions, "
+                "and loss=kl_mse takes whole text rows: leave them out, or give trainer.devices=1."
+            )
 
     def begin(self) -> None:
         super().begin()

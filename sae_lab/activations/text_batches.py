@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_lab.activations.buffer import Filling
 from sae_lab.activations.columns import Columns
+from sae_lab.parallel.mesh import data_axis
 from sae_lab.runtime.signals import raise_if_stopped
 from sae_lab.text.rows import RowStream
 
@@ -40,7 +41,7 @@ class TextBatch:
 
 
 class WholeBatches:
-    """Iterable for Lightning over all n_batches batches of a stream of TextBatches, in one process.
+    """Iterable for Lightning over all n_batches batches of a stream of TextBatches.
 
     The length is defined because Lightning otherwise reads one batch ahead.
     """
@@ -59,7 +60,8 @@ class WholeBatches:
 class TextBatches:
     """Iterator over batches of `rows_per_batch` text rows, in the order of the text. The last batch may be smaller.
 
-    Takes the place of ShuffledBlocks: the rows of text are shuffled, but the positions of a row stay together.
+    Takes the place of ShuffledBlocks: the rows of text are shuffled, but the positions of a row stay together. Each of
+    n ranks takes its share of the text rows of every batch.
 
     Args:
         rows: the text.
@@ -92,6 +94,7 @@ class TextBatches:
         raise_if_stopped()
         left = self.n_rows - self.n_batches_given * self.rows_per_batch
         tokens = self.rows.take(max(0, min(self.rows_per_batch, left)))
+        tokens = tokens[data_axis().share(len(tokens))]
         if len(tokens) == 0:
             raise StopIteration
         batch = TextBatch(tokens, *self.kept(tokens))

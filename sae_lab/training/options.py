@@ -57,8 +57,6 @@ def check_options(cfg: DictConfig) -> None:
     for key in ("batch_size", "n_tokens"):
         if cfg[key] % cfg.trainer.devices:
             raise SettingError(f"{key}={cfg[key]} must be a multiple of trainer.devices={cfg.trainer.devices}.")
-    if cfg.get("loss") and cfg.trainer.devices > 1:
-        raise SettingError(f"loss={cfg.loss} trains in one process, not {cfg.trainer.devices}: give trainer.devices=1.")
     if cfg.get("loss") and cfg.trainer.micro_batches > 1:
         raise SettingError(
             f"loss={cfg.loss} is computed on whole batches, pass by pass of the language model: give "
@@ -73,7 +71,7 @@ def check_lm_device(cfg: DictConfig) -> None:
     if cfg.trainer.devices > 1 and ":" in str(device):
         raise SettingError(
             f"lm.device={device} would be that of every one of trainer.devices={cfg.trainer.devices} processes: "
-            "give lm.device=auto."
+            "give lm.device=auto, or GPUs of its own as lm.devices=[...]."
         )
 
 

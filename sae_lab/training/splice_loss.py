@@ -12,6 +12,7 @@ from sae_lab.evaluation.metrics import kl_divergence, to_log_probs
 from sae_lab.lm.base import LanguageModel
 from sae_lab.lm.predictions import logit_slices
 from sae_lab.ops.matmul import float32_products
+from sae_lab.parallel.collectives import mean_over_ranks
 from sae_lab.saes.base import BaseSAE
 
 
@@ -51,7 +52,8 @@ class SpliceLoss:
         kl, gradient = self.kl_and_gradient(batch, x_hat.detach(), predicted)
         kl, gradient = kl.to(mse.device), gradient.to(x_hat)
         differentiable = kl + (gradient * (x_hat - x_hat.detach())).sum()  # the value of kl, with its gradient
-        return Spliced(mse.detach() / kl.clamp_min(1e-12) * differentiable, kl)
+        kl = mean_over_ranks(kl)  # the weight is that of the whole batch
+        return Spliced(mean_over_ranks(mse.detach()) / kl.clamp_min(1e-12) * differentiable, kl)
 
     def kl_and_gradient(
         self, batch: TextBatch, x_hat: Float[Tensor, "b s d"], predicted: Bool[Tensor, "b s"] | None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import equal
+from conftest import build, equal
 from fakes import SETTINGS, Echo, Follow, Numbers, UniqueWords
 from ranks import Call, start_ranks
 
@@ -21,7 +21,10 @@ from sae_lab.cache.writer import CacheWriter
 from sae_lab.lm import TransformersLM
 from sae_lab.lm.none import NoLM
 from sae_lab.parallel.mesh import data_axis, rank, sharded_latents
+from sae_lab.runtime.errors import SettingError
 from sae_lab.text.store import TokenStore
+from sae_lab.training.splice_loss import SpliceLoss
+from sae_lab.training.step import TrainingStep
 
 pytestmark = pytest.mark.process
 
@@ -188,3 +191,28 @@ def test_copies_of_the_language_model_beside_ranks(ranks):
     for devices, prefetch in ((4, False), (4, True), (1, False)):
         made = partial(copies, ["cpu"] * devices, prefetch=prefetch)
         assert equal(joined(ranks[2](draw, None, 20, {}, 1, made)), alone["batches"])
+
+
+# --- batches of whole text rows
+
+
+def trained_on_rows(exclude_bos: bool = False) -> tuple[dict[str, torch.Tensor], int]:
+    """A short training with the language model in the loss, and the positions that this rank has seen."""
+    d = copies([], seq_len=8, batch_size=32, n_tokens=160, exclude_bos=exclude_bos).in_whole_rows()
+    batches = list(d.train_dataloader())
+    sae, loss = build("topk", "k=4", d_in=d.d_in, n_latents=32).train(), SpliceLoss(d.lm, 1)
+    step = TrainingStep(sae, torch.optim.SGD(sae.parameters(), lr=0.1))
+    for batch in batches:
+        step(batch.x, partial(loss, batch=batch))
+    return sae.state_dict(), sum(map(len, batches))
+
+
+def test_whole_rows_are_shared_out(ranks):
+    [(alone, n)] = ranks[1](trained_on_rows)
+    (first, of_first), (second, of_second) = ranks[2](trained_on_rows)
+    assert (n, of_first, of_second) == (160, 80, 80)
+    assert equal(first, second)
+    for name, value in alone.items():
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-5)
+    with pytest.raises(SettingError, match="leave processes with different numbers of positions"):
+        ranks[2](trained_on_rows, True)

@@ -168,7 +168,6 @@ def test_members_of_a_group_are_the_runs_alone(alone, tmp_path):
     ("overrides", "sentence"),
     [
         (["loss=mse"], "loss=mse is not known: choose null or kl_mse"),
-        (["loss=kl_mse", "trainer.devices=2", "trainer.accelerator=cpu"], "loss=kl_mse trains in one process"),
         (
             ["loss=kl_mse", "batch_size=16"],
             "batch_size=16 is not a multiple of seq_len=32, but loss=kl_mse takes",
