@@ -86,7 +86,7 @@ class StreamData(L.LightningDataModule, ABC):
         batch_size: activations per training batch.
         n_tokens: exact number of activations to train on; the last batch may be smaller.
         block_tokens: activations that are shuffled together, at most those of the run. A block takes
-            block_tokens · s · d · bytes of `dtype`, twice that with prefetch.
+            block_tokens · s · d · bytes of `dtype`, twice that with prefetch. Of n ranks, each holds 1/n of it.
         prefetch: compute the next block during training: on a GPU between the steps, on a CPU in a thread. Does not
             change any row. "auto" is true on a GPU.
         repeat: start a new pass over the data if they end before n_tokens; otherwise the run ends there.
@@ -194,8 +194,8 @@ class StreamData(L.LightningDataModule, ABC):
 
     @property
     def block_bytes(self) -> int:
-        """Memory of one block of activations at all sites."""
-        return max(self.block_tokens, self.batch_size) * self.bytes_per_token
+        """Memory of this rank's part of one block of activations at all sites."""
+        return max(self.block_tokens, self.batch_size) * self.bytes_per_token // data_axis().size
 
     @property
     def n_steps(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from annotated_types import Len
 from torch import nn
 
+from sae_lab.parallel.environment import place
 from sae_lab.parallel.mesh import rank, world_size
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.errors import SettingError, UserError
@@ -44,11 +45,13 @@ def device_name(device: int | str) -> str:
 
 
 def devices_of_rank(devices: Sequence[str]) -> tuple[str, ...]:
-    """Return the devices on which this rank runs the language model: every n-th of n ranks.
+    """Return the devices on which this rank runs the language model: every n-th, for n ranks on this machine.
 
     Where there are fewer devices than ranks, ranks share a device.
     """
-    return tuple(devices[rank() % len(devices) :: world_size()])
+    here = place()
+    i, n = (rank(), world_size()) if here is None else (here.local_rank, here.local_size)
+    return tuple(devices[i % len(devices) :: n])
 
 
 def copy_to(module: nn.Module, device: str) -> nn.Module:

@@ -1,15 +1,20 @@
 """Validation of the top-level options of a run."""
 
+import logging
 from typing import Annotated, Literal, TypedDict
 
+import torch
 from annotated_types import Ge, Gt, Len, Lt
 from omegaconf import DictConfig
 from pydantic import AfterValidator
 
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.checks import check_config
+from sae_lab.runtime.device import resolve_device
 from sae_lab.runtime.errors import SettingError, settings_under
-from sae_lab.training.trainer import build_trainer
+from sae_lab.training.trainer import GPU, build_trainer
+
+log = logging.getLogger(__name__)
 
 Betas = Annotated[
     list[Annotated[float, Ge(0), Lt(1), AfterValidator(float)]],  # torch takes no whole numbers here
@@ -66,13 +71,21 @@ def check_options(cfg: DictConfig) -> None:
 
 
 def check_lm_device(cfg: DictConfig) -> None:
-    """Raise a SettingError if several processes would put their language models on one GPU: nccl needs one each."""
+    """Raise a SettingError if several processes would put their language models on one GPU: nccl needs one each.
+
+    Warn of GPUs among lm.devices that train as well.
+    """
     device = cfg.lm.get("device")
     if cfg.trainer.devices > 1 and ":" in str(device):
         raise SettingError(
             f"lm.device={device} would be that of every one of trainer.devices={cfg.trainer.devices} processes: "
             "give lm.device=auto, or GPUs of its own as lm.devices=[...]."
         )
+    if resolve_device(cfg.trainer.accelerator) in GPU:
+        training = [str(i) for i in range(min(cfg.trainer.devices, torch.cuda.device_count()))]
+        both = [device for device in cfg.lm.get("devices") or [] if str(device).removeprefix("cuda:") in training]
+        if both:
+            log.warning("GPUs %s of lm.devices train the SAE as well: leave them out to train faster.", both)
 
 
 def check_size(cfg: DictConfig) -> None:

@@ -10,8 +10,11 @@ from conftest import compose, equal
 from fakes import SETTINGS, Numbers
 from torch import nn
 
+from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.from_text import from_documents
+from sae_lab.activations.interleave import InterleavedSource
+from sae_lab.activations.source import SharedSource
 from sae_lab.activations.workers import ThreadWorker, kept_activations
 from sae_lab.lm import TransformersLM
 from sae_lab.lm.base import LanguageModel
@@ -50,9 +53,12 @@ def batches_of(d: ActivationData) -> list[torch.Tensor]:
 def test_several_copies_give_the_batches_of_one(tiny, pairs):
     alone = data(tiny).with_previous() if pairs else data(tiny)
     expected = batches_of(alone)
-    for prefetch in (False, True):
-        d = data(on_devices(tiny, "cpu", "cpu", "cpu"), prefetch=prefetch)
+    for way in ("none ahead", "in a thread", "between steps"):  # the last one is that of GPUs
+        d = data(on_devices(tiny, "cpu", "cpu", "cpu"), prefetch=way == "in a thread")
         d = d.with_previous() if pairs else d
+        if way == "between steps":
+            ahead = InterleavedSource(d.source(), d.lm.device)
+            d.stream = ShuffledBlocks(SharedSource(ahead), 64, 8, d.seed, d.n_tokens, ahead.prepare)
         assert equal(batches_of(d), expected)
         d.load_state_dict(alone.state_dict())
         assert d.state_dict() == alone.state_dict()
