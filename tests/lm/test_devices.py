@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import compose, equal
 from fakes import SETTINGS, Numbers
+from groups import assert_same_run, config, stop_at_batch
 from torch import nn
 
 from sae_lab.activations.buffer import ShuffledBlocks
@@ -20,7 +21,8 @@ from sae_lab.lm import TransformersLM
 from sae_lab.lm.base import LanguageModel
 from sae_lab.lm.devices import copy_to, device_names, devices_of_rank
 from sae_lab.runtime.build import build
-from sae_lab.runtime.errors import SettingError, UserError
+from sae_lab.runtime.errors import SafeStop, SettingError, UserError
+from sae_lab.training.run import train_run
 
 SITES = ["transformer.h.1", "transformer.h.3.input"]
 SIZES = {"n_tokens": 200, "block_tokens": 64, "seq_len": 16, "batch_size": 8, "exclude_bos": True}
@@ -162,3 +164,14 @@ def test_each_rank_has_devices_of_its_own(monkeypatch):
         for i in range(n):
             monkeypatch.setattr("sae_lab.lm.devices.rank", lambda i=i: i)
             assert devices_of_rank(names) == given[i]
+
+
+def test_a_run_with_copies_stops_and_goes_on_without(tmp_path, monkeypatch):
+    train_run(config(tmp_path / "whole", "sae=topk"))
+    with monkeypatch.context() as patch:
+        stop_at_batch(patch, 8)
+        with pytest.raises(SafeStop, match="at step 7 of 12"):
+            train_run(config(tmp_path / "run", "sae=topk", "lm.devices=[cpu,cpu]", "data.prefetch=true"))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("lm", "prefetch"))]
+    train_run(config(tmp_path / "run", "sae=topk"))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
