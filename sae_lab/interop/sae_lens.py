@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sae_lab.interop.slices import Read, write_slices
 from sae_lab.interop.tensors import (
     ONE_TO_ONE,
     TRANSCODERS,
@@ -23,7 +24,6 @@ from sae_lab.interop.tensors import (
     require,
     single_source_tensors,
     take_thresholds,
-    write_safetensors,
 )
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_json
@@ -62,6 +62,8 @@ RESIDUAL = re.compile(r"(?:transformer\.h|model\.layers|gpt_neox\.layers)\.(\d+)
 """Paths of the modules that TransformerLens calls blocks.<i>.hook_resid_post."""
 SCALED = "expected_average_only_in"
 """Value of normalize_activations for inputs multiplied by one factor, `scaling_factor`."""
+AXES = {"W_enc": 1, **dict.fromkeys(("W_dec", "b_enc", "b_gate", "r_mag", "b_mag", "threshold"), 0)}
+"""Tensors of sae_weights.safetensors with an axis of latents, and that axis."""
 SCALER = "activation_scaler.json"
 """File in which a training run of SAELens stores that factor."""
 
@@ -210,15 +212,22 @@ def read_weights(file: Path, config: Mapping[str, Any], name: str, normalize: st
     return build(name, ours, **arguments)
 
 
-def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
+def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any], read: Read | None = None) -> None:
     """Write a folder that SAELens loads; there the SAE computes the codes that `sae` computes in eval mode.
+
+    Args:
+        sae: the SAE, or its first slice.
+        read: reads another slice.
 
     Raises:
         UserError: SAELens cannot represent the SAE.
     """
-    sae = check_exportable(sae, ARCHITECTURES, NORMALIZED, "SAELens", TRANSCODERS["sae_lens"])
-    theirs = weight_tensors(sae)  # before anything is written, because it may raise
-    write_safetensors(folder / WEIGHTS, theirs)
+
+    def represented(sae: BaseSAE) -> BaseSAE:
+        return check_exportable(sae, ARCHITECTURES, NORMALIZED, "SAELens", TRANSCODERS["sae_lens"])
+
+    sae = represented(sae)
+    write_slices(folder / WEIGHTS, weight_tensors, AXES, sae, read and (lambda own: represented(read(own))))
     write_json(folder / CONFIG, config_for(sae, provenance))
 
 
@@ -233,7 +242,7 @@ def architecture_of(sae: BaseSAE) -> str:
 
 def weight_tensors(sae: BaseSAE) -> dict[str, Tensor]:
     """Return the content of sae_weights.safetensors."""
-    architecture, d, f = ARCHITECTURES[type(sae).__name__], sae.d_in, sae.n_latents
+    architecture, d, f = ARCHITECTURES[type(sae).__name__], sae.d_in, len(sae.own_latents)
     with single_source_tensors(sae) as t:
         theirs = {"W_enc": t.take("W_enc", f, d).T, "W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
         theirs["b_gate" if architecture == "gated" else "b_enc"] = t.take("b_enc", f)

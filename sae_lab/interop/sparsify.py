@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from sae_lab.interop.slices import Read, write_slices
 from sae_lab.interop.tensors import (
     ONE_TO_ONE,
     TRANSCODERS,
@@ -15,13 +18,14 @@ from sae_lab.interop.tensors import (
     read_safetensors,
     require,
     single_source_tensors,
-    write_safetensors,
 )
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_json
 from sae_lab.saes.base import BaseSAE
 
 FILES = CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+AXES = dict.fromkeys(("encoder.weight", "encoder.bias", "W_dec"), 0)
+"""Tensors of sae.safetensors with an axis of latents, and that axis."""
 
 
 def read(folder: Path) -> BaseSAE:
@@ -56,21 +60,37 @@ def read(folder: Path) -> BaseSAE:
     return build("TopKSAE", ours, k=k, normalize="none", signed=signed, **sources)
 
 
-def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any]) -> None:
+def write(sae: BaseSAE, folder: Path, provenance: Mapping[str, Any], read: Read | None = None) -> None:
     """Write a TopK SAE or transcoder to a folder that sparsify loads.
+
+    Args:
+        sae: the SAE, or its first slice.
+        read: reads another slice.
 
     Raises:
         UserError: sparsify cannot represent the SAE.
     """
-    sae = check_exportable(sae, ("TopKSAE", "MatryoshkaTopKSAE"), ("none",), "sparsify", TRANSCODERS["sparsify"])
-    d, f = sae.d_in, sae.n_latents
+    unit_rows = []
+
+    def represented(sae: BaseSAE) -> BaseSAE:
+        sae = check_exportable(sae, ("TopKSAE", "MatryoshkaTopKSAE"), ("none",), "sparsify", TRANSCODERS["sparsify"])
+        unit_rows.append(has_unit_rows(sae))
+        return sae
+
+    sae = represented(sae)
+    write_slices(folder / WEIGHTS, weight_tensors, AXES, sae, read and (lambda own: represented(read(own))))
+    config = {"activation": "topk", "d_in": sae.d_in, "num_latents": sae.n_latents, "k": sae.config["k"]}
+    config |= {"normalize_decoder": all(unit_rows), "transcode": bool(sae.n_inputs)}
+    config["skip_connection"] = sae.config["skip"]
+    write_json(folder / CONFIG, config)
+
+
+def weight_tensors(sae: BaseSAE) -> dict[str, Tensor]:
+    """Return the content of sae.safetensors."""
+    d, f = sae.d_in, len(sae.own_latents)
     with single_source_tensors(sae) as t:
         theirs = {"encoder.weight": t.take("W_enc", f, d), "encoder.bias": t.take("b_enc", f)}
         theirs |= {"W_dec": t.take("W_dec", f, d), "b_dec": t.take("b_dec", d)}
         if sae.config["skip"]:
             theirs["W_skip"] = t.take("W_skip", d, d)
-    config = {"activation": "topk", "d_in": d, "num_latents": f, "k": sae.config["k"]}
-    config |= {"normalize_decoder": has_unit_rows(sae), "transcode": bool(sae.n_inputs)}
-    config["skip_connection"] = sae.config["skip"]
-    write_safetensors(folder / WEIGHTS, theirs)
-    write_json(folder / CONFIG, config)
+    return theirs

@@ -29,14 +29,16 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_lab.interop.layouts import kind_of_file, most_like
+from sae_lab.interop.safetensors_file import SafetensorsFile
+from sae_lab.parallel.mesh import only_latents
 from sae_lab.runtime import files
 from sae_lab.runtime.archives import check_torch
 from sae_lab.runtime.errors import UserError, first_line
-from sae_lab.runtime.files import atomic_file, write_atomically
+from sae_lab.runtime.files import atomic_file
 from sae_lab.runtime.memory import check_memory
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.parts.normalize import NORMALIZERS, Context, mix
@@ -108,10 +110,12 @@ def build(name: str, tensors: Mapping[str, Tensor], **config: Any) -> BaseSAE:
     """
     n_latents, *_, d_in = tensors["W_dec"].shape
     sae = BaseSAE.by_name(name, {"d_in": d_in, "n_latents": n_latents, "encoder_bias": True, **config})
+    axes, own = sae.latent_axes(), sae.own_latents
     with torch.no_grad():
         for key, target in sae.state_dict().items():
             if key in tensors:
-                target.copy_(tensors[key].view_as(target))
+                tensor = tensors[key].narrow(axes[key], own.start, len(own)) if key in axes else tensors[key]
+                target.copy_(tensor.view_as(target))
     return sae.eval()
 
 
@@ -138,7 +142,8 @@ def check_exportable(
         UserError: the library cannot represent the class, the normalization, several sites, signed codes, an MLP in the
             encoder, or `active_groups`.
     """
-    sae = sae.deployed()
+    with only_latents(sae.own_latents):  # a slice is converted to a slice
+        sae = sae.deployed()
     name, config = type(sae).__name__, sae.config
     if sae.n_inputs:
         check_transcoder(sae, transcoders, library)
@@ -200,7 +205,7 @@ def single_source_tensors(sae: BaseSAE) -> Tensors:
 
 def inference_tensors(sae: BaseSAE) -> Tensors:
     """Return the tensors that determine codes and reconstructions, without training state; b_enc is 0 if missing."""
-    state = {"b_enc": torch.zeros(sae.n_latents), **sae.state_dict()}
+    state = {"b_enc": torch.zeros(len(sae.own_latents)), **sae.state_dict()}
     tensors = Tensors(type(sae).__name__, {key: t.detach().cpu() for key, t in state.items()})
     tensors.drop(*TRAINING_STATE)
     return tensors
@@ -224,7 +229,8 @@ def fold_normalizer(sae: Any) -> BaseSAE:
     config = sae.config | {"normalize": "none", "tied": False}
     if sae.n_inputs and isinstance(read.shift, Tensor):
         config["encoder_bias"] = True
-    raw = BaseSAE.by_name(type(sae).__name__, config)
+    with only_latents(sae.own_latents):
+        raw = BaseSAE.by_name(type(sae).__name__, config)
     state = {key: t for key, t in sae.state_dict().items() if not key.startswith("sources.")}
     raw.load_state_dict({"b_enc": raw.b_enc, **state} if raw.b_enc is not None else state)
     raw.double()
@@ -377,8 +383,11 @@ def is_stored(tensor: Tensor) -> bool:
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Copied because safetensors does not accept two names for the same memory, which tied weights are.
-    write_atomically(file, save({name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}))
+    """Write a file tensor by tensor; safetensors itself would need the whole file in memory."""
+    with atomic_file(file) as f:
+        content = SafetensorsFile(f, {name: (t.dtype, t.shape) for name, t in tensors.items()})
+        for name, tensor in tensors.items():
+            content.put(name, tensor)
 
 
 def write_pickle(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.interop.load import FORMATS, load_sae
+from sae_lab.interop.slices import slices_of_folder
 from sae_lab.runs.card import write_card, write_dashboards_card
 from sae_lab.runs.dashboards import DASHBOARDS, Names, write_dashboards
 from sae_lab.runs.digests import SAE, check_unaltered
@@ -18,10 +19,14 @@ from sae_lab.runtime.files import read_json, write_atomically
 from sae_lab.runtime.hub import hub_errors
 from sae_lab.runtime.private import public
 from sae_lab.saes.base import BaseSAE
-from sae_lab.saes.files import CONFIG, copy_sae, sae_folder, save_sae
-from sae_lab.saes.weights import holds_weights
+from sae_lab.saes.files import CONFIG, check_sae_files, copy_sae, sae_folder, save_sae
+from sae_lab.saes.weights import holds_weights, weight_files
 
 OURS = "sae_lab"
+BY_SLICES = ("sae_lens", "sparsify")
+"""Formats that can be written without the whole SAE in memory; a file of torch.save cannot."""
+LARGE = 2**30
+"""Bytes of an SAE that is exported by slices. What it computes is then not compared with its probe."""
 WRITERS = {name: format.write for name, format in FORMATS.items() if hasattr(format, "write")}
 
 
@@ -44,10 +49,14 @@ def export_sae(source: str | Path, format: str, out: Path, sae_id: str | None = 
     if is_ours := is_of_this_library(folder):
         check_links(folder)
         check_unaltered(folder, SAE)
-    sae = load_sae(source, sae_id=sae_id)
+    by_slices = is_ours and format in BY_SLICES and is_large(folder)
+    sae, read = slices_of_folder(folder) if by_slices else (load_sae(source, sae_id=sae_id), None)
     provenance = provenance_of(folder)
     written_as: str | None = None
-    if format != OURS:
+    if read is not None:
+        check_sae_files(sae_folder(folder))
+        WRITERS[format](sae, out, provenance, read)
+    elif format != OURS:
         written_as = WRITERS[format](sae, out, provenance)
     elif is_ours:
         copy_sae(sae_folder(folder), out, provenance)
@@ -60,6 +69,12 @@ def export_sae(source: str | Path, format: str, out: Path, sae_id: str | None = 
         for file, inode in inodes(out).items()
         if before.get(file) != inode or (written_as and file.suffix == ".safetensors")
     ]
+
+
+def is_large(folder: Path) -> bool:
+    """Return whether an SAE folder of ours has more than LARGE bytes of weights."""
+    place = sae_folder(folder)
+    return sum((place / name).stat().st_size for name in weight_files(place)) > LARGE
 
 
 def export_dashboards(

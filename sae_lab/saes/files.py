@@ -26,6 +26,7 @@ from sae_lab.runtime.files import (
     write_json,
 )
 from sae_lab.runtime.memory import check_memory
+from sae_lab.runtime.seeds import nothing_drawn
 from sae_lab.saes.base import BaseSAE, rename_old_tensors
 from sae_lab.saes.probe import check_probe, make_probe
 from sae_lab.saes.weights import (
@@ -172,7 +173,8 @@ def read_sae(folder: Path, latents: range | None) -> BaseSAE:
         raise UserError(f"the latents of a {name} cannot be read by slice: leave out latents={latents}.")
     check_digests(folder, description, files_to_check(folder, outline, tensors))
     check_memory(folder, sum(t.nbytes for t in outline.state_dict().values()))
-    sae: BaseSAE = BaseSAE.by_name(description["class"], description["config"])
+    with nothing_drawn():
+        sae: BaseSAE = BaseSAE.by_name(description["class"], description["config"])
     fill(sae, tensors)
     if bad := not_finite(sae.state_dict()):
         raise ValueError(f"{', '.join(bad)} not finite")
@@ -217,6 +219,20 @@ def check_digests(folder: Path, description: dict[str, Any], names: list[str]) -
     names = [*names, PROBE] if "probe" in description else names
     if changed := [name for name in names if digest_of_file(folder / name) != digests.get(name)]:
         raise ValueError(f"{' and '.join(changed)} changed since the SAE was saved")
+
+
+def check_sae_files(folder: Path) -> None:
+    """Compare every byte of an SAE folder with its digests, for readers of slices, which do not.
+
+    Raises:
+        UserError: a file cannot be read, or changed since it was saved.
+    """
+    try:
+        description = read_json(folder / CONFIG)
+        check_description(folder, description)
+        check_digests(folder, description, weight_files(folder))
+    except (OSError, ValueError) as e:
+        raise UserError(f"the SAE in {folder} cannot be read ({type(e).__name__}: {e}): save or copy it again.") from e
 
 
 def check_shapes(folder: Path, description: dict[str, Any], tensors: dict[str, list[Part]]) -> BaseSAE:

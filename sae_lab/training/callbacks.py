@@ -8,7 +8,8 @@ from annotated_types import Ge
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.evaluation.splice_ce import SpliceCost
-from sae_lab.parallel.mesh import rank
+from sae_lab.parallel.collectives import gather_over_shards
+from sae_lab.parallel.mesh import data_axis, rank
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import read_json, write_json
@@ -43,7 +44,7 @@ class KeepSAEs(L.Callback):
         self.folder, self.every = Path(folder), every
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step % self.every == 0 and rank() == 0:
+        if trainer.global_step % self.every == 0 and data_axis().index == 0:
             save(pl_module, self.folder / str(trainer.global_step))
 
 
@@ -114,7 +115,7 @@ class KeepBest(L.Callback):
             (self.folder / RECORD).unlink(missing_ok=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if rank() or trainer.sanity_checking:
+        if data_axis().index or trainer.sanity_checking:
             return
         logged = trainer.callback_metrics
         if self.metric not in logged:
@@ -123,10 +124,11 @@ class KeepBest(L.Callback):
                 f"callbacks.keep_best.metric={self.metric} is not logged at validation: give one of {known}."
             )
         value = float(logged[self.metric])
-        if self.improves(value):
+        if gather_over_shards(self.improves(value))[0]:
             save(pl_module, self.folder)
             said = {"metric": self.metric, "mode": self.mode, "value": value, "step": trainer.global_step}
-            write_json(self.folder / RECORD, said)  # last: if the run stops before, it saves the same SAE again
+            if rank() == 0:
+                write_json(self.folder / RECORD, said)  # last: if the run stops before, it saves the same SAE again
 
     def improves(self, value: float) -> bool:
         """Return whether the value is better than that of the SAE in the folder, or there is none by this metric."""

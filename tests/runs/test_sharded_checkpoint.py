@@ -8,40 +8,27 @@ import torch
 import torch.distributed.checkpoint  # before processes fork, because the import takes a second
 from ranks import start_ranks
 
-from sae_lab.parallel.mesh import data_axis, latent_axis, sharded_latents
+from sae_lab.parallel.mesh import latent_axis, sharded_latents
 from sae_lab.runs.checkpoint import check_readable
 from sae_lab.runs.sharded_checkpoint import move_to_shards, take_own_latents
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.topk import TopKSAE
+from sae_lab.saes.weights import with_latents
 from sae_lab.training.checkpoint_io import AtomicCheckpointIO
 
 F, D = 24, 4
 
 
-def shard_of(sae):
-    """Keep this rank's latents of an SAE only."""
-    n = sae.n_latents
-    own = latent_axis().share(n)
-
-    class Shard(type(sae)):
-        own_latents = range(own.start, own.stop)
-
-    for name, axis in sae.latent_axes().items():
-        tensor = sae.get_parameter(name) if name in dict(sae.named_parameters()) else sae.get_buffer(name)
-        tensor.data = tensor.data.narrow(axis, own.start, own.stop - own.start).clone()
-    sae.__class__ = Shard
-    return sae
-
-
 def trained(step):
-    """An SAE with the optimizer's state of a training of its own: the numbers depend on the step."""
+    """An SAE with its optimizer: the numbers depend on the step, and those of a shard are a slice of the whole's."""
     sae = TopKSAE(d_in=D, n_latents=F, k=2, encoder_bias=True, seed=step)
     optimizer = torch.optim.Adam(sae.parameters())
-    generator = torch.Generator().manual_seed(step)
-    for parameter in sae.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    generator, axes, own = torch.Generator().manual_seed(step), sae.latent_axes(), sae.own_latents
+    for name, parameter in sae.named_parameters():
+        whole = torch.randn(with_latents(parameter.shape, axes.get(name), F), generator=generator)
+        parameter.grad = whole[own.start : own.stop] if name in axes else whole
     optimizer.step()
-    sae.batches_since_fired += torch.arange(F) + step
+    sae.batches_since_fired += torch.arange(own.start, own.stop) + step
     return sae, optimizer
 
 
@@ -54,20 +41,6 @@ def checkpoint_of(sae, optimizer, step):
     }
 
 
-def sharded_state(step):
-    """This rank's part of what `trained` returns, as a checkpoint."""
-    sae, optimizer = trained(step)
-    n = sae.n_latents
-    state = optimizer.state_dict()
-    own = latent_axis().share(n)
-    for i, name in enumerate(dict(sae.named_parameters())):
-        for key, value in state["state"][i].items():
-            if name in sae.latent_axes() and value.ndim:
-                state["state"][i][key] = value[own].clone()
-    sae = shard_of(sae)
-    return sae, checkpoint_of(sae, optimizer, step) | {"optimizer_states": [state]}
-
-
 def flat(checkpoint):
     moments = {
         f"{i}.{key}": value for i, s in checkpoint["optimizer_states"][0]["state"].items() for key, value in s.items()
@@ -77,21 +50,19 @@ def flat(checkpoint):
 
 def save(folder, step, m):
     with sharded_latents(m):
-        sae, checkpoint = sharded_state(step)
-        before = flat(checkpoint)
-        live = checkpoint["optimizer_states"][0]["state"][0]
+        sae, optimizer = trained(step)
+        checkpoint = checkpoint_of(sae, optimizer, step)
         move_to_shards(checkpoint, sae)
-        assert not live["exp_avg"].is_meta  # the optimizer goes on with it
+        assert not any(state["exp_avg"].is_meta for state in optimizer.state.values())  # it goes on with them
         AtomicCheckpointIO(folder).save_checkpoint(checkpoint, folder / "last.ckpt")
-        return before
 
 
 def load(folder, m):
     with sharded_latents(m):
-        sae = shard_of(trained(99)[0])
+        sae = trained(99)[0]
         content = AtomicCheckpointIO(folder).load_checkpoint(folder / "last.ckpt", weights_only=True)
         take_own_latents(content, sae)
-        return latent_axis().index, data_axis().index, flat(content)
+        return latent_axis().index, flat(content)
 
 
 def whole(step):
@@ -148,9 +119,9 @@ def test_any_number_of_shards_resumes_any_other_to_the_bit(tmp_path):
             call(save, folder, 3, written)
             assert check_readable(folder / "last.ckpt", "") == 3
             for m in (4, 2):
-                for i, _, state in call(load, folder, m):
+                for i, state in call(load, folder, m):
                     assert_same(state, part(whole(3), i, m))
-            assert_same(load(folder, 1)[2], whole(3))
+            assert_same(load(folder, 1)[1], whole(3))
 
 
 MOMENTS = {
@@ -169,10 +140,10 @@ def test_a_kill_between_the_writes_leaves_the_older_or_the_newer_checkpoint_whol
     two_ranks(save, tmp_path, 3, 2)
     assert two_ranks(save_until, tmp_path, 7, 2, target, ranks)[0] == "Killed: "
     assert check_readable(tmp_path / "last.ckpt", "") == step
-    for i, _, state in two_ranks(load, tmp_path, 2):
+    for i, state in two_ranks(load, tmp_path, 2):
         assert_same(state, part(whole(step), i, 2))
     two_ranks(save, tmp_path, 7, 2)
-    assert_same(load(tmp_path, 1)[2], whole(7))
+    assert_same(load(tmp_path, 1)[1], whole(7))
     assert len(list(tmp_path.glob("*.shards-*"))) == 1
 
 
@@ -182,7 +153,7 @@ def test_a_rank_that_cannot_write_is_named_by_all(tmp_path, two_ranks):
     target = "torch.distributed.checkpoint.HuggingFaceStorageWriter.write_data"
     said = two_ranks(fail_to_write, tmp_path, target)
     assert all("last.shards-7 cannot be written: " in one and "No space left" in one for one in said)
-    assert_same(load(tmp_path, 1)[2], whole(3))
+    assert_same(load(tmp_path, 1)[1], whole(3))
 
 
 def fail_to_write(folder, target):

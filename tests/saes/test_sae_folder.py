@@ -16,7 +16,6 @@ from sae_lab.runtime.errors import UserError
 from sae_lab.saes.files import load_sae_folder, save_sae
 from sae_lab.saes.weights import INDEX, WEIGHTS, shard_name
 
-pytest.importorskip("sae_lab.parallel.shards")
 F = 24
 FILES = ("config.json", "probe.safetensors", INDEX, *(shard_name(i, 4) for i in range(4)))
 
