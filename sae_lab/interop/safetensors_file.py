@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ class SafetensorsFile:
 
     def __init__(self, file: BinaryIO, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]):
         self.file, self.tensors = file, tensors
-        order, header, end = list(DTYPES), {}, 0
+        order, end = list(DTYPES), 0
+        header: dict[str, dict[str, Any]] = {}
         for name in sorted(tensors, key=lambda name: (order.index(tensors[name][0]), name)):
             dtype, shape = tensors[name]
             start, end = end, end + math.prod(shape) * dtype.itemsize
@@ -41,7 +42,7 @@ class SafetensorsFile:
         content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         content += b" " * (-len(content) % 8)
         file.write(len(content).to_bytes(8, "little") + content)
-        self.starts = {name: 8 + len(content) + header[name]["data_offsets"][0] for name in tensors}  # type: ignore[index]
+        self.starts = {name: 8 + len(content) + header[name]["data_offsets"][0] for name in tensors}
 
     def put(self, name: str, tensor: Tensor, axis: int = 0, start: int = 0) -> None:
         """Write a tensor, or a part of it that begins at `start` along `axis`."""

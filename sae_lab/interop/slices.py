@@ -57,7 +57,7 @@ def write_slices(
         content = SafetensorsFile(f, whole)
         for name, tensor in tensors.items():
             content.put(name, tensor, axes.get(name, 0))
-        for own in others(sae.own_latents, sae.n_latents) if read else ():
-            tensors = convert(read(own))
+        for slice_of_sae in map(read, others(sae.own_latents, sae.n_latents)) if read else ():
+            own, tensors = slice_of_sae.own_latents, convert(slice_of_sae)
             for name in axes.keys() & tensors.keys():
                 content.put(name, tensors[name], axes[name], own.start)

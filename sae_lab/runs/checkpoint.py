@@ -13,7 +13,7 @@ from sae_lab.runs.sharded_checkpoint import SHARDS, check_shards, remove_shards
 from sae_lab.runtime.archives import check_torch
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.memory import check_memory
-from sae_lab.saes.base import rename_old_tensors
+from sae_lab.saes.base import BaseSAE, rename_old_tensors
 from sae_lab.saes.weights import whole_shapes
 
 
@@ -56,14 +56,15 @@ def check_fits(checkpoint: Path, module: nn.Module, data: str) -> None:
     """Raise a UserError unless a checkpoint has all that a run resumes: a run without digests may hold another's.
 
     Args:
-        module: the LightningModule, whose SAE is its attribute `sae`.
+        module: the LightningModule, whose SAE is its attribute `sae` and may be a shard of the whole.
         data: class name of the run's DataModule.
     """
     content = checkpoint_content(checkpoint)
     there = {name: tuple(tensor.shape) for name, tensor in content["state_dict"].items()}
     rename_old_tensors(module, there, "sae.")
     here = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    here |= whole_shapes(module.sae, "sae.")  # type: ignore[arg-type]
+    assert isinstance(module.sae, BaseSAE)
+    here |= whole_shapes(module.sae, "sae.")
     parts = ("optimizer_states", "lr_schedulers", "loops", data)
     wrong = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if wrong := [*wrong, *(part for part in parts if not content.get(part))]:
