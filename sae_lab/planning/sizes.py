@@ -81,7 +81,7 @@ class SAESize(NamedTuple):
     k: float
 
     def shard(self, m: int) -> "SAESize":
-        """Return the sizes of one of m shards of the latents."""
+        """Return the sizes of one of m shards of the latents, of which it has f/m, and k/m active on a row on average."""
         own = self.by_latent // m
         return self._replace(
             parameters=self.parameters - self.by_latent + own,
@@ -89,6 +89,7 @@ class SAESize(NamedTuple):
             rowwise=self.rowwise // m,
             buffers=self.buffers // m,
             n_latents=self.n_latents // m,
+            k=self.k / m,
         )
 
 
