@@ -8,8 +8,8 @@ from annotated_types import Ge
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.evaluation.splice_ce import SpliceCost
-from sae_lab.parallel.collectives import gather_over_shards
 from sae_lab.parallel.mesh import data_axis, rank
+from sae_lab.parallel.shards import gather_over_shards
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import read_json, write_json
