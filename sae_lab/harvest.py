@@ -14,6 +14,7 @@ class Options(TypedDict):
     cache_dir: str
     verify: bool
     rebuild: bool
+    worker: int
 
 
 @entry_point("harvest")
@@ -25,7 +26,9 @@ def main(cfg: DictConfig) -> None:
     check_config(cfg, Options)
     check_config(cfg, CacheWriter.__init__)  # before the language model is loaded
     data = require_text(build_data(cfg), "harvest")
-    writer = CacheWriter(data, cfg.cache_dir, cfg.n_tokens, cfg.shard_tokens, cfg.dtype, cfg.compression)
+    writer = CacheWriter(
+        data, cfg.cache_dir, cfg.n_tokens, cfg.shard_tokens, cfg.dtype, cfg.compression, cfg.lost_after
+    )
     if cfg.verify:
         writer.verify()
     else:

@@ -18,6 +18,7 @@ from sae_lab.activations.finite import check_finite
 from sae_lab.activations.pieces import PiecePasses
 from sae_lab.activations.source import Chunk
 from sae_lab.cache.pieces import PIECE
+from sae_lab.cache.progress import shards_so_far
 from sae_lab.cache.shards import Manifest, MappedShard, read_held_out
 from sae_lab.cache.store import Store
 from sae_lab.parallel.mesh import rank, world_size
@@ -45,8 +46,9 @@ class Cache:
             raise UserError(f"{path} holds no cache: make one with `python -m sae_lab.harvest cache_dir={path}`.")
         manifest.check_format(self.store)
         if not manifest.complete:
+            n_rows = sum(shard.rows for shard in shards_so_far(self.store, manifest))
             raise UserError(
-                f"{path} is unfinished, with {manifest.rows:,} of {manifest.key['n_tokens']:,} tokens: "
+                f"{path} is unfinished, with {n_rows:,} of {manifest.key['n_tokens']:,} tokens: "
                 "run the same `python -m sae_lab.harvest` command again to continue it."
             )
         self.manifest = manifest

@@ -38,7 +38,10 @@ REBUILD = "harvest it again with rebuild=true"
 
 
 class Shard(NamedTuple):
-    """One shard file, with the position in the text (`begin`) from which it can be rebuilt."""
+    """One shard file, with the position in the text (`begin`) from which it can be rebuilt.
+
+    Of the last shard, the file may hold more rows: a cache has n_tokens, and a file whole text rows.
+    """
 
     file: str
     rows: int
@@ -148,8 +151,8 @@ def check_same_key(store: Store, manifest: Manifest, here: dict[str, Any], remed
         )
 
 
-def write_shard(store: Store, file: str, chunks: Sequence[Chunk], limit: int, codec: Codec) -> Shard:
-    """Write the first `limit` rows of consecutive chunks to one file."""
+def write_shard(store: Store, file: str, chunks: Sequence[Chunk], limit: int | None, codec: Codec) -> Shard:
+    """Write the first `limit` rows of consecutive chunks to one file; None: all."""
     rows = torch.cat([chunk.rows for chunk in chunks])[:limit]
     tokens = torch.cat([chunk.tokens for chunk in chunks if chunk.tokens is not None])
     tensors = pack(rows, tokens, codec)
@@ -182,9 +185,9 @@ def read_held_out(store: Store, checksum: str) -> Int[Tensor, "r t"]:
     return load(content)["tokens"].long()
 
 
-def find_damaged(store: Store, manifest: Manifest) -> list[str]:
+def find_damaged(store: Store, shards: Sequence[Shard], held_out_checksum: str) -> list[str]:
     """Return the files that are missing or differ from what was written; reads every byte."""
-    checksums = {shard.file: shard.checksum for shard in manifest.shards} | {HELD_OUT_FILE: manifest.held_out_checksum}
+    checksums = {shard.file: shard.checksum for shard in shards} | {HELD_OUT_FILE: held_out_checksum}
     return [
         file
         for file, checksum in track(list(checksums.items()), "checking the files")
@@ -215,9 +218,9 @@ class MappedShard:
         except (OSError, SafetensorError, ValueError, KeyError) as e:
             raise self.damaged from e
         n, s, d = self.pieces.shape
-        if (n, s) != (shard.rows, n_sites):
+        if n < shard.rows or s != n_sites:
             raise self.damaged
-        self.n, self.d, self.sites = n, d, range(s)
+        self.n, self.n_stored, self.d, self.sites = shard.rows, n, d, range(s)
         check_memory(file, min(n, PIECE) * s * d * 4)  # a compressed piece may be larger than its file
 
     def piece_rows(self, i: int) -> int:
@@ -227,8 +230,12 @@ class MappedShard:
         """Write the rows of piece i at these sites into `out`; raise a UserError if their checksum is wrong."""
         if tuple(out.shape) != (self.piece_rows(i), len(sites), self.d):  # a shard of another width
             raise self.damaged
+        stored = min(PIECE, self.n_stored - i * PIECE)
+        whole = out if stored == len(out) else torch.empty(stored, len(sites), self.d, dtype=out.dtype)
         try:
-            self.pieces.read(i, sites, out)
+            self.pieces.read(i, sites, whole)
+            if whole is not out:
+                out.copy_(whole[: len(out)])
         except ValueError as e:
             raise self.damaged from e
 

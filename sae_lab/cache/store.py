@@ -1,25 +1,31 @@
 """A folder of atomically written files, on this machine or at any URL that fsspec supports."""
 
 import errno
+import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import known_implementations
 
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.files import locked, write_atomically
 from sae_lab.runtime.user_cache import user_cache
+
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"}
+"""Protocols without folders. A folder is not made there, because that would make a missing bucket."""
 
 
 class Store:
     """The folder at `url`. Local files are used in place; remote files are copied to `user_cache()` first.
 
     Raises:
-        UserError: the URL's protocol is unknown or needs a package that is not installed; a write fails.
+        UserError: the URL's protocol is unknown or needs a package that is not installed; a read or a write fails. A
+            file that is missing raises FileNotFoundError.
     """
 
     def __init__(self, url: str | Path):
@@ -28,9 +34,17 @@ class Store:
             self.fs, self.root = fsspec.core.url_to_fs(
                 str(Path(url).expanduser()) if "://" not in str(url) else self.url
             )
-        except (ImportError, ValueError) as e:
+        except ImportError as e:
+            raise UserError(f"{url} needs a package that is not installed: type pip install {package_of(url)}.") from e
+        except ValueError as e:
             raise UserError(f"{url} cannot be opened ({e}): give a folder, or a URL that fsspec knows.") from e
         self.folder = Path(self.root) if isinstance(self.fs, LocalFileSystem) else None
+        self._has_folders = not OBJECT_STORES & {self.fs.protocol, *self.fs.protocol}
+
+    def within(self, name: str) -> "Store":
+        """Return the folder of this name in the folder."""
+        self.path(name)
+        return Store(f"{self.url}/{name}")
 
     def path(self, name: str) -> str:
         """Return the path of a file in the folder.
@@ -43,13 +57,22 @@ class Store:
         return f"{self.root}/{name}"
 
     def exists(self, name: str) -> bool:
-        return self.fs.exists(self.path(name))
+        with self._explain_errors("read"):
+            self.fs.invalidate_cache()
+            return self.fs.exists(self.path(name))
 
-    def size(self, name: str) -> int:
-        return self.fs.size(self.path(name))
+    def names(self) -> list[str]:
+        """Return the names in the folder as they are now; none if there is no folder."""
+        with self._explain_errors("read"):
+            self.fs.invalidate_cache()
+            try:
+                return sorted(Path(path).name for path in self.fs.ls(self.root, detail=False))
+            except FileNotFoundError:
+                return []
 
     def read(self, name: str) -> bytes:
-        return self.fs.cat_file(self.path(name))
+        with self._explain_errors("read"):
+            return self.fs.cat_file(self.path(name))
 
     def local_file(self, name: str) -> Path:
         """Return the path of the file, or of a local copy, which is downloaded at the first call."""
@@ -57,16 +80,61 @@ class Store:
         if self.folder is not None:
             return Path(path)
         options = {"cache_storage": str(user_cache()), "check_files": True}
-        return Path(fsspec.open_local(f"filecache::{self.url}/{name}", filecache=options))
+        with self._explain_errors("read"):
+            return Path(fsspec.open_local(f"filecache::{self.url}/{name}", filecache=options))
 
     def write(self, name: str, content: bytes) -> None:
         """Write or replace a file atomically: readers, and a crash, see the old file or the new one, never a mix."""
-        with self._explain_errors():
+        with self._explain_errors("written"):
             if self.folder is not None:
                 write_atomically(Path(self.path(name)), content)
             else:  # in object stores, an object becomes visible only when it is complete
-                self.fs.makedirs(self.root, exist_ok=True)
+                self.make_folder()
                 self.fs.pipe_file(self.path(name), content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file unless there is one; return whether this call has made it. Of several at once, one does.
+
+        Local and network disks do so by O_EXCL, S3 and Google Cloud Storage by a condition of the put. A reader may
+        see the file before its content. Where fsspec can only look first and write then, two calls may both succeed.
+        Where the folder is not there any more, nothing is made.
+        """
+        path = self.path(name)
+        with self._explain_errors("written"):
+            try:
+                if self.folder is not None:
+                    with Path(path).open("xb") as f:
+                        f.write(content)
+                else:
+                    self.fs.pipe_file(path, content, mode="create")
+            except OSError as e:
+                folder_is_gone = isinstance(e, FileNotFoundError) and self._has_folders
+                if not folder_is_gone and not self.exists(name):
+                    raise
+                return False
+            return True
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if there is one."""
+        with self._explain_errors("written"):
+            try:
+                self.fs.rm_file(self.path(name))
+            except FileNotFoundError:
+                return
+
+    def remove_folder(self) -> None:
+        """Remove the folder with its files, which other processes may be removing too."""
+        for name in self.names():
+            self.remove(name)
+        if self._has_folders:
+            with suppress(OSError):  # another process has removed it, or still writes there and removes it then
+                self.fs.rmdir(self.root)
+
+    def make_folder(self) -> None:
+        """Make the folder, if there is none."""
+        with self._explain_errors("written"):
+            if self._has_folders:
+                self.fs.makedirs(self.root, exist_ok=True)
 
     def remove_partial_files(self) -> None:
         """Remove temporary files of processes that were killed while writing."""
@@ -80,7 +148,7 @@ class Store:
         The lock of a remote folder only excludes other processes on this machine.
         """
         with ExitStack() as stack:
-            with self._explain_errors():
+            with self._explain_errors("written"):
                 waiting = f"Another process is writing to {self.url}: waiting for it."
                 stack.enter_context(locked(self._lock_file(), waiting))
             yield
@@ -91,14 +159,37 @@ class Store:
         return Path(tempfile.gettempdir()) / f"sae_lab-{xxhash.xxh3_64_hexdigest(self.url.encode())}.lock"
 
     @contextmanager
-    def _explain_errors(self) -> Iterator[None]:
-        """Turn an OSError inside the context into a UserError."""
+    def _explain_errors(self, what: str) -> Iterator[None]:
+        """Turn an error inside the context into a UserError: `what` was to be done with the folder.
+
+        Those of reading local files are left as they are, and so is a missing file that was to be read. Libraries of
+        object stores have exceptions of their own, such as for missing credentials.
+        """
         try:
             yield
-        except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        except UserError:
+            raise
+        except Exception as e:
+            of_library = self.folder is None and type(e).__module__ != "builtins"
+            missing_file = isinstance(e, FileNotFoundError) or self.folder is not None
+            if not (isinstance(e, OSError) or of_library) or (what == "read" and missing_file):
+                raise
+            if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
                     f"The disk of {self.url} is full: free some space, then run the same command again to continue."
                 ) from e
-            reason = e.strerror or str(e)
-            raise UserError(f"{self.url} cannot be written ({reason}): choose another cache_dir=...") from e
+            reason = getattr(e, "strerror", None) or first_line(e)
+            raise UserError(f"{self.url} cannot be {what} ({reason}): {self._remedy}.") from e
+
+    @property
+    def _remedy(self) -> str:
+        if self.folder is not None:
+            return "choose another cache_dir=..."
+        return "check its address, and the address and the credentials of the server in the environment"
+
+
+def package_of(url: str | Path) -> str:
+    """Return the package that fsspec needs for a URL, as it says itself ("Install s3fs to access S3")."""
+    said = known_implementations.get(str(url).partition("://")[0], {}).get("err", "")
+    found = re.search(r"nstall ['\"]?([\w.-]+)", said)
+    return found[1] if found else "the package that fsspec names for it"

@@ -2,21 +2,25 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+import time
+from contextlib import closing
+from typing import Annotated
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.finite import check_finite
-from sae_lab.activations.prefetch import PrefetchedSource
-from sae_lab.activations.source import Chunk, Source
+from sae_lab.activations.source import Chunk
+from sae_lab.cache.claims import Claims
 from sae_lab.cache.codec import CacheDtype, Codec, Compression, storage_errors
 from sae_lab.cache.key import data_key, lm_key
+from sae_lab.cache.progress import FOLDER, Progress, shards_so_far
+from sae_lab.cache.ranges import Ranges
 from sae_lab.cache.shards import (
     FORMAT,
     HELD_OUT_FILE,
+    MANIFEST,
     Manifest,
     Shard,
     check_same_key,
@@ -26,28 +30,36 @@ from sae_lab.cache.shards import (
     write_shard,
 )
 from sae_lab.cache.store import Store
+from sae_lab.cache.worker import POLL, Worker, gather
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.memory import check_memory_of
 from sae_lab.runtime.screen import TokenProgress
 from sae_lab.runtime.signals import deferred_signals, raise_if_stopped
+from sae_lab.text.rows import NextRows
 
 log = logging.getLogger(__name__)
 
+START = "start"
+"""The claim of the worker that writes the held-out text and the first manifest."""
+
 
 class CacheWriter:
-    """Writes a cache, shard by shard. If it is stopped, it finishes the current shard, and continues after it.
+    """Writes a cache, shard by shard, beside any number of other writers of the same cache.
+
+    If it is stopped, it finishes the current shard; the same call continues. Whoever writes a shard, its file is the
+    same: it holds a range of text rows that depends on the settings only (see ranges.Ranges).
 
     Args:
         data: the language model, the text and the excluded positions; `data.n_eval_tokens` of held-out text are stored
             too.
         path: a folder, or any fsspec URL.
         n_tokens: exact number of activations to store; fewer if the text ends first with `data.repeat=false`.
-        shard_tokens: activations per shard, rounded up to whole forward passes of the language model. One shard is
-            held in memory.
+        shard_tokens: activations per shard, at most, rounded up to whole text rows. One shard is held in memory.
         dtype: dtype of the cache: float32, float16, bfloat16, int8, float8_e4m3 (see codec.Codec), or auto for the
             language model's.
         compression: none, or zstd, which loses nothing.
+        lost_after: seconds without a sign of life after which another writer takes over the shard of this one.
 
     Raises:
         UserError: the folder holds another cache or cannot be written; there is no text; activations overflow `dtype`.
@@ -62,12 +74,13 @@ class CacheWriter:
         shard_tokens: Annotated[int, Ge(1)],
         dtype: CacheDtype = "auto",
         compression: Compression = "none",
+        lost_after: Annotated[float, Gt(0)] = 60.0,
     ):
         self.data, self.store = data, Store(path)
-        self.n_tokens, self.shard_tokens = n_tokens, shard_tokens
+        self.n_tokens, self.shard_tokens, self.lost_after = n_tokens, shard_tokens, lost_after
         lm = lm_key(data.lm)
         stored = lm["lm.dtype"] if dtype == "auto" else dtype
-        size = {"n_tokens": n_tokens, "dtype": stored, "compression": compression}
+        size = {"n_tokens": n_tokens, "shard_tokens": shard_tokens, "dtype": stored, "compression": compression}
         self.key = {"format": FORMAT} | lm | data_key(data) | size
         self.codec = Codec.of(self.key)
         shard = min(shard_tokens, n_tokens) * len(data.lm.sites) * data.d_in * self.codec.decoded.itemsize
@@ -79,16 +92,14 @@ class CacheWriter:
         Raises:
             SafeStop: a signal arrived, and the shard that was then being filled is written.
         """
-        manifest = self._read(start_over=rebuild)
-        if manifest is None or rebuild or not manifest.complete:
-            with self.store.locked():
-                self.store.remove_partial_files()
-                manifest = self._read(start_over=rebuild) or self._start()
-                with deferred_signals():
-                    if rebuild:
-                        self._rewrite_damaged(manifest)
-                    if not manifest.complete:
-                        self._write_missing(manifest)
+        if rebuild:
+            with self.store.locked(), deferred_signals():
+                self._mend()
+        manifest = self._read()
+        if manifest is None or not manifest.complete:
+            with deferred_signals(), Claims(self.store.within(FOLDER), self.lost_after) as claims:
+                manifest = self._write_missing(claims)
+        self._remove_progress()
         log.info("%s is complete: %s tokens in %d shards.", self.store.url, f"{manifest.rows:,}", len(manifest.shards))
         return manifest
 
@@ -99,16 +110,17 @@ class CacheWriter:
             UserError: files are damaged or missing; the message names them.
         """
         manifest = self._read()
-        bad = find_damaged(self.store, manifest) if manifest else []
+        shards = shards_so_far(self.store, manifest) if manifest else []
+        bad = find_damaged(self.store, shards, manifest.held_out_checksum) if manifest else []
         if bad:
             raise UserError(
                 f"{self.store.url} has damaged or missing files ({', '.join(bad)}): rewrite them with rebuild=true."
             )
-        log.info("%s: all of its %d shards are intact.", self.store.url, len(manifest.shards) if manifest else 0)
+        log.info("%s: all of its %d shards are intact.", self.store.url, len(shards))
         if manifest is None or not manifest.complete:
             log.warning(
                 "The cache is unfinished, with %s of %s tokens: run the command without verify=true to continue it.",
-                *(f"{manifest.rows if manifest else 0:,}", f"{self.n_tokens:,}"),
+                *(f"{sum(shard.rows for shard in shards):,}", f"{self.n_tokens:,}"),
             )
 
     def _read(self, start_over: bool = False) -> Manifest | None:
@@ -122,8 +134,49 @@ class CacheWriter:
         if manifest is not None:
             manifest.check_format(self.store)
             here = self.key | {"format": manifest.key["format"]}  # every shard tells its own format
+            if "shard_tokens" not in manifest.key:  # of an earlier version, whose shards tell their text rows
+                del here["shard_tokens"]
             check_same_key(self.store, manifest, here, "choose another cache_dir=...")
             self.data.norm_limits.update(manifest.norm_limits)
+        return manifest
+
+    def _write_missing(self, claims: Claims) -> Manifest:
+        """Write shards, beside other workers, until all are there; then list them in the manifest."""
+        manifest = self._begin(claims)
+        if manifest.complete:
+            return manifest
+        progress, rows = Progress(self.store.within(FOLDER), len(manifest.shards)), self.data.rows()
+        begun = manifest.rows  # by an earlier version, which listed each shard when it was written
+        if manifest.shards:
+            last = manifest.shards[-1]
+            rows.load_state_dict(last.begin)
+            rows.skip(last.text_rows)
+        row_tokens = self.data.seq_len - max(self.data.exclude_first, self.data.exclude_bos)
+        ranges = Ranges(self.n_tokens - begun, -(-self.shard_tokens // row_tokens), row_tokens)
+
+        def write(i: int, chunks: list[Chunk]) -> Shard:
+            return self.write_shard(shard_name(len(manifest.shards) + i), chunks)
+
+        with TokenProgress("harvesting", self.n_tokens, begun) as bar, closing(rows):
+            Worker(self.data, ranges, progress, claims, write, bar, begun).run(rows, self._is_complete)
+        manifest = self._read() or manifest
+        if not manifest.complete:
+            manifest = self._complete(manifest, ranges.shards(progress.done))
+        return manifest
+
+    def _is_complete(self) -> bool:
+        manifest = Manifest.read(self.store)
+        return manifest is not None and manifest.complete
+
+    def _begin(self, claims: Claims) -> Manifest:
+        """Return the manifest; of several workers, one makes it, and the others wait."""
+        while (manifest := self._read()) is None:
+            raise_if_stopped()
+            if claims.take(START):
+                manifest = self._read() or self._start()
+                claims.release(START)
+                return manifest
+            time.sleep(min(POLL, self.lost_after / 10))
         return manifest
 
     def _start(self) -> Manifest:
@@ -168,54 +221,42 @@ class CacheWriter:
         folder = self.store.folder
         return "" if folder is None else f" ({shutil.disk_usage(folder).free / 1e9:.1f} GB are free on this disk)"
 
-    def _write_missing(self, manifest: Manifest) -> None:
-        """Write the shards after the last one, up to n_tokens or the end of the text; save the manifest each time."""
-        source: Source = self.data.source()
-        source.load_state_dict(self._text_state(manifest))
-        if self.data.prefetch:
-            source = PrefetchedSource(source, 4 * self.data.lm_batch_rows * self.data.seq_len, self.data.lm.device)
-        with TokenProgress("harvesting", self.n_tokens, manifest.rows) as bar:
-            for chunks in gather_chunks(
-                self.data.keep_short(source),
-                self.n_tokens - manifest.rows,
-                self.shard_tokens,
-                self.codec.decoded,
-                bar.advance,
-            ):
-                left = self.n_tokens - manifest.rows
-                manifest.shards.append(self.write_shard(shard_name(len(manifest.shards)), chunks, left))
-                manifest.complete = manifest.rows == self.n_tokens
-                manifest.write(self.store)
-                raise_if_stopped()
-        if not manifest.complete:
-            self._finish_early(manifest)
-
-    def _finish_early(self, manifest: Manifest) -> None:
-        """Mark the cache as complete at the end of the text; raise a UserError if it is empty."""
+    def _complete(self, manifest: Manifest, shards: list[Shard]) -> Manifest:
+        """List the shards that were harvested in the manifest; raise a UserError if the text had no row."""
+        manifest.shards += shards
         if manifest.rows == 0:
             raise UserError(f"the text is shorter than one row of seq_len={self.data.seq_len} tokens: give more text.")
-        log.warning("The text ended after %s of %s tokens.", f"{manifest.rows:,}", f"{self.n_tokens:,}")
+        if manifest.rows < self.n_tokens:
+            log.warning("The text ended after %s of %s tokens.", f"{manifest.rows:,}", f"{self.n_tokens:,}")
         manifest.complete = True
         manifest.write(self.store)
+        return manifest
 
-    def _text_state(self, manifest: Manifest) -> dict[str, Any]:
-        """Return the state of the text rows after the last shard."""
-        rows = self.data.rows()
-        if manifest.shards:
-            last = manifest.shards[-1]
-            rows.load_state_dict(last.begin)
-            rows.take(last.text_rows)
-        rows.close()
-        return rows.state_dict()
+    def _remove_progress(self) -> None:
+        """Remove what only an unfinished cache needs, also where another worker has just finished it."""
+        self.store.within(FOLDER).remove_folder()
+        self.store.remove_partial_files()
 
-    def write_shard(self, file: str, chunks: list[Chunk], limit: int) -> Shard:
+    def write_shard(self, file: str, chunks: list[Chunk], limit: int | None = None) -> Shard:
+        chunks = [chunk._replace(rows=chunk.rows.to(self.codec.decoded)) for chunk in chunks]
         for chunk in chunks:  # finite in the language model's dtype; the cache's may hold less
             check_finite(chunk.rows, self.data.lm.sites, "give dtype=bfloat16.")
-        return write_shard(self.store, file, chunks, limit, self.codec)
+        shard = write_shard(self.store, file, chunks, limit, self.codec)
+        if shard.rows == 0:
+            raise UserError(
+                f"data.exclude_... and data.max_norm leave out all {shard.text_rows * self.data.seq_len} tokens of "
+                f"{file}: leave out fewer, or raise shard_tokens={self.shard_tokens}."
+            )
+        return shard
 
-    def _rewrite_damaged(self, manifest: Manifest) -> None:
-        """Verify all files and write damaged or missing ones again."""
-        bad = find_damaged(self.store, manifest)
+    def _mend(self) -> None:
+        """Verify all files and write damaged or missing ones again. Without a readable manifest, start over."""
+        manifest = self._read(start_over=True)
+        if manifest is None:
+            self.store.remove(MANIFEST)
+            self.store.within(FOLDER).remove_folder()
+            return
+        bad = find_damaged(self.store, shards_so_far(self.store, manifest), manifest.held_out_checksum)
         for file in bad:
             log.warning("%s is damaged or missing: writing it again.", file)
         if HELD_OUT_FILE in bad:
@@ -224,34 +265,19 @@ class CacheWriter:
         for i, shard in enumerate(manifest.shards):
             raise_if_stopped()
             if shard.file in bad:
-                source = self.data.source()
-                source.load_state_dict(shard.begin)
-                chunks = next(
-                    gather_chunks(
-                        self.data.keep_short(source), shard.rows, self.shard_tokens, self.codec.decoded, lambda n: None
-                    )
-                )
-                manifest.shards[i] = self.write_shard(shard.file, chunks, shard.rows)
+                manifest.shards[i] = self._rewrite(shard, "shard_tokens" in manifest.key)
                 manifest.write(self.store)
+        if not manifest.complete:
+            progress = Progress(self.store.within(FOLDER), len(manifest.shards))
+            progress.refresh()
+            for i in [i for i, shard in progress.done.items() if shard.file in bad]:
+                progress.remove(i)
 
-
-def gather_chunks(
-    source: Source, n_rows: int, at_once: int, dtype: torch.dtype, advance: Callable[[int], None]
-) -> Iterator[list[Chunk]]:
-    """Yield consecutive chunks in lists of at least `at_once` rows, on the CPU and in this dtype, up to n_rows in all.
-
-    The last list may have fewer rows. `advance` is called with the number of rows of each chunk.
-    """
-    chunks: list[Chunk] = []
-    held = yielded = 0
-    stream = iter(source)
-    while yielded + held < n_rows and (chunk := next(stream, None)) is not None:
-        chunks.append(chunk._replace(rows=chunk.rows.to("cpu", dtype)))
-        held += len(chunk.rows)
-        advance(len(chunk.rows))
-        if held >= at_once:
-            yield chunks
-            yielded, held, chunks = yielded + held, 0, []
-    stream.close()
-    if held:
-        yield chunks
+    def _rewrite(self, shard: Shard, whole: bool) -> Shard:
+        """Write a shard again, from its text rows. `whole`: its file holds all that these give, also beyond n_tokens."""
+        rows = self.data.rows()
+        rows.load_state_dict(shard.begin)
+        with closing(rows):
+            chunks = gather(self.data, NextRows(rows, shard.text_rows), lambda n: None)
+        written = self.write_shard(shard.file, chunks, None if whole else shard.rows)
+        return written._replace(rows=shard.rows)

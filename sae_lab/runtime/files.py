@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import xxhash
 from filelock import FileLock, Timeout
@@ -26,7 +27,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     After a crash, or for another process, `path` is the old file or the new one, never a part of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # No process id: processes of several machines may write into one folder.
+    temporary = path.with_name(f".{path.name}.{uuid4().int}")
     try:
         with naming(path), temporary.open("wb") as f:
             yield f

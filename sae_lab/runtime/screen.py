@@ -62,6 +62,11 @@ class TokenProgress:
         self.total = total
         self._bar.update(self._task, total=total)
 
+    def set_done(self, done: int) -> None:
+        """Set the tokens that are done, where other processes work on the same."""
+        self.done = done
+        self.advance(0)
+
     def advance(self, n: int) -> None:
         """Count n more tokens."""
         self.done = min(self.total, self.done + n)

@@ -29,11 +29,13 @@ from sae_lab.activations.buffer import ShuffledBlocks
 from sae_lab.activations.building import build_data, require_text
 from sae_lab.activations.data import ActivationData
 from sae_lab.cache.reader import Cache, CachedSource
-from sae_lab.cache.writer import CacheWriter, gather_chunks
+from sae_lab.cache.worker import gather
+from sae_lab.cache.writer import CacheWriter
 from sae_lab.runtime.device import synchronized_time
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.screen import console, track
 from sae_lab.studies.step_cost import training_step
+from sae_lab.text.rows import NextRows
 from sae_lab.training.run import build_sae
 
 Stage = Callable[[], int]  # processes one slice and returns its number of tokens
@@ -62,7 +64,7 @@ def build_stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str
     tokens = data.text.first_rows(data.lm_batch_rows)
     harvest = iter(data.source())
     writer = CacheWriter(data, folder, cfg.slice_tokens, cfg.slice_tokens)
-    shard = next(gather_chunks(data.source(), cfg.slice_tokens, cfg.slice_tokens, writer.codec.decoded, lambda n: None))
+    shard = gather(data, NextRows(data.rows(), -(-cfg.slice_tokens // data.seq_len)), lambda n: None)
     writer.build()
     rows = data.rows()
     source = CachedSource(Cache(folder), data.lm_batch_rows * data.seq_len, 0, True, data.lm.device)

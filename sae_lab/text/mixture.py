@@ -30,7 +30,7 @@ class Part(NamedTuple):
     text: Text
 
 
-class MixedRows:
+class MixedRows(RowStream):
     """A RowStream that takes each row from one of several streams, by the shares of the parts.
 
     Which part a row comes from is a function of the shares and of the rows taken before (`next_parts`). The rows of a

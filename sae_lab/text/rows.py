@@ -18,6 +18,7 @@ from sae_lab.text.notes import Notes
 log = logging.getLogger(__name__)
 
 AHEAD = 2**18  # characters that are tokenized together
+SKIPPED_AT_ONCE = 4096  # rows, where they have to be read to be skipped
 
 
 class RowStream(Protocol):
@@ -33,7 +34,10 @@ class RowStream(Protocol):
 
     def skip(self, n: int) -> int:
         """Go on as `take` does, without the rows. Returns their number. Reads no text where rows have numbers."""
-        ...
+        skipped = 0
+        while skipped < n and (taken := len(self.take(min(n - skipped, SKIPPED_AT_ONCE)))):
+            skipped += taken
+        return skipped
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -62,7 +66,28 @@ def warn_of_new_pass(epoch: int) -> None:
     log.warning("End of %s: starting pass %d over it, in a new order.", part_or("the text"), epoch + 1)
 
 
-class TextRows:
+class NextRows(RowStream):
+    """The next n rows of a stream, or as many as are left. Closing them leaves the stream open."""
+
+    def __init__(self, stream: RowStream, n: int):
+        self.stream, self.left = stream, n
+
+    def take(self, n: int) -> Int[Tensor, "r t"]:
+        rows = self.stream.take(min(n, self.left))
+        self.left -= len(rows)
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state)
+
+    def close(self) -> None:
+        pass
+
+
+class TextRows(RowStream):
     """A RowStream in the order in which pieces of documents are read (`data.order=as_read`), packed row by row.
 
         doc 1: a b c d e   doc 2: f g h   seq_len 4

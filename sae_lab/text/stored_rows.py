@@ -10,11 +10,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae_lab.text.permutation import permute
-from sae_lab.text.rows import raise_no_rows, warn_of_new_pass
+from sae_lab.text.rows import RowStream, raise_no_rows, warn_of_new_pass
 from sae_lab.text.store import TokenStore
 
 
-class StoredRows:
+class StoredRows(RowStream):
     """A RowStream whose pass number `epoch` is the permutation of all rows of a store that (seed, epoch) draws.
 
     Args:

@@ -10,14 +10,14 @@ from numpy import ndarray as Array
 from torch import Tensor
 
 from sae_lab.text.permutation import permute
-from sae_lab.text.rows import raise_no_rows, warn_of_new_pass
+from sae_lab.text.rows import RowStream, raise_no_rows, warn_of_new_pass
 from sae_lab.text.window_reader import ReaderProcess, Request, Rows, WindowReader
 
 SMALLEST = 2**20
 """Tokens of the first window. Each later one is as large as all before it together, up to the maximum."""
 
 
-class WindowRows:
+class WindowRows(RowStream):
     """A RowStream over a text without random access, shuffled within windows of `window_tokens` tokens.
 
     A window's rows are permuted by (seed, epoch, tokens before the window). The first windows are small, so that a run

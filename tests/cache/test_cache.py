@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -82,8 +81,9 @@ def test_a_cache_holds_the_streams_rows_in_order_exactly_as_many_as_asked_for(wh
     cache = Cache(str(whole))
     rows = torch.cat([cache.piece(i) for i in range(cache.n_pieces)])
     assert torch.equal(rows, streamed_rows()[:N])
-    assert [shard.rows >= 200 for shard in cache.manifest.shards] == [True, True, False]
-    tokens = torch.cat([cache.shard(i).tokens for i in range(3)])
+    assert [shard.text_rows for shard in cache.manifest.shards] == [29, 29, 28, 29]  # 200 / 7, and 86 = 600 / 7 in all
+    assert all(shard.rows <= 203 for shard in cache.manifest.shards)
+    tokens = torch.cat([cache.shard(i).tokens for i in range(4)])
     assert torch.equal(tokens.flatten()[tokens.flatten() != 0][:N].float(), rows[:, 0, 0])
     assert torch.equal(cache.held_out().int(), text().text.rows("held_out", repeat=False).take(20).int())
 
@@ -148,7 +148,7 @@ def test_the_first_rows_of_a_pass_come_from_all_shards(whole):
     cache = Cache(str(whole))
     ends = [shard.rows for shard in cache.manifest.shards]
     shards = [set(part[:, 0, 0].tolist()) for part in streamed_rows()[:N].split(ends)]
-    firsts = [next(iter(CachedSource(cache, 3 * PIECE, seed, True, CPU))).rows[:, 0, 0].tolist() for seed in range(8)]
+    firsts = [next(iter(CachedSource(cache, 5 * PIECE, seed, True, CPU))).rows[:, 0, 0].tolist() for seed in range(8)]
     assert any(all(shard & set(first) for shard in shards) for first in firsts)
 
 
@@ -217,13 +217,15 @@ def test_a_cache_of_format_2_is_read_and_gives_the_same_batches(whole):
 
 
 def test_an_unfinished_cache_of_format_2_is_continued(whole):
-    batches = list(cached(whole).stream)
     as_format_2(whole)
     manifest = Cache(str(whole)).manifest
     manifest.complete, manifest.shards = False, manifest.shards[:1]
+    del manifest.key["shard_tokens"]  # which decided less then
     manifest.write(store.Store(whole))
     harvester(whole).build()
-    assert all(torch.equal(a, b) for a, b in zip(batches, cached(whole).stream, strict=True))
+    continued = Cache(str(whole))
+    rows = torch.cat([continued.piece(i) for i in range(continued.n_pieces)])
+    assert torch.equal(rows, streamed_rows()[:N])
 
 
 def test_a_format_to_come_is_refused(whole):
@@ -310,7 +312,7 @@ def test_no_cache_and_an_unfinished_one_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds no cache: make one with"):
         cached(tmp_path / "none")
     stopped(tmp_path, monkeypatch, after=2)
-    with pytest.raises(UserError, match=r"is unfinished, with 2[0-9]{2} of 600 tokens"):
+    with pytest.raises(UserError, match=r"is unfinished, with 1[0-9]{2} of 600 tokens"):
         cached(tmp_path)
 
 
@@ -362,10 +364,9 @@ def test_a_harvest_killed_within_a_file_continues_to_the_same_files(whole, tmp_p
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert any(p.name.startswith(".") and p.name != ".lock" for p in (tmp_path / "killed").iterdir())
+    assert any(p.name.startswith(".") for p in (tmp_path / "killed").rglob("*"))
     harvester(tmp_path / "killed").build()
-    left = files(tmp_path / "killed")
-    assert {name: left.get(name) for name in files(whole)} == files(whole)
+    assert files(tmp_path / "killed") == files(whole)
 
 
 @pytest.mark.parametrize("where", ["activations.0", "end of activations.1", "tokens", "shape", "checksums", "header"])
@@ -498,55 +499,3 @@ def test_a_folder_that_cannot_be_is_named(tmp_path):
         harvester(tmp_path / "file" / "cache").build()
     with pytest.raises(UserError, match=r"cannot be opened .*give a folder, or a URL that fsspec knows"):
         harvester("nowhere://cache")
-
-
-def build_and_count(folder: str, counts: str) -> None:
-    builder = harvester(folder)
-    calls, real = [], builder.data.lm.activations
-    builder.data.lm.activations = lambda tokens: calls.append(1) or real(tokens)
-    logging.basicConfig(level=logging.INFO, filename=f"{counts}/{os.getpid()}.log", force=True)
-    builder.build()
-    Path(counts, str(os.getpid())).write_text(str(len(calls)))
-
-
-@pytest.mark.process
-def test_eight_processes_build_it_once_and_the_others_say_that_they_wait(whole, tmp_path):
-    (tmp_path / "counts").mkdir()
-    arguments = (str(tmp_path / "shared"), str(tmp_path / "counts"))
-    processes = [get_context("fork").Process(target=build_and_count, args=arguments) for _ in range(8)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 8
-    counts = sorted(int(p.read_text()) for p in (tmp_path / "counts").iterdir() if p.suffix == "")
-    assert counts[:7] == [0] * 7
-    assert counts[7] > 0
-    assert files(tmp_path / "shared") == files(whole)
-
-
-@pytest.mark.process
-def test_a_process_waits_while_another_one_builds(tmp_path):
-    builder = harvester(tmp_path / "shared")
-    (tmp_path / "shared").mkdir()
-    context = get_context("fork")
-    held, free = context.Event(), context.Event()
-
-    def hold() -> None:
-        with store.Store(tmp_path / "shared").locked():
-            held.set()
-            free.wait()
-
-    process = context.Process(target=hold)
-    process.start()
-    held.wait()
-    waiting = context.Process(target=build_and_count, args=(builder.store.url, str(tmp_path)))
-    waiting.start()
-    waiting.join(1.0)
-    assert waiting.is_alive()
-    assert not (tmp_path / "shared" / "manifest.json").exists()
-    free.set()
-    waiting.join()
-    process.join()
-    assert waiting.exitcode == 0
-    assert "Another process is writing to" in (tmp_path / f"{waiting.pid}.log").read_text()

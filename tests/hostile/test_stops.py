@@ -173,7 +173,7 @@ def test_a_harvest_writes_the_shard_that_it_has_begun(tmp_path, monkeypatch, sig
         return CacheWriter(data(), str(tmp_path / name), n_tokens=60, shard_tokens=20).build()
 
     whole = harvest("whole")
-    send_at(monkeypatch, LMSource, "_read", 3, signum)
+    send_at(monkeypatch, LMSource, "_read", 4, signum)
     with pytest.raises(SafeStop, match=f"Stopped by {signum.name}"):
         harvest("stopped")
     monkeypatch.undo()

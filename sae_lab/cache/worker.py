@@ -1,0 +1,132 @@
+"""A worker of a harvest: it claims shards that nobody has begun, writes them, and waits for what others have claimed."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from sae_lab.activations.data import ActivationData
+from sae_lab.activations.prefetch import PrefetchedSource
+from sae_lab.activations.source import Chunk, LMSource, Source
+from sae_lab.cache.claims import Claims
+from sae_lab.cache.progress import Progress, name_of
+from sae_lab.cache.ranges import Ranges, choose_free
+from sae_lab.cache.shards import Shard
+from sae_lab.runtime.screen import TokenProgress
+from sae_lab.runtime.signals import raise_if_stopped
+from sae_lab.text.rows import NextRows, RowStream
+
+log = logging.getLogger(__name__)
+
+POLL = 1.0
+"""Seconds between two looks at what other workers have done, at most."""
+
+
+class TextPosition:
+    """Text rows that can be taken from any row on, counted from a state of theirs.
+
+    A stream without random access has to read all that it skips; so it begins at the nearest shard that is done.
+    """
+
+    def __init__(self, rows: RowStream, progress: Progress, ranges: Ranges):
+        self.rows, self.progress, self.ranges = rows, progress, ranges
+        self.beginning, self.row = rows.state_dict(), 0
+
+    def take_from(self, row: int, n: int) -> NextRows:
+        """Return the n text rows from this one on."""
+        known = {self.ranges.of_shard(i).start: shard.begin for i, shard in self.progress.done.items()}
+        before = max((start for start in known if start <= row), default=0)
+        if not before <= self.row <= row:
+            self.rows.load_state_dict(known.get(before, self.beginning))
+            self.row = before
+        self.rows.skip(row - self.row)
+        self.row = row + n  # once they are taken
+        return NextRows(self.rows, n)
+
+
+class Worker:
+    """Harvests shards until the cache is complete, beside any number of other workers.
+
+    Args:
+        write: writes a shard of that number from its chunks.
+        bar: shows what is done of the cache by all workers.
+        before: activations that were stored before the first shard.
+    """
+
+    def __init__(
+        self,
+        data: ActivationData,
+        ranges: Ranges,
+        progress: Progress,
+        claims: Claims,
+        write: Callable[[int, list[Chunk]], Shard],
+        bar: TokenProgress,
+        before: int = 0,
+    ):
+        self.data, self.ranges, self.progress, self.claims, self.write = data, ranges, progress, claims, write
+        self.bar, self.before = bar, before
+
+    def run(self, rows: RowStream, is_complete: Callable[[], bool]) -> None:
+        """Harvest until no shard is missing. `is_complete`: whether a worker has found that and ended the harvest."""
+        text, last, told = TextPosition(rows, self.progress, self.ranges), -1, False
+        while not self._look():
+            raise_if_stopped()
+            number = self._choose(last)
+            if number is not None and self._harvest(number, text, is_complete):
+                last = number
+            elif is_complete():
+                return
+            elif number is None:
+                if not told:
+                    log.info("Other workers harvest the last shards: waiting for them.")
+                told = True
+                time.sleep(min(POLL, self.claims.lost_after / 10))
+
+    def _look(self) -> bool:
+        """Look at what all workers have done; return whether that is all."""
+        self.progress.refresh()
+        done = self.progress.done
+        self.bar.set_done(self.before + sum(shard.rows for shard in done.values()))
+        return self.ranges.is_complete(done)
+
+    def _choose(self, last: int) -> int | None:
+        """Return the shard after the last one, or one whose worker is lost, or another free one; else None."""
+        done, claimed = self.progress.done, self.progress.claimed
+        n = self.ranges.n_needed(done)
+        if last + 1 < n and last + 1 not in {*done, *claimed}:
+            return last + 1
+        lost = (i for i in sorted(claimed) if i < n and i not in done and self.claims.is_lost(name_of(i)))
+        return next(lost, choose_free(n, done, claimed))
+
+    def _harvest(self, i: int, text: TextPosition, is_complete: Callable[[], bool]) -> bool:
+        """Claim shard i and write it; return False if another worker has it or has done it.
+
+        The order matters: a shard without a record, in a harvest that has not ended after that, is certainly not done.
+        """
+        name = name_of(i)
+        if not self.claims.take(name):
+            self.progress.claimed.add(i)
+            return False
+        try:
+            if self.progress.has(i) or is_complete():
+                return False
+            span = self.ranges.of_shard(i)
+            rows = text.take_from(span.start, len(span))
+            begin = rows.state_dict()
+            chunks = gather(self.data, rows, self.bar.advance)
+            if not self.progress.has(i):
+                self.progress.add(i, self.write(i, chunks) if chunks else Shard("", 0, 0, begin, 0, ""))
+        finally:
+            self.claims.release(name)
+        return True
+
+
+def gather(data: ActivationData, rows: RowStream, advance: Callable[[int], None]) -> list[Chunk]:
+    """Return the activations of all these text rows, on the CPU; call `advance` with the number of each chunk."""
+    source: Source = LMSource(data.lm, rows, data.keep_mask, data.lm_batch_rows, data.lm_lock)
+    if data.prefetch:
+        source = PrefetchedSource(source, 4 * data.lm_batch_rows * data.seq_len, data.lm.device)
+    chunks = list[Chunk]()
+    for chunk in data.keep_short(source):
+        chunks.append(chunk._replace(rows=chunk.rows.to("cpu")))
+        advance(len(chunk.rows))
+    return chunks
