@@ -19,10 +19,15 @@ class Options(TypedDict):
 
 @entry_point("harvest")
 def main(cfg: DictConfig) -> None:
-    """Write the missing part of a cache; `verify=true` only checks it, `rebuild=true` rewrites damaged files."""
+    """Write the missing part of a cache, beside any number of workers that do the same.
+
+    `verify=true` only checks it, `rebuild=true` rewrites damaged files.
+    """
     from sae_lab.activations.building import build_data, require_text
     from sae_lab.cache.writer import CacheWriter
+    from sae_lab.runtime.device import use_gpu_of_local_rank
 
+    use_gpu_of_local_rank()
     check_config(cfg, Options)
     check_config(cfg, CacheWriter.__init__)  # before the language model is loaded
     data = require_text(build_data(cfg), "harvest")

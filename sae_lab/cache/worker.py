@@ -1,4 +1,4 @@
-"""A worker of a harvest: it claims shards that nobody has begun, writes them, and waits for what others have claimed."""
+"""A worker of a harvest: it claims and writes shards that nobody has begun, and waits for those of others."""
 
 import logging
 import time
@@ -11,6 +11,7 @@ from sae_lab.cache.claims import Claims
 from sae_lab.cache.progress import Progress, name_of
 from sae_lab.cache.ranges import Ranges, choose_free
 from sae_lab.cache.shards import Shard
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.screen import TokenProgress
 from sae_lab.runtime.signals import raise_if_stopped
 from sae_lab.text.rows import NextRows, RowStream
@@ -102,22 +103,29 @@ class Worker:
 
         The order matters: a shard without a record, in a harvest that has not ended after that, is certainly not done.
         """
-        name = name_of(i)
-        if not self.claims.take(name):
+        if not self.claims.take(name_of(i)):
             self.progress.claimed.add(i)
             return False
         try:
             if self.progress.has(i) or is_complete():
                 return False
-            span = self.ranges.of_shard(i)
-            rows = text.take_from(span.start, len(span))
-            begin = rows.state_dict()
-            chunks = gather(self.data, rows, self.bar.advance)
-            if not self.progress.has(i):
-                self.progress.add(i, self.write(i, chunks) if chunks else Shard("", 0, 0, begin, 0, ""))
+            self._write(i, text)
+        except UserError:
+            if is_complete():  # another worker has taken this shard too, and has removed the folder of the records
+                return False
+            raise
         finally:
-            self.claims.release(name)
+            self.claims.release(name_of(i))
         return True
+
+    def _write(self, i: int, text: TextPosition) -> None:
+        """Write shard i and its record; at the end of the text only a record."""
+        span = self.ranges.of_shard(i)
+        rows = text.take_from(span.start, len(span))
+        begin = rows.state_dict()
+        chunks = gather(self.data, rows, self.bar.advance)
+        if not self.progress.has(i):
+            self.progress.add(i, self.write(i, chunks) if chunks else Shard("", 0, 0, begin, 0, ""))
 
 
 def gather(data: ActivationData, rows: RowStream, advance: Callable[[int], None]) -> list[Chunk]:

@@ -274,7 +274,7 @@ class CacheWriter:
                 progress.remove(i)
 
     def _rewrite(self, shard: Shard, whole: bool) -> Shard:
-        """Write a shard again, from its text rows. `whole`: its file holds all that these give, also beyond n_tokens."""
+        """Write a shard again from its text rows. `whole`: its file holds all that these give, even beyond n_tokens."""
         rows = self.data.rows()
         rows.load_state_dict(shard.begin)
         with closing(rows):

@@ -1,5 +1,6 @@
 """The device, copies to it, the precision, and a clock that waits for the device."""
 
+import os
 import time
 from typing import Annotated, Literal, TypeAlias
 
@@ -29,6 +30,13 @@ def resolve_device(device: str, setting: str = "device") -> str:
     if device.startswith(("cuda", "gpu")) and not found:
         raise SettingError(f"{{{setting}}}={device} is not available, because torch finds no GPU: give auto or cpu.")
     return ("cuda" if found else "cpu") if device == "auto" else device
+
+
+def use_gpu_of_local_rank() -> None:
+    """Let `cuda` mean a GPU of this process's own, where torchrun or srun started several processes on this machine."""
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    if rank is not None and torch.cuda.is_available():
+        torch.cuda.set_device(int(rank) % torch.cuda.device_count())
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

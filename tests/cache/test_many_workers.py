@@ -3,10 +3,15 @@
 import os
 import random
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
 
+import fsspec
 import pytest
 from fakes import Follow
 from test_cache import files, harvester
@@ -14,7 +19,6 @@ from test_cache import files, harvester
 from sae_lab.cache.ranges import Ranges, choose_free
 from sae_lab.cache.shards import Shard
 
-N = 900
 CONTEXT = get_context("fork")
 
 
@@ -26,30 +30,62 @@ class Slow(Follow):
         return super().activations(tokens)
 
 
-def writer(path, **changes):
-    made = harvester(path, N, lm=Slow(), n_documents=200, **changes)
+def writer(path, n_tokens: int):
+    made = harvester(path, n_tokens, lm=Slow(), n_documents=200)
     made.shard_tokens = made.key["shard_tokens"] = 30
     made.lost_after = 0.5
     return made
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> dict[str, bytes]:
-    """The files that one worker makes."""
-    folder = tmp_path_factory.mktemp("alone") / "cache"
-    writer(folder).build()
+def of_one_worker(folder: Path, n_tokens: int) -> dict[str, bytes]:
+    writer(folder, n_tokens).build()
     return files(folder)
 
 
-def work(folder: str, **changes) -> None:
-    writer(folder, **changes).build()
+def serve(address: Connection) -> None:
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    address.send("http://{}:{}".format(*server.get_host_and_port()))
+    threading.Event().wait()
 
 
-def start(n: int, folder, **changes):
-    workers = [CONTEXT.Process(target=work, args=(str(folder),), kwargs=changes) for _ in range(n)]
+@pytest.fixture(scope="module")
+def s3() -> Iterator[None]:
+    """A server of S3 on this machine, with a bucket, to which the environment leads."""
+    ours, theirs = CONTEXT.Pipe()
+    server = CONTEXT.Process(target=serve, args=(theirs,))
+    server.start()
+    env = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    env["AWS_ENDPOINT_URL"] = ours.recv()
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in env.items():
+            patched.setenv(name, value)
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield
+    server.kill()
+    server.join()
+
+
+def work(folder: str, n_tokens: int) -> None:
+    writer(folder, n_tokens).build()
+
+
+def harvest_and_kill(url: str, n_tokens: int, begun: Callable[[], bool]) -> None:
+    """Harvest by four workers, of which two are killed at random moments after `begun`."""
+    rng = random.Random(0)
+    workers = [CONTEXT.Process(target=work, args=(url, n_tokens)) for _ in range(4)]
     for worker in workers:
         worker.start()
-    return workers
+    for worker in rng.sample(workers, 2):
+        while not begun():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
+        os.kill(worker.pid, signal.SIGKILL)
+    for worker in workers:
+        worker.join()
+    assert sorted(worker.exitcode for worker in workers) == [-signal.SIGKILL] * 2 + [0] * 2
 
 
 # ---- which worker harvests which shard
@@ -92,16 +128,18 @@ def test_workers_part_the_free_shards_among_them():
 
 
 @pytest.mark.process
-def test_four_workers_two_of_them_killed_make_the_cache_of_one(alone, tmp_path):
-    """The killed ones leave claims and perhaps half a file, at random moments."""
-    rng = random.Random(0)
-    workers = start(4, tmp_path / "cache")
-    for worker in rng.sample(workers, 2):
-        while len(list((tmp_path / "cache").glob("shard-*"))) < 3:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.1))
-        os.kill(worker.pid, signal.SIGKILL)
-    for worker in workers:
-        worker.join()
-    assert sorted(worker.exitcode for worker in workers) == [-signal.SIGKILL] * 2 + [0] * 2
-    assert files(tmp_path / "cache") == alone
+def test_four_workers_two_of_them_killed_make_the_cache_of_one(tmp_path):
+    """The killed ones leave claims and perhaps half a file."""
+    folder = tmp_path / "cache"
+    harvest_and_kill(str(folder), 900, lambda: len(list(folder.glob("shard-*"))) >= 3)
+    assert files(folder) == of_one_worker(tmp_path / "alone", 900)
+
+
+@pytest.mark.process
+@pytest.mark.usefixtures("s3")
+def test_so_they_do_in_an_object_store(tmp_path):
+    there = fsspec.filesystem("s3")
+    harvest_and_kill("s3://bucket/cache", 300, lambda: len(there.glob("bucket/cache/shard-*", refresh=True)) >= 2)
+    there.invalidate_cache()
+    found = {path.rpartition("/")[2]: there.cat_file(path) for path in there.find("bucket/cache")}
+    assert found == of_one_worker(tmp_path / "alone", 300)
