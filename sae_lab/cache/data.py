@@ -58,6 +58,8 @@ class CachedData(ActivationData):
     Args:
         lm: the language model that the cache was harvested from. Its sites are some of the cache's, in any order.
         path: folder or fsspec URL of the cache.
+        copies_gb: gigabytes that copies of remote shards may take on this machine, in all. A remote cache that is
+            larger is not copied: its pieces are read from the server when they are needed. Changes no row.
         stream: the other arguments of ActivationData; `seq_len`, `pack` and the excluded positions must be those of the
             harvest.
 
@@ -71,8 +73,17 @@ class CachedData(ActivationData):
     TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 0.1, "float8_e4m3": 0.1}
 
     @check_arguments
-    def __init__(self, lm: LanguageModel, path: str, *, seq_len: Annotated[int, Ge(2)], pack: bool, **stream: Any):
-        self.cache = Cache(path)
+    def __init__(
+        self,
+        lm: LanguageModel,
+        path: str,
+        *,
+        seq_len: Annotated[int, Ge(2)],
+        pack: bool,
+        copies_gb: Annotated[float, Ge(0)] = 100.0,
+        **stream: Any,
+    ):
+        self.cache = Cache(path, int(copies_gb * 1e9))
         super().__init__(lm, CachedText(self.cache, seq_len), **stream)
         here = lm_key(lm) | {"lm.sites": self.cache.manifest.key["lm.sites"], "seq_len": seq_len, "data.pack": pack}
         names = ("exclude_bos", "exclude_first", "exclude_tokens", "max_norm")

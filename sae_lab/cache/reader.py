@@ -19,7 +19,7 @@ from sae_lab.activations.pieces import PiecePasses
 from sae_lab.activations.source import Chunk
 from sae_lab.cache.pieces import PIECE
 from sae_lab.cache.progress import shards_so_far
-from sae_lab.cache.shards import Manifest, MappedShard, read_held_out
+from sae_lab.cache.shards import Manifest, OpenShard, read_held_out
 from sae_lab.cache.store import Store
 from sae_lab.parallel.mesh import rank, world_size
 from sae_lab.runtime.errors import UserError
@@ -28,18 +28,24 @@ log = logging.getLogger(__name__)
 
 N_THREADS = min(4, os.cpu_count() or 1)
 """Threads that read a chunk together. Their number changes no row."""
+N_REQUESTS = 32
+"""Threads where each piece is a request to a server, which takes tens of milliseconds."""
 BAD_CACHE = "that cache was not written by sae_lab.harvest, so harvest into another cache_dir."
 
 
 class Cache:
     """A complete cache, open for reading. Pieces are numbered consecutively over all shards.
 
+    Args:
+        path: folder or fsspec URL of the cache.
+        copies: bytes that copies of remote shards may take on this machine. A larger cache is read piece by piece.
+
     Raises:
         UserError: there is no cache, or it is unfinished or of another format; a file is damaged (raised when it is
             read).
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, copies: int = 0):
         self.store = Store(path)
         manifest = Manifest.read(self.store)
         if manifest is None:
@@ -55,8 +61,18 @@ class Cache:
         if not all(shard.index_checksum for shard in manifest.shards):
             log.warning("%s was harvested without digests: swapped files cannot be noticed.", path)
         self.identity = xxhash.xxh3_64_hexdigest(json.dumps(manifest.key).encode())
+        self.copies = copies if sum(shard.size for shard in manifest.shards) <= copies else 0
         self._first = [0, *accumulate(shard.pieces for shard in manifest.shards)]
-        self._mapped: dict[int, MappedShard] = {}
+        self._open: dict[int, OpenShard] = {}
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether pieces are read from a server."""
+        return self.store.folder is None and not self.copies
+
+    @property
+    def n_threads(self) -> int:
+        return N_REQUESTS if self.is_remote else N_THREADS
 
     @property
     def n_pieces(self) -> int:
@@ -67,17 +83,18 @@ class Cache:
         shard, i = self.locate(i)
         return shard.piece(i, sites)
 
-    def locate(self, i: int) -> tuple[MappedShard, int]:
+    def locate(self, i: int) -> tuple[OpenShard, int]:
         """Return the shard that holds piece i, and the number of the piece in it."""
         number = bisect_right(self._first, i) - 1
         return self.shard(number), i - self._first[number]
 
-    def shard(self, number: int) -> MappedShard:
-        if number not in self._mapped:
+    def shard(self, number: int) -> OpenShard:
+        if number not in self._open:
             key = self.manifest.key
-            shard = MappedShard(self.store, self.manifest.shards[number], self.manifest.codec, len(key["lm.sites"]))
-            self._mapped[number] = shard
-        return self._mapped[number]
+            sizes = (len(key["lm.sites"]), self.copies)
+            shard = OpenShard(self.store, self.manifest.shards[number], self.manifest.codec, *sizes)
+            self._open[number] = shard
+        return self._open[number]
 
     def pieces(
         self, numbers: Sequence[int], threads: Executor, sites: Sequence[int] | None = None
@@ -87,6 +104,9 @@ class Cache:
         Checksums, zstd and torch do not hold the interpreter's lock. Rows that are only copied are read by this thread:
         one core copies and verifies 4 GB/s, and two pass each other's memory on.
         """
+        run = threads.map if self.is_remote or self.manifest.codec.has_to_decode else map
+        for _ in run(self.shard, sorted({bisect_right(self._first, i) - 1 for i in numbers})):
+            pass  # opened at once, each of which asks a server
         located = [self.locate(i) for i in numbers]
         sites = located[0][0].sites if sites is None else sites
         ends = list(accumulate((shard.piece_rows(i) for shard, i in located), initial=0))
@@ -96,8 +116,7 @@ class Cache:
             for (shard, i), out in list(zip(located, rows.tensor_split(ends[1:-1]), strict=True))[part]:
                 shard.read(i, sites, out)
 
-        size = -(-len(located) // N_THREADS)
-        run = threads.map if self.manifest.codec.has_to_decode else map
+        size = -(-len(located) // self.n_threads)
         for _ in run(read, (slice(k, k + size) for k in range(0, len(located), size))):
             pass
         return rows
@@ -109,7 +128,7 @@ class Cache:
 class CachedSource:
     """A Source that yields every row of a cache once per pass, in the order of PiecePasses.
 
-    Rows are read from disk when they are needed: by each of n ranks, those of every n-th chunk.
+    Rows are read when they are needed: by each of n ranks, those of every n-th chunk.
 
     Args:
         sites: the sites to read, as indices into `lm.sites` of the key, in the order of axis s; None: all. They change
@@ -141,7 +160,7 @@ class CachedSource:
         self.passes.load_state_dict(state)
 
     def __iter__(self) -> Generator[Chunk, None, None]:
-        with ThreadPoolExecutor(N_THREADS, "cache") as threads:
+        with ThreadPoolExecutor(self.cache.n_threads, "cache") as threads:
             yield from self._chunks(threads)
 
     def _chunks(self, threads: Executor) -> Generator[Chunk, None, None]:

@@ -10,6 +10,7 @@ Activations are in the order of the text, without the excluded positions.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from sae_lab.activations.source import Chunk
 from sae_lab.cache.codec import Codec
 from sae_lab.cache.pieces import PIECE, SitePieces, WholePieces, checksum_of_index, pack
+from sae_lab.cache.remote import local_copy, open_remote
 from sae_lab.cache.store import Store
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import digest_of_json, parse_json
@@ -177,7 +179,7 @@ def write_held_out(store: Store, tokens: Int[Tensor, "r t"]) -> str:
 def read_held_out(store: Store, checksum: str) -> Int[Tensor, "r t"]:
     """Read the held-out tokens; raise a UserError if the file is missing or damaged."""
     try:
-        content = store.local_file(HELD_OUT_FILE).read_bytes()
+        content = store.read(HELD_OUT_FILE)
     except OSError:
         content = b""
     if xxhash.xxh3_128_hexdigest(content) != checksum:
@@ -195,33 +197,43 @@ def find_damaged(store: Store, shards: Sequence[Shard], held_out_checksum: str) 
     ]
 
 
-class MappedShard:
-    """The memory-mapped tensors of a shard. Only rows that are used are read, once for all processes.
+def open_tensors(store: Store, shard: Shard, copies: int) -> dict[str, Tensor]:
+    """Return the tensors of a shard, by name; raise one of several errors if it is damaged."""
+    if store.folder is None and not copies:
+        return open_remote(store, shard.file)
+    file = Path(store.path(shard.file))
+    if store.folder is None:
+        file = local_copy(store, shard.file, shard.size, shard.checksum, copies)
+    if file.stat().st_size != shard.size:
+        raise ValueError("size")
+    with safe_open(file, "pt") as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+
+
+class OpenShard:
+    """The tensors of a shard: memory-mapped, or behind a URL. Only rows that are used are read.
 
     Args:
         n_sites: sites of the cache.
+        copies: bytes that copies of remote shards may take on this machine, in all; 0: they are not copied.
     """
 
-    def __init__(self, store: Store, shard: Shard, codec: Codec, n_sites: int):
+    def __init__(self, store: Store, shard: Shard, codec: Codec, n_sites: int, copies: int = 0):
         self.damaged = UserError(f"{store.url}/{shard.file} is damaged: {REBUILD}.")
         self.codec = codec
         try:
-            file = store.local_file(shard.file)
-            if file.stat().st_size != shard.size:
-                raise self.damaged
-            with safe_open(file, "pt") as tensors:
-                found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            found = open_tensors(store, shard, copies)
             if shard.index_checksum not in ("", checksum_of_index(found)):
                 raise self.damaged
             self.tokens: Tensor = found["tokens"]
             self.pieces = (WholePieces if "activations" in found else SitePieces)(found, codec)
-        except (OSError, SafetensorError, ValueError, KeyError) as e:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
             raise self.damaged from e
         n, s, d = self.pieces.shape
         if n < shard.rows or s != n_sites:
             raise self.damaged
         self.n, self.n_stored, self.d, self.sites = shard.rows, n, d, range(s)
-        check_memory(file, min(n, PIECE) * s * d * 4)  # a compressed piece may be larger than its file
+        check_memory(Path(shard.file), min(n, PIECE) * s * d * 4)  # a compressed piece may be larger than its file
 
     def piece_rows(self, i: int) -> int:
         return min(PIECE, self.n - i * PIECE)

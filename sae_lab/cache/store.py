@@ -14,14 +14,13 @@ from fsspec.registry import known_implementations
 
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.files import locked, write_atomically
-from sae_lab.runtime.user_cache import user_cache
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"}
 """Protocols without folders. A folder is not made there, because that would make a missing bucket."""
 
 
 class Store:
-    """The folder at `url`. Local files are used in place; remote files are copied to `user_cache()` first.
+    """The folder at `url`.
 
     Raises:
         UserError: the URL's protocol is unknown or needs a package that is not installed; a read or a write fails. A
@@ -74,14 +73,10 @@ class Store:
         with self._explain_errors("read"):
             return self.fs.cat_file(self.path(name))
 
-    def local_file(self, name: str) -> Path:
-        """Return the path of the file, or of a local copy, which is downloaded at the first call."""
-        path = self.path(name)
-        if self.folder is not None:
-            return Path(path)
-        options = {"cache_storage": str(user_cache()), "check_files": True}
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Return these bytes of a file, or as many as it has."""
         with self._explain_errors("read"):
-            return Path(fsspec.open_local(f"filecache::{self.url}/{name}", filecache=options))
+            return self.fs.cat_file(self.path(name), start=start, end=stop)
 
     def write(self, name: str, content: bytes) -> None:
         """Write or replace a file atomically: readers, and a crash, see the old file or the new one, never a mix."""

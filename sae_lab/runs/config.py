@@ -60,7 +60,12 @@ ADDED: dict[str, dict[str, Any]] = {
     },
     "sae_lab.activations.from_text.hub": {"held_out_every": None, "window_tokens": 16_777_216, **OF_ROWS},
     "sae_lab.activations.from_text.text_files": {"format": "auto", **OF_ROWS},
-    "sae_lab.cache.data.CachedData": {"lm_batch_tokens": "auto", "exclude_tokens": [], "max_norm": None},
+    "sae_lab.cache.data.CachedData": {
+        "lm_batch_tokens": "auto",
+        "exclude_tokens": [],
+        "max_norm": None,
+        "copies_gb": 100.0,
+    },
     "sae_lab.saes.jumprelu.JumpReLUSAE": OF_JUMPRELU,
     "sae_lab.saes.cross_layer.CrossLayerJumpReLUSAE": OF_JUMPRELU,
     **{f"sae_lab.saes.{family}": OF_SPARSE for family in SPARSE_SAES},

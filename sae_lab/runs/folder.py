@@ -55,6 +55,7 @@ MAY_CHANGE = (
     "lm.devices",
     "data.prefetch",
     "data.lm_batch_tokens",
+    "data.copies_gb",
     "trainer.accelerator",
     "trainer.capture",
     "trainer.products",

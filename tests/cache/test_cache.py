@@ -123,9 +123,11 @@ def test_a_remote_cache_is_the_same(whole, monkeypatch, tmp_path):
     harvester("memory://there/cache").build()
     there = fsspec.filesystem("memory")
     assert {Path(p).name: there.cat_file(p) for p in there.ls("/there/cache", detail=False)} == files(whole)
-    ours, theirs = cached(whole), cached("memory://there/cache")
-    for _ in range(30):
-        assert torch.equal(next(ours.stream), next(theirs.stream))
+    ours = list(cached(whole).stream)
+    for copies_gb in (1.0, 1e-5, 0.0):  # of 20 kB
+        theirs = list(cached("memory://there/cache", copies_gb=copies_gb).stream)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert len(list((tmp_path / "copies" / "shards").iterdir())) == 4
     there.rm("/there", recursive=True)
 
 

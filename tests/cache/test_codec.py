@@ -14,7 +14,7 @@ from sae_lab.cache.codec import Codec, as_half, compress, decompress, storage_er
 from sae_lab.cache.data import CachedData
 from sae_lab.cache.pieces import PIECE, SitePieces, checksum_of_index, pack
 from sae_lab.cache.reader import Cache
-from sae_lab.cache.shards import MappedShard, write_shard
+from sae_lab.cache.shards import OpenShard, write_shard
 from sae_lab.cache.store import Store
 from sae_lab.cache.writer import CacheWriter
 from sae_lab.runtime.errors import UserError
@@ -55,7 +55,7 @@ def test_float8_is_read_as_torch_reads_it():
 def test_any_sites_of_a_shard_are_the_columns_of_all(tmp_path, codec):
     x, store = rows(), Store(tmp_path)
     shard = write_shard(store, "shard-00000.safetensors", [Chunk({}, x, TOKENS)], 290, codec)
-    mapped = MappedShard(store, shard, codec, 3)
+    mapped = OpenShard(store, shard, codec, 3)
     expected = torch.stack([codec.round_trip(site) for site in x.unbind(dim=1)], dim=1)[:290]
     for i, whole in enumerate(expected.split(PIECE)):
         assert torch.equal(mapped.piece(i), whole)
@@ -132,7 +132,7 @@ def test_a_shard_that_declares_more_than_the_memory_is_refused(tmp_path):
     file.write_bytes(content.replace(declared, torch.tensor([300, 3, 2**40]).numpy().tobytes()))
     assert file.read_bytes() != content
     with pytest.raises(UserError, match="declares"):
-        MappedShard(store, shard._replace(index_checksum=""), codec, 3)
+        OpenShard(store, shard._replace(index_checksum=""), codec, 3)
 
 
 def test_errors_are_those_of_the_formula():
