@@ -290,15 +290,19 @@ class ActivationData(StreamData):
 
     def source(self) -> Source:
         """Return the training activations before shuffling, from the beginning."""
+        return self.activations_of(self.rows())
+
+    def activations_of(self, rows: RowStream) -> Source:
+        """Return the activations of text rows, in their order."""
         of_lm = (self.lm_batch_rows, self.lm_lock, self.text_lock)
         if not self.pairs:
-            return LMSource(self.lm, self.rows(), self.keep_mask, *of_lm, self._copies)
+            return LMSource(self.lm, rows, self.keep_mask, *of_lm, self._copies)
 
         def pairs_of_copies() -> list[Any]:
             return [WithPrevious(lm) for lm in self._copies()]
 
         lm: Any = WithPrevious(self.lm)
-        return LMSource(lm, self.rows(), self.pair_mask, *of_lm, pairs_of_copies)
+        return LMSource(lm, rows, self.pair_mask, *of_lm, pairs_of_copies)
 
     def read_ahead(self, source: Any) -> InterleavedSource | PrefetchedSource:
         """Return the source in the form that computes chunks ahead on the language model's device."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.prefetch import PrefetchedSource
-from sae_lab.activations.source import Chunk, LMSource, Source
+from sae_lab.activations.source import Chunk
 from sae_lab.cache.claims import Claims
 from sae_lab.cache.progress import Progress, name_of
 from sae_lab.cache.ranges import Ranges, choose_free
@@ -130,7 +130,7 @@ class Worker:
 
 def gather(data: ActivationData, rows: RowStream, advance: Callable[[int], None]) -> list[Chunk]:
     """Return the activations of all these text rows, on the CPU; call `advance` with the number of each chunk."""
-    source: Source = LMSource(data.lm, rows, data.keep_mask, data.lm_batch_rows, data.lm_lock)
+    source = data.activations_of(rows)
     if data.prefetch:
         source = PrefetchedSource(source, 4 * data.lm_batch_rows * data.seq_len, data.lm.device)
     chunks = list[Chunk]()

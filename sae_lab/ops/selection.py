@@ -212,6 +212,7 @@ def gather_candidates(h: Pieces, bound_of: Callable[[Tensor, Tensor | None], Ten
             values.append(take(piece, place))
             positions.append(place.add_(n_rows * piece.shape[1]))
         n_rows += len(piece)
+    assert bound is not None  # there is a first piece, of no rows if the batch has none
     return Entries(torch.cat(positions), torch.cat(values), n_rows, piece.shape[1], bound)
 
 
