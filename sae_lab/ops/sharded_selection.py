@@ -21,7 +21,7 @@ from sae_lab.parallel.shards import concatenate_shards, max_over_shards, sum_ove
 
 DIGIT = 11
 """Bits that one histogram finds: three make a positive float32."""
-AT_ONCE = 2**20
+AT_ONCE = 2**15
 """Numbers that are counted at a time, since counting takes 8 bytes and more for each."""
 
 

@@ -1,7 +1,9 @@
 """One SAE with its latents on several ranks: gradients, weights, choices and metrics are those of one process."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -13,11 +15,15 @@ from torch import nn
 
 from sae_lab.ops.fixed_size import fixed_size
 from sae_lab.ops.selection import select_top_k, select_top_of_batch
+from sae_lab.ops.sharded_selection import DIGIT
 from sae_lab.parallel.collectives import rank_share
 from sae_lab.parallel.gradients import averaged_gradients
 from sae_lab.parallel.mesh import data_axis, first_share, latent_axis, sharded_latents
+from sae_lab.parallel.traffic import count_bytes
+from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.registry import Registered
+from sae_lab.training.step import TrainingStep
 
 pytestmark = pytest.mark.process
 
@@ -193,3 +199,61 @@ def test_a_trained_sae_is_that_of_one_process(four, name, layout):
     alone = trained(None, name)["tensors"]
     for got in four(trained, layout, name):
         assert_is_part_of(alone, got, "tensors", 1e-5)
+
+
+# --- what it costs
+
+BIG = {"d_in": 64, "n_latents": 16384, "k": 4}
+
+
+def cost(layout: str | None, kind: str, settings: dict[str, Any]) -> tuple[int, Counter[str]]:
+    """Peak memory in tensors of building and training an SAE, and the bytes exchanged in its last step."""
+    with laid_out(layout), torch.profiler.profile(profile_memory=True) as profiler:
+        sae = Registered.by_name(kind, BIG | settings)
+        step = TrainingStep(sae, torch.optim.Adam(sae.parameters(), fused=True), max_grad_norm=1.0)
+        for seed in range(2):
+            with count_bytes() as exchanged:
+                step(torch.randn(64, 1, 64, generator=torch.Generator().manual_seed(seed)))
+    held = accumulate(e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(held), exchanged
+
+
+@pytest.mark.parametrize("kind", ["TopKSAE", "BatchTopKSAE"])
+def test_a_rank_needs_its_share_of_the_memory_and_sends_little(four, kind):
+    whole, nothing = cost(None, kind, {})
+    assert nothing.total() == 0
+    b, d, k, m_limits = 64, 64, 4, {"2 shards": 0.55, "4 shards": 0.3}
+    for layout, limit in m_limits.items():
+        for peak, exchanged in four(cost, layout, kind, {}):
+            assert peak <= limit * whole
+            # x_hat; b_dec's gradient and the norm of all gradients; who is dead, L0 and the least value
+            numbers = 4 * (b * d + d + 1) + 64
+            assert exchanged["all_reduce"] <= numbers + 3 * 8 * 2**DIGIT * (kind == "BatchTopKSAE")
+            assert exchanged["all_gather_into_tensor"] <= 4 * k * b + 8 * b
+            assert exchanged.keys() <= {"all_reduce", "all_gather_into_tensor"}
+
+
+# --- what is refused
+
+
+def refused(kind: str, settings: dict[str, Any], m: int) -> str:
+    with sharded_latents(m):
+        try:
+            Registered.by_name(kind, {"d_in": 16, "n_latents": F, "n_sources": 1} | settings)
+        except SettingError as e:
+            return str(e)
+    return ""
+
+
+def test_what_cannot_be_sharded_is_refused(four):
+    for kind, settings, words in (
+        ("PursuitSAE", {"k": 4}, "the latents of a PursuitSAE cannot be sharded: give trainer.shard_latents=1, or"),
+        ("TemporalSAE", {"k": 4}, "the latents of a TemporalSAE cannot be sharded"),
+        ("VanillaSAE", {"resample_every": 4}, "resample_every compares latents of all shards: give"),
+        ("TopKSAE", {"k": 4, "n_latents": 62}, "the number of latents, 62, must be a multiple of trainer.shard_"),
+    ):
+        assert all(words in got.replace("{", "").replace("}", "") for got in four(refused, kind, settings, 4))
+    with sharded_latents(1):
+        pass
+    with pytest.raises(SettingError, match="=2 must divide the number of processes, which is 1"), sharded_latents(2):
+        pass
