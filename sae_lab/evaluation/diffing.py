@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.parallel.shards import concatenate_shards
+
 # Bounds of the relative norm. Values outside of all three classes are counted as BETWEEN.
 BASE_ONLY = (0.0, 0.1)
 SHARED = (0.4, 0.6)
@@ -45,14 +47,19 @@ def class_of(ratio: float) -> str:
 
 
 def latent_table(directions: Float[Tensor, "f s d"], density: Float[Tensor, " f"]) -> pd.DataFrame:
-    """Return a table with one row per latent: latent, relative_norm, class, cosine and density."""
-    ratio = relative_norm(directions).tolist()
+    """Return a table with one row per latent: latent, relative_norm, class, cosine and density.
+
+    Args:
+        directions: those of the latents that this rank holds.
+        density: of all latents.
+    """
+    ratio = concatenate_shards(relative_norm(directions)).tolist()
     return pd.DataFrame(
         {
             "latent": range(len(ratio)),
             "relative_norm": ratio,
             "class": [class_of(r) for r in ratio],
-            "cosine": cosine(directions).tolist(),
+            "cosine": concatenate_shards(cosine(directions)).tolist(),
             "density": density.tolist(),
         }
     )

@@ -135,6 +135,11 @@ ORDER = ("nmse", "fvu", "l0", "l0_std", "cosine_similarity", "dead_fraction")
 """Order of the first names in metrics.json."""
 
 
+def over_rows() -> dict[str, Any]:
+    """Return the arguments of a Metric whose states are summed over the ranks with other rows."""
+    return {"process_group": data_axis().group, "sync_on_compute": data_axis().size > 1}
+
+
 class ReconstructionMetrics(Metric):
     """The reconstruction metrics of this module, accumulated as float64 totals that are summed over processes.
 
@@ -156,7 +161,7 @@ class ReconstructionMetrics(Metric):
     n_rows: Tensor
 
     def __init__(self, n_latents: int, added: Mapping[str, RowMetric] = MappingProxyType({})):
-        super().__init__(process_group=data_axis().group)
+        super().__init__(**over_rows())
         self.row_metrics = dict(sorted({**ROW_METRICS, **added}.items()))  # ranks add their states up in this order
         per_source = ("sum_x", "predicted_x", "squared_norm", "squared_error", "n_predicted")
         for name in (*per_source, *map(row_total, self.row_metrics)):
@@ -295,7 +300,7 @@ class DownstreamMetrics(Metric):
     TOTALS = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(**over_rows())
         for name in (*self.TOTALS, "n_predictions"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 

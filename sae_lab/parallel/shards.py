@@ -119,7 +119,7 @@ def concatenate_shards(x: Shaped[Tensor, "*shape"], dim: int = 0) -> Shaped[Tens
         return x
     x = x.detach().movedim(dim, 0).contiguous()
     whole = x.new_empty(axis.size * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(view_as_bytes(whole), view_as_bytes(x), axis.group)
+    dist.all_gather([view_as_bytes(part) for part in whole.chunk(axis.size)], view_as_bytes(x), axis.group)
     return whole.movedim(0, dim)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-SENT = {"all_reduce": 0, "all_gather": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "broadcast": 0}
-"""Functions of torch.distributed, each with the position of the tensor that a rank contributes (or receives)."""
+SENT = {"all_reduce": 0, "all_gather": 1, "broadcast": 0}
+"""Functions of torch.distributed, each with the position of the tensor that a rank contributes."""
 
 
 @contextmanager

@@ -61,6 +61,7 @@ MAY_CHANGE = (
     "trainer.products",
     "trainer.devices",
     "trainer.micro_batches",
+    "trainer.shard_latents",
     "trainer.checkpoint_every",
     "trainer.log_every",
     "trainer.validate_every",

@@ -17,7 +17,7 @@ from sae_lab.evaluation.metrics import ReconstructionMetrics, RowMetric, batch_f
 from sae_lab.ops.sparse import l0_per_row
 from sae_lab.parallel.collectives import mean_over_ranks
 from sae_lab.parallel.mesh import data_axis
-from sae_lab.parallel.shards import mean_over_shards
+from sae_lab.parallel.shards import mean_over_shards, sum_over_shards
 from sae_lab.runs.sharded_checkpoint import move_to_shards, take_own_latents
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
@@ -129,7 +129,8 @@ class SAEModule(L.LightningModule):
         take_own_latents(checkpoint, self.sae)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.raise_if_diverged(torch.stack([p.detach().abs().max() for p in self.sae.parameters()]).max())
+        largest = torch.stack([p.detach().abs().max() for p in self.sae.parameters()]).max()
+        self.raise_if_diverged(sum_over_shards(largest))  # not finite if that of one shard is not
         move_to_shards(checkpoint, self.sae)
 
     def raise_if_diverged(self, value: Tensor, x: Float[Tensor, "b s d"] | None = None) -> None:

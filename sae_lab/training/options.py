@@ -59,15 +59,27 @@ def check_options(cfg: DictConfig) -> None:
         check_config(cfg.trainer, build_trainer)
     check_optimizer(cfg)
     check_size(cfg)
-    for key in ("batch_size", "n_tokens"):
-        if cfg[key] % cfg.trainer.devices:
-            raise SettingError(f"{key}={cfg[key]} must be a multiple of trainer.devices={cfg.trainer.devices}.")
+    check_shares(cfg)
     if cfg.get("loss") and cfg.trainer.micro_batches > 1:
         raise SettingError(
             f"loss={cfg.loss} is computed on whole batches, pass by pass of the language model: give "
             "trainer.micro_batches=1."
         )
     check_lm_device(cfg)
+
+
+def check_shares(cfg: DictConfig) -> None:
+    """Raise a SettingError if latents or rows cannot be shared out equally among the processes."""
+    n, m = cfg.trainer.devices, cfg.trainer.get("shard_latents", 1)
+    if n % m:
+        raise SettingError(
+            f"trainer.shard_latents={m} must divide trainer.devices={n}: give trainer=ddp trainer.devices={m}, or a "
+            "multiple of that."
+        )
+    shares = f"trainer.devices={n}" + (f" / trainer.shard_latents={m}" if m > 1 else "")
+    for key in ("batch_size", "n_tokens"):
+        if cfg[key] % (n // m):
+            raise SettingError(f"{key}={cfg[key]} must be a multiple of {shares}.")
 
 
 def check_lm_device(cfg: DictConfig) -> None:

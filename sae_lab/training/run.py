@@ -11,9 +11,11 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.utils import configure_log
+from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from sae_lab.activations.building import build_data
 from sae_lab.activations.columns import Columns
@@ -21,7 +23,7 @@ from sae_lab.activations.data import ActivationData
 from sae_lab.activations.stream import StreamData
 from sae_lab.evaluation.building import build_metrics
 from sae_lab.evaluation.calibration import calibrate
-from sae_lab.evaluation.evaluator import evaluate_all
+from sae_lab.evaluation.evaluator import Evaluation, evaluate_all
 from sae_lab.evaluation.findings import check_metrics, find_problems
 from sae_lab.evaluation.metrics import RowMetric
 from sae_lab.interop.load import load_sae
@@ -29,7 +31,7 @@ from sae_lab.parallel.agreement import deferred_on_all_ranks
 from sae_lab.parallel.environment import Place, place
 from sae_lab.parallel.group import on_rank_0, process_group
 from sae_lab.parallel.launch import run_ranks
-from sae_lab.parallel.mesh import rank
+from sae_lab.parallel.mesh import first_share, latent_axis, rank, sharded_latents
 from sae_lab.runs.checkpoint import check_fits
 from sae_lab.runs.config import read_environment_keys
 from sae_lab.runs.digests import SAE, recorded_when_written
@@ -102,11 +104,13 @@ def join_started(cfg: DictConfig, started: Place) -> None:
 def train_as_rank(job: Job, logging_config: Any = None) -> dict[str, Any]:
     """Train a run as one of its processes, then evaluate it in rank 0. Returns the metrics there, elsewhere {}.
 
+    If the latents are sharded, all ranks evaluate it, since each of them holds a part.
+
     Args:
         logging_config: how rank 0 logs, if this process was started for the run.
     """
     with report_typed_keys(job.typed), ExitStack() as folder:
-        with process_group():  # with sharded_latents(job.cfg.trainer.shard_latents) comes here
+        with process_group(), sharded_latents(job.cfg.trainer.get("shard_latents", 1)):
             first = rank() == 0
             if first and logging_config is not None:
                 configure_log(OmegaConf.create(logging_config))
@@ -114,6 +118,8 @@ def train_as_rank(job: Job, logging_config: Any = None) -> dict[str, Any]:
             if not run.complete:
                 data = in_batches_of_loss(job.cfg, build_data(job.cfg))
                 member = fit_as_rank(job, run, data, folder)
+                if latent_axis().size > 1:  # no rank could go on alone
+                    return finish([member], data)[0]
         if not first:
             return {}
         return show_complete(run) if run.complete else finish([member], data)[0]
@@ -200,7 +206,7 @@ def build_sae(cfg: DictConfig, data: StreamData) -> BaseSAE:
     n_latents = int(cfg.n_latents or cfg.expansion * data.d_in)
     if n_latents < 1:
         raise UserError(f"expansion={cfg.expansion} of width {data.d_in} leaves no latent: raise expansion.")
-    check_memory_of(torch.device("cpu"), 4 * n_latents * data.d_in, TOO_MANY_LATENTS)
+    check_memory_of(torch.device("cpu"), 4 * n_latents * data.d_in // latent_axis().size, TOO_MANY_LATENTS)
     sae = build(cfg, "sae", d_in=data.d_in, n_latents=n_latents, n_sources=data.n_sources)
     if has_frozen_dictionary(sae) and cfg.init_from is None:
         raise UserError("frozen_decoder=true would freeze a random dictionary: give init_from=<folder of an SAE>.")
@@ -275,6 +281,9 @@ def finish(
 ) -> list[dict[str, Any]]:
     """Calibrate, save and evaluate members that share a stream. Returns the metrics of those that succeed.
 
+    If the latents are sharded, all ranks call this. Those with the first share of the rows save the SAE, all evaluate
+    it on the same rows, and rank 0 writes the results.
+
     Args:
         data: the data of the stream. Its sites include those of every member.
         scope: context around what belongs to the member of one folder: its log, and what its failure means. A member
@@ -282,26 +291,37 @@ def finish(
     """
     saes = [member.sae.to(data.device) for member in members]  # Lightning moved them to the CPU after training
     calibrate(saes, data, members[0].cfg.calibration_batches, [member.data.sites for member in members])
-    probe_rows = data.probe_rows()
     saved, metrics = list[Member](), list[dict[str, Any]]()
-    for member, sae in zip(members, saes, strict=True):
-        with scope(member.run.folder):
-            said = provenance_of(member.cfg, member.run, member.data)
-            with recorded_when_written(member.run.folder, SAE):
-                own_columns = Columns(data.sites, member.data.sites)
-                save_sae(sae, member.run.folder / "sae", said, own_columns(probe_rows))
-            saved.append(member)
-    subjects = {str(member.run.folder): member.sae for member in saved}
-    views, added = [member.data for member in saved], [member.metrics for member in saved]
-    evaluations = evaluate_all(subjects, data, views, added) if saved else {}
+    with first_share() as saves:
+        probe_rows = data.probe_rows()
+        for member, sae in zip(members, saes, strict=True):
+            with scope(member.run.folder):
+                if saves:
+                    save_member(member, sae, Columns(data.sites, member.data.sites)(probe_rows))
+                saved.append(member)
+        subjects = {str(member.run.folder): member.sae for member in saved}
+        views, added = [member.data for member in saved], [member.metrics for member in saved]
+        evaluations = evaluate_all(subjects, data, views, added) if saved else {}
     for member, evaluation in zip(saved, evaluations.values(), strict=True):
         with scope(member.run.folder):
-            files = write_results(evaluation, member.sae, member.run.folder)
-            finish_loggers(member.trainer.loggers, evaluation.metrics, evaluation.tables)
-            print_metrics(evaluation.metrics, member.run.folder)
-            print_files([member.run.folder / "sae", *files])
-            metrics.append(evaluation.metrics)
+            metrics.append(on_rank_0(partial(report, member, evaluation)))
     return metrics
+
+
+def save_member(member: Member, sae: BaseSAE, probe_rows: Float[Tensor, "n s d"]) -> None:
+    """Save the SAE of a run in its folder, with all ranks that hold a part of it."""
+    said = provenance_of(member.cfg, member.run, member.data)
+    with recorded_when_written(member.run.folder, SAE) if rank() == 0 else nullcontext():
+        save_sae(sae, member.run.folder / "sae", said, probe_rows)
+
+
+def report(member: Member, evaluation: Evaluation) -> dict[str, Any]:
+    """Write and print the results of a run. Returns the metrics."""
+    files = write_results(evaluation, member.sae, member.run.folder)
+    finish_loggers(member.trainer.loggers, evaluation.metrics, evaluation.tables)
+    print_metrics(evaluation.metrics, member.run.folder)
+    print_files([member.run.folder / "sae", *files])
+    return evaluation.metrics
 
 
 def provenance_of(cfg: DictConfig, run: Run, data: StreamData) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def build_trainer(
     capture: Capture = "auto",
     products: Literal["auto"] | Products = "auto",
     micro_batches: Annotated[int, Ge(1)] = 1,
+    shard_latents: Annotated[int, Ge(1)] = 1,
 ) -> L.Trainer:
     """Build a Lightning Trainer for one pass over a stream of n_steps batches.
 
@@ -65,6 +66,7 @@ def build_trainer(
         checkpoint_every, validate_every, log_every: intervals in steps.
         capture, products: see training/capture.py.
         micro_batches: parts in which each process takes its batch; see training/micro_batches.py.
+        shard_latents: processes among which the latents are divided; see conf/trainer/ddp.yaml and parallel/shards.py.
 
     Raises:
         UserError: there are fewer devices, the precision is unknown, or an interval is not positive.
