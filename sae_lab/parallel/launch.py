@@ -2,7 +2,8 @@
 
 The process that the user started watches them and passes signals on. Rank 0 has its terminal; what the others print
 goes to `rank_<r>.log` in the run folder if they fail. Signals are not left to the agent, which would kill the processes
-30 seconds after a signal. They fork from one server, which has imported the package once for all jobs of a sweep.
+30 seconds after one: it runs in a thread, where it installs no handlers. The processes fork from one server, which has
+imported the package once for all jobs of a sweep.
 """
 
 import logging
@@ -16,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.reduction import DupFd
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -34,6 +36,7 @@ from sae_lab.runtime.signals import ALWAYS, stopping_signals
 HOST = "127.0.0.1"
 NOISE = ("torch.multiprocessing.spawn", "torch.distributed.elastic.multiprocessing.api")
 """Loggers that tell of a failed process, with tracebacks of the agent, before `failure_of` does."""
+SET_BY_AGENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GRACE = 2.0  # seconds that a process waits before it fails for a lost one, which the agent then sees first
 
 
@@ -48,27 +51,29 @@ def run_ranks(n: int, folder: Path, function: Callable[..., Any], *arguments: An
         UserError: a process failed, with its own error if that was one.
         Interrupted: a signal stopped them.
     """
-    with tempfile.TemporaryDirectory() as name, passed_on_signals(Path(name)) as received:
-        multiprocessing.set_forkserver_preload([function.__module__])
+    for logger in NOISE:
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    multiprocessing.set_forkserver_preload([__name__, function.__module__])
+    environment = {name: value for name, value in os.environ.items() if name not in SET_BY_AGENT}
+    threads = max(1, torch.get_num_threads() // n)
+    with tempfile.TemporaryDirectory() as name, passed_on_signals(Path(name)) as received, ThreadPoolExecutor(1) as own:
+        files = Path(name)
         config = LaunchConfig(
-            *(1, 1, n, RankFiles(name)),
-            run_id=Path(name).name,
+            *(1, 1, n, DefaultLogsSpecs(os.devnull)),
+            run_id=files.name,
             rdzv_backend="c10d",
             rdzv_endpoint=f"{HOST}:0",
             local_addr=HOST,
             max_restarts=0,
             start_method="forkserver",
-            signals_to_handle="SIGQUIT",
         )
-        for logger in NOISE:
-            logging.getLogger(logger).setLevel(logging.CRITICAL)
+        launch = partial(elastic_launch(config, run_rank), files, Terminal(), environment, threads)
         try:
-            threads = max(1, torch.get_num_threads() // n)
-            result, stop = elastic_launch(config, run_rank)(Path(name), Terminal(), threads, function, arguments)[0]
+            result, stop = own.submit(launch, function, arguments).result()[0]  # see above
         except ChildFailedError as e:
             if received:
                 raise Interrupted(f"Stopped by {signal.Signals(received[0]).name}", received[0]) from None
-            raise failure_of(e, Path(name), folder, n) from e
+            raise failure_of(e, files, folder, n) from e
     if stop is not None:
         raise SafeStop(*stop)
     return result
@@ -112,23 +117,16 @@ class Terminal:
             os.dup2(descriptor.detach(), own)
 
 
-class RankFiles(LogsSpecs):
-    """What torchelastic keeps of each process: its error. The environment is that of this process."""
-
-    @property
-    def root_log_dir(self) -> str:
-        return str(self._root_log_dir)
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        errors = {rank: str(Path(self.root_log_dir, f"{rank}.json")) for rank in envs}
-        for rank, env in envs.items():
-            env.update({**os.environ, **env, "TORCHELASTIC_ERROR_FILE": errors[rank]})
-        nowhere = dict.fromkeys(envs, "")
-        return LogsDest(nowhere, {**nowhere}, {}, {}, errors)
-
-
-def run_rank(files: Path, terminal: Terminal, threads: int, function: Callable[..., Any], arguments: tuple) -> Any:
+def run_rank(
+    files: Path,
+    terminal: Terminal,
+    environment: dict[str, str],
+    threads: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> tuple[Any, tuple[str, int] | None]:
     """Call the function in a process that was started. Returns its result, and how a signal stopped it or None."""
+    os.environ.update(environment)
     rank = int(os.environ["RANK"])
     for signum in ALWAYS:
         signal.signal(signum, signal.SIG_DFL)

@@ -1,0 +1,138 @@
+"""Processes that are started together: what comes back from them, how they fail and stop, how they find each other."""
+
+import os
+import signal
+import threading
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import shell
+
+from sae_lab.parallel.environment import Place, ask_rank_0, place
+from sae_lab.parallel.group import on_rank_0, process_group
+from sae_lab.parallel.launch import run_ranks
+from sae_lab.parallel.mesh import rank, world_size
+from sae_lab.runtime.errors import FolderInUse, SafeStop, UserError
+from sae_lab.runtime.signals import deferred_signals, received_signal
+
+started = pytest.mark.process
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _server():
+    """The processes fork from the server of tests/shell.py, which has imported the package."""
+    assert shell.FORKS
+    forkserver.ensure_running()
+
+
+def meet(values: list[int]) -> tuple:
+    own = place()
+    with process_group():
+        told = on_rank_0(lambda: values[rank()])
+        return told, (rank(), world_size()), own.local_size, ask_rank_0(lambda: "asked")
+
+
+@started
+def test_rank_0_returns_its_result(tmp_path):
+    assert run_ranks(2, tmp_path / "run", meet, [10, 20]) == (10, (0, 2), 2, "asked")
+    assert not (tmp_path / "run").exists()
+
+
+def fail(way: str, failing: int) -> None:
+    with process_group():
+        if rank() == failing:
+            if way == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise {"mistake": FolderInUse, "bug": ZeroDivisionError}[way]("what went wrong")
+        on_rank_0(lambda: None) if failing else on_rank_0(time.sleep)
+
+
+@started
+@pytest.mark.parametrize(
+    ("way", "failing", "error", "words"),
+    [
+        ("mistake", 1, FolderInUse, "^what went wrong$"),
+        ("bug", 0, ZeroDivisionError, "^what went wrong$"),
+        ("bug", 1, UserError, r"process 1 of 2 ended early \(ZeroDivisionError: what went wrong\): see .*rank_1.log"),
+        ("killed", 1, UserError, r"process 1 of 2 ended early \(SIGKILL\): the same command continues\."),
+    ],
+)
+def test_the_failure_of_one_process_ends_all(tmp_path, capfd, way, failing, error, words):
+    with pytest.raises(error, match=words):
+        run_ranks(2, tmp_path, fail, way, failing)
+    logs = [file.name for file in tmp_path.iterdir()]
+    assert logs == (["rank_1.log"] if (way, failing) == ("bug", 1) else [])
+    assert all("Traceback" in (tmp_path / name).read_text() for name in logs)
+    assert "torch.distributed.elastic" not in capfd.readouterr().err
+
+
+def wait_for_signal(ready: Path) -> None:
+    with deferred_signals():
+        (ready / os.environ["RANK"]).touch()
+        while received_signal() is None:
+            time.sleep(0.01)
+
+
+@started
+def test_signals_are_passed_on_and_end_it_as_they_end_one_process(tmp_path):
+    def send() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send).start()
+    with pytest.raises(SafeStop, match=r"^Stopped by SIGTERM$") as stop:
+        run_ranks(2, tmp_path, wait_for_signal, tmp_path)
+    assert stop.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# --- the environment
+
+SRUN = {"STEP_ID": 0, "NTASKS": 8, "NTASKS_PER_NODE": 4, "PROCID": 5, "LOCALID": 1, "NODEID": 1, "JOB_ID": 124711}
+
+
+def test_srun_gives_a_process_its_place(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):  # Lightning's class sets the first two
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in SRUN.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("SLURM_NODELIST", "node[07-08]")
+    assert place() == Place(5, 8, 1, 4, "node07", 19711)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(UserError, match=r"how the processes were started: .*--ntasks-per-node=8"):
+        place()
+    monkeypatch.delenv("SLURM_STEP_ID")  # a batch script
+    assert place() is None
+
+
+class SignalHandler:
+    """As submitit's, which is known by the name of its method."""
+
+    def __init__(self) -> None:
+        self.saved: list[bool] = []
+        self.done = False
+
+    def checkpoint_and_try_requeue(self, signum: int, frame: object) -> None:
+        self.saved.append(self.done)
+
+
+def save_after_signal(submitit: SignalHandler) -> None:
+    with deferred_signals():
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert submitit.saved == []
+        submitit.done = True
+
+
+def test_a_job_is_queued_again_once_everything_is_saved():
+    submitit = SignalHandler()
+    before = signal.signal(signal.SIGUSR2, submitit.checkpoint_and_try_requeue)
+    try:
+        with pytest.raises(SafeStop, match="SIGUSR2"):
+            save_after_signal(submitit)
+        assert submitit.saved == [True]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
