@@ -102,7 +102,9 @@ class Store:
                         f.write(content)
                 else:
                     self.fs.pipe_file(path, content, mode="create")
-            except OSError as e:
+            except FileExistsError:
+                return False
+            except OSError as e:  # S3 also answers that two calls conflict
                 folder_is_gone = isinstance(e, FileNotFoundError) and self._has_folders
                 if not folder_is_gone and not self.exists(name):
                     raise

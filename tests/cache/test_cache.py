@@ -48,7 +48,7 @@ N = 600  # rows of the caches below, in shards of about 200
 
 def text(lm=None, n_documents: int = 90, **changes) -> ActivationData:
     return from_documents(
-        lm or Follow(), partial(UniqueWords, n_documents=n_documents), order="shuffled", **(SETTINGS | changes)
+        lm or Follow(), partial(UniqueWords, n_documents=n_documents), **({"order": "shuffled"} | SETTINGS | changes)
     )
 
 
