@@ -11,6 +11,7 @@ from fitting import BATCHES, fit
 from ranks import Call, start_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sae_lab.api.steps import training_step
 from sae_lab.ops.auxk import batch_threshold
 from sae_lab.ops.selection import select_top_of_batch
 from sae_lab.parallel.collectives import (
@@ -23,7 +24,7 @@ from sae_lab.parallel.collectives import (
     sum_over_ranks,
 )
 from sae_lab.parallel.gradients import averaged_gradients
-from sae_lab.parallel.mesh import data_axis
+from sae_lab.parallel.mesh import data_axis, sharded_latents
 from sae_lab.parallel.parts import remember, run_parts
 from sae_lab.runtime.errors import UserError
 from sae_lab.training.capture import PrepareSteps, prepare_step
@@ -357,3 +358,32 @@ def gradients_beside_and_after() -> tuple[bool, list[bool]]:
 @pytest.mark.process
 def test_gradients_averaged_beside_the_backward_pass_are_those_averaged_after_it(both):
     assert both(gradients_beside_and_after) == [(True, [True]), (True, [True])]
+
+
+def steps_on_a_shard(settings: tuple[str, ...], m: int) -> tuple[range, dict[str, int], dict[str, torch.Tensor]]:
+    with sharded_latents(m):
+        sae = build(*settings).train()
+        step = MicroBatchStep(TrainingStep(sae, torch.optim.Adam(sae.parameters(), lr=1e-3), max_grad_norm=0.05), 2)
+        for x in BATCHES[:4]:
+            step(rank_share(x))
+        return sae.own_latents, sae.latent_axes(), sae.state_dict()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("settings", [("batch_topk",), ("jumprelu",)], ids=" ".join)
+def test_two_shards_with_two_parts_train_the_sae_of_one_process(both, settings):
+    _, _, alone = steps_on_a_shard(settings, 1)
+    for own, axes, state in both(steps_on_a_shard, settings, 2):
+        for name, value in alone.items():
+            expected = value.index_select(axes[name], torch.tensor(own)) if name in axes else value
+            torch.testing.assert_close(state[name], expected, rtol=0, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
+def test_a_loop_of_ones_own_takes_a_batch_in_parts():
+    whole, in_parts = (build("batch_topk") for _ in range(2))
+    for sae, m in ((whole, 1), (in_parts, 4)):
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+        steps = [training_step(sae, optimizer, x, micro_batches=m) for x in BATCHES[:4]]
+        assert (steps[-1].out is None) == (m > 1)
+    torch.testing.assert_close(whole.W_dec, in_parts.W_dec, rtol=0, atol=1e-5)
+    torch.testing.assert_close(whole.threshold, in_parts.threshold, rtol=0, atol=1e-5)
