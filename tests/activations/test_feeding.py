@@ -122,6 +122,8 @@ CASES: dict[str, dict[str, Any]] = {
     "prefetched": {"prefetch": True},
     "as read": {"order": "as_read"},
     "windows": {"streamed": True},
+    "several passes": {"n_tokens": 1600},
+    "several passes over windows": {"streamed": True, "n_tokens": 1600},
     "windows, the text ends": {"streamed": True, "repeat": False, "n_tokens": 100_000, "exclude_bos": True},
 }
 
