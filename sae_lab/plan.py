@@ -1,6 +1,5 @@
 """Say what a run or a sweep takes before it is started: `python -m sae_lab.plan lm=gemma2_2b n_tokens=4e9 gpus=8`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -9,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from sae_lab.cli.entry import entry_point
+from sae_lab.cli.one_run import take_sweep
 
 
 class Options(TypedDict):
@@ -21,14 +21,7 @@ class Options(TypedDict):
     sweep: list[str]
 
 
-def one_run(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments as one run of Hydra, also for a sweep."""
-    from sae_lab.planning.sweep import take_sweep
-
-    return take_sweep(arguments)
-
-
-@entry_point("plan", one_run)
+@entry_point("plan", take_sweep)
 def main(cfg: DictConfig) -> None:
     from sae_lab.planning.plan import known_models, plan_stream
     from sae_lab.planning.show import as_json, show, show_sweep
@@ -50,7 +43,7 @@ def main(cfg: DictConfig) -> None:
     else:
         show(plans[0])
     if cfg.out is not None:
-        write_json(Path(cfg.out), [as_json(plan) for plan in plans] if cfg.sweep else as_json(plans[0]))
+        write_json(Path(cfg.out), {"streams": [as_json(plan) for plan in plans]})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure this machine for conf/machine: `python bench/plan/machine.py` prints its rates as YAML, in some five minutes."""
+"""Measure this machine for conf/machine: `python bench/plan/machine.py` prints its rates as YAML in five minutes."""
 
 import json
 import subprocess

@@ -95,20 +95,20 @@ def measure(name: str, case: Case, folder: Path) -> tuple[float, float, float, f
         overrides += ["data=cached", f"data.path={folder / 'cache'}"]
     launcher = ["-m", "hydra/launcher=shared_stream", f"hydra.sweep.dir={folder / 'run'}"] if case.multirun else []
     own = launcher or [f"hydra.run.dir={folder / 'run'}"]
-    memory, seconds = watch(command("train", *overrides, "trainer.accelerator=cpu", *own))
+    memory, seconds = watch(command("train", *own, *overrides, "trainer.accelerator=cpu"))
     call(
         command(
             "plan",
+            *launcher[:2],
             *overrides,
             *MACHINE,
-            *launcher[:2],
             f"gpus={case.gpus}",
             f"rates=[{folder / 'rates'}]",
             f"out={folder / 'plan.json'}",
         )
     )
     plan = json.loads((folder / "plan.json").read_text())
-    chosen = (plan[0] if isinstance(plan, list) else plan)["chosen"]
+    chosen = plan["streams"][0]["chosen"]
     return memory, seconds, sum(chosen["memory"].values()), 3600 * chosen["hours"]
 
 

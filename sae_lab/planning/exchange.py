@@ -4,7 +4,8 @@
                                2 (n - 1) / n · f            counters of the latents that were active
     along the latent axis      (m - 1) · 4 k·b              values that are candidates, b rows of this rank
                                2 (m - 1) / m · 4 b·s·d      partial sums of x_hat, forward; the same for x's gradient
-    text                       (R - 1) / R · R·c            of all R ranks: c bytes of activations of a rank's share
+    rows                       (R - 1) / R · b·c             of c bytes: each of R ranks computes B / R of a batch, and
+                                                             sends each row to the m ranks that train on it
 
 bench/plan/collectives.py measures the seconds of these collectives.
 """
@@ -45,7 +46,7 @@ def exchange(sae: SAESize, batch_size: int, n: int, m: int, bytes_per_token: int
         batch_size: rows of all ranks together.
         n: shares of the rows.
         m: shards of the latents.
-        bytes_per_token: of activations, which each rank gets of those that computed them.
+        bytes_per_token: c.
         separate_lm: the language model has devices of its own, so that all activations travel.
     """
     if n * m == 1 and not separate_lm:

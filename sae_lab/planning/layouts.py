@@ -29,12 +29,16 @@ class Layout(NamedTuple):
 
 
 def layouts(devices: int, batch_size: int, n_tokens: int, n_latents: int, lm_alone: bool) -> Iterator[Layout]:
-    """Yield the arrangements of at most so many devices into which batch, text and latents divide."""
+    """Yield the arrangements of at most so many devices into which batch, text and latents divide.
+
+    Of devices for the language model alone, numbers that are powers of two.
+    """
     for n in range(1, devices + 1):
         for m in (m for m in range(1, n + 1) if n % m == 0):
             if n_latents % m or batch_size % n or n_tokens % n:
                 continue
-            for lm in range(0, devices - n + 1 if lm_alone else 1):
+            yield Layout(n // m, m)
+            for lm in (2**i for i in range((devices - n).bit_length()) if lm_alone):
                 yield Layout(n // m, m, lm)
 
 

@@ -1,7 +1,8 @@
 """Bytes of a process at its peak, by what takes them.
 
 Counted: parameters, gradients and optimizer, the language model, blocks, matrices of a step, a checkpoint while it is
-written. Measured once for a machine: the process before the run, what reading text leaves behind, the evaluation.
+written. Measured once for a machine: the process before the run; what reading text leaves behind, and each SAE's log,
+auxiliary loss and metrics; the evaluation.
 
 On a CPU memory that was freed stays with the process (runtime/memory.py), so what is needed one after the other counts
 once: the largest of it. Latents that are dead take more (see `dead_latents`), which is not part of the peak: it depends
@@ -47,15 +48,17 @@ def process_memory(
     pass_bytes = 0.0 if cached or not holds_lm else pass_memory(cfg, reading)
     parts |= {"parameters": 4.0 * sum(s.parameters for s in own) + sum(s.buffers for s in own)}
     parts |= {"optimizer": 8.0 * sum(s.parameters for s in own)}
-    block = block_memory(cfg, reading, cached)
+    block = block_memory(cfg, reading, layout)
     step = max(step_memory(s, cfg, layout) for s in own)
-    gradients = 4.0 * sum(s.parameters - (s.rowwise if machine.gpu else 0) for s in own)
+    by_row = machine.gpu and layout.data * layout.latents == 1  # see has_fixed_size in training/step.py
+    gradients = 4.0 * sum(s.parameters - (s.rowwise if by_row else 0) for s in own)
     saved = 0.0 if machine.gpu else 12.0 * max(s.parameters for s in own)
     training = {"gradients": gradients, "block": block, "step": step, "passes": pass_bytes, "checkpoint": saved}
-    evaluation = float(machine.evaluation) if "evaluation" in machine else SLICES + 2 * pass_memory(cfg, reading)
+    evaluation = evaluation_memory(cfg, reading)
     if evaluation > sum(training.values()) - gradients:
         training = {"gradients": gradients, "evaluation": evaluation}
-    kept = {"text": float(machine.get("text_memory", 0.0))} if not cached else {}
+    kept = {"text": 0.0 if cached else float(machine.get("text_memory", 0.0))}
+    kept |= {"members": len(saes) * float(machine.get("member_memory", 0.0))}
     return {name: size for name, size in (parts | kept | training).items() if size}
 
 
@@ -83,11 +86,19 @@ def pass_memory(cfg: DictConfig, reading: Reading) -> float:
     return float(tokens * per_token)
 
 
-def block_memory(cfg: DictConfig, reading: Reading, cached: bool) -> float:
-    """Return the bytes of the blocks of activations that are shuffled, of which each process has all rows."""
+def evaluation_memory(cfg: DictConfig, reading: Reading) -> float:
+    """Return the bytes that the evaluation takes beside the model and the SAE."""
+    n, machine = cfg.data.n_eval_tokens, cfg.machine
+    if machine.gpu:
+        return SLICES + 2 * pass_memory(cfg, reading)
+    return float(machine.evaluation * min(1.0, n / CPU_TOKENS) + machine.evaluation_token * n)
+
+
+def block_memory(cfg: DictConfig, reading: Reading, layout: Layout) -> float:
+    """Return the bytes of the blocks of activations that are shuffled: of the rows that this process trains on."""
     rows = min(cfg.data.block_tokens, math.ceil(cfg.n_tokens / cfg.batch_size) * cfg.batch_size)
     prefetch = cfg.data.prefetch is True or (cfg.data.prefetch == "auto" and cfg.machine.gpu)
-    return float((1 + prefetch) * max(rows, cfg.batch_size) * reading.bytes_per_token)
+    return float((1 + prefetch) * max(rows, cfg.batch_size) * reading.bytes_per_token / layout.data)
 
 
 def step_memory(sae: SAESize, cfg: DictConfig, layout: Layout) -> float:

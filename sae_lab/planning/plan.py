@@ -13,6 +13,8 @@ from sae_lab.planning.memory import dead_latents, lm_device_memory, process_memo
 from sae_lab.planning.rates import Rates, forward_work, rates_of, step_work
 from sae_lab.planning.sizes import Reading, SAESize, read_sizes, sae_size
 from sae_lab.runtime.errors import SettingError, UserError
+from sae_lab.runtime.screen import gb
+from sae_lab.sweeps.shared_stream import sites_of
 
 CACHED, TENSOR = "sae_lab.cache.data.CachedData", "sae_lab.activations.tensor.TensorData"
 MOST_DEVICES = 4096
@@ -37,7 +39,7 @@ class Plan(NamedTuple):
 
 def known_models() -> dict[str, dict[str, int]]:
     """Return the sizes of models by name, for those whose config is not on this machine."""
-    return yaml.safe_load((Path(__file__).parent / "models.yaml").read_text())  # type: ignore[no-any-return]
+    return yaml.safe_load((Path(__file__).parent / "models.yaml").read_text())
 
 
 def plan_stream(name: str, cfgs: Sequence[DictConfig], known: Mapping[str, Mapping[str, int]]) -> Plan:
@@ -56,9 +58,7 @@ def plan_stream(name: str, cfgs: Sequence[DictConfig], known: Mapping[str, Mappi
     if chosen is None:
         raise UserError(nothing_fits(cfg, reading, saes, rates, memory))
     layout = chosen.layout
-    exchanged = exchange(
-        saes[0], cfg.batch_size, layout.data, layout.latents, reading.bytes_per_token, layout.lm > 0
-    )
+    exchanged = exchange(saes[0], cfg.batch_size, layout.data, layout.latents, reading.bytes_per_token, layout.lm > 0)
     dead = max(dead_latents(sae.shard(layout.latents)) for sae in saes)
     disk = float(cfg.n_tokens * reading.bytes_per_token)
     return Plan(name, reading, saes, cfg.n_tokens, chosen, options, exchanged, dead, disk, rates)
@@ -69,14 +69,17 @@ def check_planned(cfg: DictConfig) -> None:
     if cfg.data.get("_target_") == TENSOR:
         raise SettingError("plan needs the language model that activations come from: data=tensor has none.")
     if cfg.loss:
-        raise SettingError(f"loss={cfg.loss} runs the language model in every step, which plan does not know: leave it out.")
+        raise SettingError(
+            f"loss={cfg.loss} runs the language model in every step, which plan does not know: leave it out."
+        )
 
 
 def joined(readings: Sequence[Reading], cfgs: Sequence[DictConfig]) -> Reading:
-    """Return one reading of all sites of several."""
-    sites = {str(site) for cfg in cfgs for site in [cfg.lm.get("sites")]}
-    n = readings[0].n_sources if len(sites) == 1 else sum({s: r.n_sources for s, r in zip(sites, readings)}.values())
-    return readings[0]._replace(n_layers=max(r.n_layers for r in readings), n_sources=n)
+    """Return one reading of all sites of several runs, each site once."""
+    sites = {site for cfg in cfgs for site in sites_of(cfg) or ()}
+    first = readings[0]
+    n_sources = len(sites) if len(cfgs) > 1 and sites else first.n_sources
+    return first._replace(n_layers=max(r.n_layers for r in readings), n_sources=n_sources)
 
 
 def all_options(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates, devices: int) -> Any:
@@ -165,14 +168,21 @@ def around(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates)
 
 def nothing_fits(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates, memory: float) -> str:
     """Return the sentence about a run that fits no layout, with the smallest layout that would."""
-    least = min(all_options(cfg, reading, saes, rates, devices_of(cfg, len(saes))), key=lambda o: o.peak)
-    device = f"{sum(least.memory.values()) / 1e9:,.0f} GB on each device"
-    has = f"of which {memory / 1e9:,.0f} GB can be filled"
-    n = 1
-    while n <= MOST_DEVICES:
-        for m in (m for m in range(1, n + 1) if n % m == 0 and min(s.n_latents for s in saes) % m == 0):
-            layout = Layout(n // m, m)
-            if cfg.batch_size % n == 0 and option(cfg, reading, saes, rates, layout).peak <= memory:
-                return f"{device} is the least that gpus={cfg.gpus} allows, {has}: give gpus={n} ({layout} data x latents)."
-        n += 1
-    return f"{device} is the least that gpus={cfg.gpus} allows, {has}, and no number of devices changes that: lower data.block_tokens or batch_size, or give a larger memory."
+    allowed = all_options(cfg, reading, saes, rates, devices_of(cfg, len(saes)))
+    least = min(allowed, key=lambda one: one.peak)
+    said = (
+        f"gpus={cfg.gpus} allows no layout that fits: {gb(least.peak)} GB at least would be in a memory of which "
+        f"{gb(memory)} GB can be filled"
+    )
+    found = smallest(cfg, reading, saes, rates, memory) if len(saes) == 1 else None
+    if found is not None:
+        return f"{said}: give gpus={found.devices}, for {found} data x latents."
+    return f"{said}, and more devices do not change that: lower n_latents, data.block_tokens or batch_size."
+
+
+def smallest(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates, memory: float) -> Layout | None:
+    """Return the layout of the fewest devices that fits; None if none does."""
+    for layout in layouts(MOST_DEVICES, cfg.batch_size, cfg.n_tokens, saes[0].n_latents, lm_alone=False):
+        if option(cfg, reading, saes, rates, layout).peak <= memory:
+            return layout
+    return None

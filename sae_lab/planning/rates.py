@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lab.planning.sizes import LMSize, SAESize, read_sizes, sae_size
+from sae_lab.planning.sizes import LMSize, Reading, SAESize, read_sizes, sae_size
 from sae_lab.runtime.errors import SettingError
 
 BLOCK_BYTES = 64
@@ -141,7 +141,7 @@ def read_figures(path: Path) -> dict[str, Any]:
 
 def corrected(rates: Rates, figures: Sequence[Mapping[str, Any]], known: Mapping[str, Mapping[str, int]]) -> Rates:
     """Return the rates that agree with measured figures."""
-    forwards, steps, plain = [], [], dict[str, float]()
+    forwards, steps = [], []
     for one in figures:
         cfg = OmegaConf.create(dict(one["config"]))
         if not isinstance(one["tokens_per_second"], Mapping):  # of `benchmark`
@@ -150,23 +150,23 @@ def corrected(rates: Rates, figures: Sequence[Mapping[str, Any]], known: Mapping
         reading, stages = read_sizes(with_lm_size(cfg), known), one["tokens_per_second"]
         forwards.append((forward_work(reading.lm, reading.n_layers), 1 / stages["forward"]))
         steps.append((step_work(sae_size(cfg, reading), cfg.batch_size), cfg.batch_size / stages["step"]))
-        plain |= {"text": stages["text"]}
-        plain |= {f"cache_{x}": stages[f"cache {x}"] * reading.bytes_per_token for x in ("write", "read")}
+        written, read = (stages[f"cache {x}"] * reading.bytes_per_token for x in ("write", "read"))
+        rates = rates._replace(text=stages["text"], cache_write=written, cache_read=read)
     forward = rates.forward.through(*transposed(forwards))
-    return rates._replace(forward=forward, step=rates.step.through(*transposed(steps)), **plain)
+    return rates._replace(forward=forward, step=rates.step.through(*transposed(steps)))
 
 
-def with_lm_size(cfg: DictConfig) -> DictConfig:
-    return OmegaConf.merge({"lm_size": {}}, cfg)  # type: ignore[return-value]
+def with_lm_size(cfg: Any) -> DictConfig:
+    """Return a config with the keys that only `plan` has."""
+    merged = OmegaConf.merge({"lm_size": {}, "expansion": None}, cfg)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
-def measured_step(cfg: DictConfig, seconds: float) -> tuple[tuple[float, ...], float]:
+def measured_step(cfg: Any, seconds: float) -> tuple[tuple[float, ...], float]:
     """Return the work and the seconds of a step of `benchmark`."""
-    lm = LMSize(cfg.d_in, 1, 0, 0, 0)
-    from sae_lab.planning.sizes import Reading
-
-    reading = Reading(lm, 1, cfg.n_sources, 4)
-    return step_work(sae_size(OmegaConf.merge({"expansion": None}, cfg), reading), cfg.batch_size), seconds
+    reading = Reading(LMSize(cfg.d_in, 1, 0, 0, 0), 1, cfg.n_sources, 4)
+    return step_work(sae_size(with_lm_size(cfg), reading), cfg.batch_size), seconds
 
 
 def transposed(points: Sequence[tuple[Any, float]]) -> tuple[list[Any], list[float]]:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from sae_lab.planning.layouts import Option
 from sae_lab.planning.plan import Plan
-from sae_lab.runtime.screen import console
+from sae_lab.runtime.screen import console, gb
 
 SHOWN = 6
 """Layouts in the table."""
@@ -89,16 +89,11 @@ def show_sweep(plans: Sequence[Plan]) -> None:
 
 def columns(title: str, *names: str) -> Table:
     """Return an empty table whose first column is text and whose others are numbers."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", min_width=len(title))
     for name in names:
         text = name in ("", "limited by")
         table.add_column(name, justify="left" if text else "right", overflow="fold")
     return table
-
-
-def gb(size: float) -> str:
-    """Return bytes in GB, with two digits at least."""
-    return f"{size / 1e9:,.2f}" if size < 10e9 else f"{size / 1e9:,.0f}"
 
 
 def hours(n: float) -> str:

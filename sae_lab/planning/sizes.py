@@ -1,7 +1,7 @@
 """Sizes of a run: of its language model by a config or a table, and of its SAE by its class without numbers."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,6 @@ from omegaconf import DictConfig
 
 from sae_lab.lm.finding import find_folder
 from sae_lab.lm.sites import site_names
-from sae_lab.ops.sparse import SparseCode
 from sae_lab.runtime.build import build
 from sae_lab.runtime.errors import SettingError
 
@@ -174,16 +173,6 @@ def sae_size(cfg: DictConfig, reading: Reading) -> SAESize:
         sum(b.numel() * b.itemsize for b in sae.buffers()),
         n_latents,
         s * d,
-        has_sparse_codes(cfg, n_latents, s),
+        sae.sparse_codes,
         float(cfg.k),
     )
-
-
-def has_sparse_codes(cfg: DictConfig, n_latents: int, n_sources: int) -> bool:
-    """Return whether training has codes by active entry: asks an SAE of the same kind and of width 2."""
-    small = build(cfg, "sae", d_in=2, n_latents=n_latents, n_sources=n_sources).train()
-    if small.varying_size is not None:  # a search, which finds the active entries one by one
-        return True
-    rows = torch.tensor([[1.0, 2.0], [3.0, 5.0]]).unsqueeze(1).repeat(1, n_sources * (1 + small.reads_previous), 1)
-    with torch.no_grad():
-        return isinstance(small(rows).code, SparseCode)

@@ -142,3 +142,8 @@ def print_files(paths: Sequence[Path]) -> None:
     """Print the paths of written files, one per line."""
     for path in paths:
         print(for_terminal(str(path)))
+
+
+def gb(size: float) -> str:
+    """Return bytes in GB, with two digits at least."""
+    return f"{size / 1e9:,.2f}" if size < 10e9 else f"{size / 1e9:,.0f}"

@@ -39,6 +39,8 @@ class BaseSAE(Registered, ABC):
 
     batch_rule: bool = False
     """Whether the training rule for a row depends on the other rows of the batch."""
+    sparse_codes: bool = False
+    """Whether training has codes by active entry (SparseCode), so that no matrix (b, f) but h exists."""
     foldable: bool = False
     """Whether each latent is active or not regardless of the others. Then the units of the code may change, for example
     when the norms of W_dec are folded into it; a rule that compares latents would select different ones."""

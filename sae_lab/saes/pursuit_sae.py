@@ -39,6 +39,7 @@ class PursuitSAE(DictionarySAE):
         UserError: the method is unknown, or k is not a whole number between 1 and n_latents.
     """
 
+    sparse_codes = True
     varying_size = "a pursuit keeps as many latents as it needs"
 
     def __init__(self, k: int, method: Method = "orthogonal_matching_pursuit", signed: bool = False, **dictionary: Any):

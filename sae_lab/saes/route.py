@@ -88,7 +88,7 @@ class RouteSAE(BaseSAE):
                 "choose another {inner}."
             )
         self.batch_rule, self.varying_size = self.inner.batch_rule, self.inner.varying_size
-        self.signed = self.inner.signed
+        self.signed, self.sparse_codes = self.inner.signed, self.inner.sparse_codes
         generator = nth_generator(seed, 1)  # other random numbers than the inner SAE's
         bound = d_in**-0.5
         self.W_router = nn.Parameter(torch.empty(n_sources, d_in).uniform_(-bound, bound, generator=generator))

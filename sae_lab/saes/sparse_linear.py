@@ -45,6 +45,8 @@ class SparseLinearSAE(LinearSAE):
         UserError: k or k_start is not between 1 and n_latents, or k_warmup is negative.
     """
 
+    sparse_codes = True
+
     def __init__(
         self,
         k: float,

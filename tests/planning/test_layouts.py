@@ -1,0 +1,129 @@
+"""Which layouts there are, which one is chosen, what it holds and what its ranks exchange."""
+
+import pytest
+import torch
+from conftest import compose
+
+from sae_lab.activations.stream import StreamData
+from sae_lab.planning import memory
+from sae_lab.planning.exchange import all_reduce, exchange
+from sae_lab.planning.layouts import Layout, Option, cheapest, layouts
+from sae_lab.planning.plan import known_models, plan_stream
+from sae_lab.planning.sizes import SAESize, read_sizes, sae_size
+from sae_lab.runtime.build import build
+from sae_lab.runtime.errors import UserError
+from sae_lab.training.step import TrainingStep
+
+SAE = SAESize(2 * 64 * 16 + 16, 2 * 64 * 16, 2 * 64 * 16, 0, 64, 16, True, 4)
+
+
+def planned(*overrides: str):
+    return compose(*overrides, config_name="plan")
+
+
+def plan(*overrides: str):
+    return plan_stream("", [planned(*overrides)], known_models())
+
+
+def test_layouts_divide_the_batch_the_text_and_the_latents():
+    found = [*layouts(4, batch_size=8, n_tokens=64, n_latents=6, lm_alone=False)]
+    assert found == [Layout(1, 1), Layout(2, 1), Layout(1, 2), Layout(4, 1), Layout(2, 2)]
+    assert [*layouts(2, 8, 64, 6, lm_alone=True)] == [Layout(1, 1), Layout(1, 1, 1), Layout(2, 1), Layout(1, 2)]
+
+
+def test_a_layout_names_its_settings():
+    assert Layout().overrides() == "(one process)"
+    assert Layout(2, 2, 2).overrides() == "trainer=ddp trainer.devices=4 trainer.shard_latents=2 lm.devices=[4,5]"
+
+
+def option(n: int, hours: float, size: float) -> Option:
+    return Option(Layout(n), {"all": size}, {}, {"step": 1.0}, 1.0, hours)
+
+
+def test_the_cheapest_that_fits_is_chosen_and_the_faster_of_equals():
+    one, two, four = option(1, 8.0, 50), option(2, 4.2, 30), option(4, 3.0, 20)
+    assert cheapest([one, two, four], 60) is two  # 8.4 device-hours in place of 8
+    assert cheapest([one, four], 60) is one
+    assert cheapest([one, two, four], 25) is four
+    assert cheapest([one, two, four], 10) is None
+
+
+def test_a_large_dictionary_is_sharded_until_it_fits():
+    big = plan("lm=gemma2_2b", "k=64", "n_latents=2_097_152", "n_tokens=4e9", "batch_size=4096", "gpus=8")
+    assert big.chosen.layout == Layout(1, 4)  # 84 device-hours, in place of 81 for twice as long
+    assert big.chosen.peak <= 0.9 * 141e9
+    assert any(option.peak > 0.9 * 141e9 for option in big.options)
+    assert big.exchange.candidates == 3 * 4 * 64 * 4096
+    assert big.cache == 4e9 * 2304 * 2
+
+
+def test_what_fits_nothing_names_the_smallest_layout_that_does():
+    with pytest.raises(UserError, match=r"give gpus=2, for 1 x 2 data x latents\.$"):
+        plan("lm=gemma2_2b", "k=64", "n_latents=2_097_152", "n_tokens=4e9", "batch_size=4096")
+    with pytest.raises(UserError, match="more devices do not change that"):
+        plan("lm=gemma2_2b", "n_tokens=4e9", "memory=5e9")
+
+
+def test_a_number_of_devices_that_is_typed_is_kept():
+    chosen = plan("machine=cpu2", "trainer=ddp", "trainer.devices=2", "n_tokens=1_048_576").chosen
+    assert chosen.layout == Layout(2)
+    assert chosen.peak == 2 * sum(chosen.memory.values())  # of one memory
+
+
+def test_runs_that_plan_does_not_know_are_refused():
+    with pytest.raises(UserError, match="loss=kl_mse runs the language model in every step"):
+        plan("loss=kl_mse")
+    with pytest.raises(UserError, match="data=tensor has none"):
+        plan("data=tensor", "data.path=x.pt")
+
+
+@pytest.mark.parametrize("name", ["topk", "vanilla"])
+def test_parameters_gradients_and_moments_are_counted_to_the_byte(name):
+    cfg = planned(f"sae={name}", "machine=cpu2", "expansion=2")
+    reading = read_sizes(cfg, known_models())
+    sae = build(cfg, "sae", d_in=128, n_latents=256, n_sources=1).train()
+    optimizer = torch.optim.Adam(sae.parameters())
+    TrainingStep(sae, optimizer)(torch.randn(32, 1, 128))
+    parts = memory.process_memory(cfg, reading, [sae_size(cfg, reading)], Layout(), cached=False)
+
+    def size(tensors):
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    assert parts["parameters"] == size([*sae.parameters(), *sae.buffers()])
+    assert parts["gradients"] == size(p.grad for p in sae.parameters())
+    moments = [v for state in optimizer.state.values() for name, v in state.items() if name != "step"]
+    assert parts["optimizer"] == size(moments)
+    assert parts["language model"] == 4 * 1_746_944
+
+
+@pytest.mark.parametrize("settings", [[], ["data.prefetch=true"], ["n_tokens=3000", "batch_size=1000"]])
+def test_a_block_is_as_large_as_the_stream_makes_it(settings):
+    cfg = planned("machine=cpu2", *settings)
+    stream = {key: cfg.data[key] for key in ("batch_size", "n_tokens", "block_tokens", "prefetch", "repeat", "seed")}
+    body = dict.fromkeys(StreamData.__abstractmethods__) | {"sites": ("a",), "d_in": 128, "dtype": torch.float32}
+    made = type("Data", (StreamData,), body)(torch.device("cpu"), **stream, n_eval_tokens=1, n_val_tokens=1)
+    held = made.block_bytes * (1 + made.prefetch)
+    assert memory.block_memory(cfg, read_sizes(cfg, known_models()), Layout()) == held
+    assert memory.block_memory(cfg, read_sizes(cfg, known_models()), Layout(2)) == held / 2
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_a_ring_sends_what_the_formula_says(n):
+    """Each rank passes n - 1 parts on to be summed, and n - 1 sums."""
+    sent, parts = [0] * n, 24 * n
+    for _ in range(2):
+        for _ in range(n - 1):
+            for rank in range(n):
+                sent[rank] += parts // n
+    assert set(sent) == {all_reduce(n, parts)}
+
+
+def test_ranks_exchange_gradients_candidates_sums_and_rows():
+    assert exchange(SAE, 32, 1, 1, 64, False).bytes == 0
+    data = exchange(SAE, 32, 2, 1, 64, False)
+    assert (data.gradients, data.candidates, data.sums) == (4 * SAE.parameters + 64, 0, 0)
+    assert data.activations == 16 * 64 / 2
+    latents = exchange(SAE, 32, 1, 2, 64, False)
+    assert (latents.gradients, latents.candidates, latents.sums) == (0, 4 * 4 * 32, 2 * 4 * 32 * 16)
+    assert exchange(SAE, 32, 1, 1, 64, True).activations == 32 * 64
+    assert data.seconds(1e6, 1e-3) == pytest.approx(data.bytes / 1e6 + data.operations * 1e-3)
