@@ -104,8 +104,8 @@ def block_memory(cfg: DictConfig, reading: Reading, layout: Layout) -> float:
 def step_memory(sae: SAESize, cfg: DictConfig, layout: Layout) -> float:
     """Return the bytes of a step beside parameters, gradients and the optimizer's state.
 
-    Rows are those of a rank. With codes by active entry a CPU holds a piece of h and a mask of it, and a copy of a
-    matrix while its rows are projected; a GPU holds h as a whole.
+    Rows are those of a rank. With codes by active entry a CPU holds a piece of h, a mask of it and the maxima of its
+    blocks, and a copy of a matrix while its rows are projected; a GPU holds h as a whole.
     """
     b = cfg.batch_size / layout.data
     rows = 6 * 4.0 * b * sae.width
@@ -116,7 +116,7 @@ def step_memory(sae: SAESize, cfg: DictConfig, layout: Layout) -> float:
         half = "16" in str(cfg.trainer.precision)
         return rows + entries + (2 if half else 4) * b * sae.n_latents
     piece = max(min(b, LEAST_ROWS) * sae.n_latents, PIECE["cpu"])
-    return rows + entries + 5.0 * min(piece, b * sae.n_latents) + 2.0 * sae.by_latent
+    return rows + entries + 6.0 * min(piece, b * sae.n_latents) + 2.0 * sae.by_latent
 
 
 def dead_latents(sae: SAESize) -> float:

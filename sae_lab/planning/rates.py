@@ -5,7 +5,8 @@ A stage takes a sum of terms, each an amount of work times the seconds of a unit
     forward of the language model     multiplications · 2, and bytes that its blocks read and write
     training step                     multiplications · 2, bytes of parameters and of gathered rows, and once per step
 
-The seconds of a unit are the non-negative ones that leave the least squares of relative errors at the measured sizes.
+The seconds of a unit are those that leave the least squares of relative errors at the measured sizes, and are not less
+than the machine's `peak` allows.
 """
 
 import json
@@ -31,10 +32,11 @@ FILES = ("throughput.json", "benchmark.json")
 
 
 class Fit(NamedTuple):
-    """Seconds of a unit of each term, and a factor by which a machine of the same kind is slower."""
+    """Seconds of a unit of each term, a factor by which a machine of the same kind is slower, and the least seconds."""
 
     seconds: tuple[float, ...]
     factor: float = 1.0
+    least: tuple[float, ...] = ()
 
     def __call__(self, terms: Sequence[float]) -> float:
         return self.factor * sum(a * b for a, b in zip(self.seconds, terms, strict=True))
@@ -44,25 +46,34 @@ class Fit(NamedTuple):
         if not seconds:
             return self
         if len(seconds) >= len(self.seconds):
-            return fit(terms, seconds)
+            return fit(terms, seconds, self.least)
         ratios = [y / self(x) for x, y in zip(terms, seconds, strict=True)]
         return self._replace(factor=self.factor * float(np.exp(np.mean(np.log(ratios)))))
 
 
-def fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> Fit:
-    """Return the non-negative seconds of a unit of each term with the least squares of relative errors."""
+def fit(terms: Sequence[Sequence[float]], seconds: Sequence[float], least: Sequence[float] = ()) -> Fit:
+    """Return the seconds of a unit of each term with the least squares of relative errors.
+
+    Args:
+        terms: the work at each measured size.
+        seconds: what it took.
+        least: the least seconds of a unit; 0 for those that are not given.
+    """
+    n_terms = len(terms[0])
+    floor = np.array([*least, *[0.0] * (n_terms - len(least))])
     A = np.array(terms, dtype=float) / np.array(seconds, dtype=float)[:, None]
-    best, least = np.zeros(A.shape[1]), np.inf
-    for n in range(1, A.shape[1] + 1):
-        for chosen in combinations(range(A.shape[1]), n):
+    rest = 1 - A @ floor
+    best, error = floor, float((rest**2).sum())
+    for n in range(1, n_terms + 1):
+        for chosen in combinations(range(n_terms), n):
             columns = A[:, chosen]
-            scale = columns.max(axis=0)  # flops are 1e12 and steps are 1
-            x = np.linalg.lstsq(columns / scale, np.ones(len(A)), rcond=None)[0] / scale
-            error = float(((columns @ x - 1) ** 2).sum())
-            if (x >= 0).all() and error < least - 1e-9:
-                best, least = np.zeros(A.shape[1]), error
-                best[list(chosen)] = x
-    return Fit(tuple(best.tolist()))
+            scale = columns.max(axis=0)  # operations are 1e12 and steps are 1
+            more = np.linalg.lstsq(columns / scale, rest, rcond=None)[0] / scale
+            left = float(((columns @ more - rest) ** 2).sum())
+            if (more >= 0).all() and left < error - 1e-9:
+                best, error = floor.copy(), left
+                best[list(chosen)] += more
+    return Fit(tuple(best.tolist()), least=tuple(floor.tolist()))
 
 
 def forward_terms(parameters: float, d: int, n_layers: float) -> tuple[float, float]:
@@ -107,19 +118,23 @@ def rates_of(cfg: DictConfig, known: Mapping[str, Mapping[str, int]]) -> Rates:
         SettingError: a file of `rates` holds no figures of `throughput` or `benchmark`.
     """
     m = cfg.machine
-    rates = Rates(m, forward_fit(m.forward), step_fit(m.step), m.text, m.cache_write, m.cache_read, (m.name,))
+    least = (1 / m.peak.operations, 1 / m.peak.bytes)
+    rates = Rates(
+        m, forward_fit(m.forward, least), step_fit(m.step, least), m.text, m.cache_write, m.cache_read, (m.name,)
+    )
     paths = [cfg.rates] if isinstance(cfg.rates, str) else cfg.rates
     figures = [read_figures(Path(path)) for path in paths]
     return rates if not figures else corrected(rates, figures, known)._replace(sources=(*map(str, paths),))
 
 
-def forward_fit(points: Sequence[Mapping[str, float]]) -> Fit:
+def forward_fit(points: Sequence[Mapping[str, float]], least: Sequence[float]) -> Fit:
     terms = [forward_terms(p["parameters"], int(p["d"]), p["n_layers"]) for p in points]
-    return fit(terms, [1 / p["tokens_per_second"] for p in points])
+    return fit(terms, [1 / p["tokens_per_second"] for p in points], least)
 
 
-def step_fit(points: Sequence[Mapping[str, Any]]) -> Fit:
-    return fit(*zip(*(step_point(p, p["ms"]) for p in points), strict=True))
+def step_fit(points: Sequence[Mapping[str, Any]], least: Sequence[float]) -> Fit:
+    terms, seconds = transposed([step_point(p, p["ms"]) for p in points])
+    return fit(terms, seconds, least)
 
 
 def step_point(p: Mapping[str, Any], ms: float) -> tuple[tuple[float, ...], float]:

@@ -25,9 +25,9 @@ def test_a_fit_finds_the_seconds_of_each_unit():
     assert found.seconds == pytest.approx(true.seconds)
 
 
-def test_no_unit_takes_less_than_nothing():
-    found = fit([(1.0, 1.0), (1.0, 2.0)], [2.0, 1.0])
-    assert all(seconds >= 0 for seconds in found.seconds)
+def test_no_unit_takes_less_than_nothing_nor_less_than_the_peak_allows():
+    assert all(seconds >= 0 for seconds in fit([(1.0, 1.0), (1.0, 2.0)], [2.0, 1.0]).seconds)
+    assert fit([(1.0, 1.0)], [3.0], least=[0.0, 1.0]).seconds == pytest.approx((2.0, 1.0))
 
 
 def test_fewer_measurements_than_terms_scale_the_machine():
@@ -42,7 +42,7 @@ def test_a_machine_is_as_fast_as_it_was_measured(machine):
     found = rates_of(cfg, {})
     for point in cfg.machine.step:
         work, seconds = rates.step_point(point, point["ms"])
-        assert found.step(work) == pytest.approx(seconds, rel=0.5)
+        assert found.step(work) == pytest.approx(seconds, rel=0.2)
     for point in cfg.machine.forward:
         terms = rates.forward_terms(point["parameters"], point["d"], point["n_layers"])
         assert found.forward(terms) == pytest.approx(1 / point["tokens_per_second"], rel=0.1)
