@@ -80,7 +80,7 @@ class SAESize(NamedTuple):
     k: float
 
     def shard(self, m: int) -> "SAESize":
-        """Return the sizes of one of m shards of the latents, of which it has f/m, and k/m active on a row on average."""
+        """Return the sizes of one of m shards of the latents, of which k/m are active on a row on average."""
         own = self.by_latent // m
         return self._replace(
             parameters=self.parameters - self.by_latent + own,
