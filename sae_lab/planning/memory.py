@@ -107,7 +107,7 @@ def step_memory(sae: SAESize, cfg: DictConfig, layout: Layout) -> float:
     Rows are those of a rank. With codes by active entry a CPU holds a piece of h, a mask of it and the maxima of its
     blocks, and a copy of a matrix while its rows are projected; a GPU holds h as a whole.
     """
-    b = cfg.batch_size / layout.data
+    b = cfg.batch_size / layout.data / cfg.trainer.micro_batches
     rows = 6 * 4.0 * b * sae.width
     if not sae.sparse:
         return rows + DENSE_MATRICES * 4.0 * b * sae.n_latents

@@ -1,8 +1,8 @@
 """The plan of one stream: a run, or the runs of a sweep that share a pass over the language model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 from omegaconf import DictConfig
@@ -82,17 +82,27 @@ def joined(readings: Sequence[Reading], cfgs: Sequence[DictConfig]) -> Reading:
     return first._replace(n_layers=max(r.n_layers for r in readings), n_sources=n_sources)
 
 
-def all_options(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates, devices: int) -> Any:
+def all_options(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates, devices: int) -> Iterator[Option]:
     """Yield every layout of at most so many devices with what it takes."""
     f = min(sae.n_latents for sae in saes)
     for layout in layouts(devices, cfg.batch_size, cfg.n_tokens, f, cfg.machine.gpu and not is_cached(cfg)):
-        if cfg.trainer.devices in (1, layout.data * layout.latents):  # 1: not chosen
+        if layout.latents > 1 and not saes[0].shardable:
+            continue
+        if is_asked_for(layout, cfg):
             yield option(cfg, reading, saes, rates, layout)
+
+
+def is_asked_for(layout: Layout, cfg: DictConfig) -> bool:
+    """Return whether a layout agrees with the settings of `train` that choose one, where they are not the defaults."""
+    m, lm = cfg.trainer.get("shard_latents", 1), len(cfg.lm.get("devices") or ())
+    of_ranks = cfg.trainer.devices in (1, layout.data * layout.latents)
+    return of_ranks and m in (1, layout.latents) and lm in (0, layout.lm)
 
 
 def devices_of(cfg: DictConfig, n_runs: int) -> int:
     """Return how many devices a stream may have: one if several runs share it."""
-    return max(int(cfg.gpus), int(cfg.trainer.devices)) if n_runs == 1 else 1
+    asked = int(cfg.trainer.devices) + len(cfg.lm.get("devices") or ())
+    return max(int(cfg.gpus), asked) if n_runs == 1 else 1
 
 
 def is_cached(cfg: DictConfig) -> bool:
@@ -183,6 +193,7 @@ def nothing_fits(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: 
 def smallest(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates, memory: float) -> Layout | None:
     """Return the layout of the fewest devices that fits; None if none does."""
     for layout in layouts(MOST_DEVICES, cfg.batch_size, cfg.n_tokens, saes[0].n_latents, lm_alone=False):
-        if option(cfg, reading, saes, rates, layout).peak <= memory:
+        fits = option(cfg, reading, saes, rates, layout).peak <= memory
+        if fits and (layout.latents == 1 or saes[0].shardable):
             return layout
     return None

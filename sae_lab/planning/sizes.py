@@ -68,6 +68,7 @@ class SAESize(NamedTuple):
         n_latents, width: f and the s·d numbers of a row.
         sparse: whether training has codes by active entry.
         k: active entries of a row.
+        shardable: whether ranks may hold different latents.
     """
 
     parameters: int
@@ -78,6 +79,7 @@ class SAESize(NamedTuple):
     width: int
     sparse: bool
     k: float
+    shardable: bool = True
 
     def shard(self, m: int) -> "SAESize":
         """Return the sizes of one of m shards of the latents, of which k/m are active on a row on average."""
@@ -175,4 +177,5 @@ def sae_size(cfg: DictConfig, reading: Reading) -> SAESize:
         s * d,
         sae.sparse_codes,
         float(cfg.k),
+        "shardable" in vars(type(sae)),
     )

@@ -70,6 +70,16 @@ def test_a_number_of_devices_that_is_typed_is_kept():
     assert chosen.peak == 2 * sum(chosen.memory.values())  # of one memory
 
 
+def test_an_sae_that_cannot_be_sharded_is_not():
+    options = plan("sae=pursuit", "gpus=2", "n_tokens=1_048_576").options
+    assert {option.layout.latents for option in options} == {1}
+
+
+def test_micro_batches_take_less_memory():
+    whole, parts = (memory.step_memory(SAE, planned(f"trainer.micro_batches={n}"), Layout()) for n in (1, 4))
+    assert parts == whole / 4
+
+
 def test_runs_that_plan_does_not_know_are_refused():
     with pytest.raises(UserError, match="loss=kl_mse runs the language model in every step"):
         plan("loss=kl_mse")
