@@ -1,6 +1,6 @@
 """Exports an SAE slice by slice of its latents, so that it need not fit the memory."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -9,31 +9,26 @@ from torch import Tensor
 from sae_lab.interop.safetensors_file import SafetensorsFile
 from sae_lab.runtime.files import atomic_file
 from sae_lab.saes.base import BaseSAE
-from sae_lab.saes.files import load_sae_folder
-from sae_lab.saes.weights import with_latents
+from sae_lab.saes.files import check_sae_files, load_sae_folder, sae_folder
+from sae_lab.saes.weights import pieces, with_latents
 
 Read: TypeAlias = Callable[[range], BaseSAE]
 """Reads a slice of an SAE."""
 
-SLICE = 2**26
+SLICE = 2**24
 """Bytes of a slice's weights."""
 
 
 def slices_of_folder(folder: Path) -> tuple[BaseSAE, Read]:
-    """Return the first slice of an SAE folder of ours, and what reads the others."""
-    one = load_sae_folder(folder, latents=range(1))
+    """Check an SAE folder of ours, and return its first slice and what reads the others."""
+    check_sae_files(sae_folder(folder))
+    one = load_sae_folder(folder, latents=range(1), checked=True)
     size = sum(one.state_dict()[name].nbytes for name in one.latent_axes())
 
     def read(latents: range) -> BaseSAE:
-        return load_sae_folder(folder, latents=latents)
+        return load_sae_folder(folder, latents=latents, checked=True)
 
     return read(range(min(one.n_latents, max(1, SLICE // size)))), read
-
-
-def others(first: range, n: int) -> Iterator[range]:
-    """Yield the slices after the first one, as large as it, up to n."""
-    for start in range(first.stop, n, len(first)):
-        yield range(start, min(start + len(first), n))
 
 
 def write_slices(
@@ -57,7 +52,8 @@ def write_slices(
         content = SafetensorsFile(f, whole)
         for name, tensor in tensors.items():
             content.put(name, tensor, axes.get(name, 0))
-        for slice_of_sae in map(read, others(sae.own_latents, sae.n_latents)) if read else ():
-            own, tensors = slice_of_sae.own_latents, convert(slice_of_sae)
+        first = sae.own_latents
+        for own in pieces(range(first.stop, sae.n_latents), len(first)) if read else ():
+            tensors = convert(read(own))  # type: ignore[misc]
             for name in axes.keys() & tensors.keys():
                 content.put(name, tensors[name], axes[name], own.start)

@@ -19,7 +19,7 @@ from sae_lab.runtime.files import read_json, write_atomically
 from sae_lab.runtime.hub import hub_errors
 from sae_lab.runtime.private import public
 from sae_lab.saes.base import BaseSAE
-from sae_lab.saes.files import CONFIG, check_sae_files, copy_sae, sae_folder, save_sae
+from sae_lab.saes.files import CONFIG, copy_sae, sae_folder, save_sae
 from sae_lab.saes.weights import holds_weights, weight_files
 
 OURS = "sae_lab"
@@ -54,7 +54,6 @@ def export_sae(source: str | Path, format: str, out: Path, sae_id: str | None = 
     provenance = provenance_of(folder)
     written_as: str | None = None
     if read is not None:
-        check_sae_files(sae_folder(folder))
         WRITERS[format](sae, out, provenance, read)
     elif format != OURS:
         written_as = WRITERS[format](sae, out, provenance)

@@ -2,7 +2,8 @@
 
 import logging
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,12 @@ def copy_sae(source: Path, folder: Path, provenance: dict[str, Any]) -> None:
     write_json(folder / CONFIG, description)
 
 
-def load_sae_folder(folder: str | Path, device: str | torch.device = "cpu", latents: range | None = None) -> BaseSAE:
+def load_sae_folder(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    latents: range | None = None,
+    checked: bool = False,
+) -> BaseSAE:
     """Load the SAE that a run saved, in eval mode.
 
     On a mesh with sharded latents (parallel/mesh.py) each rank reads the latents that it holds, and nothing else.
@@ -148,39 +154,52 @@ def load_sae_folder(folder: str | Path, device: str | torch.device = "cpu", late
         folder: an SAE folder, or a run folder.
         device: where to put the SAE.
         latents: read these latents only. They are compared with their digests if the folder is one of several files.
+        checked: the caller has called `check_sae_files`, which compares all digests.
 
     Raises:
         UserError: there is no SAE folder, a file cannot be read or changed since it was saved, the class is unknown,
             the tensors do not fit the config, the SAE does not reproduce its probe, or it has no such latents.
     """
     folder = sae_folder(folder)
-    try:
-        with nullcontext() if latents is None else only_latents(latents):
-            sae = read_sae(folder, latents)
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as e:
-        raise UserError(f"the SAE in {folder} cannot be read ({type(e).__name__}: {e}): save or copy it again.") from e
+    with explain_errors(folder), nullcontext() if latents is None else only_latents(latents):
+        description = read_json(folder / CONFIG)
+        check_description(folder, description)
+        tensors = read_parts(folder)
+        outline = check_shapes(folder, description, tensors)
+        if latents not in (None, outline.own_latents):
+            name = type(outline).__name__
+            raise UserError(f"the latents of a {name} cannot be read by slice: leave out latents={latents}.")
+        if not checked:
+            check_digests(folder, description, files_to_check(folder, outline, tensors))
+        sae = read_sae(description, outline, tensors, folder)
+        if description.get("probe") == PROBE and latents is None:
+            check_probe(sae.eval(), folder / PROBE)
     return sae.eval().to(device)
 
 
-def read_sae(folder: Path, latents: range | None) -> BaseSAE:
-    """Read and check an SAE. Arguments and errors are those of `load_sae_folder`."""
-    description = read_json(folder / CONFIG)
-    check_description(folder, description)
-    tensors = read_parts(folder)
-    outline = check_shapes(folder, description, tensors)
-    if latents not in (None, outline.own_latents):
-        name = type(outline).__name__
-        raise UserError(f"the latents of a {name} cannot be read by slice: leave out latents={latents}.")
-    check_digests(folder, description, files_to_check(folder, outline, tensors))
+def read_sae(description: dict[str, Any], outline: BaseSAE, tensors: dict[str, list[Part]], folder: Path) -> BaseSAE:
+    """Build the SAE that a config describes, and read its tensors.
+
+    Raises:
+        UserError: there is not enough memory.
+        ValueError: a number is not finite.
+    """
     check_memory(folder, sum(t.nbytes for t in outline.state_dict().values()))
     with nothing_drawn():
         sae: BaseSAE = BaseSAE.by_name(description["class"], description["config"])
     fill(sae, tensors)
     if bad := not_finite(sae.state_dict()):
         raise ValueError(f"{', '.join(bad)} not finite")
-    if description.get("probe") == PROBE and latents is None:
-        check_probe(sae.eval(), folder / PROBE)
     return sae
+
+
+@contextmanager
+def explain_errors(folder: Path) -> Iterator[None]:
+    """Turn what is raised about damaged files of an SAE folder into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as e:
+        raise UserError(f"the SAE in {folder} cannot be read ({type(e).__name__}: {e}): save or copy it again.") from e
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
@@ -222,17 +241,15 @@ def check_digests(folder: Path, description: dict[str, Any], names: list[str]) -
 
 
 def check_sae_files(folder: Path) -> None:
-    """Compare every byte of an SAE folder with its digests, for readers of slices, which do not.
+    """Compare every byte of an SAE folder with its digests.
 
     Raises:
         UserError: a file cannot be read, or changed since it was saved.
     """
-    try:
+    with explain_errors(folder):
         description = read_json(folder / CONFIG)
         check_description(folder, description)
         check_digests(folder, description, weight_files(folder))
-    except (OSError, ValueError) as e:
-        raise UserError(f"the SAE in {folder} cannot be read ({type(e).__name__}: {e}): save or copy it again.") from e
 
 
 def check_shapes(folder: Path, description: dict[str, Any], tensors: dict[str, list[Part]]) -> BaseSAE:

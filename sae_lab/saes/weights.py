@@ -19,6 +19,8 @@ from sae_lab.runtime.files import read_json
 from sae_lab.saes.base import BaseSAE
 
 WEIGHTS, INDEX = "sae.safetensors", "sae.safetensors.index.json"
+AT_ONCE = 2**24
+"""Bytes of a tensor that are copied at a time, since safetensors copies what it reads."""
 SHARD = re.compile(r"sae-\d{5}-of-\d{5}\.safetensors")
 KEY = re.compile(r"(?P<name>.+)\[(?P<before>(:, )*)(?P<start>\d+):(?P<stop>\d+)\]")
 
@@ -158,10 +160,17 @@ def fill(sae: BaseSAE, tensors: Mapping[str, list[Part]]) -> None:
             if axis is None:
                 target.copy_(content.get_tensor(part.key))
                 continue
-            latents = overlap(part, axis, own)
-            here = slice(latents.start - part.start, latents.stop - part.start)
-            rows = content.get_slice(part.key)[(slice(None),) * axis + (here,)]
-            target.narrow(axis, latents.start - own.start, len(latents)).copy_(rows)
+            stored, size = content.get_slice(part.key), max(1, target.nbytes // max(1, len(own)))
+            for latents in pieces(overlap(part, axis, own), max(1, AT_ONCE // size)):
+                here = slice(latents.start - part.start, latents.stop - part.start)
+                rows = stored[(slice(None),) * axis + (here,)]
+                target.narrow(axis, latents.start - own.start, len(latents)).copy_(rows)
+
+
+def pieces(latents: range, size: int) -> Iterator[range]:
+    """Yield consecutive pieces of at most `size` latents."""
+    for start in range(latents.start, latents.stop, size):
+        yield range(start, min(start + size, latents.stop))
 
 
 def parts_to_read(sae: BaseSAE, tensors: Mapping[str, list[Part]]) -> Iterator[tuple[str, Part]]:

@@ -49,7 +49,7 @@ def test_a_large_sae_is_exported_by_slices_with_the_same_bytes(tmp_path, monkeyp
     monkeypatch.setattr(export, "LARGE", 0)
     monkeypatch.setattr(slices, "SLICE", 2_000)
     load, read = slices.load_sae_folder, []
-    monkeypatch.setattr(slices, "load_sae_folder", lambda f, latents: read.append(latents) or load(f, latents=latents))
+    monkeypatch.setattr(slices, "load_sae_folder", lambda f, **given: read.append(given["latents"]) or load(f, **given))
     export.export_sae(tmp_path / "sae", format, tmp_path / "slices")
     assert len(read) > 3
     whole, by_slices = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("whole", "slices"))
