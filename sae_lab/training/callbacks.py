@@ -8,8 +8,8 @@ from annotated_types import Ge
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.evaluation.splice_ce import SpliceCost
+from sae_lab.parallel.group import on_rank_0
 from sae_lab.parallel.mesh import data_axis, rank
-from sae_lab.parallel.shards import gather_over_shards
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import read_json, write_json
@@ -115,7 +115,7 @@ class KeepBest(L.Callback):
             (self.folder / RECORD).unlink(missing_ok=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if data_axis().index or trainer.sanity_checking:
+        if trainer.sanity_checking:
             return
         logged = trainer.callback_metrics
         if self.metric not in logged:
@@ -124,11 +124,11 @@ class KeepBest(L.Callback):
                 f"callbacks.keep_best.metric={self.metric} is not logged at validation: give one of {known}."
             )
         value = float(logged[self.metric])
-        if gather_over_shards(self.improves(value))[0]:
+        if on_rank_0(lambda: self.improves(value)) and data_axis().index == 0:
             save(pl_module, self.folder)
             said = {"metric": self.metric, "mode": self.mode, "value": value, "step": trainer.global_step}
-            if rank() == 0:
-                write_json(self.folder / RECORD, said)  # last: if the run stops before, it saves the same SAE again
+            if rank() == 0:  # last: if the run stops before, it saves the same SAE again
+                write_json(self.folder / RECORD, said)
 
     def improves(self, value: float) -> bool:
         """Return whether the value is better than that of the SAE in the folder, or there is none by this metric."""
