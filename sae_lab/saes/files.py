@@ -87,9 +87,9 @@ def save_sae(
     if probe is not None:
         description["probe"] = PROBE
         digests[PROBE] = write_recorded(folder / PROBE, probe)
-    write_json(folder / CONFIG, description | {"digests": digests | {CONFIG: digest_of_description(description)}})
     for file in {WEIGHTS, INDEX, *(file.name for file in folder.glob("sae-*-of-*.safetensors"))} - digests.keys():
         (folder / file).unlink(missing_ok=True)  # of an SAE that was saved there before, on another number of ranks
+    write_json(folder / CONFIG, description | {"digests": digests | {CONFIG: digest_of_description(description)}})
     return folder
 
 
