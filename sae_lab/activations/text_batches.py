@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sae_lab.activations.buffer import Filling
 from sae_lab.activations.columns import Columns
+from sae_lab.parallel.agreement import stop_together
 from sae_lab.parallel.mesh import data_axis
-from sae_lab.runtime.signals import raise_if_stopped
 from sae_lab.text.rows import RowStream
 
 Kept = Callable[[Int[Tensor, "n t"]], tuple[Bool[Tensor, "n t"], Float[Tensor, "b s d"]]]
@@ -91,7 +91,7 @@ class TextBatches:
         return self
 
     def __next__(self) -> TextBatch:
-        raise_if_stopped()
+        stop_together()
         left = self.n_rows - self.n_batches_given * self.rows_per_batch
         tokens = self.rows.take(max(0, min(self.rows_per_batch, left)))
         tokens = tokens[data_axis().share(len(tokens))]

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -26,6 +27,27 @@ def keep_freed_memory() -> None:
         mallopt(M_ARENA_MAX, 1)  # arenas of threads come in 64 MB heaps, of which a block over 32 MB wastes the rest
         mallopt(M_TRIM_THRESHOLD, -1)
         mallopt(M_TOP_PAD, 256 * 2**20)
+
+
+EVERY, GROWTH, SLACK = 2, 1.25, 256 * 2**20
+_calls, _resident = count(1), 0
+
+
+def release_fragments() -> None:
+    """Let glibc return freed memory to the kernel if this process has grown by a quarter. To be called in every step.
+
+    Under `keep_freed_memory`, freed blocks of changing sizes leave gaps into which the next ones do not fit. Measured
+    with 131,072 latents, of which 83 to 98 % were dead and received the auxiliary loss: a process grew by 0.2 GB a step
+    on average, and stays below 2.7 GB by this.
+    """
+    global _resident
+    if sys.platform != "linux" or next(_calls) % EVERY:
+        return
+    now = psutil.Process().memory_info().rss
+    if _resident and now > GROWTH * _resident + SLACK and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+        now = psutil.Process().memory_info().rss
+    _resident = max(_resident, now)
 
 
 def check_memory(file: Path, n_bytes: int) -> None:

@@ -14,6 +14,7 @@ from sae_lab.ops.sparse import HAS_TRITON
 from sae_lab.parallel.gradients import averaged_gradients
 from sae_lab.parallel.mesh import world_size
 from sae_lab.parallel.shards import clip_gradients
+from sae_lab.runtime.memory import release_fragments
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.training.row_adam import RowAdam
 from sae_lab.training.splice_loss import Spliced
@@ -109,6 +110,7 @@ class TrainingStep:
             splice: adds the language model's part of the loss.
             watch: makes what is wanted of the step besides the loss.
         """
+        release_fragments()
         for parameter, rows in self.sae.resample(x):
             reset_optimizer_rows(self.optimizer, parameter, rows)
         with fixed_size(self.has_fixed_size(x)), float32_products(self.products):

@@ -135,16 +135,26 @@ def test_an_exception_arrives_as_itself_where_its_chunk_would_have():
     assert len(got) == 5  # 39 rows come before chunk 7: one block is whole
 
 
+class ReceivesAfter:
+    """A recorder of signals that receives one when n chunks are launched."""
+
+    together = False
+
+    def __init__(self, n: int, source):
+        self.n, self.source = n, source
+
+    @property
+    def received(self):
+        return signals.signal.SIGTERM if len(self.source.launched) >= self.n else None
+
+
 def test_a_stop_comes_between_two_chunks_and_loses_no_row(monkeypatch):
     whole = numbers(plain())
     for n_launched in range(1, 13):
         batches, got = stream(), []
         source = batches.source.source.source
 
-        def received(source=source, n=n_launched):
-            return signals.signal.SIGTERM if len(source.launched) >= n else None
-
-        monkeypatch.setattr(signals, "received_signal", received)
+        monkeypatch.setattr(signals, "_recorder", ReceivesAfter(n_launched, source))
         with pytest.raises(SafeStop):
             got.extend(batches)
         assert len(source.launched) == n_launched

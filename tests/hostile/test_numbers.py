@@ -59,6 +59,9 @@ class BadLM:
         assert tuple(sites) == self.sites
         return self
 
+    def copies(self):
+        return []
+
     def activations(self, tokens):
         return self.change(self.table[tokens])
 
