@@ -1,5 +1,6 @@
 """Atomic file writes, small files that are read with a limit, and digests of files."""
 
+import errno
 import json
 import logging
 import mmap
@@ -30,13 +31,27 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     # No process id: processes of several machines may write into one folder.
     temporary = path.with_name(f".{path.name}.{uuid4().int}")
     try:
-        with naming(path), temporary.open("wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
+        with naming(path, temporary):
+            with temporary.open("wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_out(path: Path) -> None:
+    """Raise an OSError if a file cannot be written there, before there is anything to write. Leaves nothing behind."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():  # a device or a pipe, which a file would replace
+        raise FileExistsError(errno.EEXIST, "It is not a file", str(path))
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 @contextmanager

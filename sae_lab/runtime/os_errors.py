@@ -52,8 +52,8 @@ def reason_of(error: Exception) -> str:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name the path in errors of the operating system that have none: a write to a full disk does not.
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Name the path in errors of the operating system that have none, as of a full disk, or have that of `temporary`.
 
     torch.save hides such an error behind a RuntimeError of its archive; the error itself is raised instead.
     """
@@ -63,6 +63,6 @@ def naming(path: Path) -> Iterator[None]:
         error = e if isinstance(e, OSError) else e.__context__
         if not isinstance(error, OSError):
             raise
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
         raise error from None
