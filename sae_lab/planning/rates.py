@@ -9,7 +9,6 @@ The seconds of a unit are those that leave the least squares of relative errors 
 than the machine's `peak` allows.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -17,9 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sae_lab.planning.sizes import LMSize, Reading, SAESize, read_sizes, sae_size
-from sae_lab.runtime.errors import SettingError
+from sae_lab.runs.trust import check_trusted
+from sae_lab.runtime.errors import SettingError, UserError
+from sae_lab.runtime.files import read_json
 
 BLOCK_BYTES = 64
 """Bytes that a block reads and writes for each number of an activation: some 16 numbers of 4 bytes."""
@@ -123,8 +125,8 @@ def rates_of(cfg: DictConfig, known: Mapping[str, Mapping[str, int]]) -> Rates:
         m, forward_fit(m.forward, least), step_fit(m.step, least), m.text, m.cache_write, m.cache_read, (m.name,)
     )
     paths = [cfg.rates] if isinstance(cfg.rates, str) else cfg.rates
-    figures = [read_figures(Path(path)) for path in paths]
-    return rates if not figures else corrected(rates, figures, known)._replace(sources=(*map(str, paths),))
+    measured = [measurement(Path(path), known, [str(cfg.sae.get("_target_"))]) for path in paths]
+    return rates if not measured else corrected(rates, measured)._replace(sources=(*map(str, paths),))
 
 
 def forward_fit(points: Sequence[Mapping[str, float]], least: Sequence[float]) -> Fit:
@@ -148,27 +150,70 @@ def read_figures(path: Path) -> dict[str, Any]:
     files = [path] if path.is_file() else [path / name for name in FILES if (path / name).is_file()]
     if not files:
         raise SettingError(f"rates={path} is neither throughput.json or benchmark.json nor a folder with one of them.")
-    figures = json.loads(files[0].read_text())
-    if not isinstance(figures, dict) or "config" not in figures or "tokens_per_second" not in figures:
-        raise SettingError(f"rates={path} holds no figures of throughput or benchmark: give one of their files.")
+    try:
+        figures = read_json(files[0])
+    except (OSError, ValueError) as e:
+        raise no_figures(path) from e
+    if not isinstance(figures.get("config"), dict) or "tokens_per_second" not in figures:
+        raise no_figures(path)
     return figures
 
 
-def corrected(rates: Rates, figures: Sequence[Mapping[str, Any]], known: Mapping[str, Mapping[str, int]]) -> Rates:
-    """Return the rates that agree with measured figures."""
-    forwards, steps = [], []
-    for one in figures:
-        cfg = OmegaConf.create(dict(one["config"]))
-        if not isinstance(one["tokens_per_second"], Mapping):  # of `benchmark`
-            steps.append(measured_step(cfg, one["step_ms"] / 1e3))
-            continue
-        reading, stages = read_sizes(with_lm_size(cfg), known), one["tokens_per_second"]
-        forwards.append((forward_work(reading.lm, reading.n_layers), 1 / stages["forward"]))
-        steps.append((step_work(sae_size(cfg, reading), cfg.batch_size), cfg.batch_size / stages["step"]))
-        written, read = (stages[f"cache {x}"] * reading.bytes_per_token for x in ("write", "read"))
-        rates = rates._replace(text=stages["text"], cache_write=written, cache_read=read)
-    forward = rates.forward.through(*transposed(forwards))
-    return rates._replace(forward=forward, step=rates.step.through(*transposed(steps)))
+def no_figures(path: Path | str) -> SettingError:
+    return SettingError(f"rates={path} holds no figures of throughput or benchmark: give one of their files.")
+
+
+class Measurement(NamedTuple):
+    """Work and seconds that a file has of the language model and of a step, and other rates by their names in Rates."""
+
+    forward: tuple[Any, float] | None
+    step: tuple[Any, float]
+    others: Mapping[str, float] = {}
+
+
+def measurement(path: Path, known: Mapping[str, Mapping[str, int]], trust: Sequence[str]) -> Measurement:
+    """Read a file of figures.
+
+    Args:
+        path: the file or its folder.
+        known: see read_sizes.
+        trust: classes of SAEs, besides those of this package, of which sizes are counted.
+
+    Raises:
+        SettingError: it holds none of `throughput` or `benchmark`, or those of an SAE that is not trusted.
+    """
+    figures = read_figures(path)
+    check_trusted({"sae": figures["config"].get("sae")}, path, trust)
+    try:
+        found = measured(figures, known)
+        seconds = [found.step[1], *([found.forward[1]] if found.forward else []), *found.others.values()]
+        if not all(0 < one < float("inf") for one in seconds):
+            raise ValueError("a rate of nothing")
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OmegaConfBaseException) as e:
+        raise no_figures(path) from e
+    return found
+
+
+def measured(figures: Mapping[str, Any], known: Mapping[str, Mapping[str, int]]) -> Measurement:
+    """Return the work and the seconds that figures of `throughput` or `benchmark` hold."""
+    cfg, stages = OmegaConf.create(dict(figures["config"])), figures["tokens_per_second"]
+    if not isinstance(stages, Mapping):  # of `benchmark`
+        return Measurement(None, measured_step(cfg, figures["step_ms"] / 1e3))
+    reading = read_sizes(with_lm_size(cfg), known)
+    forward = forward_work(reading.lm, reading.n_layers), 1 / stages["forward"]
+    step = step_work(sae_size(cfg, reading), cfg.batch_size), cfg.batch_size / stages["step"]
+    written, read = (stages[f"cache {x}"] * reading.bytes_per_token for x in ("write", "read"))
+    return Measurement(forward, step, {"text": stages["text"], "cache_write": written, "cache_read": read})
+
+
+def corrected(rates: Rates, measurements: Sequence[Measurement]) -> Rates:
+    """Return the rates that agree with measurements."""
+    for one in measurements:
+        rates = Rates(**(rates._asdict() | dict(one.others)))
+    forward = rates.forward.through(*transposed([one.forward for one in measurements if one.forward]))
+    return rates._replace(forward=forward, step=rates.step.through(*transposed([one.step for one in measurements])))
 
 
 def with_lm_size(cfg: Any) -> DictConfig:

@@ -69,6 +69,7 @@ class SAESize(NamedTuple):
         sparse: whether training has codes by active entry.
         k: active entries of a row.
         shardable: whether ranks may hold different latents.
+        name: its class.
     """
 
     parameters: int
@@ -80,6 +81,7 @@ class SAESize(NamedTuple):
     sparse: bool
     k: float
     shardable: bool = True
+    name: str = "SAE"
 
     def shard(self, m: int) -> "SAESize":
         """Return the sizes of one of m shards of the latents, of which k/m are active on a row on average."""
@@ -104,12 +106,23 @@ def read_sizes(cfg: DictConfig, known: Mapping[str, Mapping[str, int]]) -> Readi
     Raises:
         SettingError: they are not known, or there is no language model.
     """
-    models = [cfg.lm[name] for name in ("base", "tuned") if name in cfg.lm] or [cfg.lm]
+    models = [*models_of(cfg).values()]
     lm = lm_size(str(models[-1].get("name")), {k: v for k, v in cfg.lm_size.items() if v is not None}, known)
-    sites = site_names(models[-1].get("sites") or ["0"])
+    sites = site_names(models[-1].get("sites"))
     itemsize = getattr(torch, str(models[-1].get("dtype", "float32"))).itemsize
+    for site in sites:
+        if (block_of(site) or 0) >= lm.n_layers:
+            raise SettingError(
+                f"lm.sites has {site}, but the blocks of {models[-1].get('name')} are 0 to {lm.n_layers - 1}: "
+                "choose another site."
+            )
     depth = max(depth_of(site, lm.n_layers) for site in sites)
     return Reading(lm, depth, len(models) * len(sites), itemsize, len(models))
+
+
+def models_of(cfg: DictConfig) -> dict[str, DictConfig]:
+    """Return the parts of a config that name a language model, by their keys: two for model diffing."""
+    return {f"lm.{name}": cfg.lm[name] for name in ("base", "tuned") if name in cfg.lm} or {"lm": cfg.lm}
 
 
 def lm_size(name: str, given: Mapping[str, Any], known: Mapping[str, Mapping[str, int]]) -> LMSize:
@@ -151,9 +164,19 @@ def counted(name: str) -> dict[str, int]:
     }
 
 
+BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)(.*)")
+"""The number of a block in the name of a site: the first one."""
+
+
+def block_of(site: str) -> int | None:
+    """Return the number of a site's block; None if its name has none."""
+    found = BLOCK.search(site)
+    return int(found[1]) if found else None
+
+
 def depth_of(site: str, n_layers: int) -> float:
-    """Return how many blocks run up to a site: by the first number in its name, or all."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)(.*)", site)
+    """Return how many blocks run up to a site: by the number of its block, or all."""
+    found = BLOCK.search(site)
     if not found:
         return n_layers
     first, rest = int(found[1]), found[2]
@@ -178,4 +201,5 @@ def sae_size(cfg: DictConfig, reading: Reading) -> SAESize:
         sae.sparse_codes,
         float(cfg.k),
         "shardable" in vars(type(sae)),
+        type(sae).__name__,
     )

@@ -69,10 +69,13 @@ def test_a_benchmark_takes_the_place_of_the_steps(tmp_path):
     assert found.step(step_work(sae_size(cfg, read_sizes(cfg, known_models())), 4096)) == pytest.approx(0.05)
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]"])
+WRONG = '{"config": {"lm": 1}, "tokens_per_second": {"text": 0}}'
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"config": {', "\0", '{"config": 1, "tokens_per_second": 2}', WRONG])
 def test_a_file_of_something_else_is_refused(content, tmp_path):
     (tmp_path / "throughput.json").write_text(content)
-    with pytest.raises(UserError, match="holds no figures of throughput or benchmark"):
+    with pytest.raises(UserError, match="holds no figures of throughput or benchmark: give one of their files"):
         rates_of(planned(f"rates={tmp_path}"), {})
     with pytest.raises(UserError, match=r"rates=.*/none is neither throughput.json or benchmark.json nor a folder"):
         rates_of(planned(f"rates={tmp_path}/none"), {})
