@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, TypedDict
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -14,7 +14,7 @@ from sae_lab.cli.one_run import take_sweep
 class Options(TypedDict):
     """The options of conf/plan.yaml that are none of a run."""
 
-    gpus: Annotated[int, Ge(1)]
+    gpus: Annotated[int, Ge(1), Le(1_000_000)]
     rates: str | list[str]
     memory: Annotated[float, Gt(0)] | None
     out: str | None
@@ -27,10 +27,12 @@ def main(cfg: DictConfig) -> None:
     from sae_lab.planning.show import as_json, show, show_sweep
     from sae_lab.planning.sweep import SHARED, by_stream, job_configs
     from sae_lab.runtime.checks import check_config
-    from sae_lab.runtime.files import write_json
+    from sae_lab.runtime.files import check_out, write_json
     from sae_lab.training.options import check_options
 
     check_config(cfg, Options)
+    if cfg.out is not None:
+        check_out(Path(cfg.out))
     hydra = HydraConfig.get()
     shared = hydra.runtime.choices["hydra/launcher"] == SHARED
     configs = job_configs("plan", hydra.overrides.task, cfg.sweep) if cfg.sweep else {"": cfg}

@@ -37,18 +37,23 @@ def own_share(name: str, n_latents: int, shardable: bool) -> range:
         SettingError: they may not, or cannot be divided equally.
     """
     axis = latent_axis()
-    if axis.size > 1 and not shardable:
+    check_shards(name, n_latents, shardable, axis.size)
+    share = axis.share(n_latents)
+    return range(share.start, share.stop)
+
+
+def check_shards(name: str, n_latents: int, shardable: bool, m: int) -> None:
+    """Raise a SettingError if an SAE cannot be divided into m shards; see own_share."""
+    if m > 1 and not shardable:
         raise SettingError(
             f"the latents of a {name} cannot be sharded: give trainer.shard_latents=1, or another SAE, such as "
             "sae=batch_topk, topk, matryoshka or jumprelu."
         )
-    if n_latents % axis.size:
+    if n_latents % m:
         raise SettingError(
-            f"the number of latents, {n_latents}, must be a multiple of trainer.shard_latents={axis.size}: change "
-            "n_latents or expansion."
+            f"the number of latents, {n_latents}, must be a multiple of trainer.shard_latents={m}: change n_latents "
+            "or expansion."
         )
-    share = axis.share(n_latents)
-    return range(share.start, share.stop)
 
 
 def sum_over_shards(x: Tensor) -> Tensor:

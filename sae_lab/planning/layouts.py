@@ -1,7 +1,7 @@
 """Arrangements of a run's devices, and the cheapest of those that fit."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 
 class Layout(NamedTuple):
@@ -19,27 +19,48 @@ class Layout(NamedTuple):
         own = f" + {self.lm} lm" if self.lm else ""
         return f"{self.data} x {self.latents}{own}"
 
-    def overrides(self) -> str:
-        """Return the settings of `train` that choose it."""
+    def overrides(self, lm_devices: Sequence[Any] = ()) -> str:
+        """Return the settings of `train` that choose it, with `lm.devices` as given or as those behind the others."""
         n = self.data * self.latents
+        lm_devices = lm_devices or range(n, n + self.lm)
         settings = [f"trainer=ddp trainer.devices={n}"] if n > 1 else []
         settings += [f"trainer.shard_latents={self.latents}"] if self.latents > 1 else []
-        settings += [f"lm.devices=[{','.join(map(str, range(n, n + self.lm)))}]"] if self.lm else []
+        settings += [f"lm.devices=[{','.join(map(str, lm_devices))}]"] if lm_devices else []
         return " ".join(settings) or "(one process)"
 
 
-def layouts(devices: int, batch_size: int, n_tokens: int, n_latents: int, lm_alone: bool) -> Iterator[Layout]:
-    """Yield the arrangements of at most so many devices into which batch, text and latents divide.
+class Asked(NamedTuple):
+    """Numbers of a layout that settings give. None: any."""
 
-    Of devices for the language model alone, numbers that are powers of two.
+    ranks: int | None = None
+    """Processes that train: data · latents."""
+    latents: int | None = None
+    lm: int | None = 0
+
+
+def layouts(devices: int, shares: int, n_latents: int, asked: Asked) -> list[Layout]:
+    """Return the arrangements of at most so many devices, those of the fewest first, and of these the least sharded.
+
+    Args:
+        devices: at most.
+        shares: a number that the shares of the rows divide: the greatest common divisor of the batch and the text.
+        n_latents: a number that the shards of the latents divide.
+        asked: what is given. Of devices for the language model alone, other numbers are powers of two.
     """
-    for n in range(1, devices + 1):
-        for m in (m for m in range(1, n + 1) if n % m == 0):
-            if n_latents % m or batch_size % n or n_tokens % n:
+    found, of_rows = list[Layout](), divisors(shares, devices)
+    for m in divisors(n_latents, devices):
+        for n in of_rows:
+            free = devices - n * m
+            if free < 0 or asked.ranks not in (None, n * m) or asked.latents not in (None, m):
                 continue
-            yield Layout(n // m, m)
-            for lm in (2**i for i in range((devices - n).bit_length()) if lm_alone):
-                yield Layout(n // m, m, lm)
+            lms = [0, *(2**i for i in range(free.bit_length()))] if asked.lm is None else [asked.lm]
+            found += [Layout(n, m, lm) for lm in lms if lm <= free]
+    return sorted(found, key=lambda one: (one.devices, one.latents, one.lm))
+
+
+def divisors(n: int, most: int) -> list[int]:
+    """Return the divisors of n that are not greater than `most`."""
+    return [i for i in range(1, min(n, most) + 1) if n % i == 0]
 
 
 class Option(NamedTuple):
@@ -56,6 +77,8 @@ class Option(NamedTuple):
     hours: float
     shared_memory: bool = False
     """Whether all processes take from one memory, as on a CPU."""
+    overrides: str = ""
+    """The settings of `train` that choose it."""
 
     @property
     def peak(self) -> float:
@@ -73,15 +96,23 @@ class Option(NamedTuple):
         return max(self.stages, key=lambda name: self.stages[name])
 
 
-SAME_COST = 1.1
-"""Of options whose device-hours differ by less than this factor, the one with the fewest hours is chosen."""
+SAME = 1.1
+"""Costs or times that differ by less than this factor are alike."""
 
 
-def cheapest(options: list[Option], memory: float) -> Option | None:
-    """Return the option that fits with the fewest device-hours, and of those of about as many the fastest."""
-    fits = [option for option in options if option.peak <= memory]
-    if not fits:
-        return None
-    least = min(option.device_hours for option in fits)
-    alike = [option for option in fits if option.device_hours <= SAME_COST * least]
-    return min(alike, key=lambda option: (option.hours, option.layout.devices))
+def cheapest(options: Sequence[Option]) -> Option:
+    """Return the option with the fewest device-hours; of those of about as many the fastest.
+
+    Of those that are about as fast, it is the one with the fewest shards of the latents.
+    """
+    least = min(option.device_hours for option in options)
+    alike = [option for option in options if option.device_hours <= SAME * least]
+    hours = min(option.hours for option in alike)
+    fast = [option for option in alike if option.hours <= SAME * hours]
+    return min(fast, key=lambda option: (option.layout.latents, option.hours, option.layout.devices))
+
+
+def fastest(options: Sequence[Option]) -> Option:
+    """Return the option with the fewest hours; of those of about as many the one with the fewest device-hours."""
+    hours = min(option.hours for option in options)
+    return min((option for option in options if option.hours <= SAME * hours), key=lambda option: option.device_hours)

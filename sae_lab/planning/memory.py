@@ -43,9 +43,10 @@ def process_memory(
     machine = cfg.machine
     own = [sae.shard(layout.latents) for sae in saes]
     holds_lm = layout.lm == 0
+    at_once = max(1, len(cfg.lm.get("devices") or ()) // layout.data // layout.latents)  # on a CPU, where they are here
     parts = {"process": float(machine.process)}
     parts |= {"language model": lm_bytes(reading)} if holds_lm else {}
-    pass_bytes = 0.0 if cached or not holds_lm else pass_memory(cfg, reading)
+    pass_bytes = 0.0 if cached or not holds_lm else at_once * pass_memory(cfg, reading)
     parts |= {"parameters": 4.0 * sum(s.parameters for s in own) + sum(s.buffers for s in own)}
     parts |= {"optimizer": 8.0 * sum(s.parameters for s in own)}
     block = block_memory(cfg, reading, layout)

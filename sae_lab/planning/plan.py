@@ -1,24 +1,28 @@
 """The plan of one stream: a run, or the runs of a sweep that share a pass over the language model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 from omegaconf import DictConfig
 
+from sae_lab.planning.asked import asked_for, check_planned, is_cached
+from sae_lab.planning.disk import Harvest, check_cache, harvest_of
 from sae_lab.planning.exchange import Exchange, exchange
-from sae_lab.planning.layouts import Layout, Option, cheapest, layouts
+from sae_lab.planning.layouts import Asked, Layout, Option, cheapest, layouts
 from sae_lab.planning.memory import dead_latents, lm_device_memory, process_memory
 from sae_lab.planning.rates import Rates, forward_work, rates_of, step_work
 from sae_lab.planning.sizes import Reading, SAESize, read_sizes, sae_size
-from sae_lab.runtime.errors import SettingError, UserError
-from sae_lab.runtime.screen import gb
+from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.screen import size_in_words
 from sae_lab.sweeps.shared_stream import sites_of
 
-CACHED, TENSOR = "sae_lab.cache.data.CachedData", "sae_lab.activations.tensor.TensorData"
 MOST_DEVICES = 4096
 """Devices among which the smallest layout that fits is looked for."""
+MULTIPLE = 1024
+"""Numbers of latents that are multiples of it can be sharded in many ways."""
 
 
 class Plan(NamedTuple):
@@ -28,12 +32,16 @@ class Plan(NamedTuple):
     reading: Reading
     saes: list[SAESize]
     n_tokens: int
+    gpus: int
+    """Devices that may be used."""
+    cached: bool
+    """Whether the activations come from a cache."""
     chosen: Option
+    fitting: list[Option]
     options: list[Option]
     exchange: Exchange
     dead_latents: float
-    cache: float
-    """Bytes of a cache of all tokens."""
+    harvest: Harvest
     rates: Rates
 
 
@@ -49,29 +57,25 @@ def plan_stream(name: str, cfgs: Sequence[DictConfig], known: Mapping[str, Mappi
         UserError: no layout of the devices fits. It names the smallest one that would.
     """
     cfg = cfgs[0]
-    check_planned(cfg)
+    for one in cfgs:
+        check_planned(one)
+        if is_cached(one):
+            check_cache(one)
     reading, rates = joined([read_sizes(c, known) for c in cfgs], cfgs), rates_of(cfg, known)
     saes = [sae_size(c, read_sizes(c, known)) for c in cfgs]
+    asked = asked_for(cfg, saes)
+    options = all_options(cfg, reading, saes, rates, asked)
     memory = float(cfg.memory or cfg.machine.memory * cfg.machine.usable)
-    options = list(all_options(cfg, reading, saes, rates, devices_of(cfg, len(cfgs))))
-    chosen = cheapest(options, memory)
-    if chosen is None:
-        raise UserError(nothing_fits(cfg, reading, saes, rates, memory))
-    layout = chosen.layout
-    exchanged = exchange(saes[0], cfg.batch_size, layout.data, layout.latents, reading.bytes_per_token, layout.lm > 0)
-    dead = max(dead_latents(sae.shard(layout.latents)) for sae in saes)
-    disk = float(cfg.n_tokens * reading.bytes_per_token)
-    return Plan(name, reading, saes, cfg.n_tokens, chosen, options, exchanged, dead, disk, rates)
-
-
-def check_planned(cfg: DictConfig) -> None:
-    """Raise a SettingError for runs whose work is not known."""
-    if cfg.data.get("_target_") == TENSOR:
-        raise SettingError("plan needs the language model that activations come from: data=tensor has none.")
-    if cfg.loss:
-        raise SettingError(
-            f"loss={cfg.loss} runs the language model in every step, which plan does not know: leave it out."
-        )
+    fitting = [option for option in options if option.peak <= memory]
+    if not fitting:
+        least = min(option.peak for option in options)
+        raise UserError(nothing_fits(cfg, reading, saes, rates, asked, least, memory))
+    chosen = cheapest(fitting)
+    data, latents, lm = chosen.layout
+    exchanged = exchange(saes[0], cfg.batch_size, data, latents, reading.bytes_per_token, lm > 0)
+    dead = max(dead_latents(sae.shard(latents)) for sae in saes)
+    counts, layouts_ = (cfg.n_tokens, int(cfg.gpus), is_cached(cfg)), (chosen, fitting, options)
+    return Plan(name, reading, saes, *counts, *layouts_, exchanged, dead, harvest_of(cfg, reading, rates), rates)
 
 
 def joined(readings: Sequence[Reading], cfgs: Sequence[DictConfig]) -> Reading:
@@ -82,31 +86,11 @@ def joined(readings: Sequence[Reading], cfgs: Sequence[DictConfig]) -> Reading:
     return first._replace(n_layers=max(r.n_layers for r in readings), n_sources=n_sources)
 
 
-def all_options(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates, devices: int) -> Iterator[Option]:
-    """Yield every layout of at most so many devices with what it takes."""
-    f = min(sae.n_latents for sae in saes)
-    for layout in layouts(devices, cfg.batch_size, cfg.n_tokens, f, cfg.machine.gpu and not is_cached(cfg)):
-        if layout.latents > 1 and not saes[0].shardable:
-            continue
-        if is_asked_for(layout, cfg):
-            yield option(cfg, reading, saes, rates, layout)
-
-
-def is_asked_for(layout: Layout, cfg: DictConfig) -> bool:
-    """Return whether a layout agrees with the settings of `train` that choose one, where they are not the defaults."""
-    m, lm = cfg.trainer.get("shard_latents", 1), len(cfg.lm.get("devices") or ())
-    of_ranks = cfg.trainer.devices in (1, layout.data * layout.latents)
-    return of_ranks and m in (1, layout.latents) and lm in (0, layout.lm)
-
-
-def devices_of(cfg: DictConfig, n_runs: int) -> int:
-    """Return how many devices a stream may have: one if several runs share it."""
-    asked = int(cfg.trainer.devices) + len(cfg.lm.get("devices") or ())
-    return max(int(cfg.gpus), asked) if n_runs == 1 else 1
-
-
-def is_cached(cfg: DictConfig) -> bool:
-    return bool(cfg.data.get("_target_") == CACHED)
+def all_options(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates, asked: Asked) -> list[Option]:
+    """Return every layout that the settings allow, with what it takes; there is one at least."""
+    devices = max(int(cfg.gpus), (asked.ranks or asked.latents or 1) + (asked.lm or 0))
+    shares, f = math.gcd(int(cfg.batch_size), int(cfg.n_tokens)), math.gcd(*(sae.n_latents for sae in saes))
+    return [option(cfg, reading, saes, rates, layout) for layout in layouts(devices, shares, f, asked)]
 
 
 def option(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates, layout: Layout) -> Option:
@@ -116,7 +100,8 @@ def option(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates,
     memory = process_memory(cfg, reading, saes, layout, is_cached(cfg))
     lm_memory = lm_device_memory(cfg, reading) if layout.lm else {}
     hours = (around(cfg, reading, saes, rates) + cfg.n_tokens * per_token) / 3600
-    return Option(layout, memory, lm_memory, stages, per_token, hours, not cfg.machine.gpu)
+    overrides = layout.overrides([] if is_cached(cfg) else cfg.lm.get("devices") or [])
+    return Option(layout, memory, lm_memory, stages, per_token, hours, not cfg.machine.gpu, overrides)
 
 
 def seconds_of_stages(
@@ -176,24 +161,44 @@ def around(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates)
     return float(cfg.machine.start_seconds) + calibration + evaluation
 
 
-def nothing_fits(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates, memory: float) -> str:
-    """Return the sentence about a run that fits no layout, with the smallest layout that would."""
-    allowed = all_options(cfg, reading, saes, rates, devices_of(cfg, len(saes)))
-    least = min(allowed, key=lambda one: one.peak)
+def nothing_fits(
+    cfg: DictConfig,
+    reading: Reading,
+    saes: list[SAESize],
+    rates: Rates,
+    asked: Asked,
+    least: float,
+    memory: float,
+) -> str:
+    """Return the sentence about a run that fits no layout, with the smallest layout that would.
+
+    Args:
+        cfg, reading, saes, rates, asked: see all_options.
+        least: the bytes of the layout that takes least.
+        memory: the bytes that a device has.
+    """
     said = (
-        f"gpus={cfg.gpus} allows no layout that fits: {gb(least.peak)} GB at least would be in a memory of which "
-        f"{gb(memory)} GB can be filled"
+        f"gpus={cfg.gpus} allows no layout that fits: {size_in_words(least)} at least would be in a memory of which "
+        f"{size_in_words(memory)} can be filled"
     )
-    found = smallest(cfg, reading, saes, rates, memory) if len(saes) == 1 else None
-    if found is not None:
-        return f"{said}: give gpus={found.devices}, for {found} data x latents."
+    f = saes[0].n_latents
+    for n_latents in (f, -(-f // MULTIPLE) * MULTIPLE) if len(saes) == 1 else ():
+        sae = saes[0]._replace(n_latents=n_latents)
+        found = smallest(cfg, reading, sae, rates, memory, asked.lm or 0)
+        if found is None:
+            continue
+        typed = "" if asked.ranks is None and asked.latents is None else f" {found.overrides()}"
+        if n_latents == f:
+            return f"{said}: give gpus={found.devices}{typed}, for {found} data x latents."
+        return (
+            f"{said}, and no number of shards divides n_latents={f} well enough: give n_latents={n_latents} "
+            f"gpus={found.devices}{typed}, for {found} data x latents."
+        )
     return f"{said}, and more devices do not change that: lower n_latents, data.block_tokens or batch_size."
 
 
-def smallest(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates, memory: float) -> Layout | None:
-    """Return the layout of the fewest devices that fits; None if none does."""
-    for layout in layouts(MOST_DEVICES, cfg.batch_size, cfg.n_tokens, saes[0].n_latents, lm_alone=False):
-        fits = option(cfg, reading, saes, rates, layout).peak <= memory
-        if fits and (layout.latents == 1 or saes[0].shardable):
-            return layout
-    return None
+def smallest(cfg: DictConfig, reading: Reading, sae: SAESize, rates: Rates, memory: float, lm: int) -> Layout | None:
+    """Return the layout of the fewest devices that fits, with `lm` for the language model alone; None if none does."""
+    shares, asked = math.gcd(int(cfg.batch_size), int(cfg.n_tokens)), Asked(None, None if sae.shardable else 1, lm)
+    possible = layouts(MOST_DEVICES + lm, shares, sae.n_latents, asked)
+    return next((one for one in possible if option(cfg, reading, [sae], rates, one).peak <= memory), None)

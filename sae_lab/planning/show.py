@@ -5,9 +5,9 @@ from typing import Any
 
 from rich.table import Table
 
-from sae_lab.planning.layouts import Option
+from sae_lab.planning.layouts import SAME, Option, fastest
 from sae_lab.planning.plan import Plan
-from sae_lab.runtime.screen import console, gb
+from sae_lab.runtime.screen import console, gb, size_in_words
 
 SHOWN = 6
 """Layouts in the table."""
@@ -25,7 +25,7 @@ def show(plan: Plan) -> None:
     console.print(f"rates: {', '.join(plan.rates.sources)}", width=80)
     console.print(memory_table(chosen), width=80)
     console.print(stage_table(chosen), width=80)
-    console.print(layout_table(plan.options, chosen), width=80)
+    console.print(layout_table(plan.fitting, chosen), width=80)
     console.print("\n".join(sentences(plan)), width=80)
 
 
@@ -42,7 +42,7 @@ def memory_table(option: Option) -> Table:
 
 def stage_table(option: Option) -> Table:
     """Return the tokens/s of each stage, on all devices of a layout."""
-    table = columns(f"stages on {option.layout.devices} devices", "", "tokens/s", "share")
+    table = columns(f"stages on {plural(option.layout.devices, 'device')}", "", "tokens/s", "share")
     total = sum(option.stages.values())
     for name, seconds in option.stages.items():
         limits = " (limits)" if name == option.limit else ""
@@ -52,11 +52,10 @@ def stage_table(option: Option) -> Table:
 
 
 def layout_table(options: Sequence[Option], chosen: Option) -> Table:
-    """Return the layouts of least cost, and the fastest."""
+    """Return the layouts of least cost among those that fit, and the fastest."""
     table = columns("layouts: data x latents", "", "GB", "hours", "device-hours", "limited by")
     cheap = sorted(options, key=lambda o: o.device_hours)[: SHOWN - 1]
-    fastest = min(options, key=lambda o: o.hours)
-    for one in sorted({id(o): o for o in [*cheap, fastest, chosen]}.values(), key=lambda o: o.device_hours):
+    for one in sorted({id(o): o for o in [*cheap, fastest(options), chosen]}.values(), key=lambda o: o.device_hours):
         mark = " *" if one is chosen else ""
         table.add_row(f"{one.layout}{mark}", gb(one.peak), hours(one.hours), hours(one.device_hours), one.limit)
     return table
@@ -64,13 +63,25 @@ def layout_table(options: Sequence[Option], chosen: Option) -> Table:
 
 def sentences(plan: Plan) -> list[str]:
     """Return what no table says."""
-    said = [f"* {hours(plan.chosen.hours)} hours: {plan.chosen.layout.overrides()}"]
-    said.append(f"A cache of its activations takes {gb(plan.cache)} GB of disk.")
+    chosen, fast, harvest = plan.chosen, fastest(plan.fitting), plan.harvest
+    said = [f"* {hours(chosen.hours)} hours: {chosen.overrides}"]
+    if idle := max(0, plan.gpus - chosen.layout.devices):
+        said[0] += f". Of {plural(plan.gpus, 'device')} {idle:,} {'is' if idle == 1 else 'are'} idle."
+    if SAME * fast.hours < chosen.hours:
+        said.append(
+            f"The fastest layout is {fast.layout}: {hours(fast.hours)} hours, {hours(fast.device_hours)} device-hours: "
+            f"{fast.overrides}"
+        )
+    said.append(
+        f"A cache of its activations takes {size_in_words(harvest.bytes)} of disk. Its harvest takes "
+        f"{hours(harvest.hours)} hours on {plural(harvest.devices, 'device')}: {harvest.tokens_per_second:,.0f} "
+        f"tokens/s, limited by the {harvest.limit}."
+    )
     if plan.exchange.bytes:
         parts = {name: size for name, size in plan.exchange._asdict().items() if name != "operations" and size}
         told = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in parts.items())
         said.append(f"A rank sends {plan.exchange.bytes / 1e6:,.1f} MB in a step ({told}).")
-    said.append(f"Dead latents take up to {gb(plan.dead_latents)} GB more.")
+    said.append(f"Dead latents take up to {size_in_words(plan.dead_latents)} more.")
     return said
 
 
@@ -84,7 +95,9 @@ def show_sweep(plans: Sequence[Plan]) -> None:
     device_hours = sum(plan.chosen.device_hours for plan in plans)
     table.add_row("all, one after the other", "", "", hours(sum(plan.chosen.hours for plan in plans)), "")
     console.print(table, width=80)
-    console.print(f"{len(plans)} passes over the language model, {hours(device_hours)} device-hours.", width=80)
+    what = "cache" if plans[0].cached else "language model"
+    passes = plural(len(plans), "pass", "passes")
+    console.print(f"{passes} over the {what}, {hours(device_hours)} device-hours.", width=80)
 
 
 def columns(title: str, *names: str) -> Table:
@@ -94,6 +107,11 @@ def columns(title: str, *names: str) -> Table:
         text = name in ("", "limited by")
         table.add_column(name, justify="left" if text else "right", overflow="fold")
     return table
+
+
+def plural(n: int, one: str, many: str = "") -> str:
+    """Return a number with its noun."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def hours(n: float) -> str:
@@ -111,7 +129,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "chosen": option_as_json(plan.chosen),
         "layouts": [option_as_json(option) for option in plan.options],
         "exchange": plan.exchange._asdict(),
-        "cache_bytes": plan.cache,
+        "cache_bytes": plan.harvest.bytes,
+        "harvest": plan.harvest._asdict(),
         "rates": list(plan.rates.sources),
     }
 
@@ -120,7 +139,7 @@ def option_as_json(option: Option) -> dict[str, Any]:
     """Return the numbers of a layout by name."""
     return {
         "layout": option.layout._asdict(),
-        "overrides": option.layout.overrides(),
+        "overrides": option.overrides,
         "memory": option.memory,
         "lm_memory": option.lm_memory,
         "tokens_per_second": {name: 1 / seconds for name, seconds in option.stages.items()},

@@ -144,6 +144,11 @@ def print_files(paths: Sequence[Path]) -> None:
         print(for_terminal(str(path)))
 
 
+def size_in_words(size: float) -> str:
+    """Return bytes in GB, or in MB below 0.01 GB, with the unit."""
+    return f"{gb(size)} GB" if size >= 0.01e9 else f"{size / 1e6:,.3g} MB"
+
+
 def gb(size: float) -> str:
     """Return bytes in GB, with two digits at least."""
     return f"{size / 1e9:,.2f}" if size < 10e9 else f"{size / 1e9:,.0f}"

@@ -5,9 +5,11 @@ import torch
 from conftest import compose
 
 from sae_lab.activations.stream import StreamData
+from sae_lab.cache.shards import Manifest
+from sae_lab.cache.store import Store
 from sae_lab.planning import memory
 from sae_lab.planning.exchange import all_reduce, exchange
-from sae_lab.planning.layouts import Layout, Option, cheapest, layouts
+from sae_lab.planning.layouts import Asked, Layout, Option, cheapest, fastest, layouts
 from sae_lab.planning.plan import known_models, plan_stream
 from sae_lab.planning.sizes import SAESize, read_sizes, sae_size
 from sae_lab.runtime.build import build
@@ -26,9 +28,15 @@ def plan(*overrides: str):
 
 
 def test_layouts_divide_the_batch_the_text_and_the_latents():
-    found = [*layouts(4, batch_size=8, n_tokens=64, n_latents=6, lm_alone=False)]
-    assert found == [Layout(1, 1), Layout(2, 1), Layout(1, 2), Layout(4, 1), Layout(2, 2)]
-    assert [*layouts(2, 8, 64, 6, lm_alone=True)] == [Layout(1, 1), Layout(1, 1, 1), Layout(2, 1), Layout(1, 2)]
+    found = layouts(4, shares=8, n_latents=6, asked=Asked())
+    assert found == [Layout(1, 1), Layout(2, 1), Layout(1, 2), Layout(1, 3), Layout(4, 1), Layout(2, 2)]
+    assert layouts(2, 8, 6, Asked(lm=None)) == [Layout(1, 1), Layout(2, 1), Layout(1, 1, 1), Layout(1, 2)]
+    assert layouts(9, 8, 6, Asked(ranks=6, lm=3)) == [Layout(2, 3, 3), Layout(1, 6, 3)]
+    assert layouts(9, 8, 6, Asked(latents=3)) == [Layout(1, 3), Layout(2, 3)]
+
+
+def test_layouts_of_very_many_devices_are_few():
+    assert 0 < len(layouts(1_000_000, 2**20, 131_072, Asked(lm=None))) < 10_000
 
 
 def test_a_layout_names_its_settings():
@@ -42,10 +50,15 @@ def option(n: int, hours: float, size: float) -> Option:
 
 def test_the_cheapest_that_fits_is_chosen_and_the_faster_of_equals():
     one, two, four = option(1, 8.0, 50), option(2, 4.2, 30), option(4, 3.0, 20)
-    assert cheapest([one, two, four], 60) is two  # 8.4 device-hours in place of 8
-    assert cheapest([one, four], 60) is one
-    assert cheapest([one, two, four], 25) is four
-    assert cheapest([one, two, four], 10) is None
+    assert cheapest([one, two, four]) is two  # 8.4 device-hours in place of 8
+    assert cheapest([one, four]) is one
+    assert fastest([one, two, four, option(5, 2.8, 20)]) is four
+
+
+def test_latents_are_sharded_only_where_it_is_clearly_cheaper():
+    rows, latents = option(2, 4.0, 30), option(1, 3.8, 30)._replace(layout=Layout(1, 2))
+    assert cheapest([rows, latents]) is rows
+    assert cheapest([rows, latents._replace(hours=3.0)]).layout == Layout(1, 2)
 
 
 def test_a_large_dictionary_is_sharded_until_it_fits():
@@ -54,7 +67,7 @@ def test_a_large_dictionary_is_sharded_until_it_fits():
     assert big.chosen.peak <= 0.9 * 141e9
     assert any(option.peak > 0.9 * 141e9 for option in big.options)
     assert big.exchange.candidates == 3 * 4 * 64 * 4096
-    assert big.cache == 4e9 * 2304 * 2
+    assert big.harvest.bytes == 4e9 * 2304 * 2
 
 
 def test_what_fits_nothing_names_the_smallest_layout_that_does():
@@ -68,6 +81,77 @@ def test_a_number_of_devices_that_is_typed_is_kept():
     chosen = plan("machine=cpu2", "trainer=ddp", "trainer.devices=2", "n_tokens=1_048_576").chosen
     assert chosen.layout == Layout(2)
     assert chosen.peak == 2 * sum(chosen.memory.values())  # of one memory
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout", "overrides"),
+    [
+        (["gpus=4", "lm=gpt2", "lm.devices=[1,2,3]"], Layout(1, 1, 3), "lm.devices=[1,2,3]"),
+        (["lm=gpt2", "lm.devices=[1,cuda:1]"], Layout(1, 1, 1), "lm.devices=[1,cuda:1]"),
+        (["machine=cpu2", "lm.devices=[cpu,cpu]"], Layout(), "lm.devices=[cpu,cpu]"),
+        (["data=cached", "data.path=none", "lm.devices=[1,2]"], Layout(), "(one process)"),
+        (
+            ["trainer=ddp", "trainer.devices=6", "trainer.shard_latents=3", "n_latents=768"],
+            Layout(2, 3),
+            "trainer=ddp trainer.devices=6 trainer.shard_latents=3",
+        ),
+    ],
+)
+def test_layouts_take_the_numbers_that_are_typed(settings, layout, overrides):
+    chosen = plan(*settings).chosen
+    assert (chosen.layout, chosen.overrides) == (layout, overrides)
+
+
+SHARDED = ["trainer=ddp", "trainer.devices=2", "trainer.shard_latents=2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["sae=temporal", *SHARDED], "TemporalSAE cannot be sharded: give trainer.shard_latents=1"),
+        (["experiment=cross_layer", *SHARDED], "CrossLayerBatchTopKSAE cannot be sharded"),
+        (["n_latents=1023", *SHARDED], "1023, must be a multiple of trainer.shard_latents=2"),
+        (["lm=gpt2", "lm.devices=[0,1]"], "lm.devices has 0, which trains as well"),
+        (["lm=gpt2", "lm.devices=[cpu]"], "lm.devices has cpu, which is no cuda device"),
+        (["lm=gpt2", "lm.device=cuda:1", "gpus=2"], r"not lm.device=cuda:1: give lm.devices=\[1\], or leave it out"),
+        (["lm=gpt2", "lm.device_map=auto", "gpus=2"], "lm.device_map=auto splits the language model"),
+        (["lm=paired"], r"lm.base.name has no value: give lm.base.name=\.\.\."),
+        (["lm=none"], "lm=none is none: choose another lm="),
+        (["lm=transformers", "lm.name=tiny"], "lm.sites has no value"),
+        (["lm=gpt2", "lm.sites=[transformer.h.40]"], "has transformer.h.40, but the blocks of gpt2 are 0 to 11"),
+        (["data=cached"], r"data.path has no value: give data.path=\.\.\."),
+        (["memory=1e6"], r"a memory of which 1 MB can be filled"),
+        (
+            ["lm=gemma2_2b", "n_latents=9_999_991", "n_tokens=4e9"],
+            "no number of shards divides n_latents=9999991 well enough: give n_latents=10000384 gpus=8",
+        ),
+    ],
+)
+def test_what_cannot_be_had_is_one_sentence(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        plan(*settings)
+
+
+def test_a_harvest_is_as_fast_as_the_slower_of_model_and_disk():
+    model = plan("machine=cpu2", "n_tokens=1_024_000").harvest
+    assert (model.limit, model.devices) == ("language model", 1)
+    assert model.tokens_per_second == pytest.approx(1 / (1 / 60_000 + 1 / 1_000_000), rel=1e-3)
+    assert model.hours == pytest.approx((6 + 1_024_000 / model.tokens_per_second) / 3600)
+    disk = plan("lm=gpt2", "gpus=8").harvest
+    assert (disk.limit, disk.tokens_per_second) == ("cache write", pytest.approx(1.4e9 / 3072))
+
+
+def test_a_cache_that_is_there_must_have_what_the_run_reads(tmp_path):
+    key = {"format": 3, "lm.sites": ["transformer.h.2"], "n_tokens": 2048, "dtype": "float32", "compression": "none"}
+    Manifest("tiny", key, True, "").write(Store(tmp_path))
+    cached = ["data=cached", f"data.path={tmp_path}"]
+    assert plan(*cached).cached
+    with pytest.raises(UserError, match="holds activations of tiny, not of gpt2"):
+        plan(*cached, "lm=gpt2")
+    with pytest.raises(UserError, match=r"not \[transformer.h.3\]: choose lm.sites among these"):
+        plan(*cached, "lm.sites=[transformer.h.3]")
+    with pytest.raises(UserError, match="holds 2,048 tokens, fewer than n_tokens=2000000"):
+        plan(*cached, "data.repeat=false")
 
 
 def test_an_sae_that_cannot_be_sharded_is_not():

@@ -27,7 +27,7 @@ def test_a_sweep_is_one_table_of_the_streams_that_jobs_share(tmp_path):
     sweep = ["k=16,32", "expansion=8,16", "machine=cpu2", "hydra/launcher=shared_stream"]
     done = run("-m", *sweep, "out=plan.json", module="plan", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "1 passes over the language model" in done.stdout
+    assert "1 pass over the language model" in done.stdout
     [group] = json.loads((tmp_path / "plan.json").read_text())["streams"]
     assert group["n_latents"] == [1024, 2048, 1024, 2048]
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
@@ -41,11 +41,12 @@ def test_a_sweep_is_one_table_of_the_streams_that_jobs_share(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (["gpus=0"], "plan: gpus=0 must be a whole number of at least 1."),
+        (["gpus=0"], "plan: gpus=0 must be a whole number of at least 1 and at most 1000000."),
         (["k=0"], "plan: k=0 must lie between 1 and the dictionary's 1024 latents."),
         (["machine=abacus"], "plan: machine=abacus is not known: it must be one of cpu2, h200."),
-        (["lm=transformers", "lm.name=no/such"], "plan: lm.name=no/such is not on this machine"),
+        (["lm=transformers", "lm.name=no/such", "lm.sites=[a.1]"], "plan: lm.name=no/such is not on this machine"),
         (["-m", "k=16,0"], "plan: k=0 must lie between 1"),
+        (["out=/dev/null"], "plan: /dev/null cannot be used (It is not a file)"),
         (["rates=nowhere"], "plan: rates=nowhere is neither throughput.json or benchmark.json nor a folder"),
     ],
 )
