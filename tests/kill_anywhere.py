@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from shell import FORKS
+from shell import fork
 from transformers import AutoTokenizer
 
 import sae_lab.evaluate
@@ -129,9 +129,7 @@ def start(
     module: Any, overrides: list[str], log: Path, kill: Kill | None = None, cache: str | None = None
 ) -> BaseProcess:
     # Not a fork of this process: one that has used CUDA cannot be forked.
-    process = FORKS.Process(target=command, args=(module.__name__, overrides, log, kill, cache))
-    process.start()
-    return process
+    return fork(command, module.__name__, overrides, log, kill, cache)
 
 
 def run_to_end(

@@ -10,11 +10,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib import import_module
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from sae_lab.parallel.launch import receive_signals, start_server
 
 FORKS = get_context("forkserver")
 ROOMS = ("training.run", "sweeps.gpus", "sweeps.figures", "studies.stage_rates", "evaluation.rules", "runs.export")
@@ -29,6 +34,19 @@ def run(*overrides: str, module: str = "train", shell: bool = False, **options) 
         command = [sys.executable, "-m", f"sae_lab.{module}", *overrides]
         return subprocess.run(command, capture_output=True, text=True, check=False, **options)
     return Forked(*overrides, module=module, **options).communicate()
+
+
+def fork(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Start target(*arguments) in a process of the server."""
+    start_server()
+    process = FORKS.Process(target=receiving_signals, args=(target, arguments))
+    process.start()
+    return process
+
+
+def receiving_signals(target: Callable[..., None], arguments: tuple) -> None:
+    receive_signals()
+    target(*arguments)
 
 
 class Forked:
@@ -51,8 +69,7 @@ class Forked:
         self._said = tempfile.TemporaryDirectory()
         self.overrides = overrides
         arguments = (f"sae_lab.{module}", overrides, self._said.name, str(cwd or Path.cwd()), threads, env or {})
-        self.process = FORKS.Process(target=body, args=arguments)
-        self.process.start()
+        self.process = fork(body, *arguments)
 
     @property
     def running(self) -> bool:

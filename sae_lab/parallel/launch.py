@@ -12,14 +12,16 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from sae_lab.parallel import heartbeat
 from sae_lab.runtime.errors import Interrupted, SafeStop, UserError, first_line
-from sae_lab.runtime.signals import ALWAYS, stopping_signals
+from sae_lab.runtime.signals import ALWAYS, IF_FREE, stopping_signals
 
 HOST = "127.0.0.1"
 NOISE = ("torch.multiprocessing.spawn", "torch.distributed.elastic.multiprocessing.api")
@@ -53,7 +55,9 @@ def run_ranks(n: int, folder: Path, function: Callable[..., Any], *arguments: An
     """
     for logger in NOISE:
         logging.getLogger(logger).setLevel(logging.CRITICAL)
+    print(f"starting {n} processes", file=sys.stderr, flush=True)  # not in the log, whose folder may stay unused
     multiprocessing.set_forkserver_preload([__name__, function.__module__])
+    start_server()
     environment = {name: value for name, value in os.environ.items() if name not in SET_BY_AGENT}
     threads = max(1, torch.get_num_threads() // n)
     with tempfile.TemporaryDirectory() as name, passed_on_signals(Path(name)) as received, ThreadPoolExecutor(1) as own:
@@ -71,12 +75,35 @@ def run_ranks(n: int, folder: Path, function: Callable[..., Any], *arguments: An
         try:
             result, stop = own.submit(launch, function, arguments).result()[0]  # see above
         except ChildFailedError as e:
-            if received:
-                raise Interrupted(f"Stopped by {signal.Signals(received[0]).name}", received[0]) from None
+            stopped = [*received, *(-f.exitcode for f in e.failures.values() if -f.exitcode in (*ALWAYS, *IF_FREE))]
+            if stopped:
+                raise Interrupted(f"Stopped by {signal.Signals(stopped[0]).name}", stopped[0]) from None
             raise failure_of(e, files, folder, n) from e
     if stop is not None:
         raise SafeStop(*stop)
     return result
+
+
+def start_server() -> None:
+    """Start the server that the processes fork from, with signals blocked.
+
+    A terminal that closes and `timeout` send theirs to all processes of a command, and the server must live until those
+    that it forked have saved. It has the resources of multiprocessing tracked by another process, which must as well.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        for start in (resource_tracker.ensure_running, forkserver.ensure_running):
+            signal.pthread_sigmask(signal.SIG_BLOCK, (*ALWAYS, *IF_FREE))  # the first one unblocks two of them
+            start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def receive_signals() -> None:
+    """Let signals end a process of the server. Those that the command ignores are ignored here."""
+    for signum in ALWAYS:
+        signal.signal(signum, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ALWAYS, *IF_FREE))
 
 
 @contextmanager
@@ -128,8 +155,7 @@ def run_rank(
     """Call the function in a process that was started. Returns its result, and how a signal stopped it or None."""
     os.environ.update(environment)
     rank = int(os.environ["RANK"])
-    for signum in ALWAYS:
-        signal.signal(signum, signal.SIG_DFL)
+    receive_signals()
     (files / f"{rank}.pid").write_text(str(os.getpid()))
     if (files / "signal").exists():
         raise SystemExit(1)
@@ -143,7 +169,7 @@ def run_rank(
     threading.Thread(target=exit_without_parent, args=(ended,), daemon=True).start()
     try:
         return function(*arguments), None
-    except SafeStop as stop:
+    except Interrupted as stop:
         return None, (str(stop), stop.signum)
     except Exception as e:
         if not isinstance(e, UserError):
@@ -162,7 +188,8 @@ def keep_error(file: Path, error: Exception) -> None:
         content = pickle.dumps(error)
     except Exception:
         content = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
-    file.write_bytes(content)
+    with suppress(FileNotFoundError):  # the process that reads it is gone
+        file.write_bytes(content)
 
 
 def exit_without_parent(ended: threading.Event) -> None:
@@ -180,7 +207,8 @@ def failure_of(failed: ChildFailedError, files: Path, folder: Path, n: int) -> E
     """Return the error that ended the processes: that of a process that failed by itself, if one did."""
     errors = {int(file.stem): pickle.loads(file.read_bytes()) for file in files.glob("*.error")}
     failures: dict[int, Exception | None] = dict.fromkeys(failed.failures) | errors
-    rank = min(failures, key=lambda rank: (isinstance(failures[rank], heartbeat.LostRank), rank))
+    # Its own error says more than an exit code, and both say more than what others saw of its loss.
+    rank = min(failures, key=lambda r: (isinstance(failures[r], heartbeat.LostRank), failures[r] is None, r))
     error = failures[rank]
     if error is not None and (rank == 0 or isinstance(error, UserError)):
         return error
