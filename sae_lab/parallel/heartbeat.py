@@ -6,18 +6,24 @@ which must be long, because blocks of activations take long to fill. torchelasti
 own machine, and NCCL's watchdog its own operations.
 """
 
+import logging
+import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from itertools import count
 
 import torch.distributed as dist
 
 from sae_lab.parallel.environment import Place, connect
 from sae_lab.runtime.errors import UserError, first_line
+
+log = logging.getLogger(__name__)
 
 PERIOD = 3.0  # seconds between two signs of life
 PATIENCE = 10  # periods without one after which a process is lost
@@ -28,7 +34,14 @@ class LostRank(UserError):
     """Another process has ended or does not answer. The reason is there, if it could say one."""
 
     def __str__(self) -> str:
-        return f"{self.args[0]}: the same command continues from the last checkpoint."
+        return f"{self.args[0]}: the same command continues."
+
+
+class FailedRank(LostRank):
+    """Another process has failed and left its error's message."""
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 def print_error(error: Exception) -> None:
@@ -96,11 +109,27 @@ class Heartbeat:
         os._exit(1)
 
 
+def stop_without_parent(left: threading.Event) -> None:
+    """Send SIGTERM to this process when the one that started it is gone, so that all stop and save.
+
+    An agent or a batch script that was killed ends no process. launch.py's are told by the kernel.
+    """
+    parent = os.getppid()
+    while not left.wait(PERIOD):
+        if os.getppid() != parent:
+            log.warning("the process that started this one is gone, so it stops")
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+
+
 @contextmanager
 def heartbeat(here: Place, group: str) -> Iterator[None]:
-    """End this process if another one of its group is lost, inside the block."""
+    """End this process if another one of its group is lost, inside the block; stop it if its parent is gone."""
     beats = Heartbeat(here, group)
-    for work in (beats.exchange, beats.count_periods):
+    works = [beats.exchange, beats.count_periods]
+    if multiprocessing.parent_process() is None:
+        works.append(partial(stop_without_parent, beats.left))
+    for work in works:
         threading.Thread(target=work, daemon=True).start()
     try:
         yield

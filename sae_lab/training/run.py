@@ -110,7 +110,8 @@ def train_as_rank(job: Job, logging_config: Any = None) -> dict[str, Any]:
         logging_config: how rank 0 logs, if this process was started for the run.
     """
     with report_typed_keys(job.typed), ExitStack() as folder:
-        with process_group(), sharded_latents(job.cfg.trainer.get("shard_latents", 1)):
+        # The typed keys within the group as well, which tells the other processes of an error.
+        with process_group(), report_typed_keys(job.typed), sharded_latents(job.cfg.trainer.get("shard_latents", 1)):
             first = rank() == 0
             if first and logging_config is not None:
                 configure_log(OmegaConf.create(logging_config))

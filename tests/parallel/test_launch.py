@@ -4,17 +4,19 @@ import os
 import signal
 import threading
 import time
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import pytest
 import shell
+import torch.distributed as dist
 
+from sae_lab.parallel import heartbeat
 from sae_lab.parallel.environment import Place, ask_rank_0, place
 from sae_lab.parallel.group import on_rank_0, process_group
-from sae_lab.parallel.launch import run_ranks
+from sae_lab.parallel.launch import keep_error, run_ranks, start_server
 from sae_lab.parallel.mesh import rank, world_size
-from sae_lab.runtime.errors import FolderInUse, SafeStop, UserError
+from sae_lab.runtime.errors import FolderInUse, Interrupted, SafeStop, UserError
 from sae_lab.runtime.signals import deferred_signals, received_signal
 
 started = pytest.mark.process
@@ -24,7 +26,7 @@ started = pytest.mark.process
 def _server():
     """The processes fork from the server of tests/shell.py, which has imported the package."""
     assert shell.FORKS
-    forkserver.ensure_running()
+    start_server()
 
 
 def meet(values: list[int]) -> tuple:
@@ -89,6 +91,94 @@ def test_signals_are_passed_on_and_end_it_as_they_end_one_process(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def save_after_stop(ready: Path) -> None:
+    """Take longer to save than the command would take to end without its processes."""
+    try:
+        with deferred_signals():
+            (ready / f"started{os.environ['RANK']}").touch()
+            while received_signal() is None:
+                time.sleep(0.01)
+    finally:
+        time.sleep(0.5)
+        (ready / f"saved{os.environ['RANK']}").touch()
+
+
+@started
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_server_as_well_lets_the_processes_save(tmp_path, monkeypatch, signum):
+    """`timeout` and a closed terminal send theirs to all processes of a command."""
+    was = signal.signal(signum, signal.SIG_DFL)
+    helpers = (forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid)
+
+    def send() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+        for pid in (*helpers, os.getpid()):
+            os.kill(pid, signum)
+
+    threading.Thread(target=send).start()
+    with pytest.raises(SafeStop, match=f"^Stopped by {signum.name}$"):
+        run_ranks(2, tmp_path, save_after_stop, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["saved0", "saved1", "started0", "started1"]
+    assert helpers == (forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid)
+    signal.signal(signum, was)
+
+
+def be_stopped(ready: Path) -> None:
+    with process_group():
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        on_rank_0(lambda: time.sleep(60))
+
+
+@started
+def test_a_signal_to_one_process_outside_of_steps_stops_the_command(tmp_path):
+    with pytest.raises(Interrupted, match=r"^Stopped by SIGTERM$") as stop:
+        run_ranks(2, tmp_path, be_stopped, tmp_path)
+    assert stop.value.exit_code == 143
+
+
+def leave(kind: type[BaseException], *arguments) -> str:
+    """What the first process says of the second one, which leaves with an error."""
+    try:
+        with process_group():
+            if rank() == 1:
+                raise kind(*arguments)
+            on_rank_0(lambda: None)
+            dist.barrier()
+    except (UserError, Interrupted) as e:
+        return f"{type(e).__name__}: {e}"
+    except ValueError as e:
+        return str(e)
+    raise AssertionError
+
+
+@started
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ((FolderInUse, "k=0 must be above 0."), "FailedRank: k=0 must be above 0."),
+        ((Interrupted, "Stopped by SIGTERM", 15), "Interrupted: Stopped by SIGTERM"),
+        ((ValueError, "odd"), "FailedRank: rank 1 of 2 has failed (ValueError: odd)."),
+    ],
+)
+def test_a_process_says_why_the_other_one_left(tmp_path, error, said):
+    assert run_ranks(2, tmp_path, leave, *error) == said
+
+
+def test_a_process_stops_when_the_one_that_started_it_is_gone(monkeypatch, caplog):
+    parents = iter([4711, 4711, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(heartbeat, "PERIOD", 0.01)
+    with pytest.raises(SafeStop, match="Stopped by SIGTERM"), deferred_signals():
+        heartbeat.stop_without_parent(threading.Event())
+    assert caplog.messages == ["the process that started this one is gone, so it stops"]
+
+
+def test_an_error_that_nobody_takes_raises_nothing(tmp_path):
+    keep_error(tmp_path / "gone" / "0.error", UserError("too late"))
+
+
 # --- the environment
 
 SRUN = {"STEP_ID": 0, "NTASKS": 8, "NTASKS_PER_NODE": 4, "PROCID": 5, "LOCALID": 1, "NODEID": 1, "JOB_ID": 124711}
@@ -105,8 +195,20 @@ def test_srun_gives_a_process_its_place(monkeypatch):
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     with pytest.raises(UserError, match=r"how the processes were started: .*--ntasks-per-node=8"):
         place()
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "3,5(x2)")  # srun -n
+    assert place() == Place(5, 8, 1, 5, "node07", 19711)
     monkeypatch.delenv("SLURM_STEP_ID")  # a batch script
     assert place() is None
+
+
+def test_a_variable_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match=r"how the processes were started: LOCAL_WORLD_SIZE is not set\.$"):
+        place()
 
 
 class SignalHandler:
