@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.cli.explain import explain
-from sae_lab.cli.folder_names import folder_name, new_folder
+from sae_lab.cli.folder_names import folder_name, new_folder, remove_unused, started_with_others
 from sae_lab.cli.help import CONF, config_text, list_choices
 from sae_lab.cli.mixture_parts import parts_of_mixture
 from sae_lab.cli.share_of_steps import share_of_steps
@@ -102,6 +102,7 @@ def run_or_explain(run: Callable[[], None], config_name: str) -> None:
         sentence = explain(e, config_name, sys.argv[1:])
         if sentence is None:
             raise
+        remove_unused()
         again = AGAIN + _folder() if "{}" in CONTINUES.get(config_name, "") else AGAIN
         _leave(f"{Path(config_name).name}: {' '.join(sentence.replace(AGAIN, again).split())}", 1)
 
@@ -113,6 +114,14 @@ def check_flags(arguments: Sequence[str]) -> None:
         raise UserError(f"{unknown[0]} stands behind an option: put -m before all settings.")
     if unknown:
         raise UserError(f"{unknown[0]} is not an option: type KEY=VALUE for a setting, or see --help.")
+    if {"-m", "--multirun"} & {*arguments} and started_with_others():
+        from sae_lab.parallel.environment import place  # imported here, because it imports torch
+
+        if place() is not None:
+            raise UserError(
+                "torchrun and srun start the processes of one run, not of a sweep: leave them out, and add "
+                "trainer.devices=<n> or hydra/launcher=slurm."
+            )
 
 
 def folder_from(cfg: DictConfig, key: str) -> Path:
@@ -148,6 +157,16 @@ def _folder() -> str:
 
 
 def _leave(message: str, code: int) -> None:
-    """Print a message to stderr, and exit."""
-    print(for_terminal(message), file=sys.stderr)
+    """Print a message to stderr, unless a process that was started with this one has done so, and exit."""
+    if _speaks(message):
+        print(for_terminal(message), file=sys.stderr)
     sys.exit(code)
+
+
+def _speaks(message: str) -> bool:
+    """Return whether this process is the one that says a message, among those that were started together."""
+    if not started_with_others():
+        return True
+    from sae_lab.parallel.environment import first_to_say  # imported here, because it imports torch
+
+    return first_to_say(message)

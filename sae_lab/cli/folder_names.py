@@ -5,10 +5,16 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+
+
+def started_with_others() -> bool:
+    """Return whether torchrun or srun started this process. parallel/environment.py reads the variables."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ
 
 
 def new_folder(path: str) -> str:
@@ -17,7 +23,7 @@ def new_folder(path: str) -> str:
     Commands that start in the same second get the same name from the time; only one of them can create the folder.
     Processes that torchrun or srun started together get the folder of rank 0.
     """
-    if "WORLD_SIZE" in os.environ or "SLURM_STEP_ID" in os.environ:
+    if started_with_others():
         from sae_lab.parallel.environment import ask_rank_0  # imported here, because it imports torch
 
         return ask_rank_0(lambda: create_folder(path))
@@ -32,8 +38,19 @@ def create_folder(path: str) -> str:
             Path(name).mkdir(parents=True)
         except FileExistsError:
             continue
+        _created.append(Path(name))
         return name
     raise AssertionError
+
+
+_created: list[Path] = []
+
+
+def remove_unused() -> None:
+    """Remove the folders that this command has created, if they are empty."""
+    for folder in _created:
+        with suppress(OSError):  # it holds files, or is gone
+            folder.rmdir()
 
 
 def folder_name(overrides: str) -> str:

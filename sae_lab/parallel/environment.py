@@ -2,10 +2,11 @@
 
 import os
 import socket
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 TORCHELASTIC, SLURM = "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"
 """Variables that torchelastic (torchrun, launch.py) and srun set for the processes that they start."""
+STEP_TASKS = "SLURM_STEP_TASKS_PER_NODE"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def place() -> Place | None:
         here = found.global_rank(), found.world_size(), found.local_rank(), local_size
         return Place(*here, found.main_address, found.main_port)
     except (RuntimeError, KeyError, ValueError) as e:
-        raise UserError(f"the environment does not say how the processes were started: {first_line(e)}") from e
+        reason = f"{e.args[0]} is not set" if isinstance(e, KeyError) else first_line(e)
+        raise UserError(f"the environment does not say how the processes were started: {reason}.") from e
 
 
 def is_first() -> bool:
@@ -73,8 +76,22 @@ def cluster_environment() -> "ClusterEnvironment | None":
     if SLURM in os.environ:  # set by srun, and not in a batch script: there one process runs for all tasks
         from lightning.fabric.plugins.environments import SLURMEnvironment
 
-        return SLURMEnvironment() if SLURMEnvironment.detect() else None
+        if not SLURMEnvironment.detect():
+            return None
+        if STEP_TASKS in os.environ:
+            os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks_of_node())  # Lightning's class asks for it
+        return SLURMEnvironment()
     return None
+
+
+def tasks_of_node() -> int:
+    """Return the number of srun's tasks on this node. The variable holds those of all nodes, as in `2(x3),1`.
+
+    SLURM_NTASKS_PER_NODE is what was typed for srun or for the batch script around it, and often missing.
+    """
+    parts = [part.removesuffix(")").split("(x") for part in os.environ[STEP_TASKS].split(",")]
+    tasks = [int(n) for n, *times in parts for _ in range(int(times[0]) if times else 1)]
+    return tasks[int(os.environ["SLURM_NODEID"])]
 
 
 def connect(to: Place, timeout: timedelta) -> dist.Store:
@@ -83,10 +100,18 @@ def connect(to: Place, timeout: timedelta) -> dist.Store:
     return store
 
 
-@cache
+_stores: dict[Place, dist.Store] = {}
+
+
 def shared_store(to: Place, timeout: timedelta) -> dist.Store:
-    """Return this process's connection to the store. It stays open, since rank 0 may hold the store for the others."""
-    return connect(to, timeout)
+    """Return this process's connection to the store. It stays open, since rank 0 may hold the store for the others.
+
+    Args:
+        timeout: of the connection, where there is none yet.
+    """
+    if to not in _stores:
+        _stores[to] = connect(to, timeout)
+    return _stores[to]
 
 
 def choose_interface(to: Place) -> None:
@@ -103,6 +128,7 @@ def choose_interface(to: Place) -> None:
 
 
 WAIT = timedelta(minutes=30)  # for rank 0
+TO_SPEAK = timedelta(seconds=10)  # for the store, if a process ends before it has joined the others
 _questions = count()
 
 
@@ -117,6 +143,26 @@ def ask_rank_0(make: Callable[[], str]) -> str:
     if here.rank == 0:
         store.set(key, make())
     return store.get(key).decode()
+
+
+def first_to_say(message: str) -> bool:
+    """Return whether no other process of this terminal has said the message, when a command ends with it.
+
+    All processes of a run meet the same mistake. Each machine of torchrun has a terminal, and srun has one for all. A
+    process that does not reach the others within TO_SPEAK says what it has to say.
+    """
+    told: list[int] = []
+
+    def ask() -> None:
+        with suppress(UserError, RuntimeError):  # no place, no store
+            if (here := place()) is not None:
+                key = f"sae_lab/said/{os.environ.get('GROUP_RANK', '')}/{message}"
+                told.append(shared_store(here, TO_SPEAK).add(key, 1))
+
+    asking = threading.Thread(target=ask, daemon=True)  # a store on a silent machine does not time out
+    asking.start()
+    asking.join(TO_SPEAK.total_seconds())
+    return told in ([], [1])
 
 
 def own_gpu() -> int | None:
