@@ -167,6 +167,8 @@ def _speaks(message: str) -> bool:
     """Return whether this process is the one that says a message, among those that were started together."""
     if not started_with_others():
         return True
+    for signum in stopping_signals():  # the agent sends one when another process has ended
+        signal.signal(signum, signal.SIG_IGN)
     from sae_lab.parallel.environment import first_to_say  # imported here, because it imports torch
 
     return first_to_say(message)

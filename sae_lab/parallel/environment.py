@@ -3,6 +3,7 @@
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -151,18 +152,26 @@ def first_to_say(message: str) -> bool:
     All processes of a run meet the same mistake. Each machine of torchrun has a terminal, and srun has one for all. A
     process that does not reach the others within TO_SPEAK says what it has to say.
     """
+    try:
+        here = place()
+    except UserError:
+        return True
+    if here is None:
+        return True
+    key = f"sae_lab/said/{os.environ.get('GROUP_RANK', '')}/{message}"
     told: list[int] = []
 
     def ask() -> None:
-        with suppress(UserError, RuntimeError):  # no place, no store
-            if (here := place()) is not None:
-                key = f"sae_lab/said/{os.environ.get('GROUP_RANK', '')}/{message}"
-                told.append(shared_store(here, TO_SPEAK).add(key, 1))
+        with suppress(RuntimeError):  # no process holds a store
+            told.append(shared_store(here, TO_SPEAK).add(key, 1))
 
     asking = threading.Thread(target=ask, daemon=True)  # a store on a silent machine does not time out
     asking.start()
     asking.join(TO_SPEAK.total_seconds())
-    return told in ([], [1])
+    first = told in ([], [1])
+    if not first:
+        time.sleep(1.0)  # the agent, which ends all when one exits, leaves the first one time to speak
+    return first
 
 
 def own_gpu() -> int | None:

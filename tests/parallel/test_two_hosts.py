@@ -1,6 +1,7 @@
 """Two hosts that train one SAE: by torchrun to the weights of one process, and what happens when one is lost."""
 
 import os
+import re
 import signal
 import socket
 import tempfile
@@ -23,7 +24,6 @@ pytestmark = pytest.mark.process
 
 SETTINGS = ["sae=batch_topk", "k=4", "sae.dead_after=2"]
 TYPED = [*SMALL, *SETTINGS, "trainer=ddp", "trainer.accelerator=cpu"]
-EVENT_AT = 7  # batch; the last checkpoint is then of step 4
 
 
 def torchrun(host: Host, port: int, said: str, cwd: Path, overrides: list[str]) -> None:
@@ -43,14 +43,14 @@ def redirect(said: str) -> None:
         os.dup2(os.open(Path(said, name), os.O_WRONLY | os.O_CREAT), descriptor)
 
 
-def one_process(host: Host, port: int, said: str, cwd: Path, overrides: list[str], event: str, at: int) -> None:
-    """What torchrun starts on one host. On host `at` an event happens where a batch is asked for."""
+def one_process(host: Host, port: int, said: str, cwd: Path, overrides: list[str], event: str, at: int, n: int) -> None:
+    """What torchrun starts on one host. On host `at` an event happens where the n-th batch is asked for."""
     host.enter()
     if event == "silent":
         heartbeat.PERIOD = 0.5
     if host.number == at:
         act = host.fall_silent if event == "silent" else lambda: os.kill(os.getpid(), signal.SIGKILL)
-        before_batch(EVENT_AT, act)
+        before_batch(n, act)
     rank = {"RANK": str(host.number), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     found = {"MASTER_ADDR": host.address, "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
     body("sae_lab.train", tuple(overrides), said, str(cwd), 1, rank | found)
@@ -114,22 +114,27 @@ def test_torchrun_on_two_hosts_trains_the_sae_of_one_process(whole, tmp_path):
     assert (whole / "train.log").read_text().count("training 12 steps") == 1
 
 
-@pytest.mark.parametrize(("event", "at"), [("killed", 0), ("killed", 1), ("silent", 1)])
-def test_a_lost_host_ends_the_other_in_a_sentence_and_the_same_command_continues(hosts, whole, tmp_path, event, at):
+LOSSES = [("killed", 0, 7, 4), ("killed", 1, 7, 8), ("silent", 1, 3, 8)]
+"""What happens to which host at which batch of each start, and the step of the last checkpoint then."""
+
+
+def test_a_lost_host_ends_the_other_in_a_sentence_and_the_same_command_continues(hosts, whole, tmp_path):
     typed = [*TYPED, f"hydra.run.dir={tmp_path / 'run'}"]
-    ended = run_both(hosts, one_process, tmp_path, typed, event, at)
-    hosts[at].mend()
-    code, said = ended[1 - at]
-    *_, last = said.strip().splitlines()
-    assert code == 1
-    assert last.endswith(": the same command continues.")
-    if event == "silent":
-        assert f"rank {at} of 2 gave no sign of life" in last
-    else:
-        assert ended[at][0] == -signal.SIGKILL
-    again = run_both(hosts, one_process, tmp_path, typed, "none", -1)
+    for event, at, batch, _ in LOSSES:
+        ended = run_both(hosts, one_process, tmp_path, typed, event, at, batch)
+        hosts[at].mend()
+        code, said = ended[1 - at]
+        *_, last = said.strip().splitlines()
+        assert code == 1
+        assert last.endswith(": the same command continues.")
+        if event == "silent":
+            assert f"rank {at} of 2 gave no sign of life" in last
+        else:
+            assert ended[at][0] == -signal.SIGKILL
+    again = run_both(hosts, one_process, tmp_path, typed, "none", -1, 0)
     assert [code for code, _ in again] == [0, 0], again
-    assert "continuing from step 4" in again[0][1]
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert [int(step) for step in re.findall("continuing from step ([0-9]+)", log)] == [step for *_, step in LOSSES]
     for file in ("sae/sae.safetensors", "metrics.json"):
         assert (tmp_path / "run" / file).read_bytes() == (whole / file).read_bytes()
 
