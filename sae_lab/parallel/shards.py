@@ -143,9 +143,23 @@ def clip_gradients(parameters: Iterable[tuple[nn.Parameter, bool]], max_norm: fl
     nn.utils.clip_grads_with_norm_([p for p, _ in given], max_norm, squares.sqrt())
 
 
-def norm_of_gradients(parameters: list[nn.Parameter]) -> Tensor:
+def norm_of_gradients(parameters: Iterable[nn.Parameter], order: float = 2.0) -> Tensor:
     """Return the joint norm of the gradients of some parameters."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], order)
+
+
+def share_overflow(parameters: Iterable[nn.Parameter]) -> None:
+    """Make all gradients infinite on every shard if one is not finite on any.
+
+    A GradScaler sees the gradients of its own process. Shards that disagreed would not take the same steps.
+    """
+    if latent_axis().size == 1:
+        return
+    given = list(parameters)
+    overflow = on_any_shard(~norm_of_gradients(given, torch.inf).isfinite())
+    for p in given:
+        if p.grad is not None:
+            p.grad.masked_fill_(overflow, torch.inf)
 
 
 def gather_over_shards(value: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from sae_lab.ops.matmul import Products, float32_products
 from sae_lab.ops.sparse import HAS_TRITON
 from sae_lab.parallel.gradients import averaged_gradients
 from sae_lab.parallel.mesh import world_size
-from sae_lab.parallel.shards import clip_gradients
+from sae_lab.parallel.shards import clip_gradients, share_overflow
 from sae_lab.runtime.memory import release_fragments
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.training.row_adam import RowAdam
@@ -151,6 +151,7 @@ class TrainingStep:
         """Update the parameters by the gradients of a batch."""
         self.row_adam.settle()
         if self.scaler is not None:
+            share_overflow(self.sae.parameters())
             self.scaler.unscale_(self.optimizer)
         self.sae.before_step()
         if self.max_grad_norm is not None:

@@ -208,6 +208,32 @@ def test_a_trained_sae_is_that_of_one_process(four, name, layout):
         assert_is_part_of(alone, got, "tensors", 1e-5)
 
 
+def scaled(layout: str | None, value: float) -> dict[str, Any]:
+    """Steps with a scaled loss, of which the third overflows in the gradient of one latent."""
+    with laid_out(layout):
+        sae = build("topk")
+        step = TrainingStep(sae, torch.optim.Adam(sae.parameters(), lr=1e-2), max_grad_norm=0.05)
+        step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        for i in range(5):
+            if i == 2 and 5 in sae.own_latents and data_axis().index == 0:
+                hook = sae.W_enc.register_hook(lambda grad: grad.index_fill(0, torch.tensor([5]), value))
+            step(rank_share(planted(32, seed=i)[0]))
+            if i == 2 and 5 in sae.own_latents and data_axis().index == 0:
+                hook.remove()
+        own = slice(sae.own_latents.start, sae.own_latents.stop)
+        tensors = sae.state_dict() | {"scale": torch.tensor(step.scaler.get_scale())}
+        return {"own": own, "axes": sae.latent_axes(), "tensors": tensors}
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_all_shards_skip_a_step_whose_gradients_overflow_on_one(four, value):
+    alone = scaled(None, value)["tensors"]
+    assert alone["scale"] == 2.0**7
+    for layout in ("4 shards", "2 x 2"):
+        for got in four(scaled, layout, value):
+            assert_is_part_of(alone, got, "tensors", 1e-5)
+
+
 # --- what it costs
 
 BIG = {"d_in": 64, "n_latents": 16384, "k": 4}
