@@ -16,7 +16,6 @@ Call: TypeAlias = Callable[..., list[Any]]
 
 
 def join(rank: int, n: int, port: int) -> None:
-    torch.set_num_threads(1)
     store = dist.TCPStore(HOST, port, n, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n)
 
@@ -24,12 +23,8 @@ def join(rank: int, n: int, port: int) -> None:
 @contextmanager
 def start_ranks(n: int) -> Iterator[Call]:
     """Start n processes in one gloo group, each with one thread."""
-    store = dist.TCPStore(HOST, 0, n, is_master=True, wait_for_workers=False)
     start = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")  # fork spares the imports
-    pools = [
-        concurrent.futures.ProcessPoolExecutor(1, start, initializer=join, initargs=(rank, n, store.port))
-        for rank in range(n)
-    ]
+    pools = [concurrent.futures.ProcessPoolExecutor(1, start) for _ in range(n)]
 
     def call(function: Callable[..., Any], *arguments: Any) -> list[Any]:
         futures = [pool.submit(function, *arguments) for pool in pools]
@@ -39,6 +34,11 @@ def start_ranks(n: int) -> Iterator[Call]:
         return [future.result() for future in futures]
 
     try:
+        call(torch.set_num_threads, 1)  # all are forked before the store has a thread, whose locks a fork would copy
+        store = dist.TCPStore(HOST, 0, n, is_master=True, wait_for_workers=False)
+        joining = [pool.submit(join, rank, n, store.port) for rank, pool in enumerate(pools)]
+        for future in joining:
+            future.result()
         yield call
     finally:
         for pool in pools:
