@@ -38,7 +38,9 @@ def test_the_documented_sae_passes_every_contract_test_with_no_other_edit(own_sa
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
     for path, text in zip(("sae_lab/saes/relative.py", "conf/sae/relative.yaml"), own_sae, strict=True):
         (tmp_path / path).write_text(text)
-    done = in_folder(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "tests/saes/test_contract.py", "-k", "relative")
+    done = in_folder(
+        tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "tests/saes/test_contract.py", "-k", "relative"
+    )
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20
 

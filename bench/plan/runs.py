@@ -1,11 +1,13 @@
 """Plan runs and measure them: `python bench/plan/runs.py [case ...]` prints memory and hours, measured and planned.
 
 For each case the stages are measured first (`throughput`), then the run is planned by them and started, so that load on
-the machine slows both. Memory is the peak of the resident memory of the process that has most.
+the machine slows both. Memory is the peak of the anonymous memory of the process that has most;
+pages of mapped files are not counted, since the system may take them back.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -48,14 +50,11 @@ def call(arguments: list[str]) -> None:
         raise SystemExit(f"{' '.join(arguments)}\n{done.stderr}")
 
 
-def peak(pid: int) -> float:
-    """Return the largest peak of the resident memory, in bytes, of a process and its descendants."""
-    most = 0.0
-    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-        status = Path(f"/proc/{process.pid}/status")
-        lines = status.read_text().splitlines() if status.exists() else []
-        most = max([most, *(1024 * float(line.split()[1]) for line in lines if line.startswith("VmHWM"))])
-    return most
+def anonymous(pid: int) -> float:
+    """Return the largest anonymous memory of a process and its children, in bytes."""
+    found = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    kilobytes = [re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{p.pid}/status").read_text()) for p in found]
+    return max((1024.0 * int(line[1]) for line in kilobytes if line), default=0.0)
 
 
 def watch(arguments: list[str]) -> tuple[float, float]:
@@ -66,9 +65,9 @@ def watch(arguments: list[str]) -> tuple[float, float]:
         ended = threading.Event()
 
         def sample() -> None:
-            while not ended.wait(0.1):
+            while not ended.wait(0.02):
                 try:
-                    peaks.append(peak(process.pid))
+                    peaks.append(anonymous(process.pid))
                 except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
                     continue  # a process that has just ended: the next sample is without it
 

@@ -99,7 +99,7 @@ def option(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates,
     per_token = seconds_per_token(stages, layout, bool(cfg.machine.text_with_step), is_cached(cfg))
     memory = process_memory(cfg, reading, saes, layout, is_cached(cfg))
     lm_memory = lm_device_memory(cfg, reading) if layout.lm else {}
-    hours = (around(cfg, reading, saes, rates) + cfg.n_tokens * per_token) / 3600
+    hours = (around(cfg, reading, saes, rates, layout) + cfg.n_tokens * per_token) / 3600
     overrides = layout.overrides([] if is_cached(cfg) else cfg.lm.get("devices") or [])
     return Option(layout, memory, lm_memory, stages, per_token, hours, not cfg.machine.gpu, overrides)
 
@@ -123,7 +123,8 @@ def seconds_of_stages(
     b = cfg.batch_size / layout.data
     own = [sae.shard(layout.latents) for sae in saes]
     share = 1 if cfg.machine.gpu else n
-    stages["step"] = sum(rates.step(step_work(sae, b)) for sae in own) * share / cfg.batch_size
+    steps = sum(rates.step(step_work(sae, b)) for sae in own) * share
+    stages["step"] = (steps + cfg.machine.loop_seconds * len(saes)) / cfg.batch_size
     traffic = exchange(saes[0], cfg.batch_size, layout.data, layout.latents, reading.bytes_per_token, layout.lm > 0)
     link = cfg.machine.link if layout.devices <= cfg.machine.node else cfg.machine.node_link
     if traffic.operations:
@@ -146,8 +147,8 @@ def seconds_per_token(stages: Mapping[str, float], layout: Layout, text_with_ste
     return max(training, lm, text) if layout.lm else max(training + lm, text)
 
 
-def around(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates) -> float:
-    """Return the seconds before and after the training: start, calibration and evaluation.
+def around(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates, layout: Layout) -> float:
+    """Return the seconds before and after the training: start, calibration, evaluation and files.
 
     The calibration reads its batches again and selects; the evaluation runs the whole model twice for the text, and
     once for each way to replace the activations, of which an SAE that selects over the batch has two.
@@ -158,7 +159,10 @@ def around(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates)
     logits = rates.forward((2.0 * reading.lm.d * reading.lm.vocab_size, 4.0 * reading.lm.vocab_size))
     passes = 3 + 2 * len(saes)
     evaluation = cfg.data.n_eval_tokens * (passes * (whole + logits) + 2 * per_token["step"])
-    return float(cfg.machine.start_seconds) + calibration + evaluation
+    start = cfg.machine.start_seconds + cfg.machine.member_seconds * (len(saes) - 1)
+    start += cfg.machine.ranks_seconds * (layout.data * layout.latents > 1)
+    files = 16 * sum(sae.parameters for sae in saes) / cfg.machine.file_write
+    return float(start) + calibration + evaluation + files
 
 
 def nothing_fits(

@@ -133,7 +133,8 @@ def test_what_cannot_be_had_is_one_sentence(settings, sentence):
 
 
 def test_a_harvest_is_as_fast_as_the_slower_of_model_and_disk():
-    model = plan("machine=cpu2", "n_tokens=1_024_000").harvest
+    cpu2 = ["machine=cpu2", "machine.text=1e6", "machine.start_seconds=6", "n_tokens=1_024_000"]
+    model = plan(*cpu2, "machine.forward.0.tokens_per_second=60_000").harvest
     assert (model.limit, model.devices) == ("language model", 1)
     assert model.tokens_per_second == pytest.approx(1 / (1 / 60_000 + 1 / 1_000_000), rel=1e-3)
     assert model.hours == pytest.approx((6 + 1_024_000 / model.tokens_per_second) / 3600)
