@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 
@@ -54,15 +55,11 @@ def remove_unused() -> None:
 
 
 def folder_name(overrides: str) -> str:
-    """Return the folder name of a sweep's job: its overrides, without those that may change on resume.
+    """Return the folder name of a sweep's job: its overrides, but for those that `leave_out_constants` leaves out.
 
     Slashes are replaced, because a name must be one folder. Names above 200 characters are cut, and end in a checksum.
     """
-    from sae_lab.runs.folder import MAY_CHANGE  # imported here, because it imports torch
-
-    parts = split_overrides(overrides)
-    free = tuple(f"{key}{end}" for key in MAY_CHANGE for end in "=.")
-    name = ",".join([part for part in parts if not part.lstrip("+").startswith(free)] or parts).replace("/", "_")
+    name = overrides.replace("/", "_")
     return name if len(name) <= 200 else f"{name[:191]}-{zlib.crc32(name.encode()):08x}"
 
 
@@ -77,8 +74,9 @@ EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
 def leave_out_constants(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of a sweep, with the one that leaves settings with a single value out of its jobs' names.
 
-    Only for a sweep in a new folder, or in one whose jobs have such names and these settings: the jobs of a sweep of
-    before keep their names, and one folder may hold sweeps that differ in these settings.
+    Those that may change when a job is resumed are left out of any sweep. The others only in a new folder, or in one
+    whose jobs have such names and these settings: the jobs of a sweep of before keep their names, and one folder may
+    hold sweeps that differ in these settings. What is swept over is always in the names, so that no two jobs share one.
     """
     typed = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     if not {"-m", "--multirun"} & {*arguments} or any(argument.startswith(EXCLUDED) for argument in typed):
@@ -88,14 +86,24 @@ def leave_out_constants(arguments: Sequence[str]) -> list[str]:
     except HydraException:  # explained where Hydra parses them
         return [*arguments]
     constant = [o for o in parsed if not o.is_sweep_override()]
-    if not constant or len(constant) == len(parsed) or any(o.is_sweep_override() and o.is_delete() for o in parsed):
-        return [*arguments]
-    lines = [str(o.input_line) for o in constant]
+    free = [o for o in constant if may_change(o)]
+    lines = [str(o.input_line) for o in constant if o not in free]
     folder = next((a.partition("=")[2] for a in typed if a.startswith("hydra.sweep.dir=")), None)
-    if folder is not None and Path(folder).exists() and not names_leave_out(Path(folder), lines):
+    short = len(constant) < len(parsed) and not any(o.is_sweep_override() and o.is_delete() for o in parsed)
+    if folder is not None and Path(folder).exists():
+        short = short and names_leave_out(Path(folder), lines)
+    left_out = constant if short else free
+    if not left_out or len(left_out) == len(parsed):
         return [*arguments]
-    keys = ",".join(f"'{o.key_or_group}'" for o in constant)
+    keys = ",".join(f"'{o.key_or_group}'" for o in left_out)
     return [*arguments, f"{EXCLUDED}=[{keys}]"]
+
+
+def may_change(override: Override) -> bool:
+    """Return whether an override sets a key that may change when a run is resumed."""
+    from sae_lab.runs.folder import MAY_CHANGE  # imported here, because it imports torch
+
+    return not override.is_delete() and f"{override.key_or_group}.".startswith(tuple(f"{key}." for key in MAY_CHANGE))
 
 
 def names_leave_out(sweep_dir: Path, overrides: Sequence[str]) -> bool:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sae_lab.cli.folder_names import EXCLUDED, leave_out_constants
+from sae_lab.cli.folder_names import EXCLUDED, folder_name, leave_out_constants
 
 SWEEP = ["-m", "sae=topk,batch_topk", "n_tokens=1000", "+data.x=[a,b]", "hydra/launcher=shared_stream"]
 OUT = f"{EXCLUDED}=['n_tokens','data.x']"
@@ -22,6 +22,34 @@ def test_settings_with_one_value_are_left_out_of_the_names_in_a_new_folder(tmp_p
 def test_nothing_is_left_out_where_nothing_is_swept_or_no_sweep_runs():
     for arguments in (["-m", "k=8"], ["k=8", "n_tokens=10"], ["-m", "k=8,16"], ["-m", "k=8,16", "a=[b"], [*SWEEP, OUT]):
         assert leave_out_constants(arguments) == arguments
+
+
+FREE = [
+    "+callbacks.mine._target_=a.B",
+    "data.prefetch=true",
+    "logger=wandb",
+    "logger.wandb.offline=true",
+    "resume=auto",
+]
+"""Settings that may change when a job is resumed."""
+
+
+def test_a_job_keeps_its_folder_where_what_may_differ_does(tmp_path):
+    """A sweep that is continued with other intervals, on another device or into W&B, in a folder of long names too."""
+    names = "'callbacks.mine._target_','data.prefetch','logger','logger.wandb.offline','resume'"
+    long = ["-m", "k=8,16", "lr=1", f"hydra.sweep.dir={tmp_path}", *FREE]
+    job_in(tmp_path, "k=8,lr=1", "k=8", "lr=1")
+    assert leave_out_constants(long) == [*long, f"{EXCLUDED}=[{names}]"]
+    assert leave_out_constants(["-m", *FREE]) == ["-m", *FREE]  # a sweep over nothing else
+    job_in(tmp_path, "k=8", "k=8", "lr=1", "trainer.devices=2")
+    more = ["-m", "k=8,16", "lr=1", "trainer.devices=4", f"hydra.sweep.dir={tmp_path}"]
+    assert leave_out_constants(more) == [*more, f"{EXCLUDED}=['lr','trainer.devices']"]
+
+
+def test_jobs_that_differ_in_what_changes_no_number_have_different_names():
+    arguments = ["-m", "trainer.micro_batches=1,5", "k=4,8", "trainer.shard_latents=2"]
+    assert leave_out_constants(arguments) == [*arguments, f"{EXCLUDED}=['trainer.shard_latents']"]
+    assert folder_name("k=4,trainer.micro_batches=5,x=a/b") == "k=4,trainer.micro_batches=5,x=a_b"
 
 
 def test_a_sweep_of_before_keeps_the_names_of_its_jobs(tmp_path):

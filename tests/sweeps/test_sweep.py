@@ -125,13 +125,6 @@ def test_names_are_shown_without_what_they_share():
     assert drop_shared_overrides(["k=8,lm.sites=[a,b]", "k=8,lm.sites=[a,c]"]) == ["lm.sites=[a,b]", "lm.sites=[a,c]"]
 
 
-def test_a_job_keeps_its_folder_where_what_may_differ_does():
-    """A sweep that is continued with other intervals, on another device or into W&B."""
-    free = "+callbacks.mine._target_=a.B,data.prefetch=true,k=8,lm.sites=[a/b,c],logger=wandb,logger.wandb.offline=true"
-    assert folder_name(f"{free},resume=auto,trainer.checkpoint_every=10") == "k=8,lm.sites=[a_b,c]"
-    assert folder_name("data.prefetch=true") == "data.prefetch=true"  # a sweep over nothing else
-
-
 def test_long_folder_names_stay_different():
     names = {folder_name("a" * 300 + end) for end in "xyz"}
     assert len(names) == 3
