@@ -60,6 +60,7 @@ def check_options(cfg: DictConfig) -> None:
     check_optimizer(cfg)
     check_size(cfg)
     check_shares(cfg)
+    check_parts(cfg)
     if cfg.get("loss") and cfg.trainer.micro_batches > 1:
         raise SettingError(
             f"loss={cfg.loss} is computed on whole batches, pass by pass of the language model: give "
@@ -80,6 +81,17 @@ def check_shares(cfg: DictConfig) -> None:
     for key in ("batch_size", "n_tokens"):
         if cfg[key] % (n // m):
             raise SettingError(f"{key}={cfg[key]} must be a multiple of {shares}.")
+
+
+def check_parts(cfg: DictConfig) -> None:
+    """Raise a SettingError if a process would take its rows of a batch in more parts than it has rows."""
+    parts = cfg.trainer.micro_batches
+    rows = cfg.batch_size // (cfg.trainer.devices // cfg.trainer.get("shard_latents", 1))
+    if parts > rows:
+        raise SettingError(
+            f"trainer.micro_batches={parts} is the number of parts of a batch, not their size, and a process has only "
+            f"{rows} rows: give a small number, such as 4."
+        )
 
 
 def check_lm_device(cfg: DictConfig) -> None:

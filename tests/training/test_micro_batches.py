@@ -302,6 +302,11 @@ def test_a_loss_of_the_language_model_takes_whole_batches():
         check_options(compose("run_dir=x", "loss=kl_mse", "trainer.micro_batches=2"))
 
 
+def test_a_batch_has_no_more_parts_than_rows():
+    with pytest.raises(UserError, match=r"micro_batches=9 is the number of parts .* has only 8 rows: give a small"):
+        check_options(compose("run_dir=x", "batch_size=8", "n_tokens=80", "trainer.micro_batches=9"))
+
+
 def test_steps_in_parts_are_not_captured():
     sae = build("topk")
     step = prepare_step(MicroBatchStep(TrainingStep(sae, torch.optim.Adam(sae.parameters())), 2))
