@@ -321,12 +321,21 @@ def check_units(sae: BaseSAE, other: BaseSAE) -> None:
         raise UserError(f"the parameters of an SAE with normalize={theirs} need sae.normalize={theirs} here as well.")
 
 
+def whole_shapes(sae: BaseSAE) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of the whole SAE, of which this rank may hold some latents."""
+    axes, own = sae.latent_axes(), len(sae.own_latents)
+    return {
+        name: tuple(n * sae.n_latents // own if i == axes.get(name) else n for i, n in enumerate(parameter.shape))
+        for name, parameter in sae.named_parameters(remove_duplicate=False)
+    }
+
+
 def check_parameters(sae: BaseSAE, other: BaseSAE) -> None:
     """Raise a UserError unless `sae` has every parameter of `other`, in the same shape."""
     check_sizes(sae, other)
-    shapes = {name: tuple(parameter.shape) for name, parameter in sae.named_parameters(remove_duplicate=False)}
-    for name, parameter in other.named_parameters():
-        there, here = tuple(parameter.shape), shapes.get(name)
+    shapes = whole_shapes(sae)
+    for name, there in whole_shapes(other).items():
+        here = shapes.get(name)
         if here != there:
             reason = "has no such parameter" if here is None else f"expects the shape {here}"
             raise UserError(

@@ -19,7 +19,7 @@ from sae_lab.parallel.collectives import rank_share
 from sae_lab.parallel.gradients import averaged_gradients
 from sae_lab.parallel.mesh import data_axis, first_share, latent_axis, sharded_latents
 from sae_lab.parallel.traffic import count_bytes
-from sae_lab.runtime.errors import SettingError
+from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.registry import Registered
 from sae_lab.training.step import TrainingStep
@@ -267,6 +267,16 @@ def test_a_rank_needs_its_share_of_the_memory_and_sends_little(four, kind):
 
 
 # --- what is refused
+
+
+def misfit(m: int) -> str:
+    with sharded_latents(m), pytest.raises(UserError) as raised:
+        build("topk").start_from(build("topk signed"))
+    return str(raised.value)
+
+
+def test_a_sentence_tells_the_shape_of_the_whole(four):
+    assert all(f"parameter b_enc ({F},) of a TopKSAE" in got for got in four(misfit, 4))
 
 
 def refused(kind: str, settings: dict[str, Any], m: int) -> str:
