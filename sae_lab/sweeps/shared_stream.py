@@ -71,9 +71,12 @@ def group_by_stream(jobs: list[Job]) -> list[list[Job]]:
     groups: dict[str, list[tuple[int, Job]]] = {}
     for job in jobs:
         with logging_for(job.folder), failure_recorded(job.folder):
+            if {job.cfg.trainer.devices, job.cfg.trainer.get("shard_latents", 1)} != {1}:
+                raise UserError(
+                    "hydra/launcher=shared_stream trains in one process: leave it out, or trainer=ddp, trainer.devices "
+                    "and trainer.shard_latents."
+                )
             run = open_run(job.cfg)
-            if job.cfg.trainer.devices > 1:
-                raise UserError("hydra/launcher=shared_stream trains in one process: leave it out, or trainer=ddp.")
             if run.complete:
                 show_complete(run)
                 continue
