@@ -86,9 +86,9 @@ def forward_terms(parameters: float, d: int, n_layers: float) -> tuple[float, fl
 def step_terms(b: float, width: int, n_latents: float, parameters: float, k: float, sparse: bool) -> tuple[float, ...]:
     """Return the work of a training step: operations, bytes, and 1.
 
-    With codes by active entry there is one product, whose result (b, f) the selection reads twice, and rows are gathered
-    for each of the b·k entries. Otherwise there are five products and much work on matrices (b, f): counted as a sixth
-    product and eight passes, the measured steps of conf/machine/cpu2.yaml are met within 17 %.
+    With codes by active entry there is one product, whose result (b, f) the selection reads twice, and rows are
+    gathered for each of the b·k entries. Otherwise there are five products and much work on matrices (b, f): counted as
+    a sixth product and eight passes, the measured steps of conf/machine/cpu2.yaml are met within 17 %.
     """
     operations = 2 * b * width * n_latents * (1 if sparse else 6)
     entries = b * k * width + 2 * b * n_latents if sparse else 8 * b * n_latents
