@@ -90,7 +90,7 @@ def check_parts(cfg: DictConfig) -> None:
     if parts > rows:
         raise SettingError(
             f"trainer.micro_batches={parts} is the number of parts of a batch, not their size, and a process has only "
-            f"{rows} rows: give a small number, such as 4."
+            f"{rows} rows: give a small number, such as {min(4, rows)}."
         )
 
 
