@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from sae_lab.parallel.environment import Place, connect
 from sae_lab.runtime.errors import UserError, first_line
+from sae_lab.runtime.signals import PARENT
 
 log = logging.getLogger(__name__)
 
@@ -114,9 +115,8 @@ def stop_without_parent(left: threading.Event) -> None:
 
     An agent or a batch script that was killed ends no process. launch.py's are told by the kernel.
     """
-    parent = os.getppid()
     while not left.wait(PERIOD):
-        if os.getppid() != parent:
+        if os.getppid() != PARENT:
             log.warning("the process that started this one is gone, so it stops")
             os.kill(os.getpid(), signal.SIGTERM)
             return

@@ -3,6 +3,7 @@
 Outside of `deferred_signals` a command ends at once: there the same command repeats what a stop loses.
 """
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 from sae_lab.runtime.errors import Interrupted, SafeStop
+
+PARENT = os.getppid()  # read before the long imports, during which the parent may be killed
 
 ALWAYS = (signal.SIGINT, signal.SIGTERM)
 IF_FREE = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

@@ -167,7 +167,7 @@ def test_a_process_says_why_the_other_one_left(tmp_path, error, said):
 
 
 def test_a_process_stops_when_the_one_that_started_it_is_gone(monkeypatch, caplog):
-    parents = iter([4711, 4711, 1])
+    parents = iter([heartbeat.PARENT, 1])
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     monkeypatch.setattr(heartbeat, "PERIOD", 0.01)
     with pytest.raises(SafeStop, match="Stopped by SIGTERM"), deferred_signals():
