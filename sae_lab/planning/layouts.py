@@ -45,10 +45,12 @@ def layouts(devices: int, shares: int, n_latents: int, asked: Asked) -> list[Lay
         devices: at most.
         shares: a number that the shares of the rows divide: the greatest common divisor of the batch and the text.
         n_latents: a number that the shards of the latents divide.
-        asked: what is given. Of devices for the language model alone, other numbers are powers of two.
+        asked: what is given. Where nothing is, numbers above FEW are few: of devices for the language model alone
+            powers of two, of the others the largest between two of these.
     """
-    found, of_rows = list[Layout](), divisors(shares, devices)
-    for m in divisors(n_latents, devices):
+    few = asked.ranks is None and asked.latents is None
+    found, of_rows = list[Layout](), divisors(shares, devices, few)
+    for m in divisors(n_latents, devices, few):
         for n in of_rows:
             free = devices - n * m
             if free < 0 or asked.ranks not in (None, n * m) or asked.latents not in (None, m):
@@ -58,9 +60,14 @@ def layouts(devices: int, shares: int, n_latents: int, asked: Asked) -> list[Lay
     return sorted(found, key=lambda one: (one.devices, one.latents, one.lm))
 
 
-def divisors(n: int, most: int) -> list[int]:
-    """Return the divisors of n that are not greater than `most`."""
-    return [i for i in range(1, min(n, most) + 1) if n % i == 0]
+FEW = 16
+"""Numbers of devices up to which every divisor is tried."""
+
+
+def divisors(n: int, most: int, few: bool = False) -> list[int]:
+    """Return the divisors of n up to `most`; if `few`, above FEW the largest of those between two powers of two."""
+    found = [i for i in range(1, min(n, most) + 1) if n % i == 0]
+    return [*{i if i <= FEW or not few else FEW + i.bit_length(): i for i in found}.values()]
 
 
 class Option(NamedTuple):
