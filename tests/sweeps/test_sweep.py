@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from shell import run
 
-from sae_lab.cli.folder_names import folder_name
+from sae_lab.cli.folder_names import folder_name, leave_out_constants
 from sae_lab.cli.help import CONF
 from sae_lab.runs.folder import Run
 from sae_lab.runtime.errors import FolderInUse, UserError
@@ -157,7 +157,8 @@ def test_one_bad_job_costs_the_others_nothing(tmp_path, launcher):
 
 def test_the_plan_has_the_folders_that_hydra_will_make(tmp_path):
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = ["sae=topk,gated", "k=3,4", "resume=auto", "lm.sites=[a/b]", f"hydra.sweep.dir={tmp_path}"]
+        typed = ["-m", "sae=topk,gated", "k=3,4", "resume=auto", "lm.sites=[a/b]", f"hydra.sweep.dir={tmp_path}"]
+        _, *overrides = leave_out_constants(typed)
         config = GlobalHydra.instance().hydra.compose_config("train", overrides, run_mode=RunMode.MULTIRUN)
         assert plan_job_names(config) == [
             f"k={k},lm.sites=[a_b],sae={sae}" for sae in ("topk", "gated") for k in (3, 4)
