@@ -11,6 +11,10 @@ from sae_lab.saes.base import BaseSAE
 from sae_lab.training.module import SAEModule
 from sae_lab.training.schedule import warmup_decay
 
+DEAD = "sae.dead_after=2"
+"""Makes latents die within the few batches of a test."""
+TRANSCODER = "sae.n_inputs=1"
+
 N_STEPS = 12
 BATCHES = [planted(32, seed=i)[0] for i in range(N_STEPS)]
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from sae_lab.parallel.launch import HOST
+from sae_lab.parallel.mesh import data_axis
 
 Call: TypeAlias = Callable[..., list[Any]]
 """call(function, *arguments): what it returns in each process, in the order of their ranks."""
@@ -45,3 +46,8 @@ def start_ranks(n: int) -> Iterator[Call]:
             for process in pool._processes.values():
                 process.kill()
             pool.shutdown()
+
+
+def rank_share(batch: torch.Tensor) -> torch.Tensor:
+    """Return this rank's rows of a batch. If n does not divide b, the last b mod n rows go to no rank."""
+    return batch[data_axis().share(len(batch))]

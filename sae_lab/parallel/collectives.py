@@ -23,11 +23,6 @@ from sae_lab.parallel.mesh import data_axis, rank, world_size
 from sae_lab.parallel.parts import active_part, exchange
 
 
-def rank_share(batch: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "b/n *rest"]:
-    """Return this rank's rows of a batch. If n does not divide b, the last b mod n rows go to no rank."""
-    return batch[data_axis().share(len(batch))]
-
-
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Return the sum over ranks, without a gradient."""
     if active_part() is not None:

@@ -85,19 +85,26 @@ def mesh_size() -> int:
 
 
 @contextmanager
+def placed_on(data: Axis, latents: Axis) -> Iterator[None]:
+    """Let this process have these places on both axes, inside the block."""
+    global _axes
+    before, _axes = _axes, (data, latents)
+    try:
+        yield
+    finally:
+        _axes = before
+
+
+@contextmanager
 def first_share() -> Iterator[bool]:
     """Let the ranks that hold the first share of each batch work without the others, inside the block.
 
     Each of them then holds whole batches, as after training, when one process, or one per shard, does what is left.
     Yields whether this rank is one of them; the others wait for nothing inside the block.
     """
-    global _axes
-    before, data, latents = _axes, data_axis(), latent_axis()
-    _axes = Axis(), latents
-    try:
-        yield data.index == 0
-    finally:
-        _axes = before
+    first = data_axis().index == 0
+    with placed_on(Axis(), latent_axis()):
+        yield first
 
 
 @contextmanager
@@ -107,7 +114,6 @@ def sharded_latents(m: int) -> Iterator[None]:
     Raises:
         SettingError: m does not divide the number of processes.
     """
-    global _axes
     if m == 1:
         yield
         return
@@ -120,20 +126,12 @@ def sharded_latents(m: int) -> Iterator[None]:
         Axis(mesh.size(i), mesh.get_local_rank(name), mesh.get_group(name))
         for i, name in enumerate(("data", "latents"))
     )
-    _axes = data, latents
-    try:
+    with placed_on(data, latents):
         yield
-    finally:
-        _axes = None
 
 
 @contextmanager
 def only_latents(own: range) -> Iterator[None]:
     """Let SAEs that are built inside the block hold these latents alone."""
-    global _axes
-    before = _axes
-    _axes = data_axis(), Slice(own=own)
-    try:
+    with placed_on(data_axis(), Slice(own=own)):
         yield
-    finally:
-        _axes = before

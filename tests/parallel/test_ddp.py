@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from conftest import SAE_NAMES, build, dictionary, equal
 from fakes import Echo, data
-from fitting import BATCHES, fit
+from fitting import BATCHES, DEAD, TRANSCODER, fit
 from groups import SMALL, config
-from ranks import Call, start_ranks
+from ranks import Call, rank_share, start_ranks
 from safetensors.torch import load_file
 
 from sae_lab.activations.buffer import ShuffledBlocks
@@ -27,7 +27,6 @@ from sae_lab.parallel.collectives import (
     mean_over_ranks,
     min_over_ranks,
     on_any_rank,
-    rank_share,
     sum_over_ranks,
 )
 from sae_lab.parallel.group import on_rank_0
@@ -171,8 +170,6 @@ def batches_of_prefetching(n: int) -> tuple[list[torch.Tensor], dict, int]:
 
 # --- the weights
 
-DEAD = "sae.dead_after=2"
-TRANSCODER = "sae.n_inputs=1"
 TRAINED = [
     *((name,) for name in SAE_NAMES),
     ("topk", DEAD),

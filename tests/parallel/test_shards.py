@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import dictionary, planted
-from ranks import Call, start_ranks
+from ranks import Call, rank_share, start_ranks
 from torch import nn
+from traffic import count_bytes
 
 from sae_lab.ops.fixed_size import fixed_size
 from sae_lab.ops.selection import select_top_k, select_top_of_batch
 from sae_lab.ops.sharded_selection import DIGIT
-from sae_lab.parallel.collectives import rank_share
 from sae_lab.parallel.gradients import averaged_gradients
 from sae_lab.parallel.mesh import data_axis, first_share, latent_axis, sharded_latents
-from sae_lab.parallel.traffic import count_bytes
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.registry import Registered

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import SAE_NAMES, build, compose, dictionary, equal, planted
-from fitting import BATCHES, fit
-from ranks import Call, start_ranks
+from fitting import BATCHES, DEAD, TRANSCODER, fit
+from ranks import Call, rank_share, start_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_lab.api.steps import training_step
@@ -20,7 +20,6 @@ from sae_lab.parallel.collectives import (
     mean_over_ranks,
     min_over_ranks,
     on_any_rank,
-    rank_share,
     sum_over_ranks,
 )
 from sae_lab.parallel.gradients import averaged_gradients
@@ -140,8 +139,6 @@ def test_the_largest_of_the_batch_are_chosen_whatever_the_parts():
 
 # --- the step
 
-DEAD = "sae.dead_after=2"
-TRANSCODER = "sae.n_inputs=1"
 SETTINGS = [
     *((name,) for name in SAE_NAMES),
     *(("batch_topk", f"sae.normalize={word}") for word in ("none", "constant_norm", "mean_norm", "centred", "whiten")),
