@@ -5,6 +5,7 @@ comes from multiprocessing's fork server: a fresh interpreter, which has importe
 that no run sees what a test has done before. `shell=True` starts by `python -m`, for what a fork cannot show.
 """
 
+import atexit
 import os
 import signal
 import subprocess
@@ -100,4 +101,8 @@ def body(module: str, overrides: tuple[str, ...], said: str, cwd: str, threads: 
     entry = import_module(module)
     torch.set_num_threads(threads)
     sys.argv = [str(entry.__file__), *overrides]
-    entry.main()
+    atexit._clear()  # those of the server
+    try:
+        entry.main()
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out: W&B's waits until its files are written
