@@ -1,8 +1,8 @@
 """Bytes of a process at its peak, by what takes them.
 
-Counted: parameters, gradients and optimizer, the language model, blocks, matrices of a step, a checkpoint while it is
-written. Measured once for a machine: the process before the run; what reading text leaves behind, and each SAE's log,
-auxiliary loss and metrics; the evaluation.
+Counted: parameters, gradients and optimizer, the language model, blocks, matrices of a step. Measured once for a machine:
+the process before the run; what reading text leaves behind, and each SAE's log, auxiliary loss and metrics; the
+evaluation. A checkpoint is written from the tensors themselves and takes nothing (measured).
 
 On a CPU memory that was freed stays with the process (runtime/memory.py), so what is needed one after the other counts
 once: the largest of it. Latents that are dead take more (see `dead_latents`), which is not part of the peak: it depends
@@ -53,8 +53,7 @@ def process_memory(
     step = max(step_memory(s, cfg, layout) for s in own)
     by_row = machine.gpu and layout.data * layout.latents == 1  # see has_fixed_size in training/step.py
     gradients = 4.0 * sum(s.parameters - (s.rowwise if by_row else 0) for s in own)
-    saved = 0.0 if machine.gpu else 12.0 * max(s.parameters for s in own)
-    training = {"gradients": gradients, "block": block, "step": step, "passes": pass_bytes, "checkpoint": saved}
+    training = {"gradients": gradients, "block": block, "step": step, "passes": pass_bytes}
     evaluation = evaluation_memory(cfg, reading)
     if evaluation > sum(training.values()) - gradients:
         training = {"gradients": gradients, "evaluation": evaluation}
@@ -105,8 +104,9 @@ def block_memory(cfg: DictConfig, reading: Reading, layout: Layout) -> float:
 def step_memory(sae: SAESize, cfg: DictConfig, layout: Layout) -> float:
     """Return the bytes of a step beside parameters, gradients and the optimizer's state.
 
-    Rows are those of a rank. With codes by active entry a CPU holds a piece of h, a mask of it and the maxima of its
-    blocks, and a copy of a matrix while its rows are projected; a GPU holds h as a whole.
+    Rows are those of a rank. With codes by active entry a GPU holds h as a whole. A CPU holds a piece of h, a mask of it
+    and the maxima of its blocks while it encodes, when the SAE has no gradients yet; then two copies of a matrix while
+    Adam updates it.
     """
     b = cfg.batch_size / layout.data / cfg.trainer.micro_batches
     rows = 6 * 4.0 * b * sae.width
@@ -117,7 +117,8 @@ def step_memory(sae: SAESize, cfg: DictConfig, layout: Layout) -> float:
         half = "16" in str(cfg.trainer.precision)
         return rows + entries + (2 if half else 4) * b * sae.n_latents
     piece = max(min(b, LEAST_ROWS) * sae.n_latents, PIECE["cpu"])
-    return rows + entries + 6.0 * min(piece, b * sae.n_latents) + 2.0 * sae.by_latent
+    encoding = 6.0 * min(piece, b * sae.n_latents) - 4.0 * sae.parameters
+    return rows + entries + max(encoding, 4.0 * sae.by_latent)
 
 
 def dead_latents(sae: SAESize) -> float:

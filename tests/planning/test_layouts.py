@@ -165,6 +165,20 @@ def test_micro_batches_take_less_memory():
     assert parts == whole / 4
 
 
+@pytest.mark.parametrize(
+    ("d", "size"),
+    [
+        (64, 6 * 512 * 131_072 - 4 * 2 * 64 * 131_072),  # pieces of h, while there are no gradients
+        (256, 4 * 2 * 256 * 131_072),  # Adam's two copies of a matrix, beside the gradients
+    ],
+)
+def test_a_cpu_has_no_gradients_while_it_encodes(d, size):
+    f, b, k = 131_072, 1024, 16
+    sae = SAESize(2 * d * f, 2 * d * f, 0, 0, f, d, True, k)
+    got = memory.step_memory(sae, planned("machine=cpu2", f"batch_size={b}"), Layout())
+    assert got == 6 * 4 * b * d + 60 * b * k + size
+
+
 def test_runs_that_plan_does_not_know_are_refused():
     with pytest.raises(UserError, match="loss=kl_mse runs the language model in every step"):
         plan("loss=kl_mse")
