@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 
-from sae_lab.parallel.launch import HOST
 from sae_lab.parallel.mesh import data_axis
 
+HOST = "127.0.0.1"
 Call: TypeAlias = Callable[..., list[Any]]
 """call(function, *arguments): what it returns in each process, in the order of their ranks."""
 

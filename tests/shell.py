@@ -2,7 +2,8 @@
 
 A start by the shell spends 4 s of a processor on imports, most of what a test of a mistake costs. What is forked here
 comes from multiprocessing's fork server: a fresh interpreter, which has imported the entry points and run nothing, so
-that no run sees what a test has done before. `shell=True` starts by `python -m`, for what a fork cannot show.
+that no run sees what a test has done before. The processes of `trainer=ddp`, which the package spawns, come from it as
+well. `shell=True` starts by `python -m`, for what a fork cannot show; its processes are spawned.
 """
 
 import atexit
@@ -13,20 +14,57 @@ import sys
 import tempfile
 from collections.abc import Callable
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import context, forkserver
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sae_lab.parallel.launch import receive_signals, start_server
+from sae_lab.runtime.signals import IF_FREE
 
-FORKS = get_context("forkserver")
 ROOMS = ("training.run", "sweeps.gpus", "sweeps.figures", "studies.stage_rates", "evaluation.rules", "runs.export")
 OF_A_RUN = ("sae_lab.activations.from_text", "sae_lab.cli.entry", "transformers.models.gpt2.modeling_gpt2")
 """What the entry points import while they run, which is a second of each start."""
+
+
+class Inherited:
+    """What a spawned process has from the one that starts it, and one that a server forks has not."""
+
+    def __reduce__(self) -> tuple:
+        ignored = [signum for signum in IF_FREE if signal.getsignal(signum) == signal.SIG_IGN]
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        return inherit, (dict(os.environ), str(Path.cwd()), DupFd(1), DupFd(2), ignored, blocked)
+
+
+def inherit(environment: dict[str, str], folder: str, out: Any, err: Any, ignored: list[int], blocked: set) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for descriptor, own in ((out, 1), (err, 2)):
+        os.dup2(descriptor.detach(), own)
+    for signum in IF_FREE:
+        signal.signal(signum, signal.SIG_IGN if signum in ignored else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+class Forks(context.ForkServerContext):
+    """Stands in for multiprocessing's way to spawn a process, which would import the package each time."""
+
+    def Process(self, target: Callable[..., None], args: tuple, daemon: bool | None = None) -> BaseProcess:
+        return context.ForkServerProcess(target=call, args=(Inherited(), target, args), daemon=daemon)
+
+
+def call(inherited: None, target: Callable[..., None], arguments: tuple) -> None:
+    """What a process of the server runs. Processes that it starts come from the same server: it would start another."""
+    forkserver._forkserver.ensure_running = lambda: None
+    target(*arguments)
+
+
+FORKS = Forks()
 FORKS.set_forkserver_preload([*(f"sae_lab.{name}" for name in ROOMS), *OF_A_RUN])
+context._concrete_contexts["spawn"] = FORKS
 
 
 def run(*overrides: str, module: str = "train", shell: bool = False, **options) -> subprocess.CompletedProcess[str]:
@@ -39,15 +77,9 @@ def run(*overrides: str, module: str = "train", shell: bool = False, **options) 
 
 def fork(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Start target(*arguments) in a process of the server."""
-    start_server()
-    process = FORKS.Process(target=receiving_signals, args=(target, arguments))
+    process = FORKS.Process(target, arguments)
     process.start()
     return process
-
-
-def receiving_signals(target: Callable[..., None], arguments: tuple) -> None:
-    receive_signals()
-    target(*arguments)
 
 
 class Forked:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from sae_lab.parallel.environment import Place, connect
 from sae_lab.runtime.errors import UserError, first_line
-from sae_lab.runtime.signals import PARENT
+from sae_lab.runtime.signals import PARENT, received_signal
 
 log = logging.getLogger(__name__)
 
@@ -110,15 +110,22 @@ class Heartbeat:
         os._exit(1)
 
 
+def parent_is_gone() -> bool:
+    """Return whether the process that started this one has ended."""
+    parent = multiprocessing.parent_process()
+    return os.getppid() != PARENT if parent is None else not parent.is_alive()
+
+
 def stop_without_parent(left: threading.Event) -> None:
     """Send SIGTERM to this process when the one that started it is gone, so that all stop and save.
 
-    An agent or a batch script that was killed ends no process. launch.py's are told by the kernel.
+    An agent or a batch script that was killed ends no process, and one that passed a signal on before has stopped this.
     """
     while not left.wait(PERIOD):
-        if os.getppid() != PARENT:
+        if parent_is_gone():
             log.warning("the process that started this one is gone, so it stops")
-            os.kill(os.getpid(), signal.SIGTERM)
+            if received_signal() is None:  # a second one would end it at once
+                os.kill(os.getpid(), signal.SIGTERM)
             return
 
 
@@ -126,10 +133,7 @@ def stop_without_parent(left: threading.Event) -> None:
 def heartbeat(here: Place, group: str) -> Iterator[None]:
     """End this process if another one of its group is lost, inside the block; stop it if its parent is gone."""
     beats = Heartbeat(here, group)
-    works = [beats.exchange, beats.count_periods]
-    if multiprocessing.parent_process() is None:
-        works.append(partial(stop_without_parent, beats.left))
-    for work in works:
+    for work in (beats.exchange, beats.count_periods, partial(stop_without_parent, beats.left)):
         threading.Thread(target=work, daemon=True).start()
     try:
         yield

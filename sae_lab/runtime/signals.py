@@ -6,10 +6,10 @@ Outside of `deferred_signals` a command ends at once: there the same command rep
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from sae_lab.runtime.errors import Interrupted, SafeStop
 
@@ -25,7 +25,7 @@ ECHO = 2.0
 and to this process."""
 
 
-def raise_interrupted(signum: int, frame: FrameType | None) -> None:
+def raise_interrupted(signum: int, frame: FrameType | None = None) -> NoReturn:
     """Handle a signal outside of `deferred_signals`."""
     raise Interrupted(f"Stopped by {signal.Signals(signum).name}", signum)
 
@@ -39,6 +39,29 @@ def stopping_signals() -> list[signal.Signals]:
 def queues_again(handler: Any) -> bool:
     """Return whether the handler of a signal is submitit's, which queues the job again and exits."""
     return getattr(handler, "__name__", "") == "checkpoint_and_try_requeue"
+
+
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[list[int]]:
+    """Let handler(signum, frame) receive the signals that stop a run, inside the block. Yields those that arrived.
+
+    Other handlers are restored at the end of the block. submitit's is called there if the first signal was its own.
+    """
+    arrived: list[int] = []
+
+    def receive(signum: int, frame: FrameType | None) -> None:
+        arrived.append(signum)
+        handler(signum, frame)
+
+    requeueing = [signum for signum in IF_FREE if queues_again(signal.getsignal(signum))]
+    handlers: dict[int, Any] = {s: signal.signal(s, receive) for s in (*stopping_signals(), *requeueing)}
+    try:
+        yield arrived
+    finally:
+        for signum, previous in handlers.items():
+            signal.signal(signum, previous)
+        if arrived and arrived[0] in requeueing:
+            handlers[arrived[0]](arrived[0], None)
 
 
 class Recorder:
@@ -74,18 +97,13 @@ def deferred_signals(together: bool = False) -> Iterator[None]:
     """
     global _recorder
     assert _recorder is None, "blocks of deferred signals are not nested"
-    _recorder = recorder = Recorder(together)
-    requeueing = [signum for signum in IF_FREE if queues_again(signal.getsignal(signum))]
-    handlers: dict[int, Any] = {s: signal.signal(s, recorder) for s in (*stopping_signals(), *requeueing)}
-    try:
-        yield
-        raise_if_stopped()
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        _recorder = None
-        if recorder.received in requeueing:
-            handlers[recorder.received](recorder.received, None)
+    with handled_by(recorder := Recorder(together)):
+        _recorder = recorder
+        try:
+            yield
+            raise_if_stopped()
+        finally:
+            _recorder = None
 
 
 def received_signal() -> signal.Signals | None:

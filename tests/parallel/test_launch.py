@@ -1,12 +1,15 @@
 """Processes that are started together: what comes back from them, how they fail and stop, how they find each other."""
 
+import multiprocessing
 import os
 import signal
 import threading
 import time
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import context
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 
+import psutil
 import pytest
 import shell
 import torch.distributed as dist
@@ -14,19 +17,12 @@ import torch.distributed as dist
 from sae_lab.parallel import heartbeat
 from sae_lab.parallel.environment import Place, ask_rank_0, place
 from sae_lab.parallel.group import on_rank_0, process_group
-from sae_lab.parallel.launch import keep_error, run_ranks, start_server
+from sae_lab.parallel.launch import keep_error, run_ranks
 from sae_lab.parallel.mesh import rank, world_size
 from sae_lab.runtime.errors import FolderInUse, Interrupted, SafeStop, UserError
 from sae_lab.runtime.signals import deferred_signals, received_signal
 
 started = pytest.mark.process
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _server():
-    """The processes fork from the server of tests/shell.py, which has imported the package."""
-    assert shell.FORKS
-    start_server()
 
 
 def meet(values: list[int]) -> tuple:
@@ -93,34 +89,32 @@ def test_signals_are_passed_on_and_end_it_as_they_end_one_process(tmp_path):
 
 def save_after_stop(ready: Path) -> None:
     """Take longer to save than the command would take to end without its processes."""
-    try:
-        with deferred_signals():
-            (ready / f"started{os.environ['RANK']}").touch()
-            while received_signal() is None:
-                time.sleep(0.01)
-    finally:
+    with deferred_signals():
+        (ready / f"started{os.environ['RANK']}").touch()
+        while received_signal() is None:
+            time.sleep(0.01)
         time.sleep(0.5)
         (ready / f"saved{os.environ['RANK']}").touch()
 
 
 @started
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_the_server_as_well_lets_the_processes_save(tmp_path, monkeypatch, signum):
+@pytest.mark.parametrize("spawn", [SpawnContext(), shell.FORKS], ids=["spawned", "forked"])
+def test_a_signal_to_all_of_them_lets_the_processes_save(tmp_path, monkeypatch, spawn):
     """`timeout` and a closed terminal send theirs to all processes of a command."""
+    monkeypatch.setitem(context._concrete_contexts, "spawn", spawn)
+    signum = signal.SIGHUP if spawn is shell.FORKS else signal.SIGTERM
     was = signal.signal(signum, signal.SIG_DFL)
-    helpers = (forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid)
 
     def send() -> None:
         while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.01)
-        for pid in (*helpers, os.getpid()):
-            os.kill(pid, signum)
+        for process in (*multiprocessing.active_children(), psutil.Process()):
+            os.kill(process.pid, signum)
 
     threading.Thread(target=send).start()
-    with pytest.raises(SafeStop, match=f"^Stopped by {signum.name}$"):
+    with pytest.raises(Interrupted, match=f"^Stopped by {signum.name}$"):
         run_ranks(2, tmp_path, save_after_stop, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["saved0", "saved1", "started0", "started1"]
-    assert helpers == (forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid)
     signal.signal(signum, was)
 
 
