@@ -65,6 +65,7 @@ class Heartbeat:
         self.here = here
         self.store = dist.PrefixStore(group, connect(here, timedelta(seconds=PERIOD * PATIENCE)))
         self.silent = dict.fromkeys(range(1, here.size) if here.rank == 0 else [0], 0)
+        self.unreached = ""
         self.left = threading.Event()
         self.store.set(str(here.rank), "")
         if here.rank == 0:
@@ -79,10 +80,8 @@ class Heartbeat:
             try:
                 self.store.set(str(self.here.rank), str(number))
                 lost, *signs = self.store.multi_get([LOST, *map(str, self.silent)])
-            except RuntimeError as e:
-                self.end(
-                    f"rank {self.here.rank} of {self.here.size} does not reach the store at rank 0 ({first_line(e)})"
-                )
+            except RuntimeError as e:  # if an agent was killed that held it, there is time to stop together and to save
+                self.unreached = f"rank {self.here.rank} of {self.here.size} does not reach the store ({first_line(e)})"
                 return
             if lost:
                 self.end(lost.decode())
@@ -96,7 +95,8 @@ class Heartbeat:
             self.silent = {rank: periods + 1 for rank, periods in self.silent.items()}
             for rank, periods in self.silent.items():
                 if periods > PATIENCE:
-                    self.end(f"rank {rank} of {self.here.size} gave no sign of life for {PERIOD * PATIENCE:.0f} s")
+                    silent = f"rank {rank} of {self.here.size} gave no sign of life for {PERIOD * PATIENCE:.0f} s"
+                    self.end(self.unreached or silent)
 
     def end(self, what: str) -> None:
         """End this process at once, since its main thread may be waiting for the lost one; first tell the others."""
