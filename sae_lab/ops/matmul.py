@@ -1,6 +1,6 @@
 """The dense product x Wᵀ + b, with the fastest kernel that torch offers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -37,13 +37,17 @@ def linear(x: Float[Tensor, "b d"], W: Float[Tensor, "f d"], bias: Float[Tensor,
 
 
 def linear_by_part(
-    x: Float[Tensor, "b n_parts*d"], W: Float[Tensor, "f d"], bias: Float[Tensor, " f"] | None, n_parts: int
+    x: Float[Tensor, "b n_parts*d"], W: Float[Tensor, "f d"], bias: Float[Tensor, " f"] | None, sizes: Sequence[int]
 ) -> Float[Tensor, "b f"]:
-    """Apply `linear` part by part: part i of the output columns is part i of x times part i of the rows of W."""
-    if n_parts == 1:
+    """Apply `linear` part by part: part i of the output columns is part i of x times part i of the rows of W.
+
+    Args:
+        sizes: rows of W in each part, whose columns of x are equally many; none: one part.
+    """
+    if len(sizes) < 2:
         return linear(x, W, bias)
-    biases = [None] * n_parts if bias is None else bias.chunk(n_parts)
-    parts = zip(x.chunk(n_parts, dim=1), W.chunk(n_parts), biases, strict=True)
+    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+    parts = zip(x.chunk(len(sizes), dim=1), W.split(sizes), biases, strict=True)
     return torch.cat([linear(*part) for part in parts], dim=1)
 
 

@@ -39,7 +39,7 @@ SAMPLE_ROWS = 64
 class Preactivations:
     """Pieces of h = x W_encᵀ + b_enc, computed while iterating; in bf16 under autocast.
 
-    With `n_parts` > 1, x and the latents are split into that many parts, and latents of part i read part i of x.
+    With `sizes`, x and the latents are split into that many parts, and latents of part i read part i of x.
     """
 
     def __init__(
@@ -47,23 +47,23 @@ class Preactivations:
         x: Float[Tensor, "b n_parts*n"],
         W_enc: Float[Tensor, "f n"],
         b_enc: Float[Tensor, " f"] | None,
-        n_parts: int = 1,
+        sizes: Sequence[int] = (),
     ):
         device = x.device.type
         lower = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if lower else x.dtype
         self.x, self.W = x.to(dtype), W_enc.to(dtype)
         self.bias = None if b_enc is None else b_enc.to(dtype)
-        self.n_parts = n_parts
+        self.sizes = sizes
 
     def whole(self) -> Float[Tensor, "b f"]:
         """Compute h in one piece."""
-        return linear_by_part(self.x, self.W, self.bias, self.n_parts)
+        return linear_by_part(self.x, self.W, self.bias, self.sizes)
 
     def __iter__(self) -> Iterator[Float[Tensor, "_ f"]]:
         n_pieces = math.ceil(len(self.x) / max(512, PIECE[self.x.device.type] // len(self.W)))
         for x in self.x.tensor_split(max(1, n_pieces)):
-            yield linear_by_part(x, self.W, self.bias, self.n_parts)
+            yield linear_by_part(x, self.W, self.bias, self.sizes)
 
 
 def select_above(h: Pieces, threshold: Tensor, signed: bool = False) -> SparseCode:

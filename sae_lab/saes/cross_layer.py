@@ -24,7 +24,8 @@ class CrossLayer(LinearSAE):
     The sources are the inputs of L layers, x_1 ... x_L, followed by their outputs, y_1 ... y_L. The latents are split
     into L equal consecutive parts. Part l belongs to layer l: it reads x_l and writes y_l ... y_L. So a feature that
     many layers amplify is one latent instead of one per layer. Selection, thresholds and penalties work on the latents
-    of all layers together; the unit of a latent is the norm of everything that it writes.
+    of all layers together; the unit of a latent is the norm of everything that it writes. A rank with a shard of the
+    latents reads the inputs of their layers alone (see parts/layers.py).
 
     `class Mine(CrossLayer, AnySAE)` makes a cross-layer transcoder of any linear SAE.
 
@@ -65,7 +66,7 @@ class CrossLayer(LinearSAE):
             divide_by_norm(self.W_dec, self.decoder_norm)
 
     def build_layers(self) -> CrossLayers:
-        return CrossLayers(self.n_inputs, self.n_latents)
+        return CrossLayers(self.n_inputs, self.n_latents, self.own_latents)
 
     def latent_groups(self) -> tuple[str, list[int]]:
         return "layer", [self.n_latents // self.n_inputs] * self.n_inputs
@@ -79,10 +80,16 @@ class CrossLayer(LinearSAE):
 class CrossLayerTopKSAE(CrossLayer, TopKSAE):
     """Cross-layer transcoder (see CrossLayer) with TopK's rule over the latents of all layers."""
 
+    shardable = True
+
 
 class CrossLayerBatchTopKSAE(CrossLayer, BatchTopKSAE):
     """Cross-layer transcoder (see CrossLayer) with BatchTopK's rule."""
 
+    shardable = True
+
 
 class CrossLayerJumpReLUSAE(CrossLayer, JumpReLUSAE):
     """Cross-layer transcoder (see CrossLayer) with JumpReLU's rule; the authors use penalty=tanh."""
+
+    shardable = True

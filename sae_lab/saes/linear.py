@@ -151,7 +151,7 @@ class LinearSAE(DictionarySAE):
 
     def encoder(self, x: Float[Tensor, "b r d"]) -> Encoder:
         """Return the factors of h. The last layer of an MLP and the linear encoder are concatenated to one product."""
-        center = self.encoder_center()
+        x, center = (self.layers.own_sources(t) for t in (x, self.encoder_center()))
         if self.mlp is None:
             return Encoder(shared_by_shards(x), shared_by_shards(center), self.W_enc)
         centered = (x - center).flatten(1)
@@ -169,7 +169,7 @@ class LinearSAE(DictionarySAE):
     def pre_activations(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "b f"]:
         """Compute h from normalized rows."""
         inputs, center, W = self.encoder(x)
-        return linear_by_part((inputs - center).flatten(1), W.flatten(1), self.b_enc, self.layers.n_layers)
+        return linear_by_part((inputs - center).flatten(1), W.flatten(1), self.b_enc, self.layers.sizes)
 
     def encode_normalized(self, x: Float[Tensor, "b r d"]) -> tuple[Code, Float[Tensor, "b f"] | None]:
         h = self.pre_activations(x)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import accumulate, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from sae_lab.parallel.gradients import averaged_gradients
 from sae_lab.parallel.mesh import data_axis, first_share, latent_axis, sharded_latents
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.saes.base import BaseSAE
+from sae_lab.saes.files import load_sae_folder, save_sae
 from sae_lab.saes.registry import Registered
 from sae_lab.training.step import TrainingStep
 
@@ -107,6 +109,10 @@ SAES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "p_anneal": ("PAnnealSAE", 1, {"anneal_start": 0, "anneal_end": 4}),
     "crosscoder": ("BatchTopKSAE", 3, {"k": 4, "decoder_norm": "sum"}),
     "transcoder": ("TopKSAE", 2, {"k": 4, "n_inputs": 1, "skip": True, "normalize": "mean_norm"}),
+    # shards of parts of one or two layers; of one or two whole layers; of one layer or half of it
+    "cross-layer topk": ("CrossLayerTopKSAE", 6, {"k": 4, "normalize": "mean_norm", "n_latents": 48}),
+    "cross-layer batch_topk": ("CrossLayerBatchTopKSAE", 8, {"k": 4, "normalize": "none", "encoder_bias": True}),
+    "cross-layer jumprelu": ("CrossLayerJumpReLUSAE", 4, {"k": 4, "normalize": "none", "b_enc_init": 0.1}),
     "route": ("RouteSAE", 3, {"inner": {"class": "TopKSAE", "config": {"k": 4, "normalize": "none"}}}),
 }
 ATOL = {"p_anneal": 1e-7}
@@ -155,7 +161,7 @@ def gradients(layout: str | None, name: str, padded: bool = False) -> dict[str, 
 def let_die(sae: BaseSAE) -> None:
     """Set the counters of the latents in DEAD."""
     inner = dictionary(sae)
-    counters = torch.zeros(F, dtype=torch.long).index_fill(0, torch.tensor(DEAD), 9)
+    counters = torch.zeros(inner.n_latents, dtype=torch.long).index_fill(0, torch.tensor(DEAD), 9)
     inner.batches_since_fired.copy_(counters[inner.own_latents.start : inner.own_latents.stop])
 
 
@@ -173,7 +179,7 @@ def test_the_gradients_are_those_of_one_process(four, name, layout):
     parts = four(gradients, layout, name)
     assert alone["terms"].get("auxk", torch.ones(())) > 0
     for got in parts:
-        assert len(range(*got["own"].indices(F))) == F // LAYOUTS[layout][0]
+        assert got["own"].stop - got["own"].start == alone["own"].stop // LAYOUTS[layout][0]
         assert_is_part_of(alone["gradients"], got, "gradients", ATOL.get(name, 1e-10))
         assert_is_part_of(alone["tensors"], got, "tensors", ATOL.get(name, 1e-10))
     if not LAYOUTS[layout][1]:
@@ -184,7 +190,8 @@ def test_the_gradients_are_those_of_one_process(four, name, layout):
 
 # --- the weights
 
-TRAINED = ["topk", "batch_topk", "matryoshka", "jumprelu", "crosscoder", "transcoder"]
+TRAINED = ["topk", "batch_topk", "matryoshka", "jumprelu", "crosscoder", "transcoder", "cross-layer topk"]
+TRAINED += ["cross-layer batch_topk", "cross-layer jumprelu"]
 
 
 def trained(layout: str | None, name: str) -> dict[str, Any]:
@@ -233,6 +240,36 @@ def test_all_shards_skip_a_step_whose_gradients_overflow_on_one(four, value):
             assert_is_part_of(alone, got, "tensors", 1e-5)
 
 
+# --- the folder
+
+
+def saved(layout: str | None, name: str, folder: Path) -> None:
+    with laid_out(layout):
+        sae = build(name)
+        x = planted(8, n_sources=sae.n_sources)[0]
+        sae(x)  # sets the scale of mean_norm
+        save_sae(sae.eval(), folder, probe_rows=x)
+
+
+def read(layout: str | None, folder: Path) -> dict[str, Any]:
+    with laid_out(layout):
+        sae = load_sae_folder(folder)
+        own = slice(sae.own_latents.start, sae.own_latents.stop)
+        return {"own": own, "axes": sae.latent_axes(), "tensors": sae.state_dict()}
+
+
+@pytest.mark.parametrize("name", [name for name in SAES if name.startswith("cross-layer")])
+def test_shards_of_layers_are_read_whole_and_by_other_shards(four, name, tmp_path):
+    four(saved, "4 shards", name, tmp_path / "four")
+    saved(None, name, tmp_path / "one")
+    whole = read(None, tmp_path / "four")["tensors"]
+    assert_is_part_of(read(None, tmp_path / "one")["tensors"], read(None, tmp_path / "four"), "tensors", 1e-6)
+    for got in four(read, "2 x 2", tmp_path / "four"):
+        assert_is_part_of(whole, got, "tensors", 0)
+    for got in four(read, "2 x 2", tmp_path / "one"):  # one file, as all SAEs of before
+        assert_is_part_of(whole, got, "tensors", 1e-6)
+
+
 # --- what it costs
 
 BIG = {"d_in": 64, "n_latents": 16384, "k": 4}
@@ -245,18 +282,20 @@ def cost(layout: str | None, kind: str, settings: dict[str, Any]) -> tuple[int, 
         step = TrainingStep(sae, torch.optim.Adam(sae.parameters(), fused=True), max_grad_norm=1.0)
         for seed in range(2):
             with count_bytes() as exchanged:
-                step(torch.randn(64, 1, 64, generator=torch.Generator().manual_seed(seed)))
+                step(torch.randn(64, sae.n_sources, 64, generator=torch.Generator().manual_seed(seed)))
     held = accumulate(e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
     return max(held), exchanged
 
 
-@pytest.mark.parametrize("kind", ["TopKSAE", "BatchTopKSAE"])
+@pytest.mark.parametrize("kind", ["TopKSAE", "BatchTopKSAE", "CrossLayerTopKSAE"])
 def test_a_rank_needs_its_share_of_the_memory_and_sends_little(four, kind):
-    whole, nothing = cost(None, kind, {})
+    settings = {"n_sources": 4, "normalize": "none"} if kind.startswith("CrossLayer") else {"n_sources": 1}
+    whole, nothing = cost(None, kind, settings)
     assert nothing.total() == 0
     b, d, k, m_limits = 64, 64, 4, {"2 shards": 0.55, "4 shards": 0.3}
+    d *= 2 if kind.startswith("CrossLayer") else 1  # of the sources that x_hat has
     for layout, limit in m_limits.items():
-        for peak, exchanged in four(cost, layout, kind, {}):
+        for peak, exchanged in four(cost, layout, kind, settings):
             assert peak <= limit * whole
             # x_hat, b_dec's gradient and a few numbers: the norm of gradients, how many are dead, the least value
             histograms = 6 * 8 * 2**DIGIT if kind == "BatchTopKSAE" else 0  # of a sample of h and of all candidates

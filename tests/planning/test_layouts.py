@@ -109,7 +109,6 @@ SHARDED = ["trainer=ddp", "trainer.devices=2", "trainer.shard_latents=2"]
     ("settings", "sentence"),
     [
         (["sae=temporal", *SHARDED], "TemporalSAE cannot be sharded: give trainer.shard_latents=1"),
-        (["experiment=cross_layer", *SHARDED], "CrossLayerBatchTopKSAE cannot be sharded"),
         (["n_latents=1023", *SHARDED], "1023, must be a multiple of trainer.shard_latents=2"),
         (["lm=gpt2", "lm.devices=[0,1]"], "lm.devices has 0, which trains as well"),
         (["lm=gpt2", "lm.devices=[cpu]"], "lm.devices has cpu, which is no cuda device"),

@@ -12,16 +12,17 @@ from sae_lab.parallel.mesh import latent_axis, sharded_latents
 from sae_lab.runs.checkpoint import check_readable
 from sae_lab.runs.sharded_checkpoint import move_to_shards, take_own_latents
 from sae_lab.runtime.errors import UserError
-from sae_lab.saes.topk import TopKSAE
+from sae_lab.saes.cross_layer import CrossLayerTopKSAE
 from sae_lab.saes.weights import with_latents
 from sae_lab.training.checkpoint_io import AtomicCheckpointIO
 
 F, D = 24, 4
+LAYERS = {"n_sources": 6, "normalize": "none"}  # three, which neither 2 nor 4 shards divide
 
 
 def trained(step):
     """An SAE with its optimizer: the numbers depend on the step, and those of a shard are a slice of the whole's."""
-    sae = TopKSAE(d_in=D, n_latents=F, k=2, encoder_bias=True, seed=step)
+    sae = CrossLayerTopKSAE(d_in=D, n_latents=F, k=2, encoder_bias=True, seed=step, **LAYERS)
     optimizer = torch.optim.Adam(sae.parameters())
     generator, axes, own = torch.Generator().manual_seed(step), sae.latent_axes(), sae.own_latents
     for name, parameter in sae.named_parameters():

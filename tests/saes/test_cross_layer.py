@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import build, planted
 
 from sae_lab.ops.sparse import l0_per_row
+from sae_lab.parallel.mesh import only_latents
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.cross_layer import CrossLayer, CrossLayerTopKSAE
 from sae_lab.saes.files import load_sae_folder, save_sae
@@ -140,6 +141,27 @@ def test_eval_codes_and_folders(name, tmp_path):
     assert torch.equal(loaded.encode(x)[:5] != 0, sae.encode(x[:5, :3]) != 0)
     assert l0_per_row(loaded.encode(x)).sum() > 0
     assert torch.equal(loaded.layers.unwritten, sae.layers.unwritten)
+
+
+OWN = [range(16, 48), range(18, 30), range(5, 20), range(10, 40)]
+
+
+@pytest.mark.parametrize("own", OWN, ids=str)
+def test_some_latents_read_the_sources_of_their_layers_alone(own, tmp_path):
+    """Of one layer, of several and of parts of layers: saved together, read by themselves."""
+    sae, x, here = cross_layer("jumprelu").eval(), rows()[:, :3], slice(own.start, own.stop)
+    some = load_sae_folder(save_sae(sae, tmp_path / "sae"), latents=own)
+    torch.testing.assert_close(some.encode(x), sae.encode(x)[:, here])
+    assert torch.equal(some.layers.unwritten, sae.layers.unwritten[here])
+    read = range(own.start // PART, (own.stop - 1) // PART + 1)
+    assert some.encoder(x).inputs.shape == (64, len(read), 16)
+    every = [
+        s.layers.encoder_rows(s.W_enc, torch.arange(len(s.own_latents))).unflatten(1, (-1, 16)) for s in (some, sae)
+    ]
+    assert torch.equal(every[0], every[1][here, read.start : read.stop])
+    with only_latents(own):
+        drawn = cross_layer("jumprelu")
+    assert torch.equal(drawn.W_dec, sae.W_dec[here])
 
 
 @pytest.mark.parametrize(
