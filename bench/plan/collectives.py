@@ -18,7 +18,7 @@ from sae_lab.planning.sizes import SAESize
 
 D, F, K, B = 256, 8192, 16, 2048
 REPEATS = 5
-SAE = SAESize(2 * F * D + D, 2 * F * D, 0, 8 * F, F, D, True, K)
+SAE = SAESize(2 * F * D + D, 2 * F * D, 0, 8 * F, F, D, D, D, True, K)
 
 
 def collectives(n: int, m: int) -> float:

@@ -3,7 +3,7 @@
     along the data axis        2 (n - 1) / n · 4 P          a ring's all-reduce of the gradients of its P parameters
                                2 (n - 1) / n · f            counters of the latents that were active
     along the latent axis      (m - 1) · 4 k·b              values that are candidates, b rows of this rank
-                               2 (m - 1) / m · 4 b·s·d      partial sums of x_hat, forward; the same for x's gradient
+                               2 (m - 1) / m · 4 b·w·d      partial sums of x_hat; the same for the auxiliary loss
     rows                       (R - 1) / R · b·c             of c bytes: each of R ranks computes B / R of a batch, and
                                                              sends each row to the m ranks that train on it
 
@@ -57,7 +57,7 @@ def exchange(sae: SAESize, batch_size: int, n: int, m: int, bytes_per_token: int
     return Exchange(
         gradients=all_reduce(n, 4 * own.parameters + own.n_latents),
         candidates=(m - 1) * 4 * selected,
-        sums=2 * all_reduce(m, 4 * b * sae.width),
+        sums=2 * all_reduce(m, 4 * b * sae.written),
         activations=travel * b * bytes_per_token,
         operations=(4 if n > 1 else 0) + (4 if m > 1 else 0) + 1,
     )

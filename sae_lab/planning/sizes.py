@@ -66,6 +66,8 @@ class SAESize(NamedTuple):
         rowwise: those whose gradients never exist as a whole in a captured step.
         buffers: bytes of its state that no optimizer knows.
         n_latents, width: f and the s·d numbers of a row.
+        read: the numbers of a row that one latent is computed from.
+        written: the w·d numbers of x_hat.
         sparse: whether training has codes by active entry.
         k: active entries of a row.
         shardable: whether ranks may hold different latents.
@@ -78,6 +80,8 @@ class SAESize(NamedTuple):
     buffers: int
     n_latents: int
     width: int
+    read: int
+    written: int
     sparse: bool
     k: float
     shardable: bool = True
@@ -191,6 +195,7 @@ def sae_size(cfg: DictConfig, reading: Reading) -> SAESize:
         sae = build(cfg, "sae", d_in=d, n_latents=n_latents, n_sources=s)
     trained = [p for p in sae.parameters() if p.requires_grad]
     rowwise = sum(p.numel() for p in getattr(sae, "row_parameters", dict)())
+    rows = sae.reading_directions()
     return SAESize(
         sum(p.numel() for p in trained),
         sum(p.numel() for p in trained if len(p) == n_latents),
@@ -198,6 +203,8 @@ def sae_size(cfg: DictConfig, reading: Reading) -> SAESize:
         sum(b.numel() * b.itemsize for b in sae.buffers()),
         n_latents,
         s * d,
+        s * d if rows is None else rows[0].numel(),
+        (s - sae.n_inputs) * d,
         sae.sparse_codes,
         float(cfg.k),
         "shardable" in vars(type(sae)),

@@ -16,7 +16,7 @@ from sae_lab.runtime.build import build
 from sae_lab.runtime.errors import UserError
 from sae_lab.training.step import TrainingStep
 
-SAE = SAESize(2 * 64 * 16 + 16, 2 * 64 * 16, 2 * 64 * 16, 0, 64, 16, True, 4)
+SAE = SAESize(2 * 64 * 16 + 16, 2 * 64 * 16, 2 * 64 * 16, 0, 64, 16, 16, 16, True, 4)
 
 
 def planned(*overrides: str):
@@ -68,6 +68,16 @@ def test_a_large_dictionary_is_sharded_until_it_fits():
     assert any(option.peak > 0.9 * 141e9 for option in big.options)
     assert big.exchange.candidates == 3 * 4 * 64 * 4096
     assert big.harvest.bytes == 4e9 * 2304 * 2
+
+
+def test_the_latents_of_a_cross_layer_transcoder_are_sharded():
+    """Each reads one of three layers, and x_hat has three of six sites."""
+    clt = plan("experiment=cross_layer", "trainer=ddp", "trainer.devices=4", "trainer.shard_latents=2")
+    assert clt.chosen.layout == Layout(2, 2)
+    [sae] = clt.saes
+    assert (sae.read, sae.written, sae.width) == (128, 3 * 128, 6 * 128)
+    assert sae.shard(2).parameters == sae.n_latents // 2 * (128 + 3 * 128 + 1) + 3 * 128
+    assert clt.exchange.sums == 2 * 4 * 3 * 128 * planned().batch_size / 2
 
 
 def test_what_fits_nothing_names_the_smallest_layout_that_does():
