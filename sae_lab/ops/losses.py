@@ -75,10 +75,10 @@ def pre_activation(h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], dead: Bo
 def contrast(z: Float[Tensor, "b f"], other: Float[Tensor, "b f"]) -> Tensor:
     """Return the mean cross-entropy of finding each row's partner, in both directions, in float32 at any precision.
 
-    Rows are looked for among those of all ranks.
+    Rows are looked for among those of all ranks, by the latents of all shards.
 
     L = -½ mean_i (log softmax_j(z_i · other_j) + log softmax_j(z_j · other_i)) at j = i
     """
     z, other = gather_rows(z), gather_rows(other)
-    logits = at_least_float32(z) @ at_least_float32(other).T
+    logits = sum_over_shards(at_least_float32(z) @ at_least_float32(other).T)
     return -(logits.log_softmax(dim=1).diagonal() + logits.log_softmax(dim=0).diagonal()).mean() / 2

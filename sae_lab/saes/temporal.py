@@ -49,6 +49,7 @@ class TemporalSAE(MatryoshkaSAE):
         UserError: the coefficient is negative.
     """
 
+    shardable = True
     reads_previous = True
 
     def __init__(
@@ -83,6 +84,6 @@ class TemporalSAE(MatryoshkaSAE):
         return terms
 
     def high_level(self, code: Code) -> Float[Tensor, "b high"]:
-        """Return the latents of the first group, dense."""
-        first = sparse.split_by_group(code, self.sizes)[0]
+        """Return the latents of the first group that this process holds, dense."""
+        first = sparse.split_by_group(code, self.own_sizes)[0]
         return first.to_dense() if isinstance(first, SparseCode) else first

@@ -98,6 +98,7 @@ SAES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "batch_topk": ("BatchTopKSAE", 1, {"k": 3.5, "auxk_selection": "batch", "k_aux": 2}),
     "running quantile": ("BatchTopKSAE", 1, {"k": 4, "quantile": "running"}),
     "matryoshka": ("MatryoshkaSAE", 1, {"k": 4, "group_sizes": [4, 20, 40]}),
+    "temporal": ("TemporalSAE", 1, {"k": 4}),
     "jumprelu": ("JumpReLUSAE", 1, {"k": 4, "bandwidth": 0.5, "b_enc_init": 0.1}),
     "jumprelu tanh": (
         "JumpReLUSAE",
@@ -133,7 +134,7 @@ def gradients(layout: str | None, name: str, padded: bool = False) -> dict[str, 
     with laid_out(layout), fixed_size(padded):
         sae = build(name).double()
         own = slice(sae.own_latents.start, sae.own_latents.stop)
-        x = rank_share(planted(64, n_sources=sae.n_sources)[0].double() + 0.1)
+        x = rank_share(planted(64, n_sources=sae.n_sources * (1 + sae.reads_previous))[0].double() + 0.1)
         tensors, axes = sae.state_dict(keep_vars=True), sae.latent_axes()
         with torch.no_grad():
             for key, t in tensors.items():
@@ -329,7 +330,7 @@ def refused(kind: str, settings: dict[str, Any], m: int) -> str:
 def test_what_cannot_be_sharded_is_refused(four):
     for kind, settings, words in (
         ("PursuitSAE", {"k": 4}, "the latents of a PursuitSAE cannot be sharded: give trainer.shard_latents=1, or"),
-        ("TemporalSAE", {"k": 4}, "the latents of a TemporalSAE cannot be sharded"),
+        ("HierarchicalTopKSAE", {"k": 4}, "the latents of a HierarchicalTopKSAE cannot be sharded"),
         ("VanillaSAE", {"resample_every": 4}, "resample_every compares latents of all shards: give"),
         ("TopKSAE", {"k": 4, "n_latents": 62}, "the number of latents, 62, must be a multiple of trainer.shard_"),
     ):

@@ -118,7 +118,7 @@ SHARDED = ["trainer=ddp", "trainer.devices=2", "trainer.shard_latents=2"]
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (["sae=temporal", *SHARDED], "TemporalSAE cannot be sharded: give trainer.shard_latents=1"),
+        (["sae=hierarchical_topk", *SHARDED], "HierarchicalTopKSAE cannot be sharded: give trainer.shard_latents=1"),
         (["n_latents=1023", *SHARDED], "1023, must be a multiple of trainer.shard_latents=2"),
         (["lm=gpt2", "lm.devices=[0,1]"], "lm.devices has 0, which trains as well"),
         (["lm=gpt2", "lm.devices=[cpu]"], "lm.devices has cpu, which is no cuda device"),
