@@ -183,7 +183,7 @@ def test_micro_batches_take_less_memory():
 )
 def test_a_cpu_has_no_gradients_while_it_encodes(d, size):
     f, b, k = 131_072, 1024, 16
-    sae = SAESize(2 * d * f, 2 * d * f, 0, 0, f, d, True, k)
+    sae = SAESize(2 * d * f, 2 * d * f, 0, 0, f, d, d, d, True, k)
     got = memory.step_memory(sae, planned("machine=cpu2", f"batch_size={b}"), Layout())
     assert got == 6 * 4 * b * d + 60 * b * k + size
 
