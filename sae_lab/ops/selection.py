@@ -21,7 +21,7 @@ from torch import Tensor
 from sae_lab.ops.fixed_selection import top_of_batch, top_of_rows
 from sae_lab.ops.fixed_size import is_fixed_size, numpy_may_read
 from sae_lab.ops.matmul import linear_by_part
-from sae_lab.ops.sharded_selection import count_over_all, keep_top_of_batch, keep_top_of_rows, max_over_all, nth_largest
+from sae_lab.ops.sharded_selection import keep_top_of_batch, keep_top_of_rows, max_over_all, nth_largest
 from sae_lab.ops.sparse import Pattern, SparseCode, split_by_rows
 from sae_lab.parallel.mesh import data_axis, latent_axis, mesh_size
 from sae_lab.parallel.parts import active_part, exchange
@@ -100,7 +100,7 @@ def select_top_of_batch(
         lower = torch.zeros((), device=all_h.device) if lower is None else lower
         n = int(k * len(all_h) * data_axis().size)
         code = with_values_of(all_h, top_of_batch(compared(all_h, signed), min(n, all_h.numel()), lower), signed)
-        return code if mesh_size() == 1 else keep_top_of_batch(code, n)
+        return code if mesh_size() == 1 else keep_top_of_batch(code, n)[0]
     for margin in (1.5, 12, 96, math.inf):
         gather = partial(gather_candidates, h, partial(estimate_batch_bound, m=margin * k), signed)
         code = exchange(partial(keep_largest, k=k, complete=math.isinf(margin)), gather)
@@ -128,16 +128,15 @@ def keep_largest(found: list["Entries"], k: float, complete: bool) -> Sequence[S
         found: the candidates of each part of this rank's batch.
         complete: whether every positive entry is among them.
     """
-    together, where = join_entries(found), found[0].positions.device
+    together = join_entries(found)
     n = int(k * together.n_rows * data_axis().size)
-    known = len(together.positions) if len(found) == 1 else together.n_above(max_over_all(together.bound))
-    if mesh_size() == 1 and known >= n:
-        code = together.keep(largest_of_batch(together.sizes(), n)).code()
-    elif mesh_size() > 1 and count_over_all(known, where) >= n:
-        code = keep_top_of_batch(together.code(), n)
-    elif complete:
-        code = together.code()
+    if mesh_size() > 1:
+        code, nth = keep_top_of_batch(together.code(), n)
+        known = bool(sortable(nth) > max_over_all(together.bound))  # every rank has all of its entries above its bound
     else:
+        known = (len(together.positions) if len(found) == 1 else together.n_above(together.bound)) >= n
+        code = (together.keep(largest_of_batch(together.sizes(), n)) if known else together).code()
+    if not known and not complete:
         return len(found) * [None]
     return split_by_rows(code, [entries.n_rows for entries in found])
 
@@ -217,12 +216,15 @@ def gather_candidates(h: Pieces, bound_of: Callable[[Tensor, Tensor | None], Ten
 
 
 def estimate_batch_bound(piece: Float[Tensor, "n f"], bound: Tensor | None, m: float) -> Tensor:
-    """Estimate a bound that about m entries per row exceed, from a sample of the first piece's rows."""
+    """Estimate a bound that about m entries per row exceed, from a sample of the first piece's rows.
+
+    Shards have one bound, since latents of one may be larger than those of another.
+    """
     if bound is not None:
         return bound
     sample = sortable(piece[:: 1 + len(piece) // SAMPLE_ROWS]).flatten()
     rank = m * len(sample) / piece.shape[1]
-    if mesh_size() > 1 and active_part() is None:  # as many rows of each rank, with all latents
+    if latent_axis().size > 1 and active_part() is None:  # as many rows of each rank, with all latents
         return nth_largest(sample, max(1, int(rank * data_axis().size)) if math.isfinite(rank) else sys.maxsize)
     return kth_largest(sample, max(1, int(rank))).clamp_min(0) if rank < len(sample) else sample.new_zeros(())
 

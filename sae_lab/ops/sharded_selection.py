@@ -5,7 +5,7 @@ were its own. The functions here keep those that are selected among the entries 
 process does. All that is exchanged has a size that is known in advance:
 
 - by row: k values of each row;
-- of the batch: three histograms of 16 KB and two counts per row, whatever k and the number of latents.
+- of the batch: three histograms of 16 KB, a bound and one count per row, whatever k and the number of latents.
 """
 
 import torch
@@ -42,16 +42,18 @@ def keep_top_of_rows(code: SparseCode, k: int) -> SparseCode:
     return keep_entries(code, F.pad(kept.flatten(), (0, 1))[cells])
 
 
-def keep_top_of_batch(code: SparseCode, n: int) -> SparseCode:
+def keep_top_of_batch(code: SparseCode, n: int) -> tuple[SparseCode, Shaped[Tensor, ""]]:
     """Keep the entries that are among the n largest |z| of all ranks: those of all shards and of the whole batch.
 
     Among ties the lowest rows are kept, and on a row the lowest latents.
+
+    Returns:
+        The code, and the n-th largest |z|; 0 if all ranks have fewer than n entries, which are then all kept.
     """
     sizes = code.values.abs()
-    nth = nth_largest(sizes, n)
+    nth, room = find_nth_largest(sizes, n)
     larger, tied = sizes > nth, (sizes == nth) & (sizes > 0)
-    room = n - sum_over_all(larger.sum())
-    return keep_entries(code, larger | tied & (number_marked(code, tied) < room))
+    return keep_entries(code, larger | tied & (number_marked(code, tied) < room)), nth
 
 
 def number_marked(code: SparseCode, marked: Bool[Tensor, " nnz"]) -> Int[Tensor, " nnz"]:
@@ -69,7 +71,14 @@ def number_marked(code: SparseCode, marked: Bool[Tensor, " nnz"]) -> Int[Tensor,
 
 
 def nth_largest(x: Shaped[Tensor, " m"], n: int) -> Shaped[Tensor, ""]:
-    """Return the n-th largest of the positive numbers that all ranks hold; 0 if there are fewer.
+    """Return the n-th largest of the positive numbers that all ranks hold; 0 if there are fewer."""
+    return find_nth_largest(x, n)[0]
+
+
+def find_nth_largest(x: Shaped[Tensor, " m"], n: int) -> tuple[Shaped[Tensor, ""], Int[Tensor, ""]]:
+    """Return the n-th largest of the positive numbers that all ranks hold, and how many of the n largest equal it.
+
+    Both are 0 if there are fewer than n.
 
     A radix search, since the bits of positive numbers are in their order: a histogram over all ranks gives the first
     DIGIT bits of the number; one over the numbers that begin with these gives the next ones, and so on.
@@ -78,18 +87,24 @@ def nth_largest(x: Shaped[Tensor, " m"], n: int) -> Shaped[Tensor, ""]:
     found, rest = torch.zeros(2, dtype=torch.long, device=x.device)
     rest, exists = rest + n, torch.ones((), dtype=torch.bool, device=x.device)
     for shift in reversed(range(0, 8 * x.element_size(), DIGIT)):
-        counts = torch.zeros((1 << DIGIT) + 1, dtype=torch.long, device=x.device)
-        for part in keys.split(AT_ONCE):
-            digits = part.long() >> shift
-            counted = (part > 0) & (digits >> DIGIT == found)
-            at = torch.where(counted, digits & ((1 << DIGIT) - 1), 1 << DIGIT)  # the others share the last place
-            counts.scatter_add_(0, at, torch.ones_like(at))
-        from_top = sum_over_all(counts[:-1]).flip(0).cumsum(0)
+        from_top = sum_over_all(count_digits(keys, found, shift)).flip(0).cumsum(0)
         place = (from_top < rest).sum()
         exists, place = exists & (place < len(from_top)), place.clamp_max(len(from_top) - 1)
         rest = rest - F.pad(from_top, (1, 0))[place]
         found = found << DIGIT | (len(from_top) - 1 - place)
-    return torch.where(exists, found, 0).to(keys.dtype).view(x.dtype)
+    nth, rest = (torch.where(exists, number, 0) for number in (found, rest))
+    return nth.to(keys.dtype).view(x.dtype), rest
+
+
+def count_digits(keys: Int[Tensor, " m"], found: Int[Tensor, ""], shift: int) -> Int[Tensor, " 2**DIGIT"]:
+    """Count the DIGIT bits above `shift` of the positive keys whose bits before these are `found`."""
+    counts = torch.zeros((1 << DIGIT) + 1, dtype=torch.long, device=keys.device)
+    for part in keys.split(AT_ONCE):
+        digits = part.long() >> shift
+        counted = (part > 0) & (digits >> DIGIT == found)
+        at = torch.where(counted, digits & ((1 << DIGIT) - 1), 1 << DIGIT)  # the others share the last place
+        counts.scatter_add_(0, at, torch.ones_like(at))
+    return counts[:-1]
 
 
 def sum_over_all(x: Tensor) -> Tensor:
@@ -101,8 +116,3 @@ def max_over_all(x: Shaped[Tensor, ""]) -> Tensor:
     """Return the maximum over all ranks. An int16 becomes an int32, since no back end supports it."""
     y = x.to(torch.int32) if x.dtype == torch.int16 else x
     return max_over_shards(-min_over_ranks(-y))
-
-
-def count_over_all(n: int, device: torch.device) -> int:
-    """Return the sum of a number over all ranks. The host waits for it."""
-    return int(sum_over_all(torch.tensor(n, device=device)))
