@@ -65,7 +65,7 @@ def watch(arguments: list[str]) -> tuple[float, float]:
         ended = threading.Event()
 
         def sample() -> None:
-            while not ended.wait(0.25):
+            while not ended.wait(0.05):
                 try:
                     peaks.append(anonymous(process.pid))
                 except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):

@@ -14,6 +14,10 @@ from typing import NamedTuple
 
 from sae_lab.planning.sizes import SAESize
 
+OPERATIONS = 11
+"""Collective operations of a step along one axis, of an SAE that selects over the batch: 4 gradients, 5 to select, the
+counters and the threshold. Others have fewer."""
+
 
 class Exchange(NamedTuple):
     """Bytes that a rank sends in one step, and in how many operations."""
@@ -59,5 +63,5 @@ def exchange(sae: SAESize, batch_size: int, n: int, m: int, bytes_per_token: int
         candidates=(m - 1) * 4 * selected,
         sums=2 * all_reduce(m, 4 * b * sae.written),
         activations=travel * b * bytes_per_token,
-        operations=(4 if n > 1 else 0) + (4 if m > 1 else 0) + 1,
+        operations=(OPERATIONS if n > 1 else 0) + (OPERATIONS if m > 1 else 0) + 1,
     )

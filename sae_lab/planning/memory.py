@@ -1,8 +1,8 @@
 """Bytes of a process at its peak, by what takes them.
 
-Counted: parameters, gradients and optimizer, the language model, blocks, matrices of a step. Measured once for a machine:
-the process before the run; what reading text leaves behind, and each SAE's log, auxiliary loss and metrics; the
-evaluation. A checkpoint is written from the tensors themselves and takes nothing (measured).
+Counted: parameters, gradients and optimizer, the language model, blocks, matrices of a step. Measured once for a
+machine: the process before the run; what reading text leaves behind, and each SAE's log, auxiliary loss and metrics;
+the evaluation. A checkpoint is written from the tensors themselves and takes nothing (measured).
 
 On a CPU memory that was freed stays with the process (runtime/memory.py), so what is needed one after the other counts
 once: the largest of it. Latents that are dead take more (see `dead_latents`), which is not part of the peak: it depends
@@ -58,7 +58,7 @@ def process_memory(
     if evaluation > sum(training.values()) - gradients:
         training = {"gradients": gradients, "evaluation": evaluation}
     kept = {"text": 0.0 if cached else float(machine.get("text_memory", 0.0))}
-    kept |= {"members": len(saes) * float(machine.get("member_memory", 0.0))}
+    kept |= {"members": len(saes) * float(machine.get("member_memory", 0.0)) / layout.data}
     return {name: size for name, size in (parts | kept | training).items() if size}
 
 
@@ -104,9 +104,9 @@ def block_memory(cfg: DictConfig, reading: Reading, layout: Layout) -> float:
 def step_memory(sae: SAESize, cfg: DictConfig, layout: Layout) -> float:
     """Return the bytes of a step beside parameters, gradients and the optimizer's state.
 
-    Rows are those of a rank. With codes by active entry a GPU holds h as a whole. A CPU holds a piece of h, a mask of it
-    and the maxima of its blocks while it encodes, when the SAE has no gradients yet; then two copies of a matrix while
-    Adam updates it.
+    Rows are those of a rank. With codes by active entry a GPU holds h as a whole. A CPU holds a piece of h, a mask of
+    it and the maxima of its blocks while it encodes, when the SAE has no gradients yet; then two copies of a matrix
+    while Adam updates it.
     """
     b = cfg.batch_size / layout.data / cfg.trainer.micro_batches
     rows = 6 * 4.0 * b * sae.width

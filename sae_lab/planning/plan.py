@@ -150,19 +150,24 @@ def seconds_per_token(stages: Mapping[str, float], layout: Layout, text_with_ste
 def around(cfg: DictConfig, reading: Reading, saes: list[SAESize], rates: Rates, layout: Layout) -> float:
     """Return the seconds before and after the training: start, calibration, evaluation and files.
 
-    The calibration reads its batches again and selects; the evaluation runs the whole model twice for the text, and
-    once for each way to replace the activations, of which an SAE that selects over the batch has two.
+    The calibration fills the blocks of its batches again and selects; the evaluation runs the whole model twice for the
+    text, and once for each way to replace the activations, of which an SAE that selects over the batch has two. One
+    process does both; on a CPU it has its share of the cores.
     """
+    ranks = layout.data * layout.latents
     per_token = seconds_of_stages(cfg, reading, saes, rates, Layout())
-    calibration = min(cfg.calibration_batches * cfg.batch_size, cfg.n_tokens) * sum(per_token.values())
+    step = per_token.pop("step")
+    calibration = min(cfg.calibration_batches * cfg.batch_size, cfg.n_tokens)
+    filled = min(math.ceil(calibration / cfg.data.block_tokens) * cfg.data.block_tokens, cfg.n_tokens)
     whole = rates.forward(forward_work(reading.lm, reading.lm.n_layers))
     logits = rates.forward((2.0 * reading.lm.d * reading.lm.vocab_size, 4.0 * reading.lm.vocab_size))
     passes = 3 + 2 * len(saes)
-    evaluation = cfg.data.n_eval_tokens * (passes * (whole + logits) + 2 * per_token["step"])
+    evaluation = cfg.data.n_eval_tokens * (passes * (whole + logits) + 2 * step)
+    alone = (filled * sum(per_token.values()) + calibration * step + evaluation) * (1 if cfg.machine.gpu else ranks)
     start = cfg.machine.start_seconds + cfg.machine.member_seconds * (len(saes) - 1)
-    start += cfg.machine.ranks_seconds * (layout.data * layout.latents > 1)
+    start += cfg.machine.ranks_seconds * (ranks > 1)
     files = 16 * sum(sae.parameters for sae in saes) / cfg.machine.file_write
-    return float(start) + calibration + evaluation + files
+    return float(start + alone) + files
 
 
 def nothing_fits(
