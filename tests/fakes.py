@@ -36,7 +36,7 @@ class WordIds:
 class Follow:
     """An activation is (token id, its position in the row, the row's second token), the same at both sites but ×2."""
 
-    name, sites, d, bos_id, context, tokenizer = "follow", ("a", "b"), 3, 0, 200, WordIds()
+    name, sites, models, d, bos_id, context, tokenizer = "follow", ("a", "b"), (), 3, 0, 200, WordIds()
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, scale: float = 1.0):
@@ -70,7 +70,7 @@ class Numbers(Documents):
 class Echo:
     """A language model whose activation at a token is the token's id (twice: d = 2), so rows can be told apart."""
 
-    name, sites, d, bos_id, context, tokenizer = "echo", ("a", "b"), 2, 0, 200, WordIds()
+    name, sites, models, d, bos_id, context, tokenizer = "echo", ("a", "b"), (), 2, 0, 200, WordIds()
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self):

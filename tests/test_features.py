@@ -33,7 +33,7 @@ def read_text(name: str, latents: torch.Tensor) -> tuple[ActivationData, Activat
     data = from_documents(Waves(), Numbers, order="shuffled", **SETTINGS)
     sae = build(name, "sae.normalize=none", d_in=2, n_latents=16, n_sources=2).eval()
     found = gather_activations(sae, data, latents, n_tokens=30)
-    x, keep = data.lm.activations(found.tokens).flatten(0, 1), data.keep_mask(found.tokens).flatten()
+    x, keep = data.lm.activations(found.tokens).flatten(0, 1), data.positions.mask(found.tokens).flatten()
     code = torch.where(keep.unsqueeze(1), sae.encode(x).detach(), 0)[:, latents]
     assert (code != 0).any(dim=0).sum() > 1
     assert (code < 0).any() == sae.signed
@@ -44,7 +44,7 @@ def read_text(name: str, latents: torch.Tensor) -> tuple[ActivationData, Activat
 def test_gather_finds_every_activation(name):
     data, found, expected = read_text(name, torch.tensor([3, 4, 5, 8, 11]))
     assert found.tokens.shape == (5, 6)
-    assert found.n_positions == int(data.keep_mask(found.tokens).sum())
+    assert found.n_positions == int(data.positions.mask(found.tokens).sum())
     mine = torch.zeros_like(expected).index_put((found.positions, found.latents), found.values)
     torch.testing.assert_close(mine, expected)
 
@@ -276,7 +276,6 @@ def test_a_whole_description(monkeypatch, tmp_path):
     monkeypatch.setattr(type(data.lm), "unembedding", lambda self: None, raising=False)
     sae = build("batch_topk", "sae.normalize=none", d_in=2, n_latents=16, n_sources=2).eval()
     sizes = {"n_tokens": 30, "n_top": 2, "n_random": 1, "context": 1, "n_logits": 2, "n_neighbours": 2}
-    monkeypatch.setattr(type(data.lm), "models", (), raising=False)
     description = describe_latents(sae, data, torch.tensor([1, 4, 9]), **sizes)
     page, table = write_page({"run": "a"} | description, tmp_path)
     assert json.loads(table.read_text())["latents"] == json.loads(json.dumps(description["latents"][:]))

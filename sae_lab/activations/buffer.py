@@ -1,5 +1,6 @@
 """Shuffle consecutive rows into batches. Every row comes exactly once, and the position can be saved and restored."""
 
+import math
 import time
 from collections.abc import Callable, Generator
 from typing import Any, Protocol
@@ -100,6 +101,12 @@ class ShuffledBlocks:
         self._block.close()
 
     @property
+    def n_batches(self) -> int:
+        """Batches of the run."""
+        assert self.n_rows is not None
+        return math.ceil(self.n_rows / self.batch_size)
+
+    @property
     def n_batches_given(self) -> int:
         """Batches given since the beginning of the stream, including those before a resume.
 
@@ -134,6 +141,8 @@ class ShuffledBlocks:
         if self._given == self._block.n_batches:
             self._begin, self._number, self._given = self._place(), self._number + 1, 0
             self._is_filled = False
+        if len(batch) == 0:  # fewer rows than ranks
+            raise StopIteration
         return batch
 
     def _refill(self) -> None:

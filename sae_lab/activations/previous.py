@@ -31,6 +31,9 @@ class WithPrevious:
         x = self.lm.activations(tokens)
         return torch.cat([x, x.roll(1, dims=1)], dim=2)
 
+    def copies(self) -> list["WithPrevious"]:
+        return [WithPrevious(lm) for lm in self.lm.copies()]
+
 
 def has_previous(tokens: Int[Tensor, "n t"], keep: Bool[Tensor, "n t"], bos_id: int | None) -> Bool[Tensor, "n t"]:
     """Return which positions are kept and follow, in the same document, a position that is kept.

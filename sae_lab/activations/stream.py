@@ -5,21 +5,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from copy import copy
 from functools import cached_property
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
 from annotated_types import Ge
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sae_lab.activations.buffer import Prepare, ShuffledBlocks, no_prefetch
 from sae_lab.activations.digests import check_unchanged
+from sae_lab.activations.held_out import HeldOut
 from sae_lab.activations.interleave import InterleavedSource
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import SharedSource, Source
-from sae_lab.activations.text_batches import WholeBatches
 from sae_lab.parallel.mesh import data_axis
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError
@@ -27,52 +27,21 @@ from sae_lab.runtime.memory import check_memory_of
 
 
 class Batches:
-    """Iterable for Lightning over the first n_rows rows of the stream; the last batch may be smaller.
+    """Iterable for Lightning over all batches of a stream; the last one may be smaller.
 
     With several processes, the stream gives each its share of every batch. The length is defined because Lightning
     otherwise reads one batch ahead.
     """
 
-    def __init__(self, stream: ShuffledBlocks, n_rows: int):
-        self.stream, self.n_rows = stream, n_rows
+    def __init__(self, stream: Any):
+        self.stream = stream
 
     def __len__(self) -> int:
-        return math.ceil(self.n_rows / self.stream.batch_size)
+        return self.stream.n_batches
 
-    def __iter__(self) -> Iterator[Tensor]:
-        while self.stream.n_batches_given * self.stream.batch_size < self.n_rows:
-            batch = next(self.stream, None)
-            if batch is None or len(batch) == 0:  # fewer rows than ranks
-                return
+    def __iter__(self) -> Iterator[Any]:
+        while self.stream.n_batches_given < len(self) and (batch := next(self.stream, None)) is not None:
             yield batch
-
-
-class HeldOut(NamedTuple):
-    """Held-out data of an evaluation, in parts; `StreamData.held_out_rows_of` gives the activations of a part.
-
-    Args:
-        parts: what is read together: text rows, or ranges of rows.
-        n_tokens: tokens (rows, for activations without text) of all parts.
-        too_few: there are fewer than asked for.
-    """
-
-    parts: Sequence[Any]
-    n_tokens: int
-    too_few: bool
-
-
-class HeldOutRows(NamedTuple):
-    """The activations of a part of HeldOut.
-
-    Args:
-        x: the activations.
-        sizes: rows of each batch that an SAE sees, about those of training.
-        at_bos: which rows are at BOS tokens.
-    """
-
-    x: Float[Tensor, "n s d"]
-    sizes: list[int]
-    at_bos: Bool[Tensor, " n"]
 
 
 class StreamData(L.LightningDataModule, ABC):
@@ -199,7 +168,7 @@ class StreamData(L.LightningDataModule, ABC):
 
     @property
     def n_steps(self) -> int:
-        return len(self.train_dataloader())
+        return self.stream.n_batches
 
     @abstractmethod
     def source(self) -> Source:
@@ -212,14 +181,6 @@ class StreamData(L.LightningDataModule, ABC):
     @abstractmethod
     def held_out(self, n_tokens: int) -> HeldOut:
         """Return the first held-out data, n_tokens in all, in parts of about a batch; always the same ones."""
-
-    @abstractmethod
-    def held_out_rows_of(self, part: Any) -> "HeldOutRows":
-        """Return the activations of a part of HeldOut.
-
-        Raises:
-            UserError: they are not finite.
-        """
 
     @abstractmethod
     def probe_rows(self, n: int = 16) -> Float[Tensor, "n s d"]:
@@ -251,8 +212,8 @@ class StreamData(L.LightningDataModule, ABC):
         """Return the source without rows that are too long. Here none is, whatever its norm."""
         return source
 
-    def train_dataloader(self) -> Batches | WholeBatches:
-        return Batches(self.stream, self.n_tokens)
+    def train_dataloader(self) -> Batches:
+        return Batches(self.stream)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.validation_batches, batch_size=None)  # type: ignore[arg-type]
@@ -263,7 +224,8 @@ class StreamData(L.LightningDataModule, ABC):
         return self.validation_rows().tensor_split(data_axis().size)[data_axis().index].split(self.batch_size)
 
     def validation_rows(self) -> Float[Tensor, "n s d"]:
-        return torch.cat([self.held_out_rows_of(part).x for part in self.held_out(self.n_val_tokens).parts])
+        held_out = self.held_out(self.n_val_tokens)
+        return torch.cat([held_out.read(part).x for part in held_out.parts])
 
     def calibration_batches(self, n: int) -> Iterator[Float[Tensor, "b s d"]]:
         """Yield the first n training batches again, or as many as the run has."""

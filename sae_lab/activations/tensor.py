@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.activations.finite import LARGEST
+from sae_lab.activations.held_out import HeldOut, HeldOutRows
 from sae_lab.activations.pieces import PiecePasses
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Chunk, Source
-from sae_lab.activations.stream import HeldOut, HeldOutRows, StreamData
+from sae_lab.activations.stream import StreamData
 from sae_lab.activations.tensor_files import Axes, TensorFiles, TensorRows, expanded, rows_in_memory
 from sae_lab.lm.none import NoLM
 from sae_lab.parallel.mesh import rank, world_size
@@ -200,9 +201,9 @@ class TensorData(StreamData):
         taken = self.pieces.first_held_out(n_tokens)
         n_rows = sum(map(len, taken))
         parts = [taken[i : i + at_once] for i in range(0, len(taken), at_once)]
-        return HeldOut(parts, n_rows, n_rows < n_tokens)
+        return HeldOut(parts, n_rows, n_rows < n_tokens, self._read_part)
 
-    def held_out_rows_of(self, part: Sequence[range]) -> HeldOutRows:
+    def _read_part(self, part: Sequence[range]) -> HeldOutRows:
         x = self._read_ranges(part)
         return HeldOutRows(x, [len(x)], torch.zeros(len(x), dtype=torch.bool))
 

@@ -86,8 +86,7 @@ class CachedData(ActivationData):
         self.cache = Cache(path, int(copies_gb * 1e9))
         super().__init__(lm, CachedText(self.cache, seq_len), **stream)
         here = lm_key(lm) | {"lm.sites": self.cache.manifest.key["lm.sites"], "seq_len": seq_len, "data.pack": pack}
-        names = ("exclude_bos", "exclude_first", "exclude_tokens", "max_norm")
-        here |= {f"data.{name}": getattr(self, name) for name in names}
+        here |= {f"data.{name}": value for name, value in self.positions.settings().items()}
         check_same_key(
             self.cache.store,
             self.cache.manifest,
@@ -97,9 +96,9 @@ class CachedData(ActivationData):
         self._compare_first_rows()
         self.text.held_out(max(self.n_eval_tokens, self.n_val_tokens) // self.seq_len)  # fails before training starts
 
-    def _begin(self, lm: LanguageModel, lm_batch_rows: int) -> None:
-        self.norm_limits = self.cache.manifest.norm_limits
-        super()._begin(lm, lm_batch_rows)
+    def _read(self, lm: LanguageModel, lm_batch_rows: int) -> None:
+        self.positions.limits = self.cache.manifest.norm_limits
+        super()._read(lm, lm_batch_rows)
 
     def with_sites(self, sites: Sequence[str], lm_batch_rows: int | None = None) -> ActivationData:
         other = super().with_sites(sites, lm_batch_rows)
@@ -114,8 +113,8 @@ class CachedData(ActivationData):
         """Compute the cache's first rows again and compare: this finds differences that the key does not cover."""
         shard = self.cache.shard(0)
         tokens = shard.tokens[: self.lm_batch_rows].long()
-        x = self.kept_activations(tokens).float().cpu()
-        if self.max_norm is not None:  # a row at the limit may be kept in one place only, and shift those behind it
+        x = self.positions.activations(tokens).float().cpu()
+        if self.positions.max_norm is not None:  # a row at the limit may be kept in one place only, and shift others
             x = x[:PIECE]
         n_pieces = min(-(-len(x) // PIECE), self.cache.manifest.shards[0].pieces)
         cached = torch.cat([shard.piece(i, self._columns) for i in range(n_pieces)]).float()[: len(x)]

@@ -37,10 +37,7 @@ def data_key(data: ActivationData) -> dict[str, Any]:
         raise UserError("a cache can only be harvested from text: choose another data=..., such as data=stdlib.")
     return {
         "seq_len": text.seq_len,
-        "data.exclude_bos": data.exclude_bos,
-        "data.exclude_first": data.exclude_first,
-        "data.exclude_tokens": data.exclude_tokens,
-        "data.max_norm": data.max_norm,
+        **{f"data.{name}": value for name, value in data.positions.settings().items()},
         "data.pack": text.pack,
         "data.repeat": data.repeat,
         **order_key(text),

@@ -65,7 +65,7 @@ class Manifest:
 
     `held_out_whole` is true if the cache holds all of the held-out text, because there was less than requested.
     `errors` is what the dtype costs, by site (see codec.storage_errors); empty if nothing.
-    `norm_limits` are ActivationData's, with which the rows were left out; empty without data.max_norm.
+    `norm_limits` are those of Positions, with which the rows were left out; empty without data.max_norm.
     """
 
     model: str

@@ -137,7 +137,7 @@ class CacheWriter:
             if "shard_tokens" not in manifest.key:  # of an earlier version, whose shards tell their text rows
                 del here["shard_tokens"]
             check_same_key(self.store, manifest, here, "choose another cache_dir=...")
-            self.data.norm_limits.update(manifest.norm_limits)
+            self.data.positions.limits = manifest.norm_limits
         return manifest
 
     def _write_missing(self, claims: Claims) -> Manifest:
@@ -151,7 +151,8 @@ class CacheWriter:
             last = manifest.shards[-1]
             rows.load_state_dict(last.begin)
             rows.skip(last.text_rows)
-        row_tokens = self.data.seq_len - max(self.data.exclude_first, self.data.exclude_bos)
+        _, bos, first, _ = self.data.positions.exclusions
+        row_tokens = self.data.seq_len - max(first, bos)
         ranges = Ranges(self.n_tokens - begun, -(-self.shard_tokens // row_tokens), row_tokens)
 
         def write(i: int, chunks: list[Chunk]) -> Shard:
@@ -192,7 +193,7 @@ class CacheWriter:
         )
         errors = self._measure_errors()
         whole, checksum = self._write_held_out()
-        manifest = Manifest(data.lm.name, self.key, whole, checksum, errors=errors, norm_limits=data.norm_limits)
+        manifest = Manifest(data.lm.name, self.key, whole, checksum, errors=errors, norm_limits=data.positions.limits)
         manifest.write(self.store)
         return manifest
 
@@ -201,8 +202,8 @@ class CacheWriter:
         lm_dtype, stored = self.data.lm.dtype, self.codec.stored
         if not self.codec.has_scales and torch.promote_types(stored, lm_dtype) == stored:
             return {}
-        tokens = self.data.probe_text()
-        rows = torch.cat([self.data.kept_activations(row) for row in tokens.split(1)])
+        positions = self.data.positions
+        rows = torch.cat([positions.activations(row) for row in positions.probe_text().split(1)])
         errors = storage_errors(self.codec, rows, self.data.lm.sites)
         for site, error in errors.items():
             log.info(

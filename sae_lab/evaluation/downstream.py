@@ -64,7 +64,7 @@ def with_edit(
 
     Args:
         edit: maps the dense code (b, f) to the one that is decoded; None leaves it as it is.
-        keep: the positions at which to edit, such as `data.keep_positions`; None: all.
+        keep: the positions at which to edit, such as `data.positions.mask_with`; None: all.
         keep_error: add what the edit changes of x_hat to the activation, which keeps the part that the SAE does not
             explain; False: x_hat itself takes the place of the activation.
     """

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae_lab.activations.columns import Columns
 from sae_lab.activations.data import ActivationData
+from sae_lab.activations.held_out import HeldOut
 from sae_lab.activations.passes import TextPass, batch_sizes
 from sae_lab.activations.stream import StreamData
 from sae_lab.evaluation import diffing
@@ -145,7 +146,7 @@ def evaluate_all(
     deployed = {name: EvaluatedSAE(sae, at[name], False, of[name]) for name, sae in saes.items()}
     trained = {name: EvaluatedSAE(sae, at[name], True, of[name]) for name, sae in saes.items() if sae.batch_rule}
     subjects = group_by_sites([*deployed.values(), *trained.values()])
-    bos = reconstruct_all(subjects, data, held_out.parts)
+    bos = reconstruct_all(subjects, data, held_out)
     if isinstance(data, ActivationData):
         splice_all(subjects, data, held_out.parts)
     evaluations = {}
@@ -175,15 +176,15 @@ def group_by_sites(subjects: list[EvaluatedSAE]) -> BySites:
     return groups
 
 
-def reconstruct_all(subjects: BySites, data: StreamData, parts: Sequence[Any]) -> Bool[Tensor, " n"]:
+def reconstruct_all(subjects: BySites, data: StreamData, held_out: HeldOut) -> Bool[Tensor, " n"]:
     """Run the first pass: reconstruction metrics and L0. Returns a mask of the BOS tokens among the n tokens.
 
     Raises:
         UserError: the activations are not finite.
     """
     bos = []
-    for part in track(parts, "evaluating reconstruction"):
-        rows = data.held_out_rows_of(part)
+    for part in track(held_out.parts, "evaluating reconstruction"):
+        rows = held_out.read(part)
         for sites, group in subjects.items():
             own = Columns(data.sites, sites)(rows.x)
             for subject in group:
@@ -210,7 +211,7 @@ def splice_all(subjects: BySites, data: ActivationData, passes: Sequence[TextPas
     means = {sites: constant_ablation(group[0].reconstruction.mean_activation()) for sites, group in subjects.items()}
     for tokens, rows in track(passes, "evaluating cross-entropy"):
         activations = data.lm.activations(tokens)
-        keep = data.keep_positions(tokens, activations)
+        keep = data.positions.mask_with(tokens, activations)
         for part in group_by_kind(subjects):
             clean = model_of(next(iter(part.values()))).predictions(tokens)
             spliced = (

@@ -54,7 +54,7 @@ def activations_on(
     parts, n_positions = [], 0
     passes = rows.split(data.lm_batch_rows)
     for start, tokens in with_offsets(track(passes, doing) if doing else passes):
-        keep, x = data.kept(tokens)
+        keep, x = data.positions.read(tokens)
         keep = keep.flatten()
         row, latent, value = active_entries(sae.autoencode(x)[1])
         chosen = place[latent] >= 0

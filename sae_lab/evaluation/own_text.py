@@ -39,7 +39,7 @@ def describe_text(sae: BaseSAE, data: ActivationData, text: str, n_latents: int 
     if not 0 < len(ids) <= MOST_TOKENS:
         raise UserError(f"text has {len(ids):,} tokens and must have 1 to {MOST_TOKENS:,}: change it.")
     tokens, where = rows_of(torch.from_numpy(ids.astype(np.int64)), data.seq_len, data.lm.bos_id)
-    read = torch.cat([data.kept(part)[0] for part in tokens.split(data.lm_batch_rows)]).flatten()[where]
+    read = torch.cat([data.positions.read(part)[0] for part in tokens.split(data.lm_batch_rows)]).flatten()[where]
     if not read.any():
         raise UserError(
             f"text has {len(ids)} tokens, of which the SAE reads none (data.exclude_first leaves out the first ones of "

@@ -65,7 +65,7 @@ class SpliceCost:
         if sae is None:
             return lm.predictions(tokens)
         activations = lm.activations(tokens)
-        keep = self.data.keep_positions(tokens, activations)
+        keep = self.data.positions.mask_with(tokens, activations)
         x = activations[keep.to(activations.device)]
         sizes, device = batch_sizes(keep, rows), next(sae.parameters()).device
 

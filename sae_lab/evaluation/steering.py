@@ -96,7 +96,7 @@ def steer(
         edits.append((strength, strength * scale, edit_latent(latent, mode, strength * scale)))
     table: list[dict[str, Any]] = []
     for name, value, edit in track(edits, "steering"):
-        predict = data.lm.predictions if edit is None else with_edit(data.lm, sae, edit, data.keep_positions)
+        predict = data.lm.predictions if edit is None else with_edit(data.lm, sae, edit, data.positions.mask_with)
         texts = write_texts(data, predict, prompt, sampling)
         measures = cost(data, predict, rows)
         clean = table[0]["ce"] if table else measures["ce"]
@@ -111,7 +111,7 @@ def measure_latent(sae: BaseSAE, data: ActivationData, latent: int, rows: Int[Te
     """Return the latent's largest activation, its density, the mean norm of activations and that of one unit of it."""
     largest, active, n, norm, effect = 0.0, 0, 0, 0.0, 0.0
     for tokens in rows.split(data.lm_batch_rows):
-        x = data.kept_activations(tokens).to(next(sae.parameters()))
+        x = data.positions.activations(tokens).to(next(sae.parameters()))
         x_hat, code = sae.autoencode(x)
         dense = code.to_dense() if isinstance(code, SparseCode) else code
         changed = sae.reconstruct(x, edit_latent(latent, "add", 1.0))

@@ -32,6 +32,10 @@ class SharedStream:
         self.stream, self.columns, self.batch_size = stream, columns, stream.batch_size
 
     @property
+    def n_batches(self) -> int:
+        return self.stream.n_batches
+
+    @property
     def n_batches_given(self) -> int:
         return self.stream.n_batches_given
 

@@ -175,7 +175,7 @@ def build_member(cfg: DictConfig, run: Run, sae: BaseSAE, data: StreamData, call
 
 def splice_loss(data: StreamData) -> SpliceLoss | None:
     """Return the language model's part of the loss, for data in whole text rows."""
-    if isinstance(data, ActivationData) and data.whole_rows:
+    if isinstance(data, ActivationData) and data.has_whole_rows:
         return SpliceLoss(data.lm, data.lm_batch_rows)
     return None
 

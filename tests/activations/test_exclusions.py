@@ -74,7 +74,7 @@ def test_excluded_tokens_and_long_rows_reach_no_sae_and_the_others_do():
 @pytest.mark.parametrize("changes", [{"lm_batch_rows": 1}, {"block_tokens": 40}, {"prefetch": True}, {"seed": 3}])
 def test_the_limit_is_the_same_whatever_the_sizes(changes):
     here = spiky(max_norm=10, **changes)
-    assert here.norm_limits == spiky(max_norm=10).norm_limits
+    assert here.positions.limits == spiky(max_norm=10).positions.limits
     assert sorted(ids(here)) == sorted(ids(spiky(max_norm=10)))
     here.teardown("fit")
 
@@ -87,7 +87,7 @@ def test_a_resumed_run_keeps_its_limit_and_reads_on_exactly():
             next(before.stream)
         state = before.state_dict()
         after = spiky(max_norm=10)
-        after.norm_limits.update(dict.fromkeys(after.norm_limits, 0.0))
+        after.positions.limits.update(dict.fromkeys(after.positions.limits, 0.0))
         after.load_state_dict(state)
         assert torch.equal(next(after.stream), batches[given])
     assert "norm_limits" not in spiky().state_dict()
@@ -96,16 +96,16 @@ def test_a_resumed_run_keeps_its_limit_and_reads_on_exactly():
 def test_evaluation_and_training_leave_out_the_same():
     data = spiky(max_norm=10, exclude_bos=True)
     tokens = data.held_out_rows(18)
-    keep, rows = data.kept(tokens)
+    keep, rows = data.positions.read(tokens)
     assert torch.equal(keep, (tokens % 5 != 0) & (tokens != 0))
     assert torch.equal(rows, data.lm.activations(tokens)[keep])
-    assert torch.equal(data.keep_positions(tokens, data.lm.activations(tokens)), keep)
+    assert torch.equal(data.positions.mask_with(tokens, data.lm.activations(tokens)), keep)
 
 
 def test_the_share_of_each_cause_is_logged(caplog):
     caplog.set_level("INFO")
     data = spiky(max_norm=10, exclude_bos=True, exclude_tokens=[1100])
-    tokens = data.probe_text()
+    tokens = data.positions.probe_text()
     shares = [(tokens == 0), (tokens == 1100), (tokens % 5 == 0) & (tokens != 0) & (tokens != 1100)]
     bos, one, long = (share.float().mean().item() for share in shares)
     long /= 1 - bos - one
@@ -119,10 +119,11 @@ def test_a_cache_holds_what_is_left_and_its_limit(tmp_path):
     harvested = torch.cat([Cache(str(tmp_path)).piece(i) for i in range(Cache(str(tmp_path)).n_pieces)])
     assert sorted((harvested[:, 0, 0] * 200).round().int().tolist()) == sorted(ids(spiky(**settings)))
     cached = CachedData(Spikes(), str(tmp_path), **(SETTINGS | settings))
-    assert cached.norm_limits == manifest.norm_limits == spiky(max_norm=10, exclude_tokens=[101]).norm_limits
+    assert cached.positions.limits == manifest.norm_limits
+    assert manifest.norm_limits == spiky(max_norm=10, exclude_tokens=[101]).positions.limits
     assert not any(i and i % 5 == 0 for i in ids(cached))
     tokens = cached.held_out_rows(18)
-    assert torch.equal(cached.kept(tokens)[0], (tokens % 5 != 0) | (tokens == 0))
+    assert torch.equal(cached.positions.read(tokens)[0], (tokens % 5 != 0) | (tokens == 0))
     with pytest.raises(UserError, match=r"data.max_norm is 10 in the cache and None here"):
         CachedData(Spikes(), str(tmp_path), **(SETTINGS | settings | {"max_norm": None}))
     with pytest.raises(UserError, match=r"data.exclude_tokens is \[101\] in the cache and \[\] here"):

@@ -253,7 +253,7 @@ def test_a_lock_is_free_between_launches():
     """So that a validation may run the language model."""
     d = data()
     lock = Lock()
-    ahead = InterleavedSource(LMSource(d.lm, d.text.rows("train", True), d.keep_mask, 2, lock, lock), CPU)
+    ahead = InterleavedSource(LMSource(d.lm, d.text.rows("train", True), d.positions.mask, 2, lock, lock), CPU)
     chunks = iter(ahead)
     next(chunks)
     ahead.prepare(100, 100)

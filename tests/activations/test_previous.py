@@ -75,7 +75,7 @@ def test_pairs_resume_exactly_and_leave_what_is_held_out_alone():
 def test_a_row_is_left_out_where_either_of_a_pair_is_too_long():
     limited = follow(max_norm=1.5)
     x = torch.cat(list(limited.with_previous().train_dataloader()))
-    limits = torch.tensor(list(limited.norm_limits.values())).repeat(2)
+    limits = torch.tensor(list(limited.positions.limits.values())).repeat(2)
     assert (x.norm(dim=-1) <= limits).all()
 
 

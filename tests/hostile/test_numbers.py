@@ -242,7 +242,7 @@ def test_activations_of_width_1(name, tmp_path, caplog, no_figures):
 
 def test_held_out_text_that_is_left_out_whole():
     data = bad_data(lambda x: x)
-    data.keep_mask = lambda tokens: torch.zeros_like(tokens, dtype=torch.bool)
+    data.positions.mask = lambda tokens: torch.zeros_like(tokens, dtype=torch.bool)
     with pytest.raises(UserError, match=r"data.exclude_\* leaves out every held-out token"):
         evaluate(small("topk", data), data)
 

@@ -31,7 +31,7 @@ def read(tmp_path_factory):
     cfg = compose(*overrides, "data.n_eval_tokens=64", "data.n_val_tokens=64")
     data = instantiate(cfg.data, lm=instantiate(cfg.lm))
     sae = build("batch_topk", "k=8", "sae.normalize=none", d_in=128, n_latents=256)
-    sae(data.kept(data.text.first_rows(8))[1])
+    sae(data.positions.read(data.text.first_rows(8))[1])
     return sae.eval(), data
 
 
@@ -84,7 +84,7 @@ def test_what_is_shown_is_what_the_sae_does_on_the_text(read, tmp_path):
     write(read, tmp_path, "saedashboard")
     [batch] = (json.loads(file.read_text()) for file in tmp_path.glob("batch-*.json"))
     found = gather_activations(sae, data, LATENTS, SIZES["n_tokens"])
-    code = sae.encode(data.kept(found.tokens)[1])[:, LATENTS]
+    code = sae.encode(data.positions.read(found.tokens)[1])[:, LATENTS]
     fired = 0
     for i, (feature, values) in enumerate(zip(batch["features"], code.T, strict=True)):
         n = int((values > 0).sum())

@@ -94,7 +94,8 @@ def test_a_metric_of_ones_own_is_logged_and_written(whole):
     metrics = json.loads((whole / "metrics.json").read_text())
     assert metrics["own_metrics"] == ["worst"]
     sae, data, _ = load_run(whole, trust="test_callbacks")
-    x = torch.cat([data.held_out_rows_of(part).x for part in data.held_out(data.n_eval_tokens).parts])
+    held_out = data.held_out(data.n_eval_tokens)
+    x = torch.cat([held_out.read(part).x for part in held_out.parts])
     assert metrics["worst"] == pytest.approx(worst(x, sae.reconstruct(x), 2.0).mean().item(), rel=1e-5)
     assert metrics["train_mode"]["worst"] == metrics["worst"]
     assert pd.read_csv(whole / "metrics.csv")["val/worst"].notna().any()
