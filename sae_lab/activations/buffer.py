@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.activations.block import Block, Layout
-from sae_lab.activations.source import Chunk, Source
+from sae_lab.activations.cursor import Cursor, Place
+from sae_lab.activations.source import Source
 from sae_lab.parallel.agreement import stop_together
 from sae_lab.parallel.mesh import world_size
 from sae_lab.runtime.seeds import nth_generator
@@ -84,19 +85,15 @@ class ShuffledBlocks:
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.n_rows, self.prepare = n_rows, prepare
         self.block_rows = max(1, block_rows // batch_size) * batch_size
-        self._begin: tuple[dict[str, Any], int] = (source.state_dict(), 0)
+        self._begin: Place = (source.state_dict(), 0)
         self._number = self._given = 0
-        self.filling, self._block = Filling(), Block(device)
-        self._chunks: Generator[Chunk, None, None] | None = None
+        self.filling, self._block, self._cursor = Filling(), Block(device), Cursor(source)
         self.close()
 
     def close(self) -> None:
         """Close the source and free the block. The position is kept: iteration can continue."""
-        if self._chunks is not None:
-            self._chunks.close()
-        self._chunks = None
-        self._chunk: Chunk | None = None  # the chunk being read, and how many of its rows have been read
-        self._used = self._filled_at = 0  # _filled_at: batches that were given of the block before it was filled
+        self._cursor.go_to(self._begin)
+        self._filled_at = 0  # batches that were given of the block before it was filled
         self._is_filled = False
         self._block.close()
 
@@ -139,7 +136,7 @@ class ShuffledBlocks:
         batch = self._block.batch(self._given)
         self._given += 1
         if self._given == self._block.n_batches:
-            self._begin, self._number, self._given = self._place(), self._number + 1, 0
+            self._begin, self._number, self._given = self._cursor.place, self._number + 1, 0
             self._is_filled = False
         if len(batch) == 0:  # fewer rows than ranks
             raise StopIteration
@@ -150,13 +147,11 @@ class ShuffledBlocks:
         filled, start = 0, time.perf_counter()
         expected = self._layout(self.block_rows)
         self._block.begin(expected)
-        while filled < self.block_rows and self._open_chunk() is not None:
-            assert self._chunk is not None
+        while filled < self.block_rows and self._cursor.find_row():
             if filled == 0:
-                self._begin = self._place()
-            rows = self._chunk.rows[self._used : self._used + self.block_rows - filled]
-            self._block.put(rows, self._chunk.rank)
-            self._used += len(rows)
+                self._begin = self._cursor.place
+            rows = self._cursor.take(self.block_rows - filled)
+            self._block.put(rows, self._cursor.chunk.rank)
             filled += len(rows)
             self._prepare_this_block(self.block_rows - filled)
             if self.filling.watch is not None:
@@ -176,36 +171,12 @@ class ShuffledBlocks:
 
     def _prepare_this_block(self, missing: int) -> None:
         """While the block is filled, let each rank compute two chunks while one is copied."""
-        assert self._chunk is not None
-        wanted = max(0, missing - self._rows_in_chunk())
-        self.prepare(min(wanted, 2 * world_size() * len(self._chunk.rows)), wanted)
+        wanted = max(0, missing - self._cursor.n_left)
+        self.prepare(min(wanted, 2 * world_size() * len(self._cursor.chunk.rows)), wanted)
 
     def _prepare_next_block(self) -> None:
         """Ask for the share of the next block that is due, so that it fills evenly over the batches of this one."""
         is_last = self.n_rows is not None and (self._number + 1) * self.block_rows >= self.n_rows
-        wanted = 0 if is_last else max(0, self.block_rows - self._rows_in_chunk())
+        wanted = 0 if is_last else max(0, self.block_rows - self._cursor.n_left)
         batch, n_batches = self._given + 1 - self._filled_at, self._block.n_batches - self._filled_at
         self.prepare(wanted * batch // n_batches, wanted)
-
-    def _rows_in_chunk(self) -> int:
-        """Rows of the chunk being read that no block has."""
-        assert self._chunk is not None
-        return max(0, len(self._chunk.rows) - self._used)
-
-    def _open_chunk(self) -> Chunk | None:
-        """Return the chunk that holds the next row; None at the end of the source, where the last chunk is kept."""
-        if self._chunks is None:
-            state, skip = self._begin
-            self.source.load_state_dict(state)
-            self._chunks = iter(self.source)
-            self._chunk, self._used = next(self._chunks, None), skip
-        while self._chunk is not None and self._used >= len(self._chunk.rows):
-            following = next(self._chunks, None)
-            if following is None:
-                return None
-            self._chunk, self._used = following, self._used - len(self._chunk.rows)
-        return self._chunk
-
-    def _place(self) -> tuple[dict[str, Any], int]:
-        assert self._chunk is not None
-        return self._chunk.state, self._used
