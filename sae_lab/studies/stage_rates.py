@@ -86,7 +86,7 @@ def build_stages(cfg: DictConfig, data: ActivationData, folder: str) -> dict[str
         "text": lambda: sum(rows.take(data.lm_batch_rows).numel() for _ in range(n_passes)),
         "forward": lambda: sum(data.lm.activations(tokens)[..., 0, 0].numel() for _ in range(n_passes)),
         "harvest": lambda: sum(len(chunk.rows) for chunk in islice(harvest, n_passes)),
-        "cache write": lambda: writer.write_shard("written.safetensors", shard, cfg.slice_tokens).rows,
+        "cache write": lambda: writer.files.write_shard("written.safetensors", shard, cfg.slice_tokens).rows,
         "cache read": lambda: run(cached, train=False),
         "step": lambda: sum(len(batch) for _ in range(n_batches) if step() is None),
         "streaming": lambda: run(streamed, train=True),

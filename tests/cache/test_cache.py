@@ -288,8 +288,8 @@ def test_a_harvest_of_other_settings_is_refused_and_leaves_the_cache(whole, chan
     before = files(whole)
     if "seed" in changes:
         other = harvester(whole)
-        other.data.text.documents = partial(UniqueWords, n_documents=90, seed=1)
-        other.key |= data_key(other.data)
+        other.files.data.text.documents = partial(UniqueWords, n_documents=90, seed=1)
+        other.files.key |= data_key(other.files.data)
         key = r"data\.first_rows is .* data\.seed is None in the cache and 1 here"
     else:
         other = harvester(whole, **changes)
@@ -435,13 +435,13 @@ def test_text_that_changed_behind_its_first_rows_is_refused(tmp_path):
 
     def of_files() -> CacheWriter:
         result = harvester(tmp_path / "cache")
-        result.data.text.documents = partial(FileDocuments, [str(corpus / "*.txt")])
-        result.key |= data_key(result.data)
+        result.files.data.text.documents = partial(FileDocuments, [str(corpus / "*.txt")])
+        result.files.key |= data_key(result.files.data)
         return result
 
-    before = of_files().key
+    before = of_files().files.key
     (corpus / "2.txt").write_text("1 2 3 4 " * 899 + "1 2 3 5 ")
-    after = of_files().key
+    after = of_files().files.key
     assert [key for key in before if before[key] != after[key]] == ["data.digest"]
 
 

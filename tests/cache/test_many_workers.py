@@ -21,11 +21,11 @@ from test_cache import cached, files, harvester
 
 from sae_lab.cache import claims
 from sae_lab.cache.claims import Claims
+from sae_lab.cache.files import CacheFiles
 from sae_lab.cache.progress import name_of
 from sae_lab.cache.ranges import Ranges, choose_free
 from sae_lab.cache.shards import Shard
 from sae_lab.cache.store import Store
-from sae_lab.cache.writer import CacheWriter
 from sae_lab.runtime.errors import SafeStop, UserError
 
 CONTEXT = get_context("fork")
@@ -41,7 +41,7 @@ class Slow(Follow):
 
 def writer(path, n_tokens: int, **data):
     made = harvester(path, n_tokens, lm=Slow(), **({"n_documents": 200} | data))
-    made.shard_tokens = made.key["shard_tokens"] = 30
+    made.files.shard_tokens = made.files.key["shard_tokens"] = 30
     made.lost_after = 5.0
     return made
 
@@ -54,7 +54,7 @@ def of_one_worker(folder: Path, n_tokens: int, **data) -> dict[str, bytes]:
 @contextmanager
 def stopping_after(n: int) -> Iterator[None]:
     """Send this process SIGTERM while it writes its n-th shard."""
-    written, real = [], CacheWriter.write_shard
+    written, real = [], CacheFiles.write_shard
 
     def write(*args, **kwargs):
         written.append(args)
@@ -63,7 +63,7 @@ def stopping_after(n: int) -> Iterator[None]:
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(CacheWriter, "write_shard", write)
+        patched.setattr(CacheFiles, "write_shard", write)
         yield
 
 

@@ -350,7 +350,7 @@ def test_a_member_that_cannot_be_saved_fails_alone(tmp_path, monkeypatch, no_fig
 
 def test_a_cache_of_bad_numbers_is_not_used(tmp_path, monkeypatch):
     """Checksums are right, but the rows are not what `harvest` would have written."""
-    monkeypatch.setattr("sae_lab.cache.writer.check_finite", lambda rows, *_: rows)
+    monkeypatch.setattr("sae_lab.cache.files.check_finite", lambda rows, *_: rows)
     monkeypatch.setattr("sae_lab.activations.workers.FiniteCheck.wait", lambda check: check.rows)
     CacheWriter(bad_data(spoil_last(math.nan)), str(tmp_path), 24, 100, "float16").build()
     monkeypatch.undo()
