@@ -3,7 +3,7 @@
 import logging
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
@@ -74,23 +74,35 @@ def build_trainer(
     device = resolve_device(accelerator, "accelerator")
     check_devices(device, devices)
     check_precision(device, precision)
+    saving = ModelCheckpoint(
+        run_dir / "checkpoints", "last", every_n_train_steps=checkpoint_every, enable_version_counter=False
+    )
+    return plain_trainer(
+        accelerator=device,
+        devices=[own_gpu() or 0] if device in GPU else 1,
+        precision=precision,
+        max_steps=n_steps,
+        val_check_interval=min(validate_every, n_steps),
+        log_every_n_steps=min(log_every, n_steps),
+        callbacks=[saving, PrepareSteps(capture, products, micro_batches), *callbacks],
+        plugins=[AtomicCheckpointIO(run_dir)],
+        default_root_dir=run_dir,
+    )
+
+
+def plain_trainer(**settings: Any) -> L.Trainer:
+    """Build a Trainer for one epoch without the parts of Lightning that are not used: loggers, bars, samplers, signals.
+
+    Raises:
+        UserError: Lightning refuses the settings.
+    """
     quiet_lightning()
-    checkpoints = run_dir / "checkpoints"
-    saving = ModelCheckpoint(checkpoints, "last", every_n_train_steps=checkpoint_every, enable_version_counter=False)
     try:
         trainer = L.Trainer(
-            accelerator=device,
-            devices=[own_gpu() or 0] if device in GPU else 1,
-            precision=precision,
+            **settings,
             max_epochs=1,
-            max_steps=n_steps,
-            val_check_interval=min(validate_every, n_steps),
-            log_every_n_steps=min(log_every, n_steps),
             num_sanity_val_steps=0,
             logger=False,
-            callbacks=[saving, PrepareSteps(capture, products, micro_batches), *callbacks],
-            plugins=[AtomicCheckpointIO(run_dir)],
-            default_root_dir=run_dir,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
