@@ -18,6 +18,7 @@ from sae_lab.lm.generation import generate
 from sae_lab.lm.predictions import Predictions, PredictionsOfHidden, PredictionsOfRows, is_split
 from sae_lab.lm.sites import check_sites, join_heads, site_names
 from sae_lab.lm.splicing import splicing_hooks
+from sae_lab.lm.token_ids import find_bos_id, place_tokens
 from sae_lab.runtime.calls import check_call
 from sae_lab.runtime.errors import SettingError, UserError
 
@@ -82,10 +83,9 @@ class LanguageModel(ABC):
     def with_sites(self, sites: Sequence[str] | str | None) -> "LanguageModel":
         """Return the same model, read at other sites. It shares the weights, and computes the same bits at each site.
 
-        A back end that keeps something that depends on the sites must override this.
+        A back end that keeps something that depends on the sites, other than in a `cached_property`, must override it.
         """
-        other = copy(self)
-        other.__dict__.pop("is_split", None)
+        other = self._copy()
         other._read_at(sites)
         return other
 
@@ -100,10 +100,15 @@ class LanguageModel(ABC):
 
     def run_by(self, model: nn.Module) -> Self:
         """Return the same model at the same sites, run by a copy of its module."""
+        other = self._copy()
+        other.model = model
+        return other
+
+    def _copy(self) -> Self:
+        """Return a copy that shares the module, without what was cached of sites and module."""
         other = copy(self)
         for name in [name for name in vars(self) if isinstance(getattr(type(self), name, None), cached_property)]:
             del other.__dict__[name]
-        other.model = model
         return other
 
     def _read_at(self, sites: Sequence[str] | str | None) -> None:
@@ -174,7 +179,7 @@ class LanguageModel(ABC):
             replace: `replace[:, :, i]` takes the place of the activation at site i. Differentiable.
             where: replace only where this is True; None replaces everywhere.
         """
-        tokens = self._place_tokens(tokens)
+        tokens = place_tokens(self, tokens)
         if replace is None:
             return self.forward(tokens, {})
         assert replace.shape == (*tokens.shape, len(self.sites), self.d), (replace.shape, tokens.shape)
@@ -243,7 +248,7 @@ class LanguageModel(ABC):
         return self.body is not None and is_split(self, self.body)
 
     def _vectors(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t d"]]:
-        tokens = self._place_tokens(tokens)
+        tokens = place_tokens(self, tokens)
         seen = self.capture(tokens)
         missing = [site for site in self.sites if site not in seen]
         if missing:
@@ -251,28 +256,6 @@ class LanguageModel(ABC):
                 f"{{sites}}: {self.name} never computes {missing} in a forward pass: {self.describe_choices()}"
             )
         return {site: join_heads(site, seen[site], tokens) for site in self.sites}
-
-    def _place_tokens(self, tokens: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
-        """Return the tokens on the model's device.
-
-        Raises:
-            UserError: they are no rows, the rows exceed the model's context, or an id the embedding. (On a GPU, an id
-                beyond it would end the process. Rows of text are on the CPU, where looking costs microseconds.)
-        """
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
-            given = (
-                f"{tokens.dtype} of shape {tuple(tokens.shape)}"
-                if isinstance(tokens, Tensor)
-                else type(tokens).__name__
-            )
-            raise UserError(f"tokens must be rows of token ids, a tensor of integers (n, t), not {given}.")
-        if self.context is not None and tokens.shape[1] > self.context:
-            raise UserError(
-                f"seq_len={tokens.shape[1]} exceeds the context of {self.name}: use seq_len={self.context} or less."
-            )
-        if self.n_ids is not None and tokens.device.type == "cpu" and tokens.numel():
-            check_ids(tokens, self.n_ids, self.name, self.tokenizer)
-        return tokens.to(self.device)
 
     @torch.no_grad()
     def _measure(self) -> tuple[int, torch.dtype]:
@@ -304,35 +287,3 @@ def replace_where(x: Tensor, new: Float[Tensor, "n t d"], where: Bool[Tensor, "n
 def text_config_of(config: Any) -> Any:
     """Return the config of the text model in a config of `transformers`; None if it is of another library."""
     return config.get_text_config() if hasattr(config, "get_text_config") else None
-
-
-def check_ids(tokens: Int[Tensor, "n t"], n_ids: int, name: str, tokenizer: Any) -> None:
-    """Raise a UserError that names the token if an id is not in the embedding."""
-    low, high = (int(x) for x in torch.aminmax(tokens))
-    if low < 0 or high >= n_ids:
-        wrong = low if low < 0 else high
-        token = tokenizer.convert_ids_to_tokens(wrong) if wrong >= 0 else None
-        spelled = f" ({token!r})" if token else ""
-        raise UserError(
-            f"token id {wrong}{spelled} is beyond the embedding of {name}, which has {n_ids} rows: "
-            "give lm.tokenizer=<folder or hub name of the tokenizer that the model was trained with>."
-        )
-
-
-def find_bos_id(name: str, tokenizer: Any, bos_id: int | None, n_ids: int | None) -> int:
-    """Return the given id (which may be 0), else the tokenizer's BOS, else its EOS.
-
-    Raises:
-        UserError: the tokenizer has neither, or the id is outside the embedding.
-    """
-    for candidate in (bos_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            if candidate < 0 or (n_ids is not None and candidate >= n_ids):
-                most = "" if n_ids is None else f", and at most {n_ids - 1}"
-                raise SettingError(
-                    f"{{bos_id}}={candidate} is not a token id of {name}: give {{bos_id}}=... of at least 0{most}."
-                )
-            return int(candidate)
-    raise SettingError(
-        f"the tokenizer of {name} has neither a BOS nor an EOS token: set the token id to use with {{bos_id}}=..."
-    )

@@ -1,7 +1,5 @@
 """nnsight back end, which reads and replaces activations inside a traced forward pass. Install `sae-lab[nnsight]`."""
 
-from collections.abc import Sequence
-from copy import copy
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -45,13 +43,6 @@ class NnsightLM(TransformersLM):
         with self.hooked({site: lambda _x, site=site: order.append(site) for site in self.sites}):  # type: ignore[misc]
             self.model(torch.full((1, 2), self.bos_id, device=self.device), **self.call_options)
         return order
-
-    def with_sites(self, sites: Sequence[str] | str | None) -> "NnsightLM":
-        other = copy(self)
-        for kept in ("execution_order", "is_split"):
-            other.__dict__.pop(kept, None)
-        other._read_at(sites)
-        return other
 
     def capture(self, tokens: Int[Tensor, "n t"]) -> dict[str, Float[Tensor, "n t ..."]]:
         seen = {}

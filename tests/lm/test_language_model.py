@@ -10,8 +10,8 @@ from torch import nn
 
 from sae_lab.evaluation.downstream import spliced_predictions
 from sae_lab.lm import NnsightLM, TransformerLensLM, TransformersLM
-from sae_lab.lm.base import find_bos_id
 from sae_lab.lm.finding import TINY, find_folder
+from sae_lab.lm.token_ids import find_bos_id
 from sae_lab.runtime.errors import UserError
 
 # The same places by both back ends' names: (transformers, TransformerLens, index in output_hidden_states).
