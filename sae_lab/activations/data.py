@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge, Gt
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import Self
 
 from sae_lab.activations.digests import digest_of_rows
 from sae_lab.activations.exclusions import Exclusions, token_ids
@@ -98,7 +99,7 @@ class ActivationData(StreamData):
         check_memory_of(lm.device, one_pass, f"the activations of {of_a_pass} take {{size}}: lower it.")
         self.begin()
 
-    def with_sites(self, sites: Sequence[str], lm_batch_rows: int | None = None) -> "ActivationData":
+    def with_sites(self, sites: Sequence[str], lm_batch_rows: int | None = None) -> Self:
         """Return the same data at other sites of the language model, from the beginning of the stream.
 
         They are the data that `lm.sites=sites` would build, but share the text, the language model and its lock.
@@ -112,24 +113,23 @@ class ActivationData(StreamData):
         other._read(lm, lm_batch_rows or rows_per_pass(lm, self.seq_len, *self._pass_size))
         return other.in_whole_rows() if self.has_whole_rows else other
 
-    def with_joined_sites(self, sites: Sequence[str]) -> "ActivationData":
+    def with_joined_sites(self, sites: Sequence[str]) -> Self:
         return self.with_sites(sites, self.lm_batch_rows)
 
-    def shares_rows_with(self, other: StreamData) -> bool:
+    def shares_rows_with(self, other: Self) -> bool:
         """Return whether one pass over the same text gives the rows of both, at other sites but the same positions."""
-        assert isinstance(other, ActivationData)
         same_positions = self.positions.max_norm is None or set(self.sites) == set(other.sites)
         here, there = ((data.d_in, data.dtype, data.lm_batch_rows) for data in (self, other))
         return same_positions and here == there
 
-    def with_previous(self) -> StreamData:
+    def with_previous(self) -> Self:
         if self.has_whole_rows:
             raise UserError("loss=kl_mse has batches of whole text rows, not of pairs: leave it out for this SAE.")
         other = copy(self)
         other._train_on(WithPrevious(self.lm), self.positions.pair_mask)
         return other
 
-    def in_whole_rows(self) -> "ActivationData":
+    def in_whole_rows(self) -> Self:
         if not isinstance(self.text, TrainingText):
             super().in_whole_rows()
         check_whole_rows(self.batch_size, self.n_tokens, self.seq_len, self.positions.are_by_place_alone)
@@ -223,9 +223,8 @@ class ActivationData(StreamData):
             return here | {"the text": digest_of_rows(self.text.first_rows(self.fixed_rows))}
         return here
 
-    def share_state(self, data: StreamData) -> None:
+    def share_state(self, data: Self) -> None:
         super().share_state(data)
-        assert isinstance(data, ActivationData)
         self.positions.limits = data.positions.limits
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,11 +8,12 @@ import torch
 from annotated_types import Ge
 from jaxtyping import Int
 from torch import Tensor
+from typing_extensions import Self
 
+from sae_lab.activations.contract import ActivationRows
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Source
-from sae_lab.activations.stream import StreamData
 from sae_lab.cache.key import lm_key
 from sae_lab.cache.pieces import PIECE
 from sae_lab.cache.reader import Cache, CachedSource
@@ -100,14 +101,13 @@ class CachedData(ActivationData):
         self.positions.limits = self.cache.manifest.norm_limits
         super()._read(lm, lm_batch_rows)
 
-    def with_sites(self, sites: Sequence[str], lm_batch_rows: int | None = None) -> ActivationData:
+    def with_sites(self, sites: Sequence[str], lm_batch_rows: int | None = None) -> Self:
         other = super().with_sites(sites, lm_batch_rows)
-        assert isinstance(other, CachedData)
         other._compare_first_rows()
         return other
 
-    def with_previous(self) -> StreamData:
-        return StreamData.with_previous(self)  # a cache gives its rows in another order
+    def with_previous(self) -> Self:
+        return ActivationRows.with_previous(self)  # raises: a cache gives its rows in another order
 
     def _compare_first_rows(self) -> None:
         """Compute the cache's first rows again and compare: this finds differences that the key does not cover."""
