@@ -58,9 +58,7 @@ def load_run(
     check_trusted(OmegaConf.to_container(own), config_file(folder), trust)
     check_parts(own, config_file(folder))
     warn_if_unchecked(folder)
-    run = on_device(replace_settings(own, replace), device, replace.get("lm.device"))
-    if n_eval_tokens is not None:
-        run.data.n_eval_tokens = n_eval_tokens
+    run = adapt_config(own, replace, device, n_eval_tokens)
     get_class(run.sae._target_)  # imports an SAE class from outside this package, which registers it
     data = build_data(run)
     if (folder / CHECKPOINT).is_file():
@@ -72,12 +70,15 @@ def load_run(
     return sae, data, run
 
 
-def on_device(run: DictConfig, device: str, replaced: str | None) -> DictConfig:
-    """Put the language model of a config on a device, unless `lm.device` was replaced. Returns the config.
+def adapt_config(own: DictConfig, replace: Mapping[str, Any], device: str, n_eval_tokens: int | None) -> DictConfig:
+    """Return an SAE's config with settings replaced, the language model on a device, and so many held-out tokens.
 
     Raises:
-        UserError: both are given, and differ.
+        UserError: `device` and a replaced `lm.device` differ; see also replace_settings.
     """
+    run, replaced = replace_settings(own, replace), replace.get("lm.device")
+    if n_eval_tokens is not None:
+        run.data.n_eval_tokens = n_eval_tokens
     if run.lm.get("devices") is not None:
         run.lm.devices = None  # those of the training
     if replaced in (None, "auto"):

@@ -18,8 +18,8 @@ from sae_lab.interop.trained_on import trained_on
 from sae_lab.lm.sites import UnknownSite
 from sae_lab.runs.config import bring_up_to_date, config_file, read_config
 from sae_lab.runs.folder import MAY_CHANGE, check_links
-from sae_lab.runs.loading import check_parts, check_width, load_run, on_device
-from sae_lab.runs.replacements import LONGEST, SECTIONS, is_choice, replace_settings, replaced_settings
+from sae_lab.runs.loading import adapt_config, check_parts, check_width, load_run
+from sae_lab.runs.replacements import LONGEST, SECTIONS, is_choice, replaced_settings
 from sae_lab.runs.trust import check_trusted
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import read_json
@@ -72,16 +72,14 @@ def open_sae(
     lm.sites.
 
     Args:
-        source, sae_id: as for `load_sae`.
+        source, sae_id, device, trust: as for `load_sae` and `load_run`.
         sae_dir: of a run, an SAE folder to open instead of the run's own SAE.
         n_eval_tokens: held-out tokens of an evaluation; None: as the data have it.
-        device, trust: as for `load_run`.
         replace: settings of language model and data that differ from the SAE's own, by their full key. With
             `lm._target_` or `data._target_`, all settings of that part.
         typed: the same as the user typed it: the name of results for an SAE that has no settings of its own.
         options: training's defaults of options, such as calibration_batches, for an SAE that is no run.
-        out: folder of the results; None: the run folder, a folder `results` in or beside the SAE, or a folder in
-            `outputs/` for an SAE on the hub or in a folder that may not be written.
+        out: folder of the results; None: see home_of.
 
     Raises:
         UserError: there is no such SAE; language model or data are missing, not trusted or do not fit it; its sites
@@ -94,14 +92,10 @@ def open_sae(
     if sae_dir is not None:
         raise UserError(f"sae_dir={sae_dir} is an SAE of a run, and {source} is no run folder: give sae={sae_dir}.")
     sae = load_sae(source, sae_id=sae_id)
-    said = config_of_sae(source, sae_id)
+    said = config_of_sae(source, sae_id, trust)
     own = OmegaConf.create({"lm": {}, "data": {}, **options, **said})
-    config = on_device(replace_settings(own, replace), device, replace.get("lm.device"))
-    if n_eval_tokens is not None:
-        config.data.n_eval_tokens = n_eval_tokens
+    config = adapt_config(own, replace, device, n_eval_tokens)
     check_named(config, source)
-    check_trusted(OmegaConf.to_container(OmegaConf.create(said)), Path(source) / CONFIG, trust)
-    check_parts(config, Path(source), ("lm", "data"))
     names_sites = "sites" not in config.lm or "lm.sites" in typed or (said and "lm._target_" not in replace)
     data = build_data(config) if names_sites else build_where_trained(config, sae, source, sae_id)
     check_width(sae, data)
@@ -137,17 +131,23 @@ def is_run(source: str | Path, sae_id: str | None = None) -> bool:
     return not sae_id and config_file(Path(source)).is_file()
 
 
-def config_of_sae(source: str | Path, sae_id: str | None) -> dict[str, Any]:
-    """Return the language model and the data in the provenance of an SAE folder of ours; empty for any other SAE."""
+def config_of_sae(source: str | Path, sae_id: str | None, trust: Sequence[str] | str) -> dict[str, Any]:
+    """Return the language model and the data in the provenance of an SAE folder of ours; empty for any other SAE.
+
+    Raises:
+        UserError: they name code that is not trusted.
+    """
     file = Path(source).expanduser() / (sae_id or "") / CONFIG
     provenance = read_json(file).get("provenance") if file.is_file() else None
     if not isinstance(provenance, dict) or not all(is_choice(provenance.get(name)) for name in SECTIONS):
         return {}
-    return {name: bring_up_to_date(provenance[name]) for name in SECTIONS}
+    said = {name: bring_up_to_date(provenance[name]) for name in SECTIONS}
+    check_trusted(OmegaConf.to_container(OmegaConf.create(said)), Path(source) / CONFIG, trust)
+    return said
 
 
 def check_named(config: DictConfig, source: str | Path) -> None:
-    """Raise a UserError that says what to type if the language model or the data are missing."""
+    """Raise a UserError that says what to type if the language model or the data are missing or damaged."""
     examples = {"lm": "lm=gpt2 lm.sites=[blocks.8.hook_resid_pre]", "data": "data=text_files data.paths=[corpus]"}
     if missing := [name for name in SECTIONS if "_target_" not in config[name]]:
         what = {"lm": "language model", "data": "data"}
@@ -156,6 +156,7 @@ def check_named(config: DictConfig, source: str | Path) -> None:
             f"give {' and '.join(f'{name}=...' for name in missing)} as for training, such as "
             f"{' '.join(examples[name] for name in missing)}."
         )
+    check_parts(config, Path(source), SECTIONS)
 
 
 def without_free(typed: Mapping[str, Any], n_eval_tokens: int | None) -> dict[str, Any]:
@@ -182,7 +183,10 @@ def home_of(source: str | Path, sae_id: str | None) -> Path:
 
 
 def results_folder(source: str | Path, sae_id: str | None) -> Path:
-    """Return the folder of results for an SAE that is no run: in its folder, beside its file, or in outputs/."""
+    """Return the folder of results for an SAE that is no run: `results` in its folder, or beside its file.
+
+    It is in outputs/ for an SAE on the hub, or in a folder that may not be written.
+    """
     path = Path(source).expanduser() / (sae_id or "")
     elsewhere = OUTPUTS / name_of(source, sae_id)
     if path.is_file():
