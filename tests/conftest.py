@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,33 +13,51 @@ import torch
 if "SAE_LAB_CACHE" not in os.environ:  # token stores, shared by all tests, workers and processes of a session
     os.environ["SAE_LAB_CACHE"] = tempfile.mkdtemp(prefix="sae_lab-tests-")
     atexit.register(shutil.rmtree, os.environ["SAE_LAB_CACHE"], ignore_errors=True)
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes started here: the workers share the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for others leave them the cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub's library is imported; no test may depend on a network
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for test_sparse_triton.py; read once, when Lightning imports triton
 
+import conf_files
 import hydra
 import pytest
+import sketches
 from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
 
 import sae_lab.cli.entry  # noqa: F401 (registers the resolvers of conf/)
 from sae_lab.cli.help import CONF
 from sae_lab.runtime.build import build as build_node
 from sae_lab.saes.base import BaseSAE
+from sae_lab.sweeps.composition import SharedComposition
 
 torch.set_num_threads(1)
+sketches.draw_sketches()
+conf_files.read_once()
 pytest.register_assert_rewrite("small_runs", "groups")
 pytest_plugins = ["process_guard"]
 
 SAE_NAMES = sorted(p.stem for p in (CONF / "sae").glob("*.yaml") if not p.stem.startswith("_"))
 
 
-def compose(*overrides: str, config_name: str = "train"):
-    """conf/ composed with overrides, as the command line does it."""
+@cache
+def conf() -> SharedComposition:
+    """The files of conf/, composed once for all tests of a worker that choose the same: 0.1 s each."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose(config_name, overrides=list(overrides))
+        return SharedComposition(GlobalHydra.instance().config_loader())
+
+
+def compose(*overrides: str, config_name: str = "train") -> DictConfig:
+    """conf/ composed with overrides, as the command line does it."""
+    cfg = conf().load_configuration(config_name, list(overrides), RunMode.RUN, from_shell=False)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
 
 
 def build(name: str, *overrides: str, d_in: int = 16, n_latents: int = 64, n_sources: int = 1) -> BaseSAE:

@@ -1,7 +1,7 @@
 """Entry points as a shell starts them, each in a process of its own, but forked from one that has imported them all.
 
 A start by the shell spends 4 s of a processor on imports, most of what a test of a mistake costs. What is forked here
-comes from multiprocessing's fork server: a fresh interpreter, which has imported the entry points and run nothing, so
+comes from multiprocessing's fork server: a fresh interpreter, which has imported preloaded.py and run nothing, so
 that no run sees what a test has done before. The processes of `trainer=ddp`, which the package spawns, come from it as
 well. `shell=True` starts by `python -m`, for what a fork cannot show; its processes are spawned.
 """
@@ -23,10 +23,6 @@ from typing import Any
 import torch
 
 from sae_lab.runtime.signals import IF_FREE
-
-ROOMS = ("training.run", "sweeps.gpus", "sweeps.figures", "studies.stage_rates", "evaluation.rules", "runs.export")
-OF_A_RUN = ("sae_lab.activations.from_text", "sae_lab.cli.entry", "transformers.models.gpt2.modeling_gpt2")
-"""What the entry points import while they run, which is a second of each start."""
 
 
 class Inherited:
@@ -58,12 +54,14 @@ class Forks(context.ForkServerContext):
 
 def call(inherited: None, target: Callable[..., None], arguments: tuple) -> None:
     """What a process of the server runs. Processes that it starts come from the same server: it would start another."""
+    import preloaded  # noqa: F401  (which the server has imported)
+
     forkserver._forkserver.ensure_running = lambda: None
     target(*arguments)
 
 
 FORKS = Forks()
-FORKS.set_forkserver_preload([*(f"sae_lab.{name}" for name in ROOMS), *OF_A_RUN])
+FORKS.set_forkserver_preload(["preloaded"])  # found by the PYTHONPATH of conftest.py
 context._concrete_contexts["spawn"] = FORKS
 
 
@@ -129,6 +127,7 @@ def body(module: str, overrides: tuple[str, ...], said: str, cwd: str, threads: 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the suite runs under nohup
     os.chdir(cwd)
+    sys.path.insert(0, cwd)  # as `python -m`
     os.environ.update(env)
     entry = import_module(module)
     torch.set_num_threads(threads)

@@ -4,6 +4,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import sketches
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -11,6 +12,13 @@ from matplotlib.image import imread
 from sae_lab import plots
 from sae_lab.plots import run, style
 from sae_lab.plots import sweep as sweeps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_a_user_gets_them():
+    sketches.draw_sketches(False)
+    yield
+    sketches.draw_sketches()
 
 
 @pytest.fixture
