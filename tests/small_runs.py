@@ -11,7 +11,7 @@ from shell import Forked, run
 
 N_EVAL = 2048
 SMALL = [
-    "n_tokens=60_000",
+    "n_tokens=30_000",
     "expansion=4",
     "seq_len=64",
     "data.block_tokens=10_000",
@@ -22,7 +22,7 @@ SMALL = [
     "trainer.checkpoint_every=15",
     "trainer.log_every=10",
 ]
-N_STEPS = 60_000 // 1024 + 1  # the last one smaller
+N_STEPS = 30_000 // 1024 + 1  # the last one smaller
 
 
 def assert_continues_to_the_bits_of(whole_dir: Path, folder: Path, dials: list[str], stop, n_steps: int, threads=1):

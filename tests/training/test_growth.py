@@ -9,7 +9,7 @@ from small_runs import SMALL, assert_one_sentence
 
 from sae_lab.runs.growth import ends_with_smaller_batch, reason_not_to_grow
 
-SHORT, LONG = "n_tokens=20_480", "n_tokens=40_000"
+SHORT, LONG = "n_tokens=10_240", "n_tokens=20_000"
 CONSTANT = [*SMALL, "optimizer.lr=1e-3", "schedule=constant"]
 CONFIG = {
     "n_tokens": 20_480,
@@ -68,4 +68,4 @@ def test_a_run_that_a_callback_stops_says_so(tmp_path):
     stop = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/fvu, stopping_threshold: 10}"
     done = run(*SMALL, f"+callbacks.stop={stop}", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert "a callback stopped the run at step 20 of 59" in done.stderr
+    assert "a callback stopped the run at step 20 of 30" in done.stderr

@@ -127,10 +127,10 @@ def test_several_sources_train_a_crosscoder(tmp_path):
 
 @pytest.mark.process
 def test_a_killed_command_continues_to_the_same_bits(acts, tmp_path):
-    dials = [*SMALL, f"data.path={acts}", "n_tokens=25_600", "trainer.checkpoint_every=50", "data.prefetch=true"]
+    dials = [*SMALL, f"data.path={acts}", "n_tokens=12_800", "trainer.checkpoint_every=25", "data.prefetch=true"]
     done = run(*dials, f"hydra.run.dir={tmp_path / 'whole'}")
     assert done.returncode == 0, done.stderr
-    assert_continues_to_the_bits_of(tmp_path / "whole", tmp_path / "killed", dials, signal.SIGTERM, 200)
+    assert_continues_to_the_bits_of(tmp_path / "whole", tmp_path / "killed", dials, signal.SIGTERM, 100)
 
 
 @pytest.mark.process
