@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import compose
 from omegaconf import OmegaConf
+from shell import run
 
 from sae_lab.ops.sparse import SparseCode
 from sae_lab.runtime.errors import UserError
@@ -19,9 +18,8 @@ from sae_lab.studies.step_table import StepTable
 TINY = ["d_in=16", "n_latents=64", "k=4", "batch_size=32", "repeats=2", "device=cpu"]
 
 
-def run(folder, *overrides: str) -> dict:
-    command = [sys.executable, "-m", "sae_lab.benchmark", *TINY, *overrides, f"hydra.run.dir={folder}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def measured(folder, *overrides: str) -> dict:
+    done = run(*TINY, *overrides, f"hydra.run.dir={folder}", module="benchmark")
     assert done.returncode == 0, done.stderr
     assert "x floor" in done.stdout
     return json.loads((folder / "benchmark.json").read_text())
@@ -29,7 +27,7 @@ def run(folder, *overrides: str) -> dict:
 
 @pytest.mark.process
 def test_the_command_writes_its_figures(tmp_path):
-    figures = run(tmp_path, "sae=topk", "dead_share=0.25", "precision=bf16-mixed")
+    figures = measured(tmp_path, "sae=topk", "dead_share=0.25", "precision=bf16-mixed")
     times = ["floor_ms", "torch_floor_ms", "dense_ms", "step_ms", "lightning_step_ms"]
     assert all(figures[name] > 0 for name in (*times, "peak_memory_mb"))
     assert figures["tokens_per_second"] == pytest.approx(1e3 * 32 / figures["step_ms"])
@@ -40,7 +38,7 @@ def test_the_command_writes_its_figures(tmp_path):
 
 @pytest.mark.process
 def test_an_sae_without_a_dense_formula_is_timed_without_it(tmp_path):
-    figures = run(tmp_path, "sae=route", "n_sources=2")
+    figures = measured(tmp_path, "sae=route", "n_sources=2")
     assert figures["dense_ms"] is None
     assert figures["step_ms"] > 0
 

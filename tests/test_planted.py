@@ -1,8 +1,6 @@
 """The planted rows are what they say, and the recovery counts what is there."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -72,7 +70,7 @@ def test_recovery_of_a_dictionary_that_has_all_roots_and_half_of_the_children():
 def test_the_command_recovers_what_it_planted(tmp_path):
     overrides = ["sae=topk", "planted.n_trees=24", "planted.n_children=0", "planted.active=3", "planted.d_in=32"]
     overrides += ["n_latents=48", "n_steps=600", "batch_size=256", "optimizer.lr=3e-3", f"hydra.run.dir={tmp_path}"]
-    done = subprocess.run([sys.executable, "-m", "sae_lab.planted", *overrides], capture_output=True, text=True)
+    done = run(*overrides, module="planted")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "planted.json").read_text())
     assert figures["mmcs"] > 0.95
@@ -82,8 +80,7 @@ def test_the_command_recovers_what_it_planted(tmp_path):
 
 @pytest.mark.process
 def test_what_is_not_found_has_no_place(tmp_path):
-    command = [sys.executable, "-m", "sae_lab.planted", f"hydra.run.dir={tmp_path}", "n_steps=1", "n_latents=16"]
-    done = subprocess.run([*command, "k=2"], capture_output=True, text=True)
+    done = run(f"hydra.run.dir={tmp_path}", "n_steps=1", "n_latents=16", "k=2", module="planted")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "planted.json").read_text(), parse_constant=pytest.fail)
     assert figures["found"] == 0

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from shell import run
 
 pytestmark = pytest.mark.process
 
@@ -18,11 +19,6 @@ EXTENDING = (REPOSITORY / "docs" / "extending.md").read_text()
 
 def blocks(language: str, page: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
-
-
-def in_folder(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +34,9 @@ def test_the_documented_sae_passes_every_contract_test_with_no_other_edit(own_sa
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
     for path, text in zip(("sae_lab/saes/relative.py", "conf/sae/relative.yaml"), own_sae, strict=True):
         (tmp_path / path).write_text(text)
-    done = in_folder(
-        tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "tests/saes/test_contract.py", "-k", "relative"
-    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/saes/test_contract.py"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([*command, "-k", "relative"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20
 
@@ -54,12 +50,12 @@ def test_the_documented_sae_works_from_folders_of_its_users(own_sae, tmp_path):
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(text)
     quick = ["experiment=quick_test", "n_tokens=8_192", "data.n_eval_tokens=1024", "hydra.run.dir=own"]
-    trained = in_folder(tmp_path, "-m", "sae_lab.train", "--config-dir", "my_conf", "sae=relative", *quick)
+    trained = run("--config-dir", "my_conf", "sae=relative", *quick, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     metrics = (tmp_path / "own" / "metrics.json").read_text()
-    refused = in_folder(tmp_path, "-m", "sae_lab.evaluate", "run_dir=own")
+    refused = run("run_dir=own", module="evaluate", cwd=tmp_path)
     assert "add trust=my_saes.relative." in refused.stderr
-    evaluated = in_folder(tmp_path, "-m", "sae_lab.evaluate", "run_dir=own", "trust=my_saes.relative")
+    evaluated = run("run_dir=own", "trust=my_saes.relative", module="evaluate", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert (tmp_path / "own" / "metrics.json").read_text() == metrics
 

@@ -12,7 +12,7 @@ TINY = ["slice_tokens=2_048", "slices=1", "expansion=1", "data.block_tokens=2_04
 
 
 def test_the_command_writes_every_stage(tmp_path):
-    done = run(*TINY, "data.prefetch=true", f"hydra.run.dir={tmp_path}", module="throughput", shell=True)
+    done = run(*TINY, "data.prefetch=true", f"hydra.run.dir={tmp_path}", module="throughput")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "throughput.json").read_text())
     assert list(figures["tokens_per_second"]) == STAGES

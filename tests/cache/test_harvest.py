@@ -14,7 +14,7 @@ CACHE = ["n_tokens=10_000", "shard_tokens=4_096", "seq_len=64", f"data.n_eval_to
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("harvest") / "cache"
-    done = run(*CACHE, f"cache_dir={folder}", module="harvest", shell=True)
+    done = run(*CACHE, f"cache_dir={folder}", module="harvest")
     assert done.returncode == 0, done.stderr
     assert "10,000 tokens x 1 sites x 128 x float32 = 0.01 GB" in done.stderr
     assert "is complete: 10,000 tokens in 3 shards" in done.stderr

@@ -1,10 +1,7 @@
 """What we write in other formats, read back; what has no form there is refused; the card and the push."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 import yaml
 from conftest import SAE_NAMES, build, compose, planted
 from safetensors.torch import load_file
+from shell import run
 from test_load import CASES, FIXTURES, output, source
 
 from sae_lab import load_sae
@@ -432,10 +430,7 @@ def test_what_is_pushed_is_pulled_again(private, run_dir, tmp_path, monkeypatch)
 
 @pytest.mark.process
 def test_without_network_the_folder_is_written_and_the_push_says_so(run_dir):
-    command = [sys.executable, "-m", "sae_lab.export", f"run_dir={run_dir}", "push_to_hub=me/sae"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
+    done = run(f"run_dir={run_dir}", "push_to_hub=me/sae", module="export")
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert "is written, but was not pushed to me/sae" in done.stderr

@@ -428,7 +428,7 @@ def test_show_never_cuts_a_number(sweep, capsys):
 @pytest.mark.process
 def test_the_command_writes_the_report_and_nothing_else(sweep, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("cwd")
-    done = run(f"sweep_dir={sweep}", module="report", shell=True, cwd=elsewhere)
+    done = run(f"sweep_dir={sweep}", module="report", cwd=elsewhere)
     assert done.returncode == 0, done.stderr
     assert list(elsewhere.iterdir()) == []
     written = {p.name for p in sweep.iterdir() if not p.name.isdigit()}
