@@ -48,8 +48,8 @@ def inherit(environment: dict[str, str], folder: str, out: Any, err: Any, ignore
 class Forks(context.ForkServerContext):
     """Stands in for multiprocessing's way to spawn a process, which would import the package each time."""
 
-    def Process(self, target: Callable[..., None], args: tuple, daemon: bool | None = None) -> BaseProcess:
-        return context.ForkServerProcess(target=call, args=(Inherited(), target, args), daemon=daemon)
+    def Process(self, target: Callable[..., None], args: tuple, **options: Any) -> BaseProcess:
+        return context.ForkServerProcess(target=call, args=(Inherited(), target, args), **options)
 
 
 def call(inherited: None, target: Callable[..., None], arguments: tuple) -> None:
