@@ -75,7 +75,7 @@ MISTAKES = [
         "lm.tuned.dtype=fp3 is not a floating-point dtype",
     ),
     (["callbacks=keep_saes", "callbacks.keep_saes.every=0"], f"callbacks.keep_saes.every=0 {WHOLE} 1."),
-    (["trainer.log_every=0"], f"trainer.log_every=0 {WHOLE} 1."),
+    (["trainer.log_every=0"], "trainer.log_every=0 is not known: choose auto or a whole number of at least 1."),
     (["lm.dtype=null"], "lm.dtype=null must be a string."),
     (["lm.bos_id=abc"], "lm.bos_id=abc must be null or a whole number."),
     (["data.held_out_every=0"], f"data.held_out_every=0 {WHOLE} 2."),

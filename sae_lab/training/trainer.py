@@ -49,7 +49,7 @@ def build_trainer(
     precision: Precision,
     checkpoint_every: Annotated[int, Ge(1)],
     validate_every: Annotated[int, Ge(1)],
-    log_every: Annotated[int, Ge(1)],
+    log_every: Literal["auto"] | Annotated[int, Ge(1)],
     capture: Capture = "auto",
     products: Literal["auto"] | Products = "auto",
     micro_batches: Annotated[int, Ge(1)] = 1,
@@ -63,7 +63,7 @@ def build_trainer(
     Args:
         run_dir: checkpoints go into its folder `checkpoints`.
         devices: number of processes; see conf/trainer/ddp.yaml.
-        checkpoint_every, validate_every, log_every: intervals in steps.
+        checkpoint_every, validate_every, log_every: intervals in steps. log_every=auto: 50, or fewer for 50 rows.
         capture, products: see training/capture.py.
         micro_batches: parts in which each process takes its batch; see training/micro_batches.py.
         shard_latents: processes among which the latents are divided; see conf/trainer/ddp.yaml and parallel/shards.py.
@@ -83,7 +83,7 @@ def build_trainer(
         precision=precision,
         max_steps=n_steps,
         val_check_interval=min(validate_every, n_steps),
-        log_every_n_steps=min(log_every, n_steps),
+        log_every_n_steps=log_interval(log_every, n_steps),
         callbacks=[saving, PrepareSteps(capture, products, micro_batches), *callbacks],
         plugins=[AtomicCheckpointIO(run_dir)],
         default_root_dir=run_dir,
@@ -111,6 +111,11 @@ def plain_trainer(**settings: Any) -> L.Trainer:
         raise UserError(f"the trainer cannot be built: {' '.join(str(e).split())}") from e
     trainer._signal_connector = NoSignalHandlers(trainer)
     return trainer
+
+
+def log_interval(log_every: Literal["auto"] | int, n_steps: int) -> int:
+    """Return the steps between rows of the log. `auto` is 50, or fewer, so that a short run has about 50 rows."""
+    return min(50, max(1, n_steps // 50)) if log_every == "auto" else min(log_every, n_steps)
 
 
 def check_precision(device: str, precision: str) -> None:

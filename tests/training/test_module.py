@@ -11,7 +11,7 @@ from sae_lab.saes.base import BaseSAE
 from sae_lab.training.module import training_row
 from sae_lab.training.schedule import cosine, warmup_decay
 from sae_lab.training.step import StepResult, TrainingStep, reset_optimizer_rows
-from sae_lab.training.trainer import build_trainer
+from sae_lab.training.trainer import build_trainer, log_interval
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.05])
@@ -70,6 +70,14 @@ def test_a_step_whose_gradients_overflow_changes_nothing_and_halves_the_scale():
     for parameter, start in zip(sae.parameters(), before, strict=True):
         torch.testing.assert_close(parameter, start, rtol=0, atol=1e-7)
     assert step.scaler.get_scale() == 2.0**39
+
+
+@pytest.mark.parametrize(
+    ("log_every", "n_steps", "steps"),
+    [("auto", 1, 1), ("auto", 49, 1), ("auto", 200, 4), ("auto", 9999, 50), (50, 49, 49), (3, 12, 3)],
+)
+def test_a_short_run_has_50_rows_unless_it_says_how_many(log_every, n_steps, steps):
+    assert log_interval(log_every, n_steps) == steps
 
 
 def test_float16_is_for_a_gpu(tmp_path):
