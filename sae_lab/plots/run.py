@@ -66,7 +66,7 @@ VALIDATION: dict[str, Any] = {
     "marker": "o",
     "markersize": 3,
     "linewidth": 0.8,
-    "label": "validation",
+    "label": "validation, before calibration",
 }
 
 
