@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.plain_text import plural
 
 
 def check_metrics(metrics: Mapping[str, Any]) -> None:
@@ -32,6 +33,20 @@ def numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from numbers(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
             yield prefix + name, value
+
+
+FEW_STEPS = 1000
+"""Steps below which dead latents are put down to the number of steps."""
+
+
+def find_too_few_steps(metrics: Mapping[str, Any], n_steps: int) -> str | None:
+    """Return a sentence if most latents are dead after a short training; else None."""
+    if n_steps >= FEW_STEPS or metrics["dead_fraction"] <= 0.5:
+        return None
+    return (
+        f"after only {plural(n_steps, 'step')} {metrics['dead_fraction']:.0%} of the latents are active on no held-out "
+        "token: give more n_tokens or a smaller batch_size"
+    )
 
 
 def find_problems(metrics: Mapping[str, Any]) -> list[str]:

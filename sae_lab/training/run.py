@@ -24,7 +24,7 @@ from sae_lab.activations.stream import StreamData
 from sae_lab.evaluation.building import build_metrics
 from sae_lab.evaluation.calibration import calibrate
 from sae_lab.evaluation.evaluator import Evaluation, evaluate_all
-from sae_lab.evaluation.findings import check_metrics, find_problems
+from sae_lab.evaluation.findings import check_metrics, find_problems, find_too_few_steps
 from sae_lab.evaluation.metrics import RowMetric
 from sae_lab.interop.load import load_sae
 from sae_lab.parallel.agreement import deferred_on_all_ranks
@@ -320,6 +320,8 @@ def save_member(member: Member, sae: BaseSAE, probe_rows: Float[Tensor, "n s d"]
 def report(member: Member, evaluation: Evaluation) -> dict[str, Any]:
     """Write and print the results of a run. Returns the metrics."""
     files = write_results(evaluation, member.sae, member.run.folder)
+    if too_few := find_too_few_steps(evaluation.metrics, member.data.n_steps):
+        log.warning("%s: %s.", member.run.folder, too_few)
     finish_loggers(member.trainer.loggers, evaluation.metrics, evaluation.tables)
     print_metrics(evaluation.metrics, member.run.folder)
     print_files([member.run.folder / "sae", *files])

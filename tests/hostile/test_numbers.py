@@ -20,7 +20,7 @@ from sae_lab.cache.reader import Cache, CachedSource
 from sae_lab.cache.writer import CacheWriter
 from sae_lab.evaluation.calibration import calibrate
 from sae_lab.evaluation.evaluator import Evaluation, evaluate
-from sae_lab.evaluation.findings import find_problems, numbers
+from sae_lab.evaluation.findings import find_problems, find_too_few_steps, numbers
 from sae_lab.lm.predictions import PredictionsOfRows
 from sae_lab.runs import provenance
 from sae_lab.runs.results import write_metrics, write_results
@@ -366,3 +366,12 @@ def test_every_trial_is_counted():
 @pytest.fixture(autouse=True)
 def all_warnings(caplog):
     caplog.set_level(logging.WARNING)
+
+
+def test_a_run_of_few_steps_says_so_where_most_latents_are_dead():
+    assert find_too_few_steps({"dead_fraction": 0.84}, 20) == (
+        "after only 20 steps 84% of the latents are active on no held-out token: "
+        "give more n_tokens or a smaller batch_size"
+    )
+    assert find_too_few_steps({"dead_fraction": 0.84}, 10_000) is None
+    assert find_too_few_steps({"dead_fraction": 0.1}, 20) is None
