@@ -12,7 +12,7 @@ from sae_lab.evaluation.downstream import with_edit
 from sae_lab.evaluation.metrics import cross_entropy, kl_divergence, to_log_probs
 from sae_lab.lm.generation import Predict, generate
 from sae_lab.lm.predictions import logit_slices
-from sae_lab.ops.sparse import SparseCode
+from sae_lab.ops.sparse import SparseCode, fire_counts
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.screen import track
 from sae_lab.saes.base import BaseSAE, Edit
@@ -107,19 +107,24 @@ def steer(
 
 
 @torch.no_grad()
-def measure_latent(sae: BaseSAE, data: ActivationData, latent: int, rows: Int[Tensor, "n t"]) -> dict[str, float]:
-    """Return the latent's largest activation, its density, the mean norm of activations and that of one unit of it."""
-    largest, active, n, norm, effect = 0.0, 0, 0, 0.0, 0.0
+def measure_latent(sae: BaseSAE, data: ActivationData, latent: int, rows: Int[Tensor, "n t"]) -> dict[str, Any]:
+    """Return the latent's largest activation, its density, the mean norm of activations and that of one unit of it.
+
+    And `others`: up to three latents that are active on the most rows.
+    """
+    largest, n, norm, effect, fires = 0.0, 0, 0.0, 0.0, torch.zeros(sae.n_latents, dtype=torch.long)
     for tokens in rows.split(data.lm_batch_rows):
         x = data.positions.activations(tokens).to(next(sae.parameters()))
         x_hat, code = sae.autoencode(x)
         dense = code.to_dense() if isinstance(code, SparseCode) else code
         changed = sae.reconstruct(x, edit_latent(latent, "add", 1.0))
         values = dense[:, latent].float()
-        largest, active = max(largest, float(values.abs().max())), active + int((values != 0).sum())
+        largest, fires = max(largest, float(values.abs().max())), fires + fire_counts(code).cpu()
         norm, effect = norm + x.flatten(1).norm(dim=1).sum().item(), effect + unit_norm(changed - x_hat)
         n += len(x)
-    return {"max": largest, "density": active / n, "norm": norm / n, "effect": effect / n}
+    others = [i for i in fires.argsort(descending=True, stable=True)[:3].tolist() if fires[i]]
+    density = int(fires[latent]) / n
+    return {"max": largest, "density": density, "norm": norm / n, "effect": effect / n, "others": others}
 
 
 def unit_norm(change: Tensor) -> float:
@@ -127,7 +132,7 @@ def unit_norm(change: Tensor) -> float:
     return change.flatten(1).norm(dim=1).sum().item()
 
 
-def unit_of_strength(unit: Unit, measured: dict[str, float], latent: int) -> float:
+def unit_of_strength(unit: Unit, measured: dict[str, Any], latent: int) -> float:
     """Return how much of the code a strength of 1 is.
 
     Raises:
@@ -136,7 +141,11 @@ def unit_of_strength(unit: Unit, measured: dict[str, float], latent: int) -> flo
     if unit == "code":
         return 1.0
     if unit == "max" and not measured["max"]:
-        raise UserError(f"latent={latent} is not active on the held-out text: give unit=norm, or raise n_tokens.")
+        active = " or ".join(f"latent={i}" for i in measured["others"])
+        choose = f"choose one that is ({active}), " if active else ""
+        raise UserError(
+            f"latent={latent} is not active on the held-out text: {choose}give unit=norm, or raise n_tokens."
+        )
     if unit == "norm" and not measured["effect"]:
         raise UserError(f"latent={latent} does not change x_hat: choose another latent.")
     return measured["max"] if unit == "max" else measured["norm"] / measured["effect"]

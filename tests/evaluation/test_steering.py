@@ -18,9 +18,9 @@ def test_only_the_latent_changes(mode, column):
 
 
 def test_a_strength_of_one_is_the_largest_activation_or_the_mean_norm():
-    measured = {"max": 4.0, "density": 0.5, "norm": 6.0, "effect": 2.0}
+    measured = {"max": 4.0, "density": 0.5, "norm": 6.0, "effect": 2.0, "others": [3, 5]}
     assert [unit_of_strength(unit, measured, 0) for unit in ("max", "norm", "code")] == [4.0, 3.0, 1.0]
-    with pytest.raises(UserError, match="latent=7 is not active on the held-out text: give unit=norm"):
+    with pytest.raises(UserError, match=r"latent=7 is not .* is \(latent=3 or latent=5\), give unit"):
         unit_of_strength("max", measured | {"max": 0.0}, 7)
     with pytest.raises(UserError, match="unit=half is not known: choose max, norm or code"):
         check_choice("add", "half")
