@@ -33,14 +33,17 @@ def metrics_against(
     for column, value in fixed.items():
         rows = rows[rows[column].astype(float) == value]
     points = mean_over_seeds(rows, x, y, lines)
+    covers = covered_lines(points, x, y, lines)
+    labels = {name: name + covers.get(name, "") for name in styles}
     width = PAGE if len(y) > 1 else COLUMN
-    size = (width, 2.4 + 0.16 * legend_rows(styles, width))
+    size = (width, 2.4 + 0.16 * legend_rows([*labels.values()], width))
     with page(path, columns=len(y), size=size, facts=facts) as (figure, axes):
         for axis, metric in zip(axes, y, strict=True):
             for name, line in points.dropna(subset=[metric]).groupby(lines, sort=False):
                 mean, std = line[metric].to_numpy(float), line[f"{metric}_std"].to_numpy(float)
                 bars = {"yerr": std, "capsize": 2.5, "elinewidth": 0.9} if np.isfinite(std).any() else {}
-                axis.errorbar(line[x].to_numpy(float), mean, **bars, label=name, **styles[str(name)])
+                look = styles[str(name)] | {"label": labels[str(name)]}
+                axis.errorbar(line[x].to_numpy(float), mean, **bars, **look)
             axis.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(metric, metric))
             _log2_axis(axis, points[x].astype(float))
         figure.suptitle(_title(fixed, points["n"]))
@@ -64,6 +67,26 @@ def mean_over_seeds(table: pd.DataFrame, x: str, y: Sequence[str], lines: str) -
         .reset_index()
         .sort_values([lines, x], key=lambda c: c.map(order) if c.name == lines else c)
     )
+
+
+def covered_lines(points: pd.DataFrame, x: str, y: Sequence[str], lines: str) -> dict[str, str]:
+    """Return, for the name of each line that covers an earlier one, what the legend says of it.
+
+    A line covers another if all its points are within 1 % of the height of their panel.
+
+    Args:
+        points: from `mean_over_seeds`.
+    """
+    heights = points[[*y]].max() - points[[*y]].min()
+    of = {str(name): line.set_index(x)[[*y]] for name, line in points.groupby(lines, sort=False)}
+    said: dict[str, str] = {}
+    for name, line in of.items():
+        for other in of:
+            if other == name:
+                break
+            if line.index.equals(of[other].index) and ((line - of[other]).abs() <= 0.01 * heights).all(axis=None):
+                said[name] = f" (on top of {other})"
+    return said
 
 
 def frontier(table: pd.DataFrame, path: Path, y: str, colours: str, lines: str, facts: str = "") -> Path:

@@ -74,6 +74,13 @@ def test_mean_over_seeds_leaves_out_rows_without_x():
     assert plots.mean_over_seeds(table, "k", ["nmse"], "line")["nmse"].tolist() == [0.5]
 
 
+def test_a_line_on_top_of_another_says_so(drawn, path):
+    again = sweep().query("line == 'BatchTopK'").assign(line="BatchTopK, batch-wise")
+    table = pd.concat([sweep(), again.assign(nmse=again["nmse"] * 1.0001)])
+    plots.metrics_against(table, path, "n_latents", ["nmse"], "line", {"k": 16})
+    assert list(points_of(drawn[0].axes[0])) == ["TopK", "BatchTopK", "BatchTopK, batch-wise (on top of BatchTopK)"]
+
+
 def test_against_draws_means_on_a_log2_axis_with_the_sizes_as_ticks(drawn, path):
     assert plots.metrics_against(sweep(), path, "n_latents", ["nmse", "ce_degradation"], "line", {"k": 16}) == path
     nmse, ce = drawn[0].axes
