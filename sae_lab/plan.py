@@ -23,8 +23,9 @@ class Options(TypedDict):
 
 @entry_point("plan", take_sweep)
 def main(cfg: DictConfig) -> None:
+    from sae_lab.cli.help import group_options
     from sae_lab.planning.plan import known_models, plan_stream
-    from sae_lab.planning.show import as_json, show, show_sweep
+    from sae_lab.planning.show import as_json, show, show_machine, show_sweep
     from sae_lab.planning.sweep import SHARED, by_stream, job_configs
     from sae_lab.runtime.checks import check_config
     from sae_lab.runtime.files import check_out, write_json
@@ -40,6 +41,7 @@ def main(cfg: DictConfig) -> None:
         check_options(config)
     known = known_models()
     plans = [plan_stream("\n".join(group), [*group.values()], known) for group in by_stream(configs, shared)]
+    show_machine(cfg.machine.name, hydra.runtime.choices["machine"], group_options("machine"))
     if cfg.sweep:
         show_sweep(plans)
     else:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from sae_lab.planning.layouts import SAME, Option, fastest
 from sae_lab.planning.plan import Plan
+from sae_lab.runtime.plain_text import plural
 from sae_lab.runtime.screen import console, gb, size_in_words
 
 SHOWN = 6
@@ -27,6 +28,12 @@ def show(plan: Plan) -> None:
     console.print(stage_table(chosen), width=80)
     console.print(layout_table(plan.fitting, chosen), width=80)
     console.print("\n".join(sentences(plan)), width=80)
+
+
+def show_machine(name: str, choice: str, choices: Sequence[str]) -> None:
+    """Print which machine is planned for, and how to type another one."""
+    others = ", ".join(f"machine={other}" for other in choices if other != choice)
+    console.print(f"For {name} (machine={choice}). Other machines: {others}.", width=80)
 
 
 def memory_table(option: Option) -> Table:
@@ -64,17 +71,17 @@ def layout_table(options: Sequence[Option], chosen: Option) -> Table:
 def sentences(plan: Plan) -> list[str]:
     """Return what no table says."""
     chosen, fast, harvest = plan.chosen, fastest(plan.fitting), plan.harvest
-    said = [f"* {hours(chosen.hours)} hours: {chosen.overrides}"]
+    said = [f"* {duration(chosen.hours)}: {chosen.overrides}"]
     if idle := max(0, plan.gpus - chosen.layout.devices):
         said[0] += f". Of {plural(plan.gpus, 'device')} {idle:,} {'is' if idle == 1 else 'are'} idle."
     if SAME * fast.hours < chosen.hours:
         said.append(
-            f"The fastest layout is {fast.layout}: {hours(fast.hours)} hours, {hours(fast.device_hours)} device-hours: "
+            f"The fastest layout is {fast.layout}: {duration(fast.hours)}, {hours(fast.device_hours)} device-hours: "
             f"{fast.overrides}"
         )
     said.append(
         f"A cache of its activations takes {size_in_words(harvest.bytes)} of disk. Its harvest takes "
-        f"{hours(harvest.hours)} hours on {plural(harvest.devices, 'device')}: {harvest.tokens_per_second:,.0f} "
+        f"{duration(harvest.hours)} on {plural(harvest.devices, 'device')}: {harvest.tokens_per_second:,.0f} "
         f"tokens/s, limited by the {harvest.limit}."
     )
     if plan.exchange.bytes:
@@ -109,9 +116,11 @@ def columns(title: str, *names: str) -> Table:
     return table
 
 
-def plural(n: int, one: str, many: str = "") -> str:
-    """Return a number with its noun."""
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
+def duration(n: float) -> str:
+    """Return a number of hours in words, in minutes or seconds if it is short."""
+    unit, size = ("hour", 1) if n >= 1 else ("minute", 60) if 60 * n >= 1 else ("second", 3600)
+    number = hours(size * n)
+    return f"{number} {unit}" if number == "1" else f"{number} {unit}s"
 
 
 def hours(n: float) -> str:

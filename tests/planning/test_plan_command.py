@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from shell import run
 
 from sae_lab.cli.one_run import take_sweep
+from sae_lab.planning.show import duration
 
 pytestmark = pytest.mark.process
 
@@ -19,6 +20,7 @@ def test_ten_lines_of_settings_give_a_plan_and_leave_no_file(tmp_path):
     assert done.returncode == 0, done.stderr
     for word in ("language model", "optimizer", "tokens/s", "(limits)", "device-hours", "18,432 GB of disk"):
         assert word in done.stdout
+    assert done.stdout.startswith("For one NVIDIA H200 (machine=h200). Other machines: machine=cpu2.\n")
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert not [*tmp_path.iterdir()]
 
@@ -55,6 +57,10 @@ def test_a_mistake_is_one_sentence(settings, sentence):
     assert done.returncode == 1
     assert done.stderr.startswith(sentence), done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_short_time_is_not_in_hours():
+    assert [duration(n) for n in (188, 1, 0.0578, 0.001)] == ["188 hours", "1 hour", "3.47 minutes", "3.6 seconds"]
 
 
 def test_a_sweep_becomes_a_list():
