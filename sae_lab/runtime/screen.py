@@ -88,15 +88,22 @@ def format_duration(seconds: float) -> str:
 def print_metrics(
     metrics: dict[str, Any], run_dir: Path, columns: tuple[str, str] = ("deployed", "train mode")
 ) -> None:
-    """Print an evaluation as a table: the deployed rule and the training rule side by side."""
-    table = Table(title=for_terminal(str(run_dir)), title_justify="left")
-    for column in ("metric", *columns):
+    """Print an evaluation as a table: the deployed rule and, where it differs, the training rule beside it."""
+    numbers = {name: value for name, value in metrics.items() if not isinstance(value, dict | list | str)}
+    others = metrics.get("train_mode", {})
+    both = any(name in others and others[name] != value for name, value in numbers.items())
+    table = Table()
+    for column in ("metric", *columns[: 1 + both]):
         table.add_column(column, justify="left" if column == "metric" else "right")
-    for name, value in metrics.items():
-        if isinstance(value, dict | list | str):
-            continue
-        other = metrics.get("train_mode", {}).get(name)
-        table.add_row(name, format_number(value), "" if other is None else format_number(other))
+    for name, value in numbers.items():
+        other = [format_number(others[name]) if name in others else ""] if both else []
+        table.add_row(name, format_number(value), *other)
+    print_below(str(run_dir), table)
+
+
+def print_below(title: str, table: Table) -> None:
+    """Print a table below its title, which may be wider than the table: a path must not be broken."""
+    console.print(for_terminal(title), style="italic", highlight=False, soft_wrap=True)
     console.print(table)
 
 
@@ -125,12 +132,12 @@ def show_ends(text: str) -> str:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print rows of strings and numbers as a table; the first column is of names."""
-    table = Table(title=for_terminal(title), title_justify="left")
+    table = Table()
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i and not any(isinstance(row[i], str) for row in rows) else "left")
     for row in rows:
         table.add_row(*(for_terminal(cell) if isinstance(cell, str) else format_number(cell) for cell in row))
-    console.print(table)
+    print_below(title, table)
 
 
 def format_number(value: float) -> str:

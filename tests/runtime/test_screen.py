@@ -1,5 +1,7 @@
 """What long work says of itself."""
 
+from pathlib import Path
+
 import pytest
 
 from sae_lab.activations.buffer import Filling
@@ -16,6 +18,15 @@ def test_a_loop_without_a_terminal_says_now_and_then_how_far_it_is(monkeypatch, 
         clock[0] += 10.0
     assert "".join(seen) == "abcdef"
     assert capsys.readouterr().out == "evaluating 2/6  0:00:40 left\nevaluating 4/6  0:00:20 left\n"
+
+
+def test_a_path_is_not_broken_and_equal_columns_are_one(capsys):
+    screen.print_metrics({"l0": 16.0, "train_mode": {"l0": 16.0}}, Path("multirun", "k=8,sae=topk" * 8))
+    screen.print_metrics({"l0": 15.5, "n_sources": 1, "train_mode": {"l0": 16.0}}, Path("demo"))
+    said = capsys.readouterr().out
+    assert said.startswith(f"multirun/{'k=8,sae=topk' * 8}\n")
+    assert said.count("train mode") == 1
+    assert "│ l0        │     15.5 │         16 │" in said
 
 
 def test_the_time_left_reckons_filling_and_training_apart():
