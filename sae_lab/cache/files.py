@@ -16,6 +16,7 @@ from sae_lab.cache.shards import FORMAT, Manifest, Shard, check_same_key, write_
 from sae_lab.cache.store import Store
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.memory import check_memory_of
+from sae_lab.runtime.plain_text import plural
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ class CacheFiles:
         bytes_per_token = len(data.lm.sites) * self.codec.bytes_per_row(data.d_in)
         free = "" if folder is None else f" ({shutil.disk_usage(folder).free / 1e9:.1f} GB are free on this disk)"
         log.info(
-            "%s: %s tokens x %d sites x %d x %s = %.2f GB%s%s.",
-            *(self.store.url, f"{self.n_tokens:,}", len(data.lm.sites), data.d_in, self.key["dtype"]),
+            "%s: %s tokens x %s x %d x %s = %.2f GB%s%s.",
+            *(self.store.url, f"{self.n_tokens:,}", plural(len(data.lm.sites), "site"), data.d_in, self.key["dtype"]),
             self.n_tokens * bytes_per_token / 1e9,
             " before compression" if self.codec.compression != "none" else "",
             free,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from sae_lab.interop.releases import UNREADABLE, Release, releases
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.plain_text import plural
 
 FIRST = 30
 """How many SAEs of a release are listed unless all are asked for."""
@@ -50,9 +51,8 @@ def describe(name: str, release: Release) -> list[str]:
     latents = sorted({n for sae_id in paths if (n := release.latents_of(sae_id))})
     sizes = [f"d={release.d}"] if release.d else []
     sizes += [f"latents={latents[0]:,}" + (f" to {latents[-1]:,}" if len(latents) > 1 else "")] if latents else []
-    plural = "SAEs" if len(paths) > 1 else "SAE"
     return [
-        f"{name}  ({len(paths)} {plural} of {release.model}: {', '.join(sizes)}; {release.format})",
+        f"{name}  ({plural(len(paths), 'SAE')} of {release.model}: {', '.join(sizes)}; {release.format})",
         f"    site: {release.site_of(first) if len(paths) == 1 else release.site.replace('{}', '<layer>')}",
         loading_line(name, release, first),
     ]

@@ -11,6 +11,7 @@ from sae_lab.lm.devices import Devices
 from sae_lab.lm.loading import place_copies, place_model
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError
+from sae_lab.runtime.plain_text import plural
 
 
 class PairedLM(LanguageModel):
@@ -107,7 +108,8 @@ def check_alike(base: LanguageModel, tuned: LanguageModel) -> None:
         )
     if (len(base.sites), base.d) != (len(tuned.sites), tuned.d):
         raise SettingError(
-            f"{base.name} has {len(base.sites)} sites of width {base.d}, {tuned.name} {len(tuned.sites)} of {tuned.d}: "
+            f"{base.name} has {plural(len(base.sites), 'site')} of width {base.d}, {tuned.name} {len(tuned.sites)} of "
+            f"{tuned.d}: "
             "{base}.sites and {tuned}.sites must agree in number and width."
         )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.plain_text import plural
 
 LM = Any
 """A LanguageModel, whose file imports this one."""
@@ -21,8 +22,8 @@ def splicing_hooks(lm: LM, sae: Any, edit: Any, keep_error: bool) -> dict[str, C
     """
     if (len(lm.sites), lm.d) != (sae.n_sources, sae.d_in):
         raise UserError(
-            f"the SAE takes {sae.n_sources} sites of width {sae.d_in}, and {lm.name} is read at {len(lm.sites)} of "
-            f"width {lm.d}: load it at the sites of the SAE."
+            f"the SAE takes {plural(sae.n_sources, 'site')} of width {sae.d_in}, and {lm.name} is read at "
+            f"{len(lm.sites)} of width {lm.d}: load it at the sites of the SAE."
         )
     if sae.n_sources - sae.n_inputs > 1 and sae.n_sources > 1:
         raise UserError(

@@ -20,6 +20,7 @@ from sae_lab.runs.replacements import replace_settings, replaced_settings
 from sae_lab.runs.trust import check_trusted
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.plain_text import plural
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder
 
@@ -92,8 +93,8 @@ def check_width(sae: BaseSAE, data: StreamData) -> None:
     """Raise a UserError unless the data have the width and the number of sites that the SAE takes."""
     if (data.n_sources, data.d_in) != (sae.n_sources, sae.d_in):
         raise UserError(
-            f"the SAE takes activations of width {sae.d_in} at {sae.n_sources} sites, and {data.name} has width "
-            f"{data.d_in} at the {data.n_sources} of lm.sites: correct the lm.* keys."
+            f"the SAE takes activations of width {sae.d_in} at {plural(sae.n_sources, 'site')}, and {data.name} has "
+            f"width {data.d_in} at the {data.n_sources} of lm.sites: correct the lm.* keys."
         )
 
 

@@ -23,6 +23,7 @@ from sae_lab.activations.building import build_data
 from sae_lab.activations.stream import StreamData
 from sae_lab.runs.folder import FAILED
 from sae_lab.runtime.errors import UserError, report_typed_keys
+from sae_lab.runtime.plain_text import plural
 from sae_lab.sweeps.failures import failure_recorded, record_failure
 from sae_lab.sweeps.lockstep import train_in_lockstep
 from sae_lab.sweeps.member_logs import log_files, logging_for
@@ -197,7 +198,7 @@ def train_members(members: list[Member], views: Views) -> None:
         return
     try:
         data = views.joined(member.data for member in members)
-        block = f"{data.n_sources} sites, {data.block_bytes / 2**30:.2g} GiB a block"
+        block = f"{plural(data.n_sources, 'site')}, {data.block_bytes / 2**30:.2g} GiB a block"
         log.info("%d SAEs share one pass over %s (%s)", len(members), data.name, block)
         train_in_lockstep(members, data)
     except Exception as e:  # an error of the stream; errors of a member are recorded in `fit_member`

@@ -173,7 +173,7 @@ def test_inside_spliced_every_pass_has_x_hat(lm, tokens):
     with lm.spliced(sae, lambda z: z, keep_error=True):
         torch.testing.assert_close(lm.logits(tokens), clean, atol=1e-4, rtol=1e-4)
     assert torch.equal(lm.logits(tokens), clean)
-    with pytest.raises(UserError, match="takes 1 sites of width 16"), lm.spliced(build("topk")):
+    with pytest.raises(UserError, match="takes 1 site of width 16"), lm.spliced(build("topk")):
         pass
 
 

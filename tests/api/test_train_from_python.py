@@ -185,7 +185,10 @@ def test_iterating_gives_the_batches_of_training():
     ("call", "message"),
     [
         (lambda f: train(batch_topk(d_in=8), f), r"must have the shape .* or \(..., 8\)"),
-        (lambda f: train(batch_topk(d_in=8), f, Activations.from_tensor(X)), "takes activations of width 8 at 1 sites"),
+        (
+            lambda f: train(batch_topk(d_in=8), f, Activations.from_tensor(X)),
+            "takes activations of width 8 at 1 site,",
+        ),
         (lambda f: train_sae(batch_topk(), X, overrides=["trainer.devices=2"]), "trains in one process"),
         (lambda f: train_sae(batch_topk(), X, overrides=["no_such=1"]), "no_such"),
         (lambda f: train_sae(batch_topk(), X, lr=-1.0), "optimizer.lr=-1.0 must be a number above 0"),

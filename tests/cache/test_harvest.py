@@ -16,7 +16,7 @@ def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("harvest") / "cache"
     done = run(*CACHE, f"cache_dir={folder}", module="harvest")
     assert done.returncode == 0, done.stderr
-    assert "10,000 tokens x 1 sites x 128 x float32 = 0.01 GB" in done.stderr
+    assert "10,000 tokens x 1 site x 128 x float32 = 0.01 GB" in done.stderr
     assert "is complete: 10,000 tokens in 3 shards" in done.stderr
     return folder
 

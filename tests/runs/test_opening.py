@@ -111,7 +111,7 @@ def test_what_is_missing_or_does_not_fit_is_said(root):
     with pytest.raises(UserError, match="does not say its data: give data="):
         open_sae(root / "sae_lens", "cpu", replace={k: v for k, v in typed(root).items() if k.startswith("lm.")})
     sites = {"lm.sites": ["transformer.h.2", "transformer.h.3"]}
-    with pytest.raises(UserError, match=r"width 128 at 1 sites, and tiny has width 128 at the 2 of lm.sites: correct"):
+    with pytest.raises(UserError, match=r"width 128 at 1 site, and tiny has width 128 at the 2 of lm.sites: correct"):
         open_sae(root / "sae_lens", "cpu", replace=typed(root) | sites, typed=sites)
 
 

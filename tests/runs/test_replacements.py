@@ -118,7 +118,7 @@ def test_other_text_is_refused_unless_it_is_asked_for(run_dir, tmp_path):
 
 
 def test_a_model_of_another_width_or_number_of_sites_is_named(run_dir):
-    with pytest.raises(UserError, match=r"width 128 at 1 sites, and tiny has width 128 at the 2 of lm\.sites"):
+    with pytest.raises(UserError, match=r"width 128 at 1 site, and tiny has width 128 at the 2 of lm\.sites"):
         load_run(run_dir, "cpu", replace={"lm.sites": ["transformer.h.1", "transformer.h.2"]})
     with pytest.raises(UserError, match=r"device=cpu and lm\.device=cuda place the same model"):
         load_run(run_dir, "cpu", replace={"lm.device": "cuda"})
