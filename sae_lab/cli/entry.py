@@ -21,6 +21,7 @@ from sae_lab.cli.help import CONF, config_text, list_choices
 from sae_lab.cli.mixture_parts import parts_of_mixture
 from sae_lab.cli.share_of_steps import share_of_steps
 from sae_lab.runtime.errors import Interrupted, UserError
+from sae_lab.runtime.near_paths import meant
 from sae_lab.runtime.os_errors import AGAIN
 from sae_lab.runtime.plain_text import for_terminal
 from sae_lab.runtime.signals import raise_interrupted, stopping_signals
@@ -133,7 +134,7 @@ def folder_from(cfg: DictConfig, key: str) -> Path:
     if not isinstance(cfg[key], str):
         raise UserError(f"{key}={'null' if cfg[key] is None else cfg[key]} must be the path of a folder.")
     if not Path(cfg[key]).is_dir():
-        raise UserError(f"{key}={cfg[key]} is not a folder: correct the path.")
+        raise UserError(f"{key}={cfg[key]} is not a folder: {meant(cfg[key], 'correct the path.')}")
     return Path(cfg[key])
 
 

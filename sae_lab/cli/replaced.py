@@ -71,9 +71,10 @@ def sources_from(cfg: DictConfig) -> dict[str, tuple[str, str | None]]:
     """Return the SAEs in the list `sae=[...]`, each a source and a sae_id for `load_sae`, by different names.
 
     Raises:
-        UserError: there are fewer than two, or as many names or ids are not given.
+        UserError: there are fewer than two, one is not there, or as many names or ids are not given.
     """
-    from sae_lab.runs.opening import distinct_names  # imported here, because it imports torch
+    from sae_lab.interop.load import find_sae  # imported here, because it imports torch
+    from sae_lab.runs.opening import distinct_names
 
     if OmegaConf.is_missing(cfg, "run_dir"):
         raise UserError("sae= has no value: give a list of two SAEs or more, such as 'sae=[outputs/a,outputs/b]'.")
@@ -90,6 +91,8 @@ def sources_from(cfg: DictConfig) -> dict[str, tuple[str, str | None]]:
             raise UserError(f"{key}={given} must be a list with one entry for each of the {len(sources)} SAEs.")
     if len(set(map(str, names))) < len(names):
         raise UserError(f"names={names} must differ from one another: give each SAE a name of its own.")
+    for source, sae_id in pairs:
+        find_sae(source, sae_id)
     return dict(zip(map(str, names), pairs, strict=True))
 
 

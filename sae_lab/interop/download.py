@@ -8,6 +8,7 @@ from sae_lab.interop.circuit_tracer import decoder_of
 from sae_lab.interop.releases import Release, releases
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.hub import hub_errors
+from sae_lab.runtime.near_paths import is_path, no_such_path
 
 
 class Entry(NamedTuple):
@@ -25,16 +26,18 @@ def find_entry(source: str, sae_id: str | None) -> Entry:
     """Look up an SAE in the table of releases; if `source` is no release, take it as a repository on the hub.
 
     Raises:
-        UserError: the release is unknown, or does not have this SAE.
+        UserError: the release is unknown, or does not have this SAE; `source` is a path, and nothing is there.
     """
     table = releases()
     if source in table:
         return entry_of(source, table[source], sae_id)
+    same = [release for release in table.values() if release.repo == source]
+    if is_path(source) or ("/" in source and Path(source).parent.is_dir() and not same):
+        raise UserError(no_such_path(source))
     if "/" not in source:
         close = difflib.get_close_matches(source, table, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "`python -m sae_lab.releases` lists them."
         raise UserError(f"{source} is not a folder, a file or one of the {len(table)} releases known here: {hint}")
-    same = [release for release in table.values() if release.repo == source]
     for release in same:
         for name, path in release.paths().items():
             if sae_id in (name, path):

@@ -31,6 +31,7 @@ from sae_lab.interop.tensors import fold_decoder_norm as fold
 from sae_lab.interop.tensors import read_pickle, read_safetensors, untie
 from sae_lab.runtime.calls import check_call
 from sae_lab.runtime.errors import UserError, first_line
+from sae_lab.runtime.near_paths import no_such_path
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder
 from sae_lab.saes.weights import holds_weights
@@ -109,16 +110,29 @@ def read_slice(source: str | Path, sae_id: str | None, latents: range) -> BaseSA
 
 
 def read(source: str | Path, sae_id: str | None) -> BaseSAE:
+    found = find_sae(source, sae_id)
+    if isinstance(found, Path):
+        return read_path(found)
+    return read_path(download.download(found), found.format, found.facts)
+
+
+def find_sae(source: str | Path, sae_id: str | None = None) -> Path | download.Entry:
+    """Return where an SAE is, here or on the hub, which is not asked. Reads no weights.
+
+    Raises:
+        UserError: there is no such path or release here, or the release cannot be loaded.
+    """
     path = Path(source).expanduser()
     if path.exists():
-        return read_path(path / stay_inside(sae_id or ""))
-    if str(source).startswith(("/", ".", "~")):
-        raise UserError(f"{source} is not a folder or file: give an SAE folder, such as <run folder>/sae.")
+        inside = path / stay_inside(sae_id or "")
+        if not inside.exists():
+            raise UserError(no_such_path(str(inside)))
+        return inside
     entry = download.find_entry(str(source), sae_id)
     stay_inside(entry.path)
     if entry.format in UNREADABLE:
         raise UserError(f"{source} is {UNREADABLE[entry.format]}, so it cannot be loaded.")
-    return read_path(download.download(entry), entry.format, entry.facts)
+    return entry
 
 
 def stay_inside(name: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from sae_lab.runtime.errors import SettingError
 from sae_lab.runtime.hub import HUB_TIMEOUT, hub_errors
+from sae_lab.runtime.near_paths import is_path, meant
 
 TINY = "tiny"
 FINE_TUNED_TINY = "outputs/tiny_disassembly"  # default output folder of `python -m sae_lab.lm.tiny.fine_tune`
@@ -90,8 +91,8 @@ def find_folder(name: str, begins_with: Sequence[str] = MODEL_FILES) -> Path | N
         raise SettingError(f"{{name}}={name} is a file: give {{name}}=<the folder with its config and tokenizer>.")
     if name == FINE_TUNED_TINY:
         raise SettingError(f"{{name}}={name} does not exist yet: make it with `python -m sae_lab.lm.tiny.fine_tune`.")
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise SettingError(f"{{name}}={name} is not a folder: {fix}")
+    if is_path(name):
+        raise SettingError(f"{{name}}={name} is not a folder: {meant(name, fix)}")
     return None
 
 

@@ -20,6 +20,7 @@ from sae_lab.runs.replacements import replace_settings, replaced_settings
 from sae_lab.runs.trust import check_trusted
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.near_paths import no_such_path
 from sae_lab.runtime.plain_text import plural
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder
@@ -51,6 +52,8 @@ def load_run(
             the text is not the one of the run and no setting of it is replaced.
     """
     folder = Path(run_dir)
+    if not folder.exists():
+        raise UserError(no_such_path(str(run_dir)))
     if not config_file(folder).is_file():
         raise UserError(f"{run_dir} is not a run folder (no .hydra/config.yaml): give run_dir=<folder of a run>.")
     for written in (folder, Path(sae_dir or folder)):

@@ -26,7 +26,7 @@ from sae_lab.evaluation.calibration import calibrate
 from sae_lab.evaluation.evaluator import Evaluation, evaluate_all
 from sae_lab.evaluation.findings import check_metrics, find_problems, find_too_few_steps
 from sae_lab.evaluation.metrics import RowMetric
-from sae_lab.interop.load import load_sae
+from sae_lab.interop.load import find_sae, load_sae
 from sae_lab.parallel.agreement import deferred_on_all_ranks
 from sae_lab.parallel.environment import Place, place
 from sae_lab.parallel.group import on_rank_0, process_group
@@ -149,7 +149,10 @@ def train_member(member: Member, data: StreamData) -> dict[str, Any]:
 def open_run(cfg: DictConfig) -> Run:
     """Validate the options and return the state of the run's folder."""
     check_options(cfg)
-    return examine_folder(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
+    run = examine_folder(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
+    if cfg.init_from is not None and not (run.step or run.complete):
+        find_sae(cfg.init_from)  # which is read after the language model
+    return run
 
 
 def in_batches_of_loss(cfg: DictConfig, data: StreamData) -> StreamData:

@@ -286,7 +286,7 @@ def test_the_factor_of_the_table_is_folded(table, name, sae_id):
         ("with-factor", "two", "has no SAE 'two': give sae_id=<one of 1>, such as one"),
         ("with-factor", None, "has no SAE None"),
         ("nothing", None, "is not a folder, a file or one of the 1 releases known here"),
-        ("./nothing", None, "is not a folder or file"),
+        ("./nothing", None, "^there is no folder or file ./nothing: give the folder of a run or of an SAE"),
     ],
 )
 def test_what_the_hub_does_not_have_is_said(table, name, sae_id, sentence):
