@@ -209,7 +209,12 @@ def differing_keys(there: Any, here: Any, moving: Sequence[str] = ()) -> list[st
     free = (*MAY_CHANGE, *on_text, *moving)
     by_depth = sorted(theirs | ours, key=lambda k: (k.count("."), k))
     keys = [k for k in by_depth if not any(k == f or k.startswith(f"{f}.") for f in free)]
-    return [k for k in keys if theirs.get(k) != ours.get(k)]
+    return [k for k in keys if single(theirs.get(k)) != single(ours.get(k))]
+
+
+def single(value: Any) -> Any:
+    """Return the value of a list of one: settings that take a list take its only value, too."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
