@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypedDict
 
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lab.runtime.checks import check_config, show
+from sae_lab.runtime.checks import check_config, check_values, settings_of, show
 from sae_lab.runtime.errors import (
     SettingError,
     UserError,
@@ -63,6 +63,37 @@ def check_nodes(node: DictConfig, key: str) -> None:
         child = None if OmegaConf.is_missing(node, name) else node[name]
         if isinstance(child, DictConfig):
             check_nodes(child, join_keys(key, str(name)))
+
+
+def check_settings(cfg: DictConfig, key: str) -> None:
+    """Check the settings of the node `key` of a config, and of those below it, that its `_target_` checks.
+
+    `build` does the same. Use this to name a wrong value before something else that it causes.
+
+    Raises:
+        SettingError: a value does not fit. It names the full key.
+    """
+    node = OmegaConf.select(cfg, key)
+    if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
+        return
+    try:
+        target = get_object(node["_target_"])
+    except (ImportError, ValueError):
+        return  # `build` says so
+    with settings_under(key):
+        seen = set[str]()
+        for function in checked_functions(target):
+            settings = {n for n in settings_of(function) if n in node and not OmegaConf.is_missing(node, n)} - seen
+            check_values(function, {name: node[name] for name in settings})
+            seen |= settings
+    for name in node:
+        check_settings(cfg, join_keys(key, str(name)))
+
+
+def checked_functions(target: Any) -> list[Callable[..., Any]]:
+    """Return the functions whose arguments are checked when the target of a node is called: a class's first."""
+    own = (vars(cls).get("__init__") for cls in target.__mro__) if isinstance(target, type) else [target]
+    return [function for function in own if hasattr(function, "__wrapped__")]
 
 
 def report_keys_of(partial: functools.partial, cfg: DictConfig, key: str) -> Callable[..., Any]:

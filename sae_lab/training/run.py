@@ -38,7 +38,7 @@ from sae_lab.runs.digests import SAE, recorded_when_written
 from sae_lab.runs.folder import Run, examine_folder
 from sae_lab.runs.provenance import provenance
 from sae_lab.runs.results import read_metrics, write_results
-from sae_lab.runtime.build import build
+from sae_lab.runtime.build import build, check_settings
 from sae_lab.runtime.device import resolve_device
 from sae_lab.runtime.errors import SafeStop, UserError, first_line, report_typed_keys, settings_under
 from sae_lab.runtime.memory import check_memory_of
@@ -149,7 +149,12 @@ def train_member(member: Member, data: StreamData) -> dict[str, Any]:
 def open_run(cfg: DictConfig) -> Run:
     """Validate the options and return the state of the run's folder."""
     check_options(cfg)
-    run = examine_folder(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
+    try:
+        run = examine_folder(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
+    except UserError:  # such as another config, which a wrong value may be all of
+        for part in ("sae", "lm", "data", "optimizer", "schedule"):
+            check_settings(cfg, part)
+        raise
     if cfg.init_from is not None and not (run.step or run.complete):
         find_sae(cfg.init_from)  # which is read after the language model
     return run

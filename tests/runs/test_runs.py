@@ -13,6 +13,7 @@ from sae_lab.runs.lock import is_running
 from sae_lab.runtime.errors import FolderInUse, UserError
 from sae_lab.training.checkpoint_io import AtomicCheckpointIO
 from sae_lab.training.run import hydra_files
+from sae_lab.training.run import open_run as open_of_command
 
 
 def open_run(folder, *overrides) -> Run:
@@ -67,6 +68,23 @@ def test_where_it_runs_may_change_but_not_what_it_computes(tmp_path):
     open_run(tmp_path, "trainer=cpu", "logger=tensorboard", "trainer.checkpoint_every=3", "lm.device=cpu")
     with pytest.raises(UserError, match=r"\(seed is 0 there and 1 here"):
         open_run(tmp_path, "seed=1")
+
+
+def test_a_value_and_a_list_of_it_are_one_setting(tmp_path):
+    open_run(tmp_path, "lm.sites=[transformer.h.2]")
+    leave_checkpoint(tmp_path)
+    assert open_run(tmp_path, "lm.sites=transformer.h.2").step == 7
+    with pytest.raises(UserError, match=r"lm\.sites is transformer\.h\.2 there and transformer\.h\.3 here"):
+        open_run(tmp_path, "lm.sites=transformer.h.3")
+
+
+def test_a_wrong_value_is_told_before_another_config(tmp_path):
+    open_run(tmp_path)
+    leave_checkpoint(tmp_path)
+    for setting, value in {"sae.k_warmup": "foo", "sae.signed": 3, "data.held_out_every": 1, "lm.dtype": None}.items():
+        cfg = compose(f"run_dir={tmp_path}", f"{setting}={'null' if value is None else value}")
+        with pytest.raises(UserError, match=rf"^{setting}=(foo|3|1|null) must be "):
+            open_of_command(cfg)
 
 
 def test_a_folder_in_which_nothing_was_learnt_takes_another_config(tmp_path):
