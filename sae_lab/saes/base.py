@@ -162,6 +162,7 @@ class BaseSAE(Registered, ABC):
             return self.autoencode(x, lambda z: dense.reshape(z.shape).to(z))[0]
         if isinstance(code, SparseCode):
             return self.decode_rows(code)
+        check_tensor(code, "the code")
         x_hat = self.decode_rows(code.reshape(-1, code.shape[-1]))
         return x_hat.view(*code.shape[:-1], *x_hat.shape[1:])
 
@@ -270,9 +271,10 @@ class BaseSAE(Registered, ABC):
             n_sources: the expected s; None: all sources of this SAE.
 
         Raises:
-            UserError: x has another shape, or is not floating-point.
+            UserError: x has another shape, or is no tensor of floating-point numbers.
         """
         s = self.n_sources if n_sources is None else n_sources
+        check_tensor(x, "activations")
         if not x.is_floating_point():
             raise UserError(f"activations must be floating-point numbers, not {x.dtype}: give x.float().")
         axes = self.leading(x, s)
@@ -282,6 +284,7 @@ class BaseSAE(Registered, ABC):
 
     def leading(self, x: Tensor, n_sources: int | None = None) -> torch.Size:
         """Return the axes of raw activations that take the place of b. Arguments and errors are those of `as_rows`."""
+        check_tensor(x, "activations")
         s = self.n_sources if n_sources is None else n_sources
         if x.ndim > 2 and x.shape[-2:] == (s, self.d_in):
             return x.shape[:-2]
@@ -289,6 +292,12 @@ class BaseSAE(Registered, ABC):
             return x.shape[:-1]
         expected = f"(..., {s}, {self.d_in})" + (f" or (..., {self.d_in})" if s == 1 else "")
         raise UserError(f"activations must have the shape {expected} for this SAE, not {tuple(x.shape)}.")
+
+
+def check_tensor(x: Any, name: str) -> None:
+    """Raise a UserError for an array of another library, or a list."""
+    if not isinstance(x, Tensor):
+        raise UserError(f"{name} must be a tensor, not a {type(x).__name__}: give torch.as_tensor(x).")
 
 
 RENAMED = {"normalizer.": "sources.normalizer.", "target_normalizer.": "sources.target_normalizer."}

@@ -1,5 +1,6 @@
 """The contract of saes/base.py, for every conf/sae/*.yaml and for one and three sources."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from sae_lab.ops.sparse import fired_latents, l0_per_row
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder, save_sae
+from sae_lab.saes.topk import TopKSAE
 
 
 @pytest.fixture(params=[1, 3], ids=["1source", "3sources"])
@@ -270,3 +272,14 @@ def test_the_tensors_with_an_axis_of_latents_are_those_that_change_with_their_nu
         name: [axis] for name, axis in few.latent_axes().items()
     }
     assert few.own_latents == range(64)
+
+
+def test_an_array_is_told_how_to_become_a_tensor():
+    sae = TopKSAE(k=2, d_in=4, n_latents=8)
+    for call in (sae.encode, sae.reconstruct, sae, sae.autoencode):
+        with pytest.raises(
+            UserError, match=r"^activations must be a tensor, not a ndarray: give torch\.as_tensor\(x\)"
+        ):
+            call(np.zeros((3, 4), np.float32))
+    with pytest.raises(UserError, match=r"^the code must be a tensor, not a ndarray"):
+        sae.decode(np.zeros((3, 8), np.float32))
