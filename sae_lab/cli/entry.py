@@ -1,5 +1,6 @@
 """Entry point of every command: runs Hydra over conf/, and reports a user's mistake in one sentence."""
 
+import atexit
 import functools
 import logging
 import os
@@ -112,7 +113,9 @@ def check_flags(arguments: Sequence[str]) -> None:
     """Raise a UserError for a flag that Hydra does not have; argparse would print its usage."""
     _, unknown = get_args_parser().parse_known_args(arguments)
     if unknown and not unknown[0].startswith("-"):  # argparse takes settings in one piece
-        raise UserError(f"{unknown[0]} stands behind an option: put -m before all settings.")
+        raise UserError(
+            f"{unknown[0]} stands behind an option: put {option_before(unknown[0], arguments)} before all settings."
+        )
     if unknown:
         raise UserError(f"{unknown[0]} is not an option: type KEY=VALUE for a setting, or see --help.")
     if {"-m", "--multirun"} & {*arguments} and started_with_others():
@@ -123,6 +126,13 @@ def check_flags(arguments: Sequence[str]) -> None:
                 "torchrun and srun start the processes of one run, not of a sweep: leave them out, and add "
                 "trainer.devices=<n> or hydra/launcher=slurm."
             )
+
+
+def option_before(setting: str, arguments: Sequence[str]) -> str:
+    """Return the last option before a setting, with its value."""
+    before = arguments[: len(arguments) - 1 - arguments[::-1].index(setting)]
+    start = max(i for i, argument in enumerate(before) if argument.startswith("-"))
+    return " ".join([before[start], *(argument for argument in before[start + 1 :] if "=" not in argument)])
 
 
 def folder_from(cfg: DictConfig, key: str) -> Path:
@@ -159,6 +169,7 @@ def _folder() -> str:
 
 def _leave(message: str, code: int) -> None:
     """Print a message to stderr, unless a process that was started with this one has done so, and exit."""
+    atexit.register(logging.disable, logging.INFO)  # torch logs numbers at exit, where its import was cut short
     if _speaks(message):
         print(for_terminal(message), file=sys.stderr)
     sys.exit(code)

@@ -30,6 +30,7 @@ from sae_lab.interop.releases import UNREADABLE
 from sae_lab.interop.tensors import fold_decoder_norm as fold
 from sae_lab.interop.tensors import read_pickle, read_safetensors, untie
 from sae_lab.runtime.calls import check_call
+from sae_lab.runtime.device import resolve_device
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.near_paths import no_such_path
 from sae_lab.saes.base import BaseSAE
@@ -95,7 +96,7 @@ def load_sae(
             )
         sae = untie(sae)
         fold(sae)
-    return sae.eval().to(device)
+    return sae.eval().to(resolve_device(str(device)))
 
 
 def read_slice(source: str | Path, sae_id: str | None, latents: range) -> BaseSAE:

@@ -19,7 +19,7 @@ from sae_lab.runs.folder import check_links
 from sae_lab.runs.replacements import replace_settings, replaced_settings
 from sae_lab.runs.trust import check_trusted
 from sae_lab.runtime.checks import check_arguments
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import UserError, report_typed_keys
 from sae_lab.runtime.near_paths import no_such_path
 from sae_lab.runtime.plain_text import plural
 from sae_lab.saes.base import BaseSAE
@@ -64,7 +64,8 @@ def load_run(
     warn_if_unchecked(folder)
     run = adapt_config(own, replace, device, n_eval_tokens)
     get_class(run.sae._target_)  # imports an SAE class from outside this package, which registers it
-    data = build_data(run)
+    with report_typed_keys(typed_device(replace)):
+        data = build_data(run)
     if (folder / CHECKPOINT).is_file():
         check_origin(folder / CHECKPOINT, data, replaced_settings(own, run))
     if sae_dir is None:
@@ -90,6 +91,11 @@ def adapt_config(own: DictConfig, replace: Mapping[str, Any], device: str, n_eva
     elif device not in ("auto", replaced):
         raise UserError(f"device={device} and lm.device={replaced} place the same model: give one of them.")
     return run
+
+
+def typed_device(replace: Mapping[str, Any]) -> dict[str, str]:
+    """Return the key by which the user gave the device that `on_device` puts in lm.device (see SettingError)."""
+    return {} if replace.get("lm.device") not in (None, "auto") else {"lm.device": "device"}
 
 
 def check_width(sae: BaseSAE, data: StreamData) -> None:

@@ -18,10 +18,10 @@ from sae_lab.interop.trained_on import trained_on
 from sae_lab.lm.sites import UnknownSite
 from sae_lab.runs.config import bring_up_to_date, config_file, read_config
 from sae_lab.runs.folder import MAY_CHANGE, check_links
-from sae_lab.runs.loading import adapt_config, check_parts, check_width, load_run
+from sae_lab.runs.loading import adapt_config, check_parts, check_width, load_run, typed_device
 from sae_lab.runs.replacements import LONGEST, SECTIONS, is_choice, replaced_settings
 from sae_lab.runs.trust import check_trusted
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import UserError, report_typed_keys
 from sae_lab.runtime.files import read_json
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import CONFIG, sae_folder
@@ -97,7 +97,8 @@ def open_sae(
     config = adapt_config(own, replace, device, n_eval_tokens)
     check_named(config, source)
     names_sites = "sites" not in config.lm or "lm.sites" in typed or (said and "lm._target_" not in replace)
-    data = build_data(config) if names_sites else build_where_trained(config, sae, source, sae_id)
+    with report_typed_keys(typed_device(replace)):
+        data = build_data(config) if names_sites else build_where_trained(config, sae, source, sae_id)
     check_width(sae, data)
     settings = replaced_settings(own, config) if said else without_free(typed, n_eval_tokens)
     folder = prepare_folder(Path(out or results_folder(source, sae_id)))

@@ -105,7 +105,9 @@ def check_lm_device(cfg: DictConfig) -> None:
             f"lm.device={device} would be that of every one of trainer.devices={cfg.trainer.devices} processes: "
             "give lm.device=auto, or GPUs of its own as lm.devices=[...]."
         )
-    if resolve_device(cfg.trainer.accelerator) in GPU:
+    with settings_under("trainer"):
+        trains_on = resolve_device(cfg.trainer.accelerator, "accelerator")
+    if trains_on in GPU:
         training = [str(i) for i in range(min(cfg.trainer.devices, torch.cuda.device_count()))]
         both = [device for device in cfg.lm.get("devices") or [] if str(device).removeprefix("cuda:") in training]
         if both:
