@@ -21,6 +21,7 @@ from sae_lab.cli.folder_names import folder_name, new_folder, remove_unused, sta
 from sae_lab.cli.help import CONF, config_text, list_choices
 from sae_lab.cli.mixture_parts import parts_of_mixture
 from sae_lab.cli.share_of_steps import share_of_steps
+from sae_lab.cli.unknown_key import check_added
 from sae_lab.runtime.errors import Interrupted, UserError
 from sae_lab.runtime.near_paths import meant
 from sae_lab.runtime.os_errors import AGAIN
@@ -59,6 +60,7 @@ def entry_point(
             if not sweeping:
                 remember_folder(f"hydra.run.dir={HydraConfig.get().run.dir}")
             try:
+                check_added(cfg, config_name, HydraConfig.get().overrides.task)
                 return task(cfg)
             except Exception as e:
                 if sweeping:

@@ -1,17 +1,13 @@
 """Explain an exception to the user in one sentence."""
 
-import difflib
 import re
 from collections.abc import Iterator
 
-import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue
 
-from sae_lab.cli.help import CONF
 from sae_lab.cli.overrides import explain_override
+from sae_lab.cli.unknown_key import unknown_key
 from sae_lab.runtime.build import user_mistake
 from sae_lab.runtime.errors import UserError, first_line
 from sae_lab.runtime.os_errors import explain_os_error
@@ -41,7 +37,7 @@ def explain(error: BaseException, config_name: str, overrides: list[str]) -> str
             return f"hydra/{preset} needs a package that is not installed: pip install 'sae-lab[{EXTRAS[missing[2]]}]'."
         unknown = re.search(r"Could not override '([^']+)'\.\nTo append to your config", str(e))
         if unknown:
-            return _unknown_key(unknown[1], config_name, overrides)
+            return unknown_key(unknown[1], config_name, overrides)
         if isinstance(e, OSError) and _is_cause(e, error) and (refusal := explain_os_error(e)):
             return refusal
         if is_out_of_memory(e):
@@ -90,25 +86,3 @@ def _is_cause(suspect: BaseException, error: BaseException | None) -> bool:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).partition("Config search path:")[0].split())
-
-
-def _unknown_key(key: str, config_name: str, overrides: list[str]) -> str:
-    """Return the sentence about an unknown key, which lists the keys that exist in its place."""
-    parent, _, leaf = key.rpartition(".")
-    kept = [o for o in overrides if not o.startswith(("-", f"{key}=")) and "," not in o and "=" in o]
-    known: list[str] = []
-    try:
-        GlobalHydra.instance().clear()
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            config = hydra.compose(config_name, overrides=kept)
-        node = OmegaConf.select(config, parent) if parent else config
-        known = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, DictConfig) else []
-    except (HydraException, OmegaConfBaseException):
-        known = []  # another override is wrong as well; the sentence below still names this key
-    if leaf in known:  # a sweep composes all of its jobs before the first one starts
-        return f"{parent or 'the config'} has no key {leaf} in some jobs of this sweep: sweep only jobs that have it."
-    close = difflib.get_close_matches(leaf, known, n=1)
-    hint = f"did you mean {close[0]}? It" if close else "it"
-    listing = f"{hint} has {', '.join(known)}" if known else "`--cfg job` prints every key"
-    typed = next((o for o in overrides if o.startswith(f"{key}=")), f"{key}=...")
-    return f"{parent or 'the config'} has no key {leaf}: {listing}; +{typed} adds it."
