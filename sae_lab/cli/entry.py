@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import gc
 import logging
 import os
 import signal
@@ -78,6 +79,7 @@ def entry_point(
 
         @functools.wraps(task)
         def main() -> None:
+            atexit.register(gc.freeze)  # else Python searches all that torch imported for cycles: 1.4 s of a processor
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 run()
             else:
