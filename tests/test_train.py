@@ -41,11 +41,14 @@ def run_dir(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_from_the_shell_says_one_line_before_its_results(tmp_path):
+def test_a_run_from_the_shell_says_two_lines_before_its_results(tmp_path):
     """Lightning's import sets its loggers to INFO: the hardware, tips and a stop would be told, twice each."""
     done = run("experiment=quick_test", *SHORT, f"hydra.run.dir={tmp_path}", shell=True)
     assert done.returncode == 0
-    assert done.stderr == f"training 4 steps of 1024 tokens at learning rate 0.01 in {tmp_path}\n"
+    assert done.stderr.splitlines() == [
+        f"training 4 steps of 1024 tokens at learning rate 0.01 in {tmp_path}",
+        "evaluating on 512 held-out tokens (data.n_eval_tokens)",
+    ]
     assert "lightning" not in (tmp_path / "train.log").read_text()
 
 
