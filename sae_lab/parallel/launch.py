@@ -15,12 +15,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -51,10 +52,12 @@ def run_ranks(n: int, folder: Path, function: Callable[..., Any], *arguments: An
     """
     for logger in NOISE:
         logging.getLogger(logger).setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost store torch tells with 50 lines of C++
     print(f"starting {n} processes", file=sys.stderr, flush=True)  # not in the log, whose folder may stay unused
     with (
         tempfile.TemporaryDirectory() as name,
         handled_by(partial(pass_on, files := Path(name))) as received,
+        without_main(),
         ThreadPoolExecutor(1, initializer=block_signals) as agent,
     ):
         meet: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": f"{HOST}:0", "local_addr": HOST}
@@ -67,6 +70,17 @@ def run_ranks(n: int, folder: Path, function: Callable[..., Any], *arguments: An
     if stop is not None:
         raise SafeStop(*stop)
     return result
+
+
+@contextmanager
+def without_main() -> Iterator[None]:
+    """Let no process import the file that this one runs: it may have no `__main__` guard, or be standard input."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def block_signals() -> None:
@@ -101,6 +115,8 @@ def run_rank(
     try:
         return function(*arguments), None
     except Interrupted as e:
+        if rank == 0 and heartbeat.parent_is_gone():  # nobody else says it
+            print(f"{e}: the same command continues.", file=sys.stderr)
         return None, (str(e), e.signum)
     except Exception as e:
         if not isinstance(e, UserError):

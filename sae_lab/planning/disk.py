@@ -30,8 +30,9 @@ def harvest_of(cfg: DictConfig, reading: Reading, rates: Rates) -> Harvest:
     """
     workers = int(cfg.gpus) if cfg.machine.gpu else 1
     lm = reading.n_models * rates.forward(forward_work(reading.lm, reading.n_layers))
+    text = 1 / rates.text
     stages = {
-        "language model": (lm + 1 / rates.text) / workers,
+        "language model" if lm > text else "text": (lm + text) / workers,
         "cache write": reading.bytes_per_token / rates.cache_write,
     }
     limit = max(stages, key=lambda name: stages[name])

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from multiprocessing import context
@@ -100,8 +101,10 @@ def save_after_stop(ready: Path) -> None:
 @started
 @pytest.mark.parametrize("spawn", [SpawnContext(), shell.FORKS], ids=["spawned", "forked"])
 def test_a_signal_to_all_of_them_lets_the_processes_save(tmp_path, monkeypatch, spawn):
-    """`timeout` and a closed terminal send theirs to all processes of a command."""
+    """`timeout` and a closed terminal send theirs to all processes of a command. It may be a script or standard input."""
     monkeypatch.setitem(context._concrete_contexts, "spawn", spawn)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "<stdin>")
     signum = signal.SIGHUP if spawn is shell.FORKS else signal.SIGTERM
     was = signal.signal(signum, signal.SIG_DFL)
 
