@@ -5,6 +5,7 @@ import re
 import sys
 from importlib import import_module
 
+from sae_lab.cli.closed_output import readers_may_leave
 from sae_lab.cli.help import CONF
 
 
@@ -23,7 +24,8 @@ def list_commands() -> None:
 
 def main() -> None:
     if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
-        list_commands()
+        with readers_may_leave():
+            list_commands()
         return
     name = sys.argv.pop(1)
     if name not in commands():

@@ -1,7 +1,5 @@
 """List published SAEs that `load_sae` loads by name: `python -m sae_lab.releases gemma`."""
 
-import os
-import sys
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -32,10 +30,7 @@ def main(cfg: DictConfig) -> None:
 
     check_config(cfg, Options)
     found = find(str(cfg.search or "").split())
-    try:
-        print("\n".join(for_terminal(line) for line in lines(found, cfg.every)), flush=True)
-    except BrokenPipeError:  # `| head` has what it wanted; Python would complain once more when it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("\n".join(for_terminal(line) for line in lines(found, cfg.every)))
 
 
 if __name__ == "__main__":

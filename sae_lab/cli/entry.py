@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from sae_lab.cli.closed_output import readers_may_leave
 from sae_lab.cli.explain import explain
 from sae_lab.cli.folder_names import folder_name, new_folder, remove_unused, started_with_others
 from sae_lab.cli.help import CONF, config_text, list_choices
@@ -89,7 +90,8 @@ def entry_point(
                 # On a full disk, a line of the log is lost without a traceback: the run says so when it saves.
                 logging.raiseExceptions = False
                 os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing, so one sentence is left
-                run_or_explain(run, config_name)
+                with readers_may_leave():
+                    run_or_explain(run, config_name)
 
         return main
 
