@@ -143,8 +143,9 @@ def check_added(cfg: DictConfig, config_name: str, overrides: Sequence[str]) -> 
         UserError: conf/ has no such key, and no interpolation refers to it.
     """
     added = [override for override in overrides if override.startswith("+")]
-    own, text = (OmegaConf.load(conf_file(config_name)), OmegaConf.to_yaml(cfg)) if added else ({}, "")
+    own = OmegaConf.load(conf_file(config_name)) if added else cfg
     for override in added:
         key = override.lstrip("+").partition("=")[0]
-        if key in cfg and key not in own and f"${{{key}}}" not in text and not OmegaConf.is_dict(cfg[key]):
+        read = key in own or f"${{{key}}}" in OmegaConf.to_yaml(cfg)
+        if key in cfg and not read and not OmegaConf.is_dict(cfg[key]):
             raise UserError(unknown_key(key, config_name, [o.lstrip("+") if o == override else o for o in overrides]))

@@ -94,7 +94,7 @@ def adapt_config(own: DictConfig, replace: Mapping[str, Any], device: str, n_eva
 
 
 def typed_device(replace: Mapping[str, Any]) -> dict[str, str]:
-    """Return the key by which the user gave the device that `on_device` puts in lm.device (see SettingError)."""
+    """Return the key by which the user gave the device that `adapt_config` puts in lm.device (see SettingError)."""
     return {} if replace.get("lm.device") not in (None, "auto") else {"lm.device": "device"}
 
 

@@ -92,7 +92,7 @@ def check_settings(cfg: DictConfig, key: str) -> None:
 
 def checked_functions(target: Any) -> list[Callable[..., Any]]:
     """Return the functions whose arguments are checked when the target of a node is called: a class's first."""
-    own = (vars(cls).get("__init__") for cls in target.__mro__) if isinstance(target, type) else [target]
+    own: list[Any] = [vars(cls).get("__init__") for cls in target.__mro__] if isinstance(target, type) else [target]
     return [function for function in own if hasattr(function, "__wrapped__")]
 
 
