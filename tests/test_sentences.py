@@ -6,7 +6,7 @@ from conftest import compose
 from omegaconf import OmegaConf
 
 from sae_lab import load_sae
-from sae_lab.cli.entry import check_flags
+from sae_lab.cli.entry import check_flags, run_or_explain
 from sae_lab.cli.help import CONF
 from sae_lab.cli.unknown_key import PEERS, check_added, leaves, unknown_key
 from sae_lab.runtime.errors import UserError
@@ -66,6 +66,18 @@ def test_an_added_key_that_nothing_reads_is_refused():
         check_added(compose(*typed), "train", typed)
     for fine in (["+width=512", "n_latents=${width}"], ["++k=3"], ["+optimizer.amsgrad=true"], ["+preset=gpu"]):
         check_added(compose(*fine), "train", fine)
+
+
+def test_an_import_that_ctrl_c_cut_short_is_no_mistake(capsys):
+    def imports() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as e:
+            raise ImportError("torch cannot be imported") from e
+
+    with pytest.raises(SystemExit, match="130"):
+        run_or_explain(imports, "train")
+    assert capsys.readouterr().err == "Interrupted.\n"
 
 
 def test_a_device_is_named_by_the_key_that_was_typed(monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.cli.closed_output import readers_may_leave
-from sae_lab.cli.explain import explain
+from sae_lab.cli.explain import causes, explain
 from sae_lab.cli.folder_names import folder_name, new_folder, remove_unused, started_with_others
 from sae_lab.cli.help import CONF, config_text, list_choices
 from sae_lab.cli.mixture_parts import parts_of_mixture
@@ -107,6 +107,8 @@ def run_or_explain(run: Callable[[], None], config_name: str) -> None:
     except KeyboardInterrupt:
         _leave("Interrupted.", 130)
     except Exception as e:
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes(e)):  # an import that was cut short
+            _leave("Interrupted.", 130)
         sentence = explain(e, config_name, sys.argv[1:])
         if sentence is None:
             raise

@@ -23,7 +23,7 @@ EXTRAS = {"launcher/ray": "ray", "launcher/submitit_slurm": "slurm", "sweeper/op
 
 def explain(error: BaseException, config_name: str, overrides: list[str]) -> str | None:
     """Return one sentence about a user's mistake; None for anything else, since a bug keeps its traceback."""
-    chain = list(_causes(error))
+    chain = list(causes(error))
     for e in chain:
         if isinstance(e, UserError):
             return str(e)
@@ -68,7 +68,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return bool(named) or isinstance(error, MemoryError)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the error, its cause, the cause of that, and so on. Stops at a cycle, which a re-raised error may make."""
     seen = set[int]()
     while error is not None and id(error) not in seen:
