@@ -52,6 +52,7 @@ class SharedStreamLauncher(Launcher):
 
         Does what Hydra's `run_job` does, without its four copies of the config: 20 of 40 ms per job.
         """
+        from sae_lab.cli.unknown_key import check_added
         from sae_lab.sweeps.composition import hydra_config
         from sae_lab.sweeps.failures import failure_recorded
         from sae_lab.training.job import read_job
@@ -68,7 +69,9 @@ class SharedStreamLauncher(Launcher):
             job = JobReturn(overrides, hydra_cfg=config, task_name=config.hydra.job.name)
             self.hydra_context.callbacks.on_job_start(config=config, task_function=read_job)
             with failure_recorded(folder):
-                job.return_value = read_job(without_hydra(config))
+                task = without_hydra(config)
+                check_added(task, config.hydra.job.config_name, filter_overrides(overrides))
+                job.return_value = read_job(task)
             job.status = JobStatus.COMPLETED
             self.hydra_context.callbacks.on_job_end(config=config, job_return=job)
         return job
