@@ -101,7 +101,7 @@ def save_after_stop(ready: Path) -> None:
 @started
 @pytest.mark.parametrize("spawn", [SpawnContext(), shell.FORKS], ids=["spawned", "forked"])
 def test_a_signal_to_all_of_them_lets_the_processes_save(tmp_path, monkeypatch, spawn):
-    """`timeout` and a closed terminal send theirs to all processes of a command. It may be a script or standard input."""
+    """`timeout` and a closed terminal send theirs to all processes of a command, which may come from standard input."""
     monkeypatch.setitem(context._concrete_contexts, "spawn", spawn)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     monkeypatch.setattr(sys.modules["__main__"], "__file__", "<stdin>")
