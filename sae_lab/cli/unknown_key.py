@@ -137,15 +137,15 @@ def takes(target: str, argument: str) -> bool:
 
 
 def check_added(cfg: DictConfig, config_name: str, overrides: Sequence[str]) -> None:
-    """Raise a UserError for a top-level key that was added by `+KEY=VALUE` and that nothing reads.
+    """Refuse a top-level key that was added by `+KEY=VALUE` where another key was meant. Others are labels of a run.
 
     Raises:
-        UserError: conf/ has no such key, and no interpolation refers to it.
+        UserError: nothing reads the key, and the config has one of that name elsewhere.
     """
     added = [override for override in overrides if override.startswith("+")]
     own = OmegaConf.load(conf_file(config_name)) if added else cfg
     for override in added:
         key = override.lstrip("+").partition("=")[0]
         read = key in own or f"${{{key}}}" in OmegaConf.to_yaml(cfg)
-        if key in cfg and not read and not OmegaConf.is_dict(cfg[key]):
+        if key in cfg and not read and not OmegaConf.is_dict(cfg[key]) and same_elsewhere(key, cfg):
             raise UserError(unknown_key(key, config_name, [o.lstrip("+") if o == override else o for o in overrides]))

@@ -117,6 +117,7 @@ def train_as_rank(job: Job, logging_config: Any = None) -> dict[str, Any]:
                 configure_log(OmegaConf.create(logging_config))
             run = on_rank_0(lambda: open_run(job.cfg))
             if not run.complete:
+                check_start(job.cfg, run)
                 data = in_batches_of_loss(job.cfg, build_data(job.cfg))
                 member = fit_as_rank(job, run, data, folder)
                 if latent_axis().size > 1:  # no rank could go on alone
@@ -155,9 +156,13 @@ def open_run(cfg: DictConfig) -> Run:
         for part in ("sae", "lm", "data", "optimizer", "schedule"):
             check_settings(cfg, part)
         raise
-    if cfg.init_from is not None and not (run.step or run.complete):
-        find_sae(cfg.init_from)  # which is read after the language model
     return run
+
+
+def check_start(cfg: DictConfig, run: Run) -> None:
+    """Raise a UserError if the SAE that training starts from is not there. It is read after the language model."""
+    if cfg.init_from is not None and not (run.step or run.complete):
+        find_sae(cfg.init_from)
 
 
 def in_batches_of_loss(cfg: DictConfig, data: StreamData) -> StreamData:

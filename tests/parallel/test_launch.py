@@ -103,8 +103,8 @@ def save_after_stop(ready: Path) -> None:
 def test_a_signal_to_all_of_them_lets_the_processes_save(tmp_path, monkeypatch, spawn):
     """`timeout` and a closed terminal send theirs to all processes of a command, which may come from standard input."""
     monkeypatch.setitem(context._concrete_contexts, "spawn", spawn)
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", "<stdin>")
+    for name, value in (("__spec__", None), ("__file__", "<stdin>")):
+        monkeypatch.setattr(sys.modules["__main__"], name, value, raising=False)
     signum = signal.SIGHUP if spawn is shell.FORKS else signal.SIGTERM
     was = signal.signal(signum, signal.SIG_DFL)
 
