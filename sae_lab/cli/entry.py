@@ -84,18 +84,23 @@ def entry_point(
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 run()
             else:
-                for signum in stopping_signals():
-                    if signum != signal.SIGINT:  # which stays a KeyboardInterrupt
-                        signal.signal(signum, raise_interrupted)
-                # On a full disk, a line of the log is lost without a traceback: the run says so when it saves.
-                logging.raiseExceptions = False
-                os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing, so one sentence is left
+                leave_errors_to_us()
                 with readers_may_leave():
                     run_or_explain(run, config_name)
 
         return main
 
     return decorate
+
+
+def leave_errors_to_us() -> None:
+    """Let a signal, a full disk and a mistake raise what `run_or_explain` says in one sentence."""
+    for signum in stopping_signals():
+        if signum != signal.SIGINT:  # which stays a KeyboardInterrupt
+            signal.signal(signum, raise_interrupted)
+    # On a full disk, a line of the log is lost without a traceback: the run says so when it saves.
+    logging.raiseExceptions = False
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing
 
 
 def run_or_explain(run: Callable[[], None], config_name: str) -> None:
