@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 RUN_KEY = re.compile(r"(lm|data)\.[^=]*=")
 PLAIN_PATH = re.compile(r"[\w/.,:+~-]*", re.ASCII)
+NEXT_PATH = re.compile(r",(?![\w.@+~]+=)(?![^\[]*\])")
+"""The comma between two paths of a list. Before a key or in brackets it is in a job's name, as `k=8,lm.sites=[a,b]`."""
 LATENTS = re.compile(r"latents=[\d\s,-]*[\s,-][\d\s,-]*")
 """Numbers and ranges without brackets, as the page's search takes them."""
 
@@ -37,7 +39,9 @@ def allow_new_keys(arguments: Sequence[str]) -> list[str]:
 
 
 def quoted(path: str) -> str:
-    """Return a path in quotes if it has letters or signs that Hydra takes only in quotes; lists stay as they are."""
+    """Return a path, or each path of a list, in quotes if it has letters or signs that Hydra takes only in quotes."""
+    if path.startswith("[") and path.endswith("]") and not {"'", '"'} & {*path}:
+        return f"[{','.join(quoted(one.strip()) for one in NEXT_PATH.split(path[1:-1]))}]"
     if PLAIN_PATH.fullmatch(path) or path[:1] in ("[", "'", '"', "$"):
         return path
     return "'" + path.replace("'", r"\'") + "'"

@@ -188,6 +188,8 @@ def test_arguments_are_quoted_for_hydra():
     typed = ["sae=moved/mat é", "latents=17, 20-25", "latents=17", "latents=[1,2]"]
     assert allow_new_keys(typed) == ["run_dir='moved/mat é'", 'latents="17, 20-25"', *typed[2:]]
     assert allow_new_keys(["sae=[a,b]"]) == ["run_dir=[a,b]"]
+    jobs = "sae=[first/k=8,sae=topk, first/k=8,b=[1,2],outputs/demo]"
+    assert allow_new_keys([jobs]) == ["run_dir=['first/k=8,sae=topk','first/k=8,b=[1,2]',outputs/demo]"]
 
 
 def test_a_comparison_of_other_saes_is_not_written_over(tmp_path, caplog):
