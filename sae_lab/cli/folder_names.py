@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -87,7 +88,7 @@ def leave_out_constants(arguments: Sequence[str]) -> list[str]:
         return [*arguments]
     constant = [o for o in parsed if not o.is_sweep_override()]
     free = [o for o in constant if may_change(o)]
-    lines = [str(o.input_line) for o in constant if o not in free]
+    lines = [as_listed(o) for o in constant if o not in free]
     folder = next((a.partition("=")[2] for a in typed if a.startswith("hydra.sweep.dir=")), None)
     short = len(constant) < len(parsed) and not any(o.is_sweep_override() and o.is_delete() for o in parsed)
     if folder is not None and Path(folder).exists():
@@ -106,11 +107,25 @@ def may_change(override: Override) -> bool:
     return not override.is_delete() and f"{override.key_or_group}.".startswith(tuple(f"{key}." for key in MAY_CHANGE))
 
 
+def as_listed(override: Override) -> str:
+    """Return an override as a sweep lists it for its jobs: `n_tokens=60_000` as `n_tokens=60000`."""
+    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
+
+
 def names_leave_out(sweep_dir: Path, overrides: Sequence[str]) -> bool:
     """Return whether a job of a sweep has all these overrides, and a name without them."""
     for file in sorted(sweep_dir.glob("*/.hydra/overrides.yaml")):
         listed = file.read_text(encoding="utf-8", errors="replace")
         named = split_overrides(file.parent.parent.name)
-        if all(f"- {line}\n" in listed for line in overrides) and not {*named} & {*overrides}:
+        if {*overrides} <= {*as_list(listed)} and not {*named} & {*overrides}:
             return True
     return False
+
+
+def as_list(text: str) -> list[str]:
+    """Return the strings of a list in YAML; none if the file is damaged."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return []
+    return [item for item in content if isinstance(item, str)] if isinstance(content, list) else []

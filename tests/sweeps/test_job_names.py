@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
 from sae_lab.cli.folder_names import EXCLUDED, folder_name, leave_out_constants
 
 SWEEP = ["-m", "sae=topk,batch_topk", "n_tokens=1000", "+data.x=[a,b]", "hydra/launcher=shared_stream"]
@@ -64,3 +68,14 @@ def test_a_folder_goes_on_with_short_names_unless_the_constants_differ(tmp_path)
     assert leave_out_constants(again) == [*again, OUT]
     other = [argument.replace("1000", "2000") for argument in again]
     assert leave_out_constants(other) == other
+
+
+def test_a_folder_goes_on_however_a_constant_is_spelled(tmp_path):
+    constants = ["n_tokens=20_000", "optimizer.lr=1e-3", "data.prefetch=false", "lm.sites=[a, b]", "+note='x: y'"]
+    [[listed]] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(constants), None)
+    assert listed[:3] == ["n_tokens=20000", "optimizer.lr=0.001", "data.prefetch=False"]
+    job_in(tmp_path, "k=4", "k=4")
+    OmegaConf.save(OmegaConf.create(["k=4", *listed]), tmp_path / "k=4" / ".hydra" / "overrides.yaml")
+    again = ["-m", "k=4,8", *constants, f"hydra.sweep.dir={tmp_path}"]
+    keys = "'n_tokens','optimizer.lr','data.prefetch','lm.sites','note'"
+    assert leave_out_constants(again) == [*again, f"{EXCLUDED}=[{keys}]"]
