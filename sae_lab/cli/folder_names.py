@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+
+from sae_lab.runtime.errors import UserError
 
 
 def started_with_others() -> bool:
@@ -114,18 +115,11 @@ def as_listed(override: Override) -> str:
 
 def names_leave_out(sweep_dir: Path, overrides: Sequence[str]) -> bool:
     """Return whether a job of a sweep has all these overrides, and a name without them."""
+    from sae_lab.runs.config import read_yaml  # imported here, because it imports torch
+
     for file in sorted(sweep_dir.glob("*/.hydra/overrides.yaml")):
-        listed = file.read_text(encoding="utf-8", errors="replace")
-        named = split_overrides(file.parent.parent.name)
-        if {*overrides} <= {*as_list(listed)} and not {*named} & {*overrides}:
-            return True
+        with suppress(UserError):  # the file is damaged
+            listed, named = read_yaml(file), split_overrides(file.parent.parent.name)
+            if isinstance(listed, list) and all(o in listed for o in overrides) and not {*named} & {*overrides}:
+                return True
     return False
-
-
-def as_list(text: str) -> list[str]:
-    """Return the strings of a list in YAML; none if the file is damaged."""
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return []
-    return [item for item in content if isinstance(item, str)] if isinstance(content, list) else []

@@ -6,8 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from sae_lab.runs.config import read_yaml
 from sae_lab.sweeps.status import read_finite_metrics, read_status
 
 
@@ -54,7 +53,7 @@ def describe_best(folders: list[Path], goal_l0: float | None) -> str | None:
     if not scores:
         return None
     folder = min(scores, key=scores.__getitem__)
-    overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+    overrides = read_yaml(folder / ".hydra" / "overrides.yaml")
     command = shlex.join(o for o in overrides if not o.startswith("goal_l0="))
     best = "lowest fvu" if goal_l0 is None else f"closest to goal_l0={goal_l0}"
     forms = {"l0": ".1f", "fvu": ".4f"}
