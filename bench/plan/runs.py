@@ -1,8 +1,8 @@
 """Plan runs and measure them: `python bench/plan/runs.py [case ...]` prints memory and hours, measured and planned.
 
 For each case the stages are measured first (`throughput`), then the run is planned by them and started, so that load on
-the machine slows both. Memory is the peak of the anonymous memory of the process that has most;
-pages of mapped files are not counted, since the system may take them back.
+the machine slows both. Memory is the peak of the anonymous memory of the process that has most; pages of mapped files
+are not counted, since the system may take them back.
 """
 
 import json

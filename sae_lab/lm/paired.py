@@ -109,8 +109,7 @@ def check_alike(base: LanguageModel, tuned: LanguageModel) -> None:
     if (len(base.sites), base.d) != (len(tuned.sites), tuned.d):
         raise SettingError(
             f"{base.name} has {plural(len(base.sites), 'site')} of width {base.d}, {tuned.name} {len(tuned.sites)} of "
-            f"{tuned.d}: "
-            "{base}.sites and {tuned}.sites must agree in number and width."
+            f"{tuned.d}: {{base}}.sites and {{tuned}}.sites must agree in number and width."
         )
 
 

@@ -151,17 +151,16 @@ def open_run(cfg: DictConfig) -> Run:
     """Validate the options and return the state of the run's folder."""
     check_options(cfg)
     try:
-        run = examine_folder(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
+        return examine_folder(Path(cfg.run_dir), OmegaConf.to_container(cfg, resolve=True), cfg.resume)
     except UserError:  # such as another config, which a wrong value may be all of
         for part in ("sae", "lm", "data", "optimizer", "schedule"):
             check_settings(cfg, part)
         raise
-    return run
 
 
 def check_start(cfg: DictConfig, run: Run) -> None:
     """Raise a UserError if the SAE that training starts from is not there. It is read after the language model."""
-    if cfg.init_from is not None and not (run.step or run.complete):
+    if cfg.init_from is not None and not run.step:
         find_sae(cfg.init_from)
 
 
