@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.lm.base import LanguageModel
+from sae_lab.runtime.device import Reading
 from sae_lab.runtime.errors import UserError
 
 LARGEST = 1e15
@@ -27,12 +28,7 @@ class FiniteCheck:
 
     def __init__(self, rows: Float[Tensor, "n s d"], sites: Sequence[str], remedy: str):
         self.rows, self.sites, self.remedy = rows, sites, remedy
-        self._bounds: Float[Tensor, 2] | None = None
-        self._done: torch.cuda.Event | None = None
-        if rows.numel():
-            self._bounds = torch.stack(torch.aminmax(rows)).to("cpu", non_blocking=True)  # NaN if any activation is
-        if rows.is_cuda:
-            self._done = torch.cuda.current_stream(rows.device).record_event()
+        self._bounds = Reading(torch.stack(torch.aminmax(rows))) if rows.numel() else None  # NaN if any activation is
 
     def wait(self) -> Float[Tensor, "n s d"]:
         """Wait until the rows are computed, and return them.
@@ -41,10 +37,8 @@ class FiniteCheck:
             UserError: an activation is NaN, infinite or above LARGEST. It names the site, the dtype and the share of
                 rows.
         """
-        if self._done is not None:
-            self._done.synchronize()
         if self._bounds is not None:
-            low, high = self._bounds.tolist()
+            low, high = self._bounds.wait()
             if not -LARGEST < low <= high < LARGEST:
                 raise UserError(f"{describe_first_bad_site(self.rows, self.sites)}: {self.remedy}")
         return self.rows

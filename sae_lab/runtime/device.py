@@ -1,8 +1,8 @@
-"""The device, copies to it, the precision, and a clock that waits for the device."""
+"""The device, copies to and from it, the precision, and a clock that waits for the device."""
 
 import os
 import time
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -47,6 +47,25 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)  # torch frees pinned memory after the copy
     return x.to(device, non_blocking=device.type == "cuda")
+
+
+class Reading:
+    """Numbers that a device computes, on their way to the host, which waits for them in `wait` only.
+
+    Args:
+        numbers: a tensor. What it holds later does not matter.
+    """
+
+    def __init__(self, numbers: Tensor):
+        self._numbers = numbers.detach().to("cpu", non_blocking=True, copy=True)  # from a GPU to pinned memory
+        self._done = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
+
+    def wait(self) -> list[Any]:
+        """Wait until the numbers and what was launched before them are computed, and return them."""
+        if self._done is not None:
+            self._done.synchronize()
+        numbers: list[Any] = self._numbers.tolist()
+        return numbers
 
 
 def synchronized_time(device: torch.device) -> float:

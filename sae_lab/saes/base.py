@@ -5,7 +5,7 @@ reads the first r sources and predicts the other w sources; for all other SAEs r
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
@@ -209,11 +209,20 @@ class BaseSAE(Registered, ABC):
         """
         return []
 
-    def plan_step(self) -> Hashable:
+    def foresee(self, ahead: int) -> dict[str, Tensor]:
+        """Return the integers by which `plan_step` plans a coming step, as tensors on the SAE's device.
+
+        The only numbers that the host reads of the SAE for a step (see ops/fixed_size.py).
+
+        Args:
+            ahead: how many steps come before it. The numbers must then hold whatever the batches of these are.
+        """
+        return {}
+
+    def plan_step(self, foreseen: Mapping[str, int]) -> Hashable:
         """Fix what determines the shapes of the next training step in fixed-size mode, and return it.
 
-        The only place where the host reads numbers of the SAE for a step (see ops/fixed_size.py). Steps on equal shapes
-        with equal plans run the same kernels, so one CUDA graph serves all of them.
+        Steps on equal shapes with equal plans run the same kernels, so one CUDA graph serves all of them.
         """
         return None
 

@@ -1,7 +1,7 @@
 """Base class of all SAEs with a linear encoder and a linear decoder."""
 
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -198,13 +198,17 @@ class LinearSAE(DictionarySAE):
         loss = auxk_loss(x, residual, W_enc, b_enc, W_dec, k_aux, self.auxk_selection == "batch", self.signed)
         return loss * on_any_shard(dead[0] < f)
 
-    def plan_step(self) -> Hashable:
+    def foresee(self, ahead: int) -> dict[str, Tensor]:
+        if not self.auxk_coefficient:
+            return super().foresee(ahead)
+        # A step adds at most one to each counter, and its losses see the counters after its own batch.
+        may_be_dead = self.batches_since_fired >= self.dead_after - 1 - ahead
+        return super().foresee(ahead) | {"most_dead": max_over_shards(may_be_dead.sum())}
+
+    def plan_step(self, foreseen: Mapping[str, int]) -> Hashable:
         """Fix the number of slots for dead latents: a power of two, so that few different steps are captured."""
-        self.dead_slots = 0
-        if self.auxk_coefficient:
-            # The losses see the counters after this batch, which adds at most one to each.
-            n = int(max_over_shards((self.batches_since_fired >= self.dead_after - 1).sum()))
-            self.dead_slots = min(len(self.own_latents), 1 << (n - 1).bit_length()) if n else 0
+        n = foreseen.get("most_dead", 0)
+        self.dead_slots = min(len(self.own_latents), 1 << (n - 1).bit_length()) if n else 0
         return self.dead_slots
 
     def decoder_norms(self) -> Float[Tensor, " f"]:

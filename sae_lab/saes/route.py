@@ -184,8 +184,11 @@ class RouteSAE(BaseSAE):
         self.sources.observe(self.as_rows(x))  # routing needs the scale, which the first batch sets
         return self.inner.resample(self.route(x)[0]) if self.inner.may_resample() else []
 
-    def plan_step(self) -> Hashable:
-        return self.inner.plan_step()
+    def foresee(self, ahead: int) -> dict[str, Tensor]:
+        return self.inner.foresee(ahead)
+
+    def plan_step(self, foreseen: Mapping[str, int]) -> Hashable:
+        return self.inner.plan_step(foreseen)
 
     def row_parameters(self) -> dict[nn.Parameter, bool]:
         return self.inner.row_parameters()

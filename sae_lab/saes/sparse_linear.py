@@ -1,7 +1,7 @@
 """Base class of the top-k family: linear SAEs with a selection rule and sparse codes."""
 
 from abc import abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import Annotated, Any
 
@@ -64,23 +64,24 @@ class SparseLinearSAE(LinearSAE):
         check_active(self.n_latents, k=self.k, k_start=self._k_start)
         self.planned_k = self.k
 
-    def plan_step(self) -> Hashable:
+    def foresee(self, ahead: int) -> dict[str, Tensor]:
+        return super().foresee(ahead) | ({"steps": self.steps + ahead} if self.k_warmup else {})
+
+    def plan_step(self, foreseen: Mapping[str, int]) -> Hashable:
         """Fix k as well, which changes by the step while it warms up."""
-        self.planned_k = self.scheduled_k()
-        return super().plan_step(), self.planned_k
+        self.planned_k = self.scheduled_k(foreseen["steps"]) if self.k_warmup else self.k
+        return super().plan_step(foreseen), self.planned_k
 
     @property
     def current_k(self) -> float:
         """k of the current training batch; in `eval()` the final k."""
-        if not self.training:
+        if not self.training or not self.k_warmup:
             return self.k
-        return self.planned_k if is_fixed_size() else self.scheduled_k()
+        return self.planned_k if is_fixed_size() else self.scheduled_k(int(self.steps))
 
-    def scheduled_k(self) -> float:
-        """Return k after as many training batches as this SAE has seen."""
-        if not self.k_warmup:
-            return self.k
-        return self.k + (self._k_start - self.k) * max(0.0, 1 - int(self.steps) / self.k_warmup)
+    def scheduled_k(self, steps: int) -> float:
+        """Return k after as many training batches."""
+        return self.k + (self._k_start - self.k) * max(0.0, 1 - steps / self.k_warmup)
 
     def with_k(self, k: float) -> Self:
         return self.convert_to(type(self), k=k)

@@ -88,7 +88,7 @@ class CapturedStep(TrainingStep):
         record: Callable[[Callable[[Tensor], StepResult], Tensor], Graph] | None = None,
     ):
         super().__init__(step.sae, step.optimizer, step.max_grad_norm, step.forward)
-        self.products = step.products
+        self.products, self.plans = step.products, step.plans
         self.required, self.failed = required, False
         self.graphs: dict[Hashable, Graph] = {}
         self.seen: Counter[Hashable] = Counter()
@@ -155,6 +155,7 @@ class PrepareSteps(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step: Any = pl_module.step
+        step.plans.resume(pl_module.foreseen)
         step.scaler = getattr(trainer.precision_plugin, "scaler", None)
         if step.scaler is not None:
             step.why_eager = "a step in float16 is left out where its gradients overflow"

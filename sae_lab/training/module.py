@@ -65,6 +65,7 @@ class SAEModule(L.LightningModule):
         self.register_buffer("tokens", torch.zeros((), dtype=torch.long))
         self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
         self.splice = splice
+        self.foreseen: dict[str, int] = {}  # `Plans.state` of the checkpoint from which training goes on
         self._left_out: set[str] = set()
 
     def configure_optimizers(self) -> Any:
@@ -126,11 +127,13 @@ class SAEModule(L.LightningModule):
                 counts["processed"] = counts["completed"] = 0
         if loop[AUTOMATIC]["optimizer"]["step"]["total"]["completed"]:
             loop[MANUAL] = loop[AUTOMATIC]["optimizer"]["step"]
+        self.foreseen = checkpoint.get("foreseen", {})
         take_own_latents(checkpoint, self.sae)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         largest = torch.stack([p.detach().abs().max() for p in self.sae.parameters()]).max()
         self.raise_if_diverged(sum_over_shards(largest))  # not finite if that of one shard is not
+        checkpoint["foreseen"] = self.step.plans.state()
         move_to_shards(checkpoint, self.sae)
 
     def raise_if_diverged(self, value: Tensor, x: Float[Tensor, "b s d"] | None = None) -> None:

@@ -1,7 +1,7 @@
 """The training step of one SAE, the same in Lightning's loop, in a group, in measurements and in one's own loop."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +16,7 @@ from sae_lab.parallel.mesh import world_size
 from sae_lab.parallel.shards import clip_gradients, share_overflow
 from sae_lab.runtime.memory import release_fragments
 from sae_lab.saes.base import BaseSAE, SAEOutput
+from sae_lab.training.plans import Plans
 from sae_lab.training.row_adam import RowAdam
 from sae_lab.training.splice_loss import Spliced
 
@@ -30,6 +31,8 @@ class StepResult:
     loss: Tensor
     kl: Tensor | None = None
     """The KL divergence in nats, if it has a part in the loss."""
+    foreseen: dict[str, Tensor] = field(default_factory=dict)
+    """What the SAE foresees, in fixed-size mode, of the step after the next (see training/plans.py)."""
     watched: dict[str, Tensor] | None = None
     """What a Watch made of the step."""
 
@@ -90,7 +93,7 @@ class TrainingStep:
         forward: Callable[[BaseSAE, Tensor], SAEOutput] = nn.Module.__call__,
     ):
         self.sae, self.optimizer, self.max_grad_norm, self.forward = sae, optimizer, max_grad_norm, forward
-        self.row_adam = RowAdam(sae, optimizer, max_grad_norm)
+        self.row_adam, self.plans = RowAdam(sae, optimizer, max_grad_norm), Plans(sae)
         self.why_eager: str | None = None
         """Why the step cannot be captured, whatever the SAE and the optimizer."""
         self.products: Products = "highest"
@@ -114,7 +117,11 @@ class TrainingStep:
         for parameter, rows in self.sae.resample(x):
             reset_optimizer_rows(self.optimizer, parameter, rows)
         with fixed_size(self.has_fixed_size(x)), float32_products(self.products):
-            return self.run(x, self.sae.plan_step(), splice, watch)
+            if not is_fixed_size():
+                return self.run(x, None, splice, watch)
+            result = self.run(x, self.plans.next(), splice, watch)
+            self.plans.add(result.foreseen)
+            return result
 
     def has_fixed_size(self, x: Tensor) -> bool:
         """Return whether the step on x has shapes that do not depend on data."""
@@ -131,6 +138,8 @@ class TrainingStep:
                 self.backward(result.loss)
             with torch.autocast(x.device.type, enabled=False):
                 self.update()
+        if is_fixed_size():
+            result = replace(result, foreseen=self.sae.foresee(1))
         return result.watched_by(watch)
 
     def compute(self, x: Float[Tensor, "b s d"], splice: Splice | None = None) -> StepResult:

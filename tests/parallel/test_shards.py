@@ -23,6 +23,7 @@ from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder, save_sae
 from sae_lab.saes.registry import Registered
+from sae_lab.training.plans import Plans
 from sae_lab.training.step import TrainingStep
 
 pytestmark = pytest.mark.process
@@ -142,7 +143,7 @@ def gradients(layout: str | None, name: str, padded: bool = False) -> dict[str, 
                     t.copy_(torch.linspace(-0.3, 0.3, t.numel()).view_as(t))
         sae.resample(x)
         let_die(sae)
-        sae.plan_step()
+        Plans(sae).next()
         out = nn.Module.__call__(sae, x)
         fired = {key: t.clone() for key, t in tensors.items() if key.endswith("fired")}
         let_die(sae)  # although they may have fired

@@ -69,7 +69,7 @@ def rows(sae, seed: int):
 
 
 def take(step: TrainingStep, x, mode: bool):
-    plan = step.sae.plan_step()
+    plan = step.plans.next()
     with fixed_size(mode):
         return step.run(x, plan)
 
@@ -109,7 +109,7 @@ def fake(step: TrainingStep, mode: FakeTensorMode) -> TrainingStep:
 def trace(step: TrainingStep) -> None:
     """Take a step in fixed-size mode on tensors without numbers, in which nothing can be read."""
     mode = FakeTensorMode()
-    step.sae.plan_step()
+    step.plans.next()
     without = fake(step, mode)
     x = mode.from_tensor(rows(step.sae, 0))
     with mode:
@@ -164,7 +164,7 @@ def test_what_needs_the_host_does_not_pass_the_check(kind, fault):
 def test_no_tensor_is_made_on_another_device(kind):
     """A capture cannot copy from the host. Here the default device is another one, as a CPU is beside a GPU."""
     step = make(kind)
-    step.sae.plan_step()
+    step.plans.next()
     x = rows(step.sae, 0)
     with torch.device("meta"):
         take_planned(step, x)
@@ -186,7 +186,7 @@ def refuse(*args, **kwargs):
 @pytest.mark.parametrize("kind", STEPS)
 def test_nothing_is_copied_between_host_and_gpu(kind, monkeypatch):
     step = make(kind)
-    step.sae.plan_step()
+    step.plans.next()
     x = rows(step.sae, 0)
     step.optimizer.param_groups[0]["lr"] = torch.tensor(1e-2)  # as on a GPU
     monkeypatch.setattr(torch.Tensor, "cpu", refuse)
@@ -207,7 +207,7 @@ def test_a_step_changes_nothing_but_numbers_in_their_places(kind):
     """A replay changes no Python attribute and reads and writes the addresses that were recorded."""
     step = make(kind)
     take(step, rows(step.sae, 0), mode=True)
-    plan = step.sae.plan_step()
+    plan = step.plans.next()
 
     def places():
         tensors = [*step.sae.parameters(), *step.sae.buffers()]
@@ -278,7 +278,7 @@ def test_a_step_dispatches_a_bounded_number_of_operations(kind, dead, monkeypatc
     step, count = make(kind), Count(monkeypatch)
     if not dead:
         dictionary(step.sae).batches_since_fired.zero_()
-    step.sae.plan_step()
+    step.plans.next()
     x = rows(step.sae, 0)
     with count:
         take_planned(step, x)

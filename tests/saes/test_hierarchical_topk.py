@@ -11,6 +11,7 @@ from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, HierarchicalTopKSAE, TopKSAE
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.route import RouteSAE
+from sae_lab.training.plans import Plans
 
 X = planted(48, seed=3)[0] + 0.1
 
@@ -36,7 +37,7 @@ def dense_levels(sae, x: torch.Tensor, budgets: list[int]) -> list[torch.Tensor]
 @pytest.mark.parametrize("fixed", [False, True], ids=["plain", "fixed size"])
 def test_loss_and_gradients_are_those_of_the_cumulative_sums(budgets, expected, fixed):
     sae, x = hierarchical(budgets=budgets).double(), X.double()
-    sae.plan_step()
+    Plans(sae).next()
     with fixed_size(fixed):
         out = sae(x)
         mine = sae.losses(out)["reconstruction"]
