@@ -83,11 +83,12 @@ class Pattern:
         """The entries sorted by latent; padding comes last."""
         with one_thread():
             order = stable_argsort(self.latents)
-            offsets = F.pad(self.fire_counts().cumsum(0), (1, 0))
+            offsets = F.pad(self.fire_counts.cumsum(0), (1, 0))
             return ByLatent(order, self.rows[order], offsets)
 
+    @cached_property
     def fire_counts(self) -> Int[Tensor, " f"]:
-        """Count the entries of each latent."""
+        """Number of entries of each latent."""
         counts = self.latents.new_zeros(self.n_latents + self.padded)
         # not bincount: on a GPU it makes the host wait
         return counts.scatter_add_(0, self.latents, torch.ones_like(self.latents))[: self.n_latents]
@@ -133,7 +134,7 @@ def l0_per_row(code: Code) -> Int[Tensor, " b"]:
 
 def fire_counts(code: Code) -> Int[Tensor, " f"]:
     """Count the rows on which each latent is active."""
-    return code.pattern.fire_counts() if isinstance(code, SparseCode) else (code != 0).sum(dim=0)
+    return code.pattern.fire_counts if isinstance(code, SparseCode) else (code != 0).sum(dim=0)
 
 
 def fired_latents(code: Code) -> Bool[Tensor, " f"]:
@@ -143,9 +144,9 @@ def fired_latents(code: Code) -> Bool[Tensor, " f"]:
 
 def smallest_active(code: Code) -> Tensor:
     """Return min{|z_ij| : z_ij != 0}, a scalar; infinity if no latent is active."""
-    values = code.values if isinstance(code, SparseCode) else code.flatten()
-    infinity = values.new_full((1,), float("inf"))
-    return min_over_shards(torch.cat([values.abs().masked_fill(values == 0, float("inf")), infinity]).min())
+    sizes = (code.values if isinstance(code, SparseCode) else code).abs()
+    least = sizes.masked_fill(sizes == 0, torch.inf).amin() if sizes.numel() else sizes.new_full((), torch.inf)
+    return min_over_shards(least)
 
 
 def split_by_group(code: Code, sizes: Sequence[int]) -> list[Code]:

@@ -115,7 +115,7 @@ class BatchTopKSAE(SparseLinearSAE):
             rate: maps the number of updates so far to the rate of this one.
         """
         smallest = min_over_ranks(smallest_active(code)).to(self.threshold)
-        known = smallest.isfinite()
+        known = smallest < torch.inf
         self.threshold_updates += known
         weight = rate(self.threshold_updates.clamp_min(1).to(self.threshold)) * known
         self.threshold.lerp_(smallest.nan_to_num(posinf=0.0), weight)

@@ -185,6 +185,8 @@ class LinearSAE(DictionarySAE):
         """Compute the unweighted auxiliary loss. Only the encoder and decoder rows of dead latents get gradients."""
         # In fixed-size mode, f stands for no latent: its rows are zero, so that it is never selected.
         f = len(self.own_latents)
+        if is_fixed_size() and not self.dead_slots:
+            return out.x_hat.new_zeros(())
         dead = true_positions_padded(self.dead(), self.dead_slots) if is_fixed_size() else self.dead().nonzero()[:, 0]
         n_dead = latent_axis().size * len(dead) if is_fixed_size() else count_over_shards(len(dead), dead.device)
         if n_dead == 0:
