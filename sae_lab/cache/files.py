@@ -37,8 +37,8 @@ class CacheFiles:
         size = {"n_tokens": n_tokens, "shard_tokens": shard_tokens, "dtype": stored, "compression": compression}
         self.key: dict[str, Any] = {"format": FORMAT} | lm | data_key(data) | size
         self.codec = Codec.of(self.key)
-        shard = min(shard_tokens, n_tokens) * len(data.lm.sites) * data.d_in * self.codec.decoded.itemsize
-        check_memory_of(torch.device("cpu"), shard, "a shard in memory takes {size}: lower the tokens of a shard.")
+        held = min(2 * shard_tokens, n_tokens) * len(data.lm.sites) * data.d_in * self.codec.decoded.itemsize
+        check_memory_of(torch.device("cpu"), held, "two shards in memory take {size}: lower the tokens of a shard.")
 
     def read_manifest(self, start_over: bool = False) -> Manifest | None:
         """Return the cache's manifest; None if there is none, or if it is damaged and `start_over` is set.

@@ -3,6 +3,8 @@
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.prefetch import PrefetchedSource
@@ -44,8 +46,17 @@ class TextPosition:
         return NextRows(self.rows, n)
 
 
+class Writing(NamedTuple):
+    """A shard that a thread writes."""
+
+    number: int
+    shard: Future[Shard]
+
+
 class Worker:
     """Harvests shards until the cache is complete, beside any number of other workers.
+
+    A thread writes each shard while the language model computes the next one. So two shards are in memory.
 
     Args:
         write: writes a shard of that number from its chunks.
@@ -65,15 +76,30 @@ class Worker:
     ):
         self.data, self.ranges, self.progress, self.claims, self.write = data, ranges, progress, claims, write
         self.bar, self.before = bar, before
+        self.thread = ThreadPoolExecutor(1, "shards")
+        self.writing: Writing | None = None
 
     def run(self, rows: RowStream, is_complete: Callable[[], bool]) -> None:
-        """Harvest until no shard is missing. `is_complete`: whether a worker has found that and ended the harvest."""
-        text, last, told = TextPosition(rows, self.progress, self.ranges), -1, False
+        """Harvest until no shard is missing. `is_complete`: whether a worker has found that and ended the harvest.
+
+        Raises:
+            SafeStop: a signal arrived. The shard that was then being filled is written.
+        """
+        with self.thread:
+            try:
+                self._run(TextPosition(rows, self.progress, self.ranges), is_complete)
+            finally:
+                self._finish_writing(is_complete)
+
+    def _run(self, text: TextPosition, is_complete: Callable[[], bool]) -> None:
+        last, told = -1, False
         while not self._look():
             raise_if_stopped()
             number = self._choose(last)
             if number is not None and self._harvest(number, text, is_complete):
                 last = number
+            elif self.writing is not None:
+                self._finish_writing(is_complete)
             elif is_complete():
                 return
             elif number is None:
@@ -99,33 +125,50 @@ class Worker:
         return next(lost, choose_free(n, done, claimed))
 
     def _harvest(self, i: int, text: TextPosition, is_complete: Callable[[], bool]) -> bool:
-        """Claim shard i and write it; return False if another worker has it or has done it.
+        """Claim shard i and begin to write it; return False if another worker has it or has done it.
 
         The order matters: a shard without a record, in a harvest that has not ended after that, is certainly not done.
         """
         if not self.claims.take(name_of(i)):
             self.progress.claimed.add(i)
             return False
+        begun = False
         try:
             if self.progress.has(i) or is_complete():
                 return False
-            self._write(i, text)
-        except UserError:
-            if is_complete():  # another worker has taken this shard too, and has removed the folder of the records
-                return False
-            raise
+            chunks, begin = self._gather(i, text)
+            self._finish_writing(is_complete)
+            self.writing, begun = Writing(i, self.thread.submit(self._write, i, chunks, begin)), True
         finally:
-            self.claims.release(name_of(i))
+            if not begun:
+                self.claims.release(name_of(i))
         return True
 
-    def _write(self, i: int, text: TextPosition) -> None:
-        """Write shard i and its record; at the end of the text only a record."""
+    def _gather(self, i: int, text: TextPosition) -> tuple[list[Chunk], dict[str, Any]]:
+        """Return the activations of shard i, and the state of the text where they begin."""
         span = self.ranges.of_shard(i)
         rows = text.take_from(span.start, len(span))
         begin = rows.state_dict()
-        chunks = gather(self.data, rows, self.bar.advance)
-        if not self.progress.has(i):
-            self.progress.add(i, self.write(i, chunks) if chunks else Shard("", 0, 0, begin, 0, ""))
+        return gather(self.data, rows, self.bar.advance), begin
+
+    def _write(self, i: int, chunks: list[Chunk], begin: dict[str, Any]) -> Shard:
+        """Write shard i, in a thread; at the end of the text there is no file."""
+        return self.write(i, chunks) if chunks else Shard("", 0, 0, begin, 0, "")
+
+    def _finish_writing(self, is_complete: Callable[[], bool]) -> None:
+        """Wait until the shard that is being written, if any, is on disk; then record it and release its claim."""
+        if self.writing is None:
+            return
+        (i, shard), self.writing = self.writing, None
+        try:
+            written = shard.result()
+            if not self.progress.has(i):
+                self.progress.add(i, written)
+        except UserError:
+            if not is_complete():  # else another worker has done it too, and has removed the folder of the records
+                raise
+        finally:
+            self.claims.release(name_of(i))
 
 
 def gather(data: ActivationData, rows: RowStream, advance: Callable[[int], None]) -> list[Chunk]:

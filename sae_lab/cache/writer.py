@@ -40,7 +40,7 @@ class CacheWriter:
             too.
         path: a folder, or any fsspec URL.
         n_tokens: exact number of activations to store; fewer if the text ends first with `data.repeat=false`.
-        shard_tokens: activations per shard, at most, rounded up to whole text rows. One shard is held in memory.
+        shard_tokens: activations per shard, at most, rounded up to whole text rows. Two of them are held in memory.
         dtype: dtype of the cache: float32, float16, bfloat16, int8, float8_e4m3 (see codec.Codec), or auto for the
             language model's.
         compression: none, or zstd, which loses nothing.

@@ -19,9 +19,8 @@ import torch
 from fakes import Follow
 from test_cache import cached, files, harvester
 
-from sae_lab.cache import claims
+from sae_lab.cache import claims, worker
 from sae_lab.cache.claims import Claims
-from sae_lab.cache.files import CacheFiles
 from sae_lab.cache.progress import name_of
 from sae_lab.cache.ranges import Ranges, choose_free
 from sae_lab.cache.shards import Shard
@@ -53,17 +52,17 @@ def of_one_worker(folder: Path, n_tokens: int, **data) -> dict[str, bytes]:
 
 @contextmanager
 def stopping_after(n: int) -> Iterator[None]:
-    """Send this process SIGTERM while it writes its n-th shard."""
-    written, real = [], CacheFiles.write_shard
+    """Send this process SIGTERM while it computes its n-th shard, which it then writes."""
+    begun, real = [], worker.gather
 
-    def write(*args, **kwargs):
-        written.append(args)
-        if len(written) == n:
+    def gather(*args):
+        begun.append(args)
+        if len(begun) == n:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **kwargs)
+        return real(*args)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(CacheFiles, "write_shard", write)
+        patched.setattr(worker, "gather", gather)
         yield
 
 
@@ -193,6 +192,30 @@ def test_whoever_comes_first_the_shards_are_the_same(data, tmp_path):
     assert not (tmp_path / "cache" / "shard-00001.safetensors").exists()
     writer(tmp_path / "cache", 300, **data).build()
     assert files(tmp_path / "cache") == whole
+
+
+def test_the_next_shard_is_computed_while_one_is_written_and_no_other(tmp_path, monkeypatch):
+    whole = of_one_worker(tmp_path / "alone", 300)
+    n = sum(name.startswith("shard") for name in whole)
+    events, begun = [], [threading.Event() for _ in range(n)]
+    gather, write = worker.gather, worker.Worker._write
+
+    def note_gather(*args):
+        events.append("gather")
+        begun[events.count("gather") - 1].set()
+        return gather(*args)
+
+    def write_late(self, i, *args):
+        assert i + 1 == n or begun[i + 1].wait(60)
+        shard = write(self, i, *args)
+        events.append("write")
+        return shard
+
+    monkeypatch.setattr(worker, "gather", note_gather)
+    monkeypatch.setattr(worker.Worker, "_write", write_late)
+    writer(tmp_path / "cache", 300).build()
+    assert files(tmp_path / "cache") == whole
+    assert events == ["gather", *["gather", "write"] * (n - 1), "write"]
 
 
 # ---- claims
