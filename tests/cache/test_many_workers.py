@@ -19,7 +19,8 @@ import torch
 from fakes import Follow
 from test_cache import cached, files, harvester
 
-from sae_lab.cache import claims, worker
+from sae_lab.cache import claims
+from sae_lab.cache import worker as harvesting
 from sae_lab.cache.claims import Claims
 from sae_lab.cache.progress import name_of
 from sae_lab.cache.ranges import Ranges, choose_free
@@ -53,7 +54,7 @@ def of_one_worker(folder: Path, n_tokens: int, **data) -> dict[str, bytes]:
 @contextmanager
 def stopping_after(n: int) -> Iterator[None]:
     """Send this process SIGTERM while it computes its n-th shard, which it then writes."""
-    begun, real = [], worker.gather
+    begun, real = [], harvesting.gather
 
     def gather(*args):
         begun.append(args)
@@ -62,7 +63,7 @@ def stopping_after(n: int) -> Iterator[None]:
         return real(*args)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(worker, "gather", gather)
+        patched.setattr(harvesting, "gather", gather)
         yield
 
 
@@ -198,7 +199,7 @@ def test_the_next_shard_is_computed_while_one_is_written_and_no_other(tmp_path, 
     whole = of_one_worker(tmp_path / "alone", 300)
     n = sum(name.startswith("shard") for name in whole)
     events, begun = [], [threading.Event() for _ in range(n)]
-    gather, write = worker.gather, worker.Worker._write
+    gather, write = harvesting.gather, harvesting.Worker._write
 
     def note_gather(*args):
         events.append("gather")
@@ -211,8 +212,8 @@ def test_the_next_shard_is_computed_while_one_is_written_and_no_other(tmp_path, 
         events.append("write")
         return shard
 
-    monkeypatch.setattr(worker, "gather", note_gather)
-    monkeypatch.setattr(worker.Worker, "_write", write_late)
+    monkeypatch.setattr(harvesting, "gather", note_gather)
+    monkeypatch.setattr(harvesting.Worker, "_write", write_late)
     writer(tmp_path / "cache", 300).build()
     assert files(tmp_path / "cache") == whole
     assert events == ["gather", *["gather", "write"] * (n - 1), "write"]
