@@ -57,7 +57,6 @@ class CudaGraph:
     def __init__(self, run: Callable[[Tensor], StepResult], x: Tensor, pool: Any, stream: "torch.cuda.Stream"):
         self.x = x.clone()
         self.graph = torch.cuda.CUDAGraph()
-        torch.clear_autocast_cache()  # weights that were cast before would not be cast again
         # thread_local: the prefetch thread may allocate memory meanwhile
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.result = run(self.x)

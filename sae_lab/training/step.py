@@ -117,11 +117,11 @@ class TrainingStep:
         for parameter, rows in self.sae.resample(x):
             reset_optimizer_rows(self.optimizer, parameter, rows)
         with fixed_size(self.has_fixed_size(x)), float32_products(self.products):
-            if not is_fixed_size():
-                return self.run(x, None, splice, watch)
-            result = self.run(x, self.plans.next(), splice, watch)
-            self.plans.add(result.foreseen)
-            return result
+            result = self.run(x, self.plans.next() if is_fixed_size() else None, splice, watch)
+            if is_fixed_size():
+                self.plans.add(result.foreseen)
+        torch.clear_autocast_cache()  # it has casts of the weights of before this step
+        return result
 
     def has_fixed_size(self, x: Tensor) -> bool:
         """Return whether the step on x has shapes that do not depend on data."""
@@ -131,6 +131,7 @@ class TrainingStep:
         self, x: Float[Tensor, "b s d"], plan: Hashable, splice: Splice | None = None, watch: Watch | None = None
     ) -> StepResult:
         """Take the part of the step that can be captured."""
+        torch.clear_autocast_cache()  # weights that were cast before a capture would not be cast again by its replays
         self.optimizer.zero_grad()
         with self.row_adam.collect(is_fixed_size() and self.scaler is None):
             result = self.compute(x, splice)
