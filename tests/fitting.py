@@ -25,12 +25,13 @@ def fit(
     fused: bool = True,
     batches=BATCHES,
     ckpt=None,
+    n_steps: int = N_STEPS,
     **trainer,
 ) -> SAEModule:
     module = SAEModule(
         sae,
         partial(torch.optim.Adam, lr=1e-2, fused=fused),
-        partial(warmup_decay, n_steps=N_STEPS, warmup=0.25, decay=0.5),
+        partial(warmup_decay, n_steps=n_steps, warmup=0.25, decay=0.5),
         max_grad_norm,
     )
     quiet = {
