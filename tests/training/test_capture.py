@@ -1,6 +1,6 @@
 """Captured steps: what is recorded, what is taken eagerly, and that both are the same step.
 
-Where there is no GPU, a graph is stood in for by the recorded function, called again at each replay.
+Graphs are those of recorded_graph.py. That replays are the eager steps, for all SAEs, is in test_recorded_steps.py.
 """
 
 import copy
@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import build, planted
 from fitting import BATCHES, fit
+from recorded_graph import Recorded
 
 from sae_lab.runtime.errors import UserError
 from sae_lab.training import capture
@@ -16,22 +17,22 @@ from sae_lab.training.capture import WARM, CapturedStep, PrepareSteps, set_captu
 from sae_lab.training.step import TrainingStep
 
 
-class Again:
-    """A recorded step that is taken again from Python."""
-
-    recorded = 0
-
-    def __init__(self, run, x):
-        self.run, self.x, Again.recorded = run, x.clone(), Again.recorded + 1
-
-    def replay(self, x):
-        self.x.copy_(x)
-        return self.run(self.x)
+@pytest.fixture
+def graphs() -> list[Recorded]:
+    """Those that `capturing` makes, in order."""
+    return []
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    Again.recorded = 0
+@pytest.fixture
+def capturing(graphs):
+    def capturing(sae) -> CapturedStep:
+        def record(run, x):
+            graphs.append(Recorded(run, x))
+            return graphs[-1]
+
+        return CapturedStep(TrainingStep(sae, adam(sae)), required=True, record=record)
+
+    return capturing
 
 
 @pytest.fixture
@@ -41,7 +42,10 @@ def fixed(monkeypatch):
 
 
 def adam(sae, **options):
-    return torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True, **options)
+    """Adam as training on a GPU prepares it."""
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True, **options)
+    set_capturable(optimizer, True)
+    return optimizer
 
 
 def weights_after(step: TrainingStep, batches=BATCHES):
@@ -50,39 +54,32 @@ def weights_after(step: TrainingStep, batches=BATCHES):
     return {name: value.clone() for name, value in step.sae.state_dict().items()}
 
 
-def test_captured_steps_are_the_eager_ones(sae_name, fixed):
-    sae = build(sae_name, *([] if sae_name in ("pursuit", "route") else ["sae.dead_after=2"]))
-    eager = weights_after(TrainingStep(other := copy.deepcopy(sae), adam(other)))
-    captured = weights_after(CapturedStep(TrainingStep(sae, adam(sae)), record=Again))
-    assert all(torch.equal(captured[name], value) for name, value in eager.items())
-    assert Again.recorded >= 1
-
-
-def test_one_graph_per_shape_and_plan(fixed):
+def test_one_graph_per_shape_and_plan(fixed, capturing, graphs):
     sae = build("topk", "sae.k_warmup=6", "sae.auxk_coefficient=0")
-    step = CapturedStep(TrainingStep(sae, adam(sae)), record=Again)
+    step = capturing(sae)
     for x in BATCHES:  # k changes in each of the first six steps
         step(x)
-    assert Again.recorded == 1
+    assert len(graphs) == 1
     assert sum(n for key, n in step.seen.items() if key[-1][1] == 4) == len(BATCHES) - 6
     step(BATCHES[0][:20])  # the last batch of a run: rare, so eager
-    assert Again.recorded == 1
+    assert len(graphs) == 1
     assert sae.steps == len(BATCHES) + 1
 
 
-def test_the_number_of_dead_latents_chooses_the_graph(fixed):
+def test_the_number_of_dead_latents_chooses_the_graph(fixed, capturing, graphs):
     sae = build("batch_topk", "sae.dead_after=1000")
-    step = CapturedStep(TrainingStep(sae, adam(sae)), record=Again)
+    step = capturing(sae)
     for n_dead, n_graphs in ((0, 1), (3, 2), (4, 2), (5, 3), (0, 3)):
         for x in BATCHES[: WARM + 1]:
             sae.batches_since_fired.zero_()
             sae.batches_since_fired[:n_dead] = 10**6
             step(x)
-        assert Again.recorded == n_graphs
+        assert len(graphs) == n_graphs
 
 
-def test_a_step_that_cannot_be_recorded_is_taken_eagerly_and_said(caplog):
+def test_a_step_that_cannot_be_recorded_is_taken_eagerly_and_said(caplog, fixed):
     def refuse(run, x):
+        Recorded(run, x)
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     sae = build("batch_topk")
@@ -97,8 +94,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_eagerly_and_said(caplog):
 def test_what_cannot_be_captured_says_why(monkeypatch):
     sae = build("batch_topk")
     monkeypatch.setattr(capture, "HAS_TRITON", True)
-    good = adam(sae, capturable=True) if torch.cuda.is_available() else adam(sae)
-    good.param_groups[0]["capturable"] = True
+    good = adam(sae)
     assert why_not_captured(sae, good) is None
     assert why_not_captured(build("route"), good) is None
     assert why_not_captured(build("pursuit"), good) == "a pursuit keeps as many latents as it needs"
@@ -121,13 +117,13 @@ def test_a_resumed_run_follows_the_schedule_in_updates_by_latent(fixed, tmp_path
     assert [key for key in theirs if not torch.equal(mine[key], theirs[key])] == []
 
 
-def test_there_are_never_many_graphs(fixed):
+def test_there_are_never_many_graphs(fixed, capturing, graphs):
     sae = build("topk", "sae.auxk_coefficient=0")
-    step = CapturedStep(TrainingStep(sae, adam(sae)), record=Again)
+    step = capturing(sae)
     for size in (*range(10, 10 + capture.MOST + 2), 10 + capture.MOST + 1):
         for _ in range(WARM + 1):
             step(BATCHES[0][:size])
-    assert Again.recorded == capture.MOST + 2
+    assert len(graphs) == capture.MOST + 2
     assert len(step.graphs) == capture.MOST
 
 
