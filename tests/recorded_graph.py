@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sae_lab.training.step import StepResult
 
@@ -58,13 +57,13 @@ class Recorded(TorchDispatchMode):
         written = [s for tensor in written_tensors(func, args, kwargs) for s in storages(tensor)]
         self.before |= {id_of(s): (s, s.clone()) for s in written if not self.knows(s)}
         # Aliases, since operations such as squeeze_ change the shape of a tensor that others were recorded with.
-        recorded = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        aliases = [alias(value) for value in args], {name: alias(value) for name, value in kwargs.items()}
         result = func(*args, **kwargs)
-        read = {id_of(s) for s in storages((args, kwargs))}
-        new = [None if read & {*map(id_of, storages(out))} else alias(out) for out in tree_leaves(result)]
+        read = {id_of(s) for s in storages([*args, *kwargs.values()])}
+        new = [None if read & {*map(id_of, storages(out))} else alias(out) for out in leaves(result)]
         self.own |= {id_of(s): s for s in storages(new)}
         if written or storages(new):  # a view needs nothing
-            self.operations.append((func, *recorded, new))
+            self.operations.append((func, *aliases, new))
         return result
 
     def knows(self, storage: torch.UntypedStorage) -> bool:
@@ -81,7 +80,7 @@ class Recorded(TorchDispatchMode):
         self.x.copy_(x)
         with torch.autocast(x.device.type, enabled=False):  # casts are among the operations
             for func, args, kwargs, new in self.operations:
-                for mine, out in zip(new, tree_leaves(func(*args, **kwargs)), strict=True):
+                for mine, out in zip(new, leaves(func(*args, **kwargs)), strict=True):
                     if mine is not None:
                         mine.copy_(out)
         return self.result.detach()
@@ -107,7 +106,7 @@ def why_not_recorded(func: Any, args: tuple) -> str | None:
     if torch.Tag.data_dependent_output in func.tags:
         return "reads a number"
     index = str(func).startswith("aten.index")  # has this tag for indices that are masks
-    masks = [t for t in tree_leaves(args[1:2]) if isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8)]
+    masks = [t for t in leaves(args[1:2]) if isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8)]
     filled = "put" in str(func) and args[2].numel() == 1  # torch then calls masked_fill
     if masks and not filled if index else torch.Tag.dynamic_output_shape in func.tags:
         return "has a shape that depends on data"
@@ -119,12 +118,12 @@ def written_tensors(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = args[i] if i < len(args) else kwargs.get(argument.name)
-            yield from (leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
+            yield from (leaf for leaf in leaves(given) if isinstance(leaf, Tensor))
 
 
 def storages(tensors: Any) -> list[torch.UntypedStorage]:
-    """Return the memory of all tensors in nested containers."""
-    return [leaf.untyped_storage() for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)]
+    """Return the memory of tensors and of those in lists."""
+    return [leaf.untyped_storage() for leaf in leaves(tensors) if isinstance(leaf, Tensor)]
 
 
 def id_of(storage: torch.UntypedStorage) -> int:
@@ -132,5 +131,13 @@ def id_of(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
-def alias(value: Any) -> Tensor | None:
-    return value.detach() if isinstance(value, Tensor) else None
+def leaves(value: Any) -> list:
+    """Return the items of lists in lists; of anything else, itself."""
+    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list | tuple) else [value]
+
+
+def alias(value: Any) -> Any:
+    """Return tensors, and those in lists, as other tensors with the same memory."""
+    if isinstance(value, list | tuple):
+        return [alias(item) for item in value]
+    return value.detach() if isinstance(value, Tensor) else value
