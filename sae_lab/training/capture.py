@@ -2,8 +2,9 @@
 
 A step launches a hundred kernels from Python, which take longer to launch than to run. In a graph they follow each
 other without the host. What changes from step to step lies in tensors at fixed addresses: the batch, the weights, the
-optimizer's state, counters and thresholds, the learning rate. What fixes the shapes is the key of a graph: the batch's
-shape and the SAE's `plan_step`. Steps with other keys are captured by themselves, or taken eagerly if they are rare.
+optimizer's state, counters and thresholds, the learning rate. What a replay cannot change is the key of a graph: the
+batch's shape, the SAE's `plan_step` and the numbers of Python (`baked_in`). Steps with other keys are captured by
+themselves, or taken eagerly if they are rare. A step that replaces numbers or tensors of Python is not captured.
 A replayed step is equal, to the bit, to the same step taken eagerly, because both run the same kernels.
 """
 
@@ -23,6 +24,7 @@ from sae_lab.parallel.mesh import world_size
 from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.training.micro_batches import MicroBatchStep
+from sae_lab.training.python_state import baked_in, refuse_replacements
 from sae_lab.training.step import Splice, StepResult, TrainingStep, Watch
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,9 @@ optimizer makes its state, which must not be recorded; and a key that is seen le
 
 MOST = 8
 """Graphs at a time. Each keeps its batch and its result; the one that was not used for longest makes room."""
+
+MOST_SEEN = 1000
+"""Keys that are counted at a time."""
 
 
 class Graph(Protocol):
@@ -92,6 +97,7 @@ class CapturedStep(TrainingStep):
         self.graphs: dict[Hashable, Graph] = {}
         self.seen: Counter[Hashable] = Counter()
         self.record = record or self.record_cuda
+        self.parts, self.moments = [*step.sae.modules()], step.optimizer.state
         self.device = next(step.sae.parameters()).device
         # Before kernels of the next block's forward passes (activations/interleave.py): the host waits for each step's
         # plan, and for no forward pass.
@@ -113,8 +119,13 @@ class CapturedStep(TrainingStep):
     def run(
         self, x: Float[Tensor, "b s d"], plan: Hashable, splice: Splice | None = None, watch: Watch | None = None
     ) -> StepResult:
-        key = (x.shape, x.dtype, plan)
+        if self.moments is not self.optimizer.state:  # a state dict was loaded, into other memory
+            self.moments = self.optimizer.state
+            self.graphs.clear()
+        key = (x.shape, x.dtype, self.max_grad_norm, baked_in(self.parts, self.optimizer), plan)
         self.seen[key] += 1
+        if len(self.seen) > MOST_SEEN:
+            del self.seen[next(iter(self.seen))]
         if self.failed or self.seen[key] <= WARM:
             return super().run(x, plan, None, watch)
         if key not in self.graphs and not self.try_to_record(key, x, plan):
@@ -127,7 +138,9 @@ class CapturedStep(TrainingStep):
         while len(self.graphs) >= MOST:
             del self.graphs[next(iter(self.graphs))]
         try:
-            self.graphs[key] = self.record(lambda batch: super(CapturedStep, self).run(batch, plan).for_the_log(), x)
+            with refuse_replacements(self.parts, self.optimizer):
+                graph = self.record(lambda batch: super(CapturedStep, self).run(batch, plan).for_the_log(), x)
+            self.graphs[key] = graph
         except RuntimeError as e:  # of CUDA, or of a tensor operation that needs the host
             if self.required:
                 raise

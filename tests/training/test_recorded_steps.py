@@ -3,6 +3,7 @@
 The graphs are those of recorded_graph.py, so this needs no GPU.
 """
 
+import re
 from contextlib import nullcontext
 from functools import partial
 
@@ -13,13 +14,15 @@ from conftest import SAE_NAMES, build, dictionary, equal, planted
 from fitting import DEAD, fit
 from recorded_graph import Recorded
 from step_kinds import MORE, STEPS, build_kind, rows
+from torch.utils._pytree import tree_map_only
 
 from sae_lab.training import capture
-from sae_lab.training.capture import WARM, CapturedStep, PrepareSteps, set_capturable
+from sae_lab.training.capture import CapturedStep, PrepareSteps, set_capturable
 from sae_lab.training.module import training_row
 from sae_lab.training.step import TrainingStep
 
-N = 24
+N, FEW = 24, 10
+"""Steps. Half of them are with dead latents, so that a few steps are replays of two graphs as well."""
 ADAM = partial(torch.optim.Adam, lr=1e-2, fused=True)
 
 
@@ -48,6 +51,7 @@ class Run:
         before=lambda sae, i: None, required=True,
     ):  # fmt: skip
         self.sae, self.optimizer = sae, optimizer(sae.parameters())
+        sae.moments = self.optimizer.state
         set_capturable(self.optimizer, True)
         step = TrainingStep(sae, self.optimizer, max_grad_norm)
         self.step = CapturedStep(step, required, record) if record else step
@@ -108,7 +112,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["batch_topk", "matryoshka", "jumprelu", "gated", "route", "transcoder"])
+@pytest.mark.parametrize("kind", ["batch_topk", "jumprelu", "route"])
 def test_replayed_steps_are_the_eager_ones_however_they_are_taken(kind, way):
     assert_same_steps(partial(build_kind, kind), **WAYS[way])
 
@@ -119,9 +123,9 @@ def test_every_sae_is_among_these_or_says_why_not():
 
 def test_members_that_take_turns_do_not_disturb_each_other():
     kinds = ("batch_topk", "matryoshka", "vanilla")
-    alone = [Run(build_kind(kind), None).all() for kind in kinds]
+    alone = [Run(build_kind(kind), None).all(FEW) for kind in kinds]
     together = [Run(build_kind(kind)) for kind in kinds]
-    for i in range(N):
+    for i in range(FEW):
         for run in together:
             run.take(i)
     assert [differences(a.tensors(), b.tensors()) for a, b in zip(alone, together, strict=True)] == [[], [], []]
@@ -137,12 +141,12 @@ def test_recording_takes_no_step():
         seen.append(differences(before, tensors(run.step)))
         return graph
 
-    run.all(2 * WARM + 2)
+    run.all(FEW)
     assert seen == [[], []]
 
 
 def copied(tree):
-    return torch.utils._pytree.tree_map(torch.clone, tree)
+    return tree_map_only(torch.Tensor, torch.clone, tree)
 
 
 def test_the_backward_pass_is_recorded_as_well():
@@ -161,10 +165,10 @@ def test_the_backward_pass_is_recorded_as_well():
 @pytest.mark.parametrize("kind", ["vanilla", "batch_topk"])
 def test_one_autocast_context_around_all_steps_is_as_good_as_one_around_each(kind, record):
     """Autocast keeps its casts of weights until the outermost context ends, whether or not the weights change."""
-    each = Run(build_kind(kind), None, around=bf16).all()
+    each = Run(build_kind(kind), None, around=bf16).all(FEW)
     around_all = Run(build_kind(kind), record, before=lambda sae, i: sae.autoencode(rows(sae, 0)))
     with bf16():
-        around_all.all()
+        around_all.all(FEW)
     assert differences(each.tensors(), around_all.tensors()) == []
 
 
@@ -192,6 +196,12 @@ def replace_data(sae, out):
     return out.x_hat.mean()
 
 
+def replace_a_moment(sae, out):
+    for state in sae.moments.values():
+        state["exp_avg"] = state["exp_avg"] * 0.5
+    return out.x_hat.mean()
+
+
 def faulty(term, kind="batch_topk"):
     """An SAE with one more term of the loss."""
     sae = build_kind(kind)
@@ -207,26 +217,53 @@ def change_the_factor(sae, i):
     sae.factor = 1 / (1 + i)
 
 
-@pytest.mark.parametrize(
-    "fault", [count_calls, use_a_number_from_outside, replace_a_buffer, keep_a_tensor, replace_data]
-)
-def test_what_a_graph_does_not_see_is_a_difference(fault):
-    eager, captured = (Run(faulty(fault), record, before=change_the_factor).all() for record in (None, Recorded))
+@pytest.fixture
+def unguarded(monkeypatch):
+    """Steps are captured whatever they depend on."""
+    monkeypatch.setattr(capture, "baked_in", lambda *_: None)
+    monkeypatch.setattr(capture, "refuse_replacements", lambda *_: nullcontext())
+
+
+REPLACING = {
+    replace_a_buffer: "n_seen",
+    keep_a_tensor: "kept",
+    replace_data: r"the memory of a \(1, 16\) tensor",
+    replace_a_moment: "exp_avg",
+}
+
+
+@pytest.mark.parametrize("fault", [count_calls, use_a_number_from_outside, *REPLACING])
+def test_what_a_graph_does_not_see_is_a_difference(fault, unguarded):
+    eager, captured = (Run(faulty(fault), record, before=change_the_factor).all(FEW) for record in (None, Recorded))
     assert differences(eager.tensors(), captured.tensors())
 
 
-def test_a_rate_that_is_no_tensor_is_a_difference(monkeypatch):
+@pytest.mark.parametrize("fault", [count_calls, use_a_number_from_outside])
+def test_a_number_that_changes_by_the_step_makes_it_eager(fault):
+    eager, captured = (Run(faulty(fault), record, before=change_the_factor).all(FEW) for record in (None, Recorded))
+    assert differences(eager.tensors(), captured.tensors()) == []
+    assert not captured.step.graphs
+
+
+@pytest.mark.parametrize("fault", REPLACING)
+def test_a_step_that_replaces_a_tensor_is_eager(fault, caplog):
+    eager, captured = (Run(faulty(fault), record, required=False).all(FEW) for record in (None, Recorded))
+    assert differences(eager.tensors(), captured.tensors()) == []
+    assert re.search(f"not captured any more.*a step replaces .*{REPLACING[fault]}", caplog.text)
+
+
+def test_a_rate_that_is_no_tensor_is_a_difference(monkeypatch, unguarded):
     monkeypatch.setitem(globals(), "set_capturable", lambda optimizer, on: None)
-    eager, captured = (Run(build_kind("vanilla"), record).all() for record in (None, Recorded))
+    eager, captured = (Run(build_kind("vanilla"), record).all(FEW) for record in (None, Recorded))
     assert "/optimizer/0/exp_avg" in differences(eager.tensors(), captured.tensors())
 
 
 def test_casts_from_before_a_recording_are_a_difference(monkeypatch):
-    each = Run(build_kind("vanilla"), None, around=bf16).all()
+    each = Run(build_kind("vanilla"), None, around=bf16).all(FEW)
     monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
     around_all = Run(build_kind("vanilla"))
     with bf16():
-        around_all.all()
+        around_all.all(FEW)
     assert differences(each.tensors(), around_all.tensors())
 
 
@@ -249,13 +286,13 @@ NEEDS_THE_HOST = {
 def test_what_needs_the_host_is_not_recorded(name):
     run = Run(faulty(lambda sae, out: out.x_hat.mean() * NEEDS_THE_HOST[name](out.x_hat)))
     with pytest.raises(RuntimeError, match="when a step is recorded"):
-        run.all()
+        run.all(FEW)
 
 
 def test_a_step_that_cannot_be_recorded_is_taken_eagerly():
     """What the recording did until it failed leaves no trace."""
     eager, captured = (
-        Run(faulty(lambda sae, out: out.x_hat.mean() * float(sae.steps)), record, around=bf16, required=False).all()
+        Run(faulty(lambda sae, out: out.x_hat.mean() * float(sae.steps)), record, around=bf16, required=False).all(FEW)
         for record in (None, Recorded)
     )
     assert captured.step.failed
@@ -316,3 +353,48 @@ def test_a_captured_run_that_is_stopped_ends_in_the_bits_of_an_eager_one(name, t
     second, log_2 = fitted(resumed, batches[N // 2 :], ckpt=tmp_path / "half.ckpt", max_epochs=2, **how)
     assert 0 < n_first < len(graphs)
     assert differences(tensors(whole.step) | {"log": log}, tensors(second.step) | {"log": log_1 + log_2}) == []
+
+
+def set_the_rate(run):
+    for group in run.optimizer.param_groups:
+        group["lr"] = 1e-3
+
+
+def load_the_moments(run):
+    run.optimizer.load_state_dict(copied(run.optimizer.state_dict()))
+
+
+def set_betas(run):
+    run.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+
+
+def clip(run):
+    run.step.max_grad_norm = 0.01
+
+
+def leave_autocast(run):
+    run.around = nullcontext
+
+
+def set_a_coefficient(run):
+    run.sae.coefficient = 0.5
+
+
+def stop_training_mode(run):
+    run.sae.eval()
+
+
+@pytest.mark.parametrize(
+    "change", [set_the_rate, load_the_moments, set_betas, clip, leave_autocast, set_a_coefficient, stop_training_mode]
+)
+def test_captured_steps_see_what_is_changed_between_two_steps(change):
+    def run(record):
+        run = Run(build_kind("jumprelu"), record, around=bf16)
+        for i in range(FEW + 6):
+            if i == FEW:
+                change(run)
+            run.take(i)
+        return run
+
+    eager, captured = run(None), run(Recorded)
+    assert differences(eager.tensors(), captured.tensors()) == []
