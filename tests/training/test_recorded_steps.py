@@ -16,6 +16,7 @@ from recorded_graph import Recorded
 from step_kinds import MORE, STEPS, build_kind, rows
 from torch.utils._pytree import tree_map_only
 
+from sae_lab.ops.sparse import fire_counts
 from sae_lab.training import capture
 from sae_lab.training.capture import CapturedStep, PrepareSteps, set_capturable
 from sae_lab.training.module import training_row
@@ -34,6 +35,11 @@ def fixed(monkeypatch):
 
 def bf16(on=True):
     return torch.autocast("cpu", torch.bfloat16, enabled=on)
+
+
+def row_and_counts(sae, result):
+    """What training logs, and what a code derives from its entries when it is first asked."""
+    return training_row(sae, result) | {"fired": fire_counts(result.out.code).float()}
 
 
 class Run:
@@ -64,7 +70,7 @@ class Run:
             dictionary(self.sae).batches_since_fired.zero_()[10:27] = 99 * (i % 8 > 0)
         self.before(self.sae, i)
         with self.around():
-            row = self.step(self.batches[i], None, partial(training_row, self.sae)).watched
+            row = self.step(self.batches[i], None, partial(row_and_counts, self.sae)).watched
         self.log.append(copied(row))  # the next step may overwrite it
         self.schedule.step()
 
@@ -79,7 +85,8 @@ class Run:
 
 def tensors(step: TrainingStep):
     """All tensors that steps change, by name."""
-    return {"sae": step.sae.state_dict(), "optimizer": step.optimizer.state_dict()["state"]}
+    of_sae = dict(step.sae.named_parameters()) | dict(step.sae.named_buffers())
+    return {"sae": of_sae, "optimizer": step.optimizer.state_dict()["state"]}
 
 
 def differences(a, b, name="") -> list[str]:
@@ -94,7 +101,7 @@ def assert_same_steps(sae_of, **how) -> None:
     eager, captured = Run(sae_of(), None, **how).all(), Run(sae_of(), **how).all()
     assert differences(eager.tensors(), captured.tensors()) == []
     assert captured.step.graphs
-    assert all(number.isfinite() for row in captured.log for number in row.values())
+    assert all(number.isfinite().all() for row in captured.log for number in row.values())
 
 
 @pytest.mark.parametrize("kind", STEPS | MORE)
@@ -238,10 +245,12 @@ def test_what_a_graph_does_not_see_is_a_difference(fault, unguarded):
 
 
 @pytest.mark.parametrize("fault", [count_calls, use_a_number_from_outside])
-def test_a_number_that_changes_by_the_step_makes_it_eager(fault):
+def test_a_number_that_changes_by_the_step_makes_it_eager(fault, monkeypatch):
+    monkeypatch.setattr(capture, "MOST_SEEN", 3)
     eager, captured = (Run(faulty(fault), record, before=change_the_factor).all(FEW) for record in (None, Recorded))
     assert differences(eager.tensors(), captured.tensors()) == []
     assert not captured.step.graphs
+    assert len(captured.step.seen) == 3
 
 
 @pytest.mark.parametrize("fault", REPLACING)
@@ -255,6 +264,19 @@ def test_a_rate_that_is_no_tensor_is_a_difference(monkeypatch, unguarded):
     monkeypatch.setitem(globals(), "set_capturable", lambda optimizer, on: None)
     eager, captured = (Run(build_kind("vanilla"), record).all(FEW) for record in (None, Recorded))
     assert "/optimizer/0/exp_avg" in differences(eager.tensors(), captured.tensors())
+
+
+class Same(Recorded):
+    """Returns one object again and again, with what was derived from an earlier replay."""
+
+    def replay(self, x):
+        super().replay(x)
+        return self.result
+
+
+def test_what_was_derived_from_an_earlier_result_is_a_difference():
+    eager, captured = (Run(build_kind("batch_topk"), record).all() for record in (None, Same))
+    assert differences(eager.tensors(), captured.tensors())
 
 
 def test_casts_from_before_a_recording_are_a_difference(monkeypatch):
