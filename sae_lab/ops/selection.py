@@ -21,6 +21,7 @@ from torch import Tensor
 from sae_lab.ops.fixed_selection import top_of_batch, top_of_rows
 from sae_lab.ops.fixed_size import is_fixed_size, numpy_may_read
 from sae_lab.ops.matmul import linear_by_part
+from sae_lab.ops.rounded import rounded
 from sae_lab.ops.sharded_selection import keep_top_of_batch, keep_top_of_rows, max_over_all, nth_largest
 from sae_lab.ops.sparse import Pattern, SparseCode, split_by_rows
 from sae_lab.parallel.mesh import data_axis, latent_axis, mesh_size
@@ -45,14 +46,14 @@ class Preactivations:
     def __init__(
         self,
         x: Float[Tensor, "b n_parts*n"],
-        W_enc: Float[Tensor, "f n"],
+        W_enc: Float[Tensor, "f n"] | Float[Tensor, "f s n_by_s"],
         b_enc: Float[Tensor, " f"] | None,
         sizes: Sequence[int] = (),
     ):
         device = x.device.type
         lower = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if lower else x.dtype
-        self.x, self.W = x.to(dtype), W_enc.to(dtype)
+        self.x, self.W = x.to(dtype), rounded(W_enc, dtype).flatten(1)
         self.bias = None if b_enc is None else b_enc.to(dtype)
         self.sizes = sizes
 

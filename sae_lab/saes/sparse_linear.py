@@ -109,7 +109,7 @@ class SparseLinearSAE(LinearSAE):
         encoder = self.encoder(x)
         with torch.no_grad():
             centered = (encoder.inputs - encoder.center).flatten(1)
-            h = Preactivations(centered, encoder.W.flatten(1), self.b_enc, self.layers.sizes)
+            h = Preactivations(centered, encoder.W, self.b_enc, self.layers.sizes)
             code = remember(partial(self.select, h))
         return self.layers.attach_gradients(code, *encoder, self.b_enc), None
 

@@ -122,7 +122,8 @@ class CapturedStep(TrainingStep):
         if self.moments is not self.optimizer.state:  # a state dict was loaded, into other memory
             self.moments = self.optimizer.state
             self.graphs.clear()
-        key = (x.shape, x.dtype, self.max_grad_norm, self.products, baked_in(self.parts, self.optimizer), plan)
+        settings = (self.max_grad_norm, self.products, self.row_adam.keeps_copies)
+        key = (x.shape, x.dtype, settings, baked_in(self.parts, self.optimizer), plan)
         self.seen[key] += 1
         if len(self.seen) > MOST_SEEN:
             del self.seen[next(iter(self.seen))]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_lab.ops.adam import adam_step
+from sae_lab.ops.rounded import Rounded
 from sae_lab.ops.row_gradients import SomeRows, add_rows
 from sae_lab.ops.sparse import RowGradient
 from sae_lab.saes.base import BaseSAE
@@ -23,35 +24,47 @@ class RowAdam:
     takes its step as for any parameter (`settle`). Adam's state stays where the optimizer keeps it, so checkpoints do
     not change.
 
-    Only for Adam and AdamW, and only if gradients are not clipped: clipping needs the norm of all gradients first.
+    Only for Adam and AdamW. Not where gradients are clipped, which needs the norm of all gradients first.
 
     Args:
         sae: the SAE to train. Its `row_parameters` are the candidates.
         optimizer: its optimizer.
-        max_grad_norm: see TrainingStep.
     """
 
-    def __init__(self, sae: BaseSAE, optimizer: torch.optim.Optimizer, max_grad_norm: float | None):
-        candidates = sae.row_parameters() if max_grad_norm is None else {}
-        self.optimizer, self.unit_norm = optimizer, candidates
+    def __init__(self, sae: BaseSAE, optimizer: torch.optim.Optimizer):
+        self.optimizer, self.unit_norm = optimizer, sae.row_parameters()
         # Numbers of groups, not groups: loading a checkpoint replaces these.
         self.groups = {
             p: i
-            for p in candidates
+            for p in self.unit_norm
             for i, group in enumerate(optimizer.param_groups)
             if p.dtype == torch.float32 and any(p is q for q in group["params"]) and is_plain_adam(optimizer, group)
         }
+        self.copies = {p: Rounded() for p in self.groups}
 
     @contextmanager
     def collect(self, on: bool) -> Iterator[None]:
-        """Let backward passes inside the block leave factors of gradients at the parameters, if `on`."""
+        """Let backward passes inside the block leave factors of gradients at the parameters, if `on`.
+
+        Forward passes inside it leave parameters rounded for products there, for the next step.
+        """
         for parameter in self.groups if on else ():
-            parameter.factors = []  # type: ignore[attr-defined]
+            parameter.factors, parameter.rounded = [], self.copies[parameter]  # type: ignore[attr-defined]
         try:
             yield
         finally:
             for parameter in self.groups:
-                parameter.factors = None  # type: ignore[attr-defined]
+                parameter.factors = parameter.rounded = None  # type: ignore[attr-defined]
+
+    def refresh_copies(self) -> None:
+        """Round parameters again that anything but `step` has changed."""
+        for parameter, rounded in self.copies.items():
+            rounded.refresh(parameter)
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether steps write rounded parameters as well."""
+        return any(rounded.copy is not None for rounded in self.copies.values())
 
     def settle(self) -> None:
         """Join the parts of each gradient; form it where something that leaves no factors contributed as well."""
@@ -74,6 +87,7 @@ class RowAdam:
                 state = adam_state(self.optimizer, parameter)
                 state["step"] += 1
                 W, m, v = (t.detach().flatten(1) for t in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+                rounded = self.copies[parameter]
                 adam_step(
                     W,
                     m,
@@ -86,7 +100,9 @@ class RowAdam:
                     weight_decay=group["weight_decay"],
                     decoupled=group.get("decoupled_weight_decay", False),
                     unit_norm=self.unit_norm[parameter],
+                    copy=None if rounded.copy is None else rounded.copy.flatten(1),
                 )
+                rounded.written(parameter)
 
 
 def is_plain_adam(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:

@@ -93,7 +93,7 @@ class TrainingStep:
         forward: Callable[[BaseSAE, Tensor], SAEOutput] = nn.Module.__call__,
     ):
         self.sae, self.optimizer, self.max_grad_norm, self.forward = sae, optimizer, max_grad_norm, forward
-        self.row_adam, self.plans = RowAdam(sae, optimizer, max_grad_norm), Plans(sae)
+        self.row_adam, self.plans = RowAdam(sae, optimizer), Plans(sae)
         self.why_eager: str | None = None
         """Why the step cannot be captured, whatever the SAE and the optimizer."""
         self.products: Products = "highest"
@@ -117,7 +117,11 @@ class TrainingStep:
         for parameter, rows in self.sae.resample(x):
             reset_optimizer_rows(self.optimizer, parameter, rows)
         with fixed_size(self.has_fixed_size(x)), float32_products(self.products):
-            result = self.run(x, self.plans.next() if is_fixed_size() else None, splice, watch)
+            plan = None
+            if is_fixed_size():
+                self.row_adam.refresh_copies()
+                plan = self.plans.next()
+            result = self.run(x, plan, splice, watch)
             if is_fixed_size():
                 self.plans.add(result.foreseen)
         torch.clear_autocast_cache()  # it has casts of the weights of before this step
@@ -133,7 +137,8 @@ class TrainingStep:
         """Take the part of the step that can be captured."""
         torch.clear_autocast_cache()  # weights that were cast before a capture would not be cast again by its replays
         self.optimizer.zero_grad()
-        with self.row_adam.collect(is_fixed_size() and self.scaler is None):
+        by_row = is_fixed_size() and self.scaler is None and self.max_grad_norm is None
+        with self.row_adam.collect(by_row):
             result = self.compute(x, splice)
             with averaged_gradients(self.sae.parameters()):
                 self.backward(result.loss)
@@ -174,6 +179,7 @@ class TrainingStep:
             self.scaler.update()
         self.row_adam.step()
         self.sae.after_step()
+        self.row_adam.refresh_copies()
 
 
 def has_fixed_size(x: Tensor) -> bool:
