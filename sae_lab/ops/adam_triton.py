@@ -26,7 +26,7 @@ from sae_lab.ops.sparse_triton import _add_entries, _cut
 
 WIDEST = 8192
 """Columns in registers: W, m, v and g of 8192 columns take 64 registers in each of 512 threads."""
-WALK = 2048
+WALK = 1024
 """Columns at a time in wider rows."""
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -55,17 +55,17 @@ def adam_step(
     assert {W.dtype, exp_avg.dtype, exp_avg_sq.dtype, lr.dtype, step.dtype} == {torch.float32}
     f, d = W.shape
     offsets, indices, weights, rows = (t.contiguous() for t in (offsets, indices, weights, rows))
-    n_cuts, common = sparse_triton.max_cuts(indices), {"PART": sparse_triton.PART, "UNROLL": 4}
+    n_cuts, common = sparse_triton.max_cuts(indices), {"PART": sparse_triton.PART}
     parts = W.new_empty((n_cuts, d))
     entries = (parts, offsets, indices, weights, rows)
     constants = (1 - betas[0], 1 - betas[1], log(betas[0]), log(betas[1]), eps, weight_decay)
     arguments = (W, exp_avg, exp_avg_sq, W if copy is None else copy, *entries, d, lr, step, *map(float, constants))
     options = common | {"DECOUPLED": decoupled, "UNIT_NORM": unit_norm, "COPY": copy is not None}
     block = triton.next_power_of_2(d) if d <= WIDEST else WALK
-    options |= {"BLOCK": block, "num_warps": max(4, block // 512)}
+    options |= {"BLOCK": block, "UNROLL": 2, "num_warps": max(4, block // 512)}  # UNROLL 4 spills registers
     with torch.cuda.device_of(W):
         if n_cuts:
-            _sum_later_parts[n_cuts, triton.cdiv(d, 512)](*entries, f, d, **common, BLOCK=512, num_warps=4)
+            _sum_later_parts[n_cuts, triton.cdiv(d, 512)](*entries, f, d, **common, UNROLL=4, BLOCK=512, num_warps=4)
         if unit_norm and d > WIDEST:
             _update_wide[(f,)](*arguments, **options)
         else:

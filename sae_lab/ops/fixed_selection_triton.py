@@ -69,10 +69,10 @@ def top_of_batch(h: Float[Tensor, "b f"], n: int, lower: Float[Tensor, ""], lowe
     histogram, low_histogram, total, nth, n_larger = zeros.split([high, low, 1, 1, 1])
     keys, latents, counts = _table(h, triton.cdiv(n, b))
     larger, tied = counts.new_empty((2, b))
-    size = {"f": f, "capacity": keys.shape[1]}
+    size, block = {"f": f, "capacity": keys.shape[1]}, _block(f)
     with torch.cuda.device_of(h):
-        _list_of_batch[(b,)](bits, lower, keys, latents, counts, histogram, total, **size, BLOCK=BLOCK, num_warps=1)
-        _rest[(min(b, MAX_REST),)](bits, lower, counts, histogram, total, b, n, **size, BLOCK=BLOCK, num_warps=2)
+        _list_of_batch[(b,)](bits, lower, keys, latents, counts, histogram, total, **size, BLOCK=block, num_warps=1)
+        _rest[(min(b, MAX_REST),)](bits, lower, counts, histogram, total, b, n, **size, BLOCK=block, num_warps=2)
         find = {"n": n, "LOWERED": lowered, "BLOCK": BINS_BLOCK, "num_warps": 16}
         _find[(1,)](histogram, nth, n_larger, lower, N_BINS=high, SHIFT=16, LAST=not low, **find)
         if low:
@@ -95,12 +95,20 @@ def top_of_rows(h: Float[Tensor, "b f"], k: int) -> SparseCode:
     with torch.cuda.device_of(h):
         _list_of_rows[(b,)](
             bits, keys, latents, counts, bounds, tops, k, **size,
-            SHIFT=shift, LANES=lanes, BLOCK=BLOCK, num_warps=min(32, max(1, lanes // 512)),
+            SHIFT=shift, LANES=lanes, BLOCK=_block(f), num_warps=min(32, max(1, lanes // 512)),
         )  # fmt: skip
         _kth_of_row[(b,)](
             bits, keys, counts, bounds, tops, nth, larger, tied, k, **size, SHIFT=shift, BLOCK=LIST_BLOCK, num_warps=1
         )  # fmt: skip
         return _kept(h, n, (keys, latents, counts), nth, larger, tied, None)
+
+
+def _block(f: int) -> int:
+    """Return how many entries of a row to read at a time.
+
+    If f is not a multiple of 16, each entry is loaded by itself, and BLOCK of them do not fit into registers.
+    """
+    return BLOCK if f % 16 == 0 else BLOCK // 2
 
 
 def _bits(x: Tensor) -> Tensor:

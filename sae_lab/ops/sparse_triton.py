@@ -169,7 +169,7 @@ def _add_parts(out, parts, offsets, n, d, PART: tl.constexpr, BLOCK: tl.constexp
         tl.store(out + segment * d + columns, total, mask=inside)
 
 
-DOTS = [triton.Config({"ENTRIES": entries}, num_warps=1, num_stages=1) for entries in (2, 4, 8, 16)]
+DOTS = [triton.Config({"ENTRIES": entries}, num_warps=1, num_stages=1) for entries in (2, 4, 8)]
 
 
 @triton.autotune(DOTS, key=["d", "per_segment"])

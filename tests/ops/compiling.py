@@ -1,5 +1,7 @@
 """Compile Triton kernels for GPUs that are not there: what the interpreter lets through, a compiler may not.
 
+A kernel that needs more registers than a thread has keeps numbers on a stack in memory, and fails here, too.
+
 A process that interprets kernels cannot compile them, so test_compiling.py runs this in processes of its own:
 
     with compile_only(90) as compiled:       # for sm_90
@@ -8,9 +10,11 @@ A process that interprets kernels cannot compile them, so test_compiling.py runs
 """
 
 import re
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -27,7 +31,7 @@ def compile_only(capability: int) -> Iterator[dict[str, Any]]:
 
     def compile_kernel(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         compiled[kernel.__name__] = run(kernel, *args, grid=grid, warmup=True, **options)
-        assert compiled[kernel.__name__].asm["cubin"]
+        assert stack_bytes(compiled[kernel.__name__]) == 0, f"{kernel.__name__} spills registers"
 
     driver = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
@@ -39,6 +43,16 @@ def compile_only(capability: int) -> Iterator[dict[str, Any]]:
         mock.patch.object(triton.JITFunction, "run", compile_kernel),
     ):
         yield compiled
+
+
+def stack_bytes(kernel: Any) -> int:
+    """Return the size of a thread's stack, on which a kernel keeps what does not fit in registers."""
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage"]
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+    return max(map(int, re.findall(r"STACK:(\d+)", usage)))
 
 
 def launched_kernels(module: ModuleType) -> set[str]:
