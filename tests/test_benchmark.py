@@ -1,5 +1,6 @@
 """The benchmark runs at a tiny size and writes what it says; how fast anything is, is not tested."""
 
+import itertools
 import json
 import re
 
@@ -87,6 +88,20 @@ def test_a_step_of_the_reference_is_a_step_of_ours():
         trained.append(sae.state_dict())
     for name, ours in trained[0].items():
         torch.testing.assert_close(ours, trained[1][name])
+
+
+def test_steps_follow_each_other_before_the_host_waits_for_a_gpu(monkeypatch, tmp_path):
+    """Here a CPU stands in for it, and each look at the clock takes a second."""
+    monkeypatch.setitem(step_cost.AT_ONCE, "cpu", 4)
+    looks, taken = itertools.count(), []
+    monkeypatch.setattr(step_cost, "synchronized_time", lambda device: next(looks))
+    cfg = configured("sae=topk", f"run_dir={tmp_path}")
+    x, sae = step_cost.superposed_rows(32, 1, 16), step_cost.build_sae(cfg, "cpu")
+    times = step_cost.time_interleaved({"step": lambda: taken.append(int(sae.steps))}, sae, cfg, x)
+    assert times == {"step": 250.0, "lightning_step": 250.0}
+    rounds = len(taken) // 4
+    assert taken == [max(0, 4 * i - 1) for i in range(rounds) for _ in range(4)]  # Lightning holds one batch ahead
+    assert sae.steps == 4 * rounds
 
 
 def test_a_sweep_of_sizes_ends_in_one_table(capsys, tmp_path):

@@ -2,7 +2,7 @@
 
     floor           one encoder product and one fused Adam step on the same parameters, in the same precision. Uses the
                     fastest product (ops/matmul.py)
-    torch_floor     the same with torch's own `x @ W`
+    torch_floor     the same with torch's own `x @ W`, where that is another one
     dense           a step by plain autograd of the dense formula: the whole h, torch.topk, five dense products
     step            our step: forward, losses, backward, projection, optimizer, renormalization; on a GPU as a CUDA
                     graph where possible
@@ -10,7 +10,8 @@
     lightning_step  our step as `train` runs it: SAEModule in its Trainer, on batches in memory
 
 All are measured in one process and alternate, so that other load on the machine slows all of them equally. The ratios
-are more reliable than the absolute numbers.
+are more reliable than the absolute numbers. On a GPU, several steps follow each other before the host waits, as in
+training: the host prepares a step while the GPU computes the one before.
 """
 
 import resource
@@ -18,7 +19,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -48,6 +49,10 @@ from sae_lab.training.step import TrainingStep
 
 WARM = {"cpu": 2, "cuda": 2 + capture.WARM}
 """Untimed steps of each kind by device; on a GPU the first ones come before the capture."""
+AT_ONCE = {"cpu": 1, "cuda": 10}
+"""Steps by device between two waits of the host."""
+LOG_EVERY = 50
+"""As in a long run. A row of the log makes the host wait."""
 
 NAMES = {
     "floor": "floor: encoder product + fused Adam",
@@ -75,11 +80,11 @@ def benchmark_step(cfg: DictConfig) -> dict[str, Any]:
     make = partial(build_sae, cfg, device)
     sae = make()
     ours = training_step(sae, cfg, x, products=cfg.trainer.products)
-    for _ in range(WARM[device]):
-        ours()
-    peak = peak_memory_mb(device)  # before the other steps: on a CPU it is the peak of the whole process
+    peak = peak_memory_mb(ours, device)  # before the other steps: on a CPU it is the peak of the whole process
     read = x[:, : sae.n_inputs or cfg.n_sources]
-    steps = {"floor": floor_step(cfg, read, linear), "torch_floor": floor_step(cfg, read, F.linear), "step": ours}
+    steps = {"floor": floor_step(cfg, read, linear), "step": ours}
+    if device == "cpu":
+        steps["torch_floor"] = floor_step(cfg, read, F.linear)
     if cfg.dense and isinstance(sae, LinearSAE) and sae.layers.n_layers == 1:  # others have no single dense formula
         steps["dense"] = training_step(make(), cfg, x, dense_forward, False, cfg.trainer.products)
     if device == "cuda":
@@ -197,42 +202,52 @@ def autocast(precision: Measured, x: Tensor) -> AbstractContextManager:
 class Stream:
     """Yields batches for Lightning, and times the other steps between two batches.
 
-    Lightning asks for one batch per step, so the time from yielding a batch to the next request is that of one step
-    with the overhead of the loop.
+    Lightning asks for one batch per step, so the time from yielding batches to the next request is that of as many
+    steps with the overhead of the loop.
     """
 
     def __init__(self, x: Tensor, others: dict[str, Step], repeats: int):
-        self.x, self.others, self.repeats = x, others, repeats
+        self.x, self.others, self.at_once = x, others, AT_ONCE[x.device.type]
+        self.rounds = WARM[x.device.type] + repeats + 1  # Lightning fetches two batches before the first step
         self.seconds: dict[str, list[float]] = {name: [] for name in (*others, "lightning_step")}
 
     def __iter__(self) -> Iterator[Tensor]:
-        for _ in range(
-            WARM[self.x.device.type] + self.repeats + 1
-        ):  # Lightning fetches two batches before the first step
+        for _ in range(self.rounds):
             for name, step in self.others.items():
-                start = synchronized_time(self.x.device)
-                step()
-                self.seconds[name].append(synchronized_time(self.x.device) - start)
-            start = synchronized_time(self.x.device)
-            yield self.x
-            self.seconds["lightning_step"].append(synchronized_time(self.x.device) - start)
+                with self.timed(name):
+                    for _ in range(self.at_once):
+                        step()
+            with self.timed("lightning_step"):
+                for _ in range(self.at_once):
+                    yield self.x
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Time as many steps as follow each other before the host waits."""
+        start = synchronized_time(self.x.device)
+        yield
+        self.seconds[name].append((synchronized_time(self.x.device) - start) / self.at_once)
 
 
 def time_interleaved(steps: dict[str, Step], sae: BaseSAE, cfg: DictConfig, x: Tensor) -> dict[str, float]:
     """Return the median milliseconds of each step, and of a training step of `sae` in the Lightning loop."""
     stream = Stream(x, steps, cfg.repeats)
     module = SAEModule(sae, build_optimizer(cfg), partial(build(cfg, "schedule"), n_steps=10**6))
-    warm = WARM[x.device.type]
-    n_steps = warm + cfg.repeats + 1
+    warm, n_steps = WARM[x.device.type], stream.rounds * stream.at_once
     accelerator = "cuda" if x.is_cuda else "cpu"
-    options = {"accelerator": accelerator, "precision": cfg.precision, "checkpoint_every": 10**9}
+    options = {"accelerator": accelerator, "precision": cfg.precision}
+    options |= {"checkpoint_every": 10**9, "log_every": LOG_EVERY}
     trainer = build(cfg, "trainer")(run_dir=Path(cfg.run_dir), n_steps=n_steps, callbacks=[], **options)
     trainer.fit(module, stream)
     return {name: 1e3 * statistics.median(seconds[warm:]) for name, seconds in stream.seconds.items()}
 
 
-def peak_memory_mb(device: str) -> float:
-    """Return the peak memory so far: of tensors on a GPU, of the process on a CPU."""
+def peak_memory_mb(step: Step, device: str) -> float:
+    """Take the untimed steps, and return the peak memory: of tensors on a GPU, of the process on a CPU."""
+    for i in range(WARM[device]):
+        step()
+        if i == 0 and device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # without what Triton held while it tuned the kernels, 256 MB
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
