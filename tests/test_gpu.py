@@ -64,8 +64,8 @@ def test_a_captured_step_is_the_step_of_a_cpu(name):
 
 
 def test_a_captured_step_never_waits_for_the_gpu():
-    """Apart from the plan, where the host reads one number."""
-    sae = build("batch_topk", "sae.auxk_coefficient=0", n_latents=512).cuda().train()
+    """Nor for the numbers of a plan, which are on their way while the next step runs (training/plans.py)."""
+    sae = build("batch_topk", n_latents=512).cuda().train()
     step, _ = trained(sae, True)
     x = planted(256)[0].cuda()
     torch.cuda.synchronize()
