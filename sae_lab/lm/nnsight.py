@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lab.lm.base import Hooks
+from sae_lab.lm.hooked import Hooks
 from sae_lab.lm.transformers import TransformersLM
 from sae_lab.runtime.errors import UserError
 

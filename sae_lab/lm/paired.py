@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab.lm.base import Hooks, LanguageModel
+from sae_lab.lm.base import LanguageModel
 from sae_lab.lm.devices import Devices
+from sae_lab.lm.hooked import Hooks
 from sae_lab.lm.loading import place_copies, place_model
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError

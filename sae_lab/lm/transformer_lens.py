@@ -8,8 +8,8 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab.lm.base import Hooks
 from sae_lab.lm.finding import quiet
+from sae_lab.lm.hooked import Hooks
 from sae_lab.lm.loading import LoadedLM, ModelName, decoder_of
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError, UserError

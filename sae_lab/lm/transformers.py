@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab.lm.base import Hooks, SiteHook, text_config_of
+from sae_lab.lm.hooked import Hooks, SiteHook, text_config_of
 from sae_lab.lm.loading import LoadedLM
 from sae_lab.lm.sites import Place, find_blocks, module_places, transformer_lens_places
 
