@@ -73,6 +73,11 @@ def lp(code: Float[Tensor, "b f"], p: Tensor | float) -> Tensor:
     return sum_over_shards(torch.where(active, torch.where(active, z, 1.0).pow(p), 0.0).sum(dim=-1).mean())
 
 
+def tanh(z: Float[Tensor, "b f"]) -> Tensor:
+    """Return mean_b sum_f tanh(4 z_f), a smooth L0. Conerly et al. 2025 (Anthropic, January 2025)."""
+    return sum_over_shards((4 * z).tanh().sum(dim=-1).mean())
+
+
 def quadratic_frequency(frequencies: Float[Tensor, " f"], scale: float) -> Tensor:
     """Return sum_f p_f² / scale for the share of rows p_f on which each latent is active.
 

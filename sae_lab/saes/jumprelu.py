@@ -4,14 +4,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from sae_lab.ops.losses import pre_activation, quadratic_frequency
-from sae_lab.ops.sharded_selection import nth_largest
+from sae_lab.ops import losses
+from sae_lab.ops.jump_relu import jump_relu, step_frequencies
+from sae_lab.ops.mean_l0 import largest_entries, n_active, threshold_of_l0
 from sae_lab.parallel.collectives import mean_over_ranks
-from sae_lab.parallel.mesh import data_axis, mesh_size
 from sae_lab.parallel.parts import split_rows
 from sae_lab.parallel.shards import sum_over_shards
 from sae_lab.runtime.errors import SettingError
@@ -156,11 +155,12 @@ class JumpReLUSAE(PenalizedLinearSAE):
     @torch.no_grad()
     def start_thresholds(self, x: Float[Tensor, "b s d"]) -> None:
         """Set all thresholds to one value, with which k latents are active on a row of x on average."""
+        assert self.k is not None
         self.start(x)
         read, _ = self.sources(self.as_rows(x))
-        n = self.n_active(len(read))
+        n = n_active(self.k, len(read))
         largest = [largest_entries(self.pre_activations(part), n) for part in split_rows(read)]
-        if (start := self.kth_largest(torch.cat(largest), len(read))) > 0:
+        if (start := threshold_of_l0(torch.cat(largest), self.k, len(read))) > 0:
             self.thresholds.copy_(start.expand_as(self.thresholds))
             if self.bandwidth is None:
                 self.width.copy_(start / 2)
@@ -172,25 +172,11 @@ class JumpReLUSAE(PenalizedLinearSAE):
         A latent stays active where h / theta is above the factor, so a batch's factor is the k·b-th largest ratio. The
         running mean of the factors needs no memory, since each ratio already has the mean of before in theta.
         """
-        if not self.calibrated or self.penalty != "target_l0":
+        if not self.calibrated or self.k is None or self.penalty != "target_l0":
             return
         h = self.pre_activations(self.read(x)[0])
-        factor = self.kth_largest(h / self.thresholds.clamp_min(1e-12), len(h))
+        factor = threshold_of_l0(h / self.thresholds.clamp_min(1e-12), self.k, len(h))
         self.thresholds.mul_(1 + (factor - 1) / (i + 1))
-
-    def kth_largest(self, h: Float[Tensor, "*shape"], b: int) -> Tensor:
-        """Return the k·b-th largest of the entries of all latents and b rows, over all ranks; at least 0.
-
-        Args:
-            h: these entries, or at least the k·b largest of them.
-        """
-        n = self.n_active(b)
-        return nth_largest(h.flatten(), n) if mesh_size() > 1 else largest_entries(h, n)[-1].clamp_min(0)
-
-    def n_active(self, b: int) -> int:
-        """Return how many entries are active in a batch of b rows of each rank, if L0 is k."""
-        assert self.k is not None
-        return max(1, int(self.k * b * data_axis().size))
 
     def resampled_values(self) -> list[tuple[nn.Parameter, float]]:
         return [*super().resampled_values(), (self.thresholds, THETA if self.theta is None else self.theta)]
@@ -201,17 +187,17 @@ class JumpReLUSAE(PenalizedLinearSAE):
         terms = super().losses(out) | {"sparsity": self.scale_by_warmup(self.coefficient * penalty)}
         if self.frequency_coefficient:
             frequencies = mean_over_ranks(self.frequencies(out.h))
-            penalty = quadratic_frequency(frequencies, self.frequency_scale)
+            penalty = losses.quadratic_frequency(frequencies, self.frequency_scale)
             terms["frequency"] = self.scale_by_warmup(self.frequency_coefficient * penalty)
         if self.preact_coefficient:
-            terms["preact"] = self.preact_coefficient * pre_activation(out.h, self.thresholds, self.dead())
+            terms["preact"] = self.preact_coefficient * losses.pre_activation(out.h, self.thresholds, self.dead())
         return terms
 
     def compute_penalty(self, out: SAEOutput) -> Tensor:
         """Compute the penalty, without its coefficient."""
         if self.penalty == "tanh":
             assert isinstance(out.code, Tensor)
-            return sum_over_shards((4 * self.weigh(out.code.float())).tanh().sum(dim=-1).mean())
+            return losses.tanh(self.weigh(out.code.float()))
         assert out.h is not None
         l0 = sum_over_shards(self.frequencies(out.h).sum())
         return l0 if self.k is None or self.penalty == "l0" else (mean_over_ranks(l0) / self.k - 1).square()
@@ -224,62 +210,3 @@ class JumpReLUSAE(PenalizedLinearSAE):
     def after_step(self) -> None:
         super().after_step()
         self.thresholds.clamp_min_(0)
-
-
-def largest_entries(h: Float[Tensor, "*shape"], n: int) -> Float[Tensor, " n"]:
-    """Return the n largest entries, or all if there are fewer, in descending order."""
-    return h.flatten().topk(min(n, h.numel())).values
-
-
-def jump_relu(
-    h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float | Tensor, into_h: bool = False
-) -> Float[Tensor, "b f"]:
-    """Compute h · 1[h > theta], with the kernel's gradient for theta, and for h as well if `into_h`."""
-    return _JumpReLU.apply(h, theta, bandwidth, into_h)
-
-
-def step_frequencies(
-    h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float | Tensor, into_h: bool = False
-) -> Float[Tensor, " f"]:
-    """Compute mean_b 1[h > theta], with the kernel's gradient for theta, and for h as well if `into_h`."""
-    return _StepFrequencies.apply(h if into_h else h.detach(), theta, bandwidth)
-
-
-def in_kernel_window(
-    h: Float[Tensor, "b f"], theta: Float[Tensor, " f"], bandwidth: float | Tensor
-) -> Bool[Tensor, "b f"]:
-    """Compute R((h - theta) / bandwidth): True where h is within half a bandwidth of its threshold."""
-    return (h - theta).abs() < bandwidth / 2
-
-
-class _JumpReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float | Tensor, into_h: bool) -> Tensor:
-        ctx.save_for_backward(h, theta)
-        ctx.bandwidth, ctx.into_h = bandwidth, into_h
-        return h * (h > theta)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, theta = ctx.saved_tensors
-        near, height = grad * in_kernel_window(h, theta, ctx.bandwidth), theta / ctx.bandwidth
-        grad_h = grad * (h > theta)
-        if ctx.into_h:
-            grad_h += (height * near).to(h.dtype)
-        return grad_h, -height * near.sum(dim=0, dtype=theta.dtype), None, None
-
-
-class _StepFrequencies(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float | Tensor) -> Tensor:
-        near, rows = in_kernel_window(h, theta, bandwidth), bandwidth * len(h)
-        ctx.rows = rows
-        ctx.save_for_backward(near.sum(dim=0).to(theta.dtype) / rows, near if ctx.needs_input_grad[0] else None)
-        return (h > theta).sum(dim=0).to(theta.dtype) / len(h)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        density, near = ctx.saved_tensors
-        return None if near is None else grad / ctx.rows * near, -grad * density, None

@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import build, planted
 
+from sae_lab.ops.jump_relu import in_kernel_window, jump_relu, step_frequencies
 from sae_lab.ops.losses import quadratic_frequency
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.files import load_sae_folder, save_sae
-from sae_lab.saes.jumprelu import JumpReLUSAE, in_kernel_window, jump_relu, step_frequencies
+from sae_lab.saes.jumprelu import JumpReLUSAE
 from sae_lab.training.run import initialize_from
 
 X = planted(256, seed=1)[0]
