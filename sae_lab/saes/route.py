@@ -1,26 +1,26 @@
 """RouteSAE: for each token, a learned router chooses the site to explain."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from sae_lab.ops.losses import at_least_float32
 from sae_lab.ops.matmul import linear
 from sae_lab.ops.sparse import Code
 from sae_lab.parallel.collectives import mean_over_ranks
-from sae_lab.runtime.errors import SettingError, settings_under
+from sae_lab.runtime.errors import SettingError
 from sae_lab.runtime.seeds import nth_generator
 from sae_lab.saes.base import BaseSAE, Edit, SAEOutput
+from sae_lab.saes.composed import ComposedSAE
 from sae_lab.saes.parts.normalize import Context, Normalization
 from sae_lab.saes.parts.sources import Sources
 
 
-class RouteSAE(BaseSAE):
+class RouteSAE(ComposedSAE):
     """RouteSAE: for each token, a router chooses the site to explain, and an inner SAE explains it.
 
         r   = softmax(W_router · aggre_s x_s),   l = argmax r
@@ -75,11 +75,7 @@ class RouteSAE(BaseSAE):
         self.d_in, self.n_latents, self.n_sources = d_in, n_latents, n_sources
         self.aggre, self.routing, self.seed, self.normalize = aggre, routing, seed, normalize
         self.sources = Sources(d_in, n_sources, normalize=normalize)
-        if isinstance(inner, Mapping):
-            self.inner = BaseSAE.by_name(inner["class"], inner["config"])
-        else:
-            with settings_under("inner"):
-                self.inner = inner(d_in=d_in, n_latents=n_latents, n_sources=1)
+        self.build_inner(inner)
         if self.inner.config.get("normalize", "none") != "none":
             raise SettingError("the rows of the inner SAE are normalized already: give {inner}.normalize=none.")
         if self.inner.reads_previous:
@@ -87,35 +83,9 @@ class RouteSAE(BaseSAE):
                 f"a {type(self.inner).__name__} compares rows with those before, which a route does not pass on: "
                 "choose another {inner}."
             )
-        self.batch_rule, self.varying_size = self.inner.batch_rule, self.inner.varying_size
-        self.signed, self.sparse_codes = self.inner.signed, self.inner.sparse_codes
         generator = nth_generator(seed, 1)  # other random numbers than the inner SAE's
         bound = d_in**-0.5
         self.W_router = nn.Parameter(torch.empty(n_sources, d_in).uniform_(-bound, bound, generator=generator))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return super().config | {"inner": {"class": type(self.inner).__name__, "config": self.inner.config}}
-
-    @torch.no_grad()
-    def start_from(self, other: BaseSAE) -> None:
-        super().start_from(other)
-        if isinstance(other, RouteSAE):
-            self.inner.start_from(other.inner)  # it may know what need not start at the first batch now
-
-    @property
-    def own_latents(self) -> range:
-        return self.inner.own_latents
-
-    def latent_axes(self) -> dict[str, int]:
-        return {f"inner.{name}": axis for name, axis in self.inner.latent_axes().items()}
-
-    def restart(self) -> None:
-        self.inner.restart()
-
-    def with_k(self, k: float) -> Self:
-        inner = self.inner.with_k(k)
-        return self.convert_to(type(self), inner={"class": type(inner).__name__, "config": inner.config})
 
     def probabilities(self, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b s"]:
         """Compute r from normalized rows."""
@@ -143,9 +113,8 @@ class RouteSAE(BaseSAE):
         self.inner.start(self.row(self.as_rows(x)))
 
     def losses(self, out: SAEOutput) -> dict[str, Tensor]:
-        mean_square = mean_over_ranks(at_least_float32(out.target).square().mean()).clamp_min(
-            1e-20
-        )  # rows of zeros have loss 0
+        mean_square = mean_over_ranks(at_least_float32(out.target).square().mean())
+        mean_square = mean_square.clamp_min(1e-20)  # rows of zeros have loss 0
         return {name: mean_over_ranks(term) / mean_square for name, term in self.inner.losses(out).items()}
 
     def route(self, x: Tensor) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b s"], Context]:
@@ -173,38 +142,14 @@ class RouteSAE(BaseSAE):
     def predicted_mask(self, x: Tensor) -> Bool[Tensor, "b s"]:
         return self.route(x)[1] > 0
 
-    def activation_thresholds(self) -> Float[Tensor, " f"] | None:
-        return self.inner.activation_thresholds()
-
-    def latent_groups(self) -> tuple[str, list[int]] | None:
-        return self.inner.latent_groups()
-
     @torch.no_grad()
     def resample(self, x: Float[Tensor, "b s d"]) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
         self.sources.observe(self.as_rows(x))  # routing needs the scale, which the first batch sets
         return self.inner.resample(self.route(x)[0]) if self.inner.may_resample() else []
 
-    def foresee(self, ahead: int) -> dict[str, Tensor]:
-        return self.inner.foresee(ahead)
-
-    def plan_step(self, foreseen: Mapping[str, int]) -> Hashable:
-        return self.inner.plan_step(foreseen)
-
-    def row_parameters(self) -> dict[nn.Parameter, bool]:
-        return self.inner.row_parameters()
-
-    def before_step(self) -> None:
-        self.inner.before_step()
-
-    def after_step(self) -> None:
-        self.inner.after_step()
-
     def calibrate(self, x: Float[Tensor, "b s d"], i: int) -> None:
         with torch.no_grad():
             self.inner.calibrate(self.route(x)[0], i)
-
-    def dead(self) -> Bool[Tensor, " f"] | None:
-        return self.inner.dead()
 
 
 def argmax_mask(r: Float[Tensor, "b s"]) -> Bool[Tensor, "b s"]:
