@@ -6,20 +6,19 @@ by another order of random numbers.
 """
 
 import math
-import random
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.errors import SettingError
+from sae_lab.studies.forest import Forest
 from sae_lab.studies.planted_rows import PlantedRows, Rows
 
 LEAST_OWN = 0.01
@@ -80,45 +79,31 @@ class HierarchicalFeatures(PlantedRows):
     n_sites = 1
 
     def __post_init__(self) -> None:
-        if self.n_features < self.in_forest:
+        if self.n_features < self.forest.size:
             raise SettingError(
-                f"{{n_features}}={self.n_features} is less than the {self.in_forest} of the forest: raise it, or lower "
-                "{n_roots}, {branching} or {depth}."
+                f"{{n_features}}={self.n_features} is less than the {self.forest.size} of the forest: raise it, or "
+                "lower {n_roots}, {branching} or {depth}."
             )
         if self.min_probability >= self.max_probability:
             raise SettingError(f"{{min_probability}}={self.min_probability} must be below {{max_probability}}.")
 
     @cached_property
-    def generations(self) -> list[slice]:
-        """The features of each level, from the roots down."""
-        sizes = [self.n_roots * self.branching**level for level in range(self.depth + 1)]
-        return [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
-
-    @property
-    def in_forest(self) -> int:
-        """Number of features in trees."""
-        return self.generations[-1].stop
+    def forest(self) -> Forest:
+        """The features that are in trees, which are the first."""
+        return Forest(self.n_roots, self.branching, self.depth, self.exclusive, self.seed + 3)
 
     @property
     def levels(self) -> dict[str, slice]:
         """Roots, all children, the children of each level, and the features that are in no tree."""
-        named = {"roots": self.generations[0], "children": slice(self.n_roots, self.in_forest)}
-        named |= {f"level_{i}": level for i, level in enumerate(self.generations[1:], 1)}
-        return named | {"unrelated": slice(self.in_forest, self.n_features)}
+        roots, *below = self.forest.generations
+        named = {"roots": roots, "children": slice(self.n_roots, self.forest.size)}
+        named |= {f"level_{i}": level for i, level in enumerate(below, 1)}
+        return named | {"unrelated": slice(self.forest.size, self.n_features)}
 
     @cached_property
     def parents(self) -> Int[Tensor, " n"]:
-        """Children stand in the order of their parents."""
-        found = torch.arange(self.generations[-1].start).repeat_interleave(self.branching)
-        found = torch.cat([torch.full((self.n_roots,), -1), found])
-        return F.pad(found, (0, self.n_features - self.in_forest), value=-1).to(self.device)
-
-    @cached_property
-    def is_exclusive(self) -> Bool[Tensor, " parents"]:
-        """Which parents have at most one active child."""
-        n = self.generations[-1].start
-        drawn = random.Random(self.seed + 3).sample(range(n), int(n * self.exclusive))
-        return torch.zeros(n, dtype=torch.bool).index_fill(0, torch.tensor(drawn, dtype=torch.long), True)
+        """Each feature's parent; -1 for roots and for features that are in no tree."""
+        return F.pad(self.forest.parents, (0, self.n_features - self.forest.size), value=-1).to(self.device)
 
     @cached_property
     def _drawn(self) -> tuple[Float[Tensor, "n d"], Float[Tensor, " d"]]:
@@ -144,13 +129,7 @@ class HierarchicalFeatures(PlantedRows):
         base = zipf(self.n_features, self.exponent, self.max_probability, self.min_probability)
         if not self.compensate or not self.depth:
             return base
-        children = self.parents.cpu() >= 0
-        parent = base[: self.generations[-1].start].repeat_interleave(self.branching)
-        own = base[children]
-        rivals = own.view(-1, self.branching).sum(dim=-1).repeat_interleave(self.branching) - own
-        excluded = self.is_exclusive.repeat_interleave(self.branching)
-        raised = own / parent * (1 + excluded * rivals.clamp_min(0) / parent)
-        return base.index_put((children,), raised).clamp_max(1)
+        return self.forest.compensate(base)
 
     @cached_property
     def magnitudes(self) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
@@ -176,25 +155,12 @@ class HierarchicalFeatures(PlantedRows):
         (factor, own, threshold), (mean, std) = self.copula, self.magnitudes
         z = normal(n, self.rank) @ factor.T + own * normal(n, self.n_features)
         strengths = (mean + std * normal(n, self.n_features)).relu() * (z > threshold)
-        lots = torch.rand(n, self.in_forest, generator=generator, device=generator.device)
-        for parents, children in pairwise(self.generations):
-            self.apply_parents(strengths, lots, parents, children)
+        lots = torch.rand(n, self.forest.size, generator=generator, device=generator.device)
+        self.forest.apply(strengths, lots, mean if self.scale_by_parent else None)
         x = strengths @ self.directions + self.offset
         if self.noise:
             x = x + self.noise * normal(n, self.d_in)
         return Rows(x.unsqueeze(1), torch.zeros(n, dtype=torch.long, device=x.device), strengths)
-
-    def apply_parents(
-        self, strengths: Float[Tensor, "b n"], lots: Float[Tensor, "b m"], parents: slice, children: slice
-    ) -> None:
-        """Silence children that lose to a rival or whose parent is silent, and scale the others, in place."""
-        parent = strengths[:, parents]
-        child, lots = (t[:, children].unflatten(1, (-1, self.branching)) for t in (strengths, lots))
-        winner = lots.masked_fill(child == 0, -1).argmax(dim=-1, keepdim=True)
-        kept = torch.zeros_like(child).scatter(-1, winner, 1.0)
-        kept = torch.where(self.is_exclusive[parents].to(child.device).unsqueeze(-1), kept, 1.0)
-        gate = parent / self.magnitudes[0][parents] if self.scale_by_parent else (parent > 0).to(child.dtype)
-        strengths[:, children] = (child * kept * gate.unsqueeze(-1)).flatten(1)
 
 
 def zipf(n: int, exponent: float, largest: float, smallest: float) -> Float[Tensor, " n"]:
