@@ -1,18 +1,18 @@
 """A folder of atomically written files, on this machine or at any URL that fsspec supports."""
 
-import errno
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.registry import known_implementations
 
-from sae_lab.runtime.errors import UserError, first_line
+from sae_lab.cache.store_errors import explain_errors, package_of
+from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import locked, write_atomically
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"}
@@ -29,15 +29,9 @@ class Store:
 
     def __init__(self, url: str | Path):
         self.url = str(url).rstrip("/")
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(
-                str(Path(url).expanduser()) if "://" not in str(url) else self.url
-            )
-        except ImportError as e:
-            raise UserError(f"{url} needs a package that is not installed: type pip install {package_of(url)}.") from e
-        except ValueError as e:
-            raise UserError(f"{url} cannot be opened ({e}): give a folder, or a URL that fsspec knows.") from e
+        self.fs, self.root = file_system_of(self.url)
         self.folder = Path(self.root) if isinstance(self.fs, LocalFileSystem) else None
+        self._explain = partial(explain_errors, self.url, self.folder is not None)
         self._has_folders = not OBJECT_STORES & {self.fs.protocol, *self.fs.protocol}
 
     def within(self, name: str) -> "Store":
@@ -56,13 +50,13 @@ class Store:
         return f"{self.root}/{name}"
 
     def exists(self, name: str) -> bool:
-        with self._explain_errors("read"):
+        with self._explain("read"):
             self.fs.invalidate_cache()
             return self.fs.exists(self.path(name))
 
     def names(self) -> list[str]:
         """Return the names in the folder as they are now; none if there is no folder."""
-        with self._explain_errors("read"):
+        with self._explain("read"):
             self.fs.invalidate_cache()
             try:
                 return sorted(Path(path).name for path in self.fs.ls(self.root, detail=False))
@@ -70,17 +64,17 @@ class Store:
                 return []
 
     def read(self, name: str) -> bytes:
-        with self._explain_errors("read"):
+        with self._explain("read"):
             return self.fs.cat_file(self.path(name))
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         """Return these bytes of a file, or as many as it has."""
-        with self._explain_errors("read"):
+        with self._explain("read"):
             return self.fs.cat_file(self.path(name), start=start, end=stop)
 
     def write(self, name: str, content: bytes) -> None:
         """Write or replace a file atomically: readers, and a crash, see the old file or the new one, never a mix."""
-        with self._explain_errors("written"):
+        with self._explain("written"):
             if self.folder is not None:
                 write_atomically(Path(self.path(name)), content)
             else:  # in object stores, an object becomes visible only when it is complete
@@ -95,7 +89,7 @@ class Store:
         Where the folder is not there any more, nothing is made.
         """
         path = self.path(name)
-        with self._explain_errors("written"):
+        with self._explain("written"):
             try:
                 if self.folder is not None:
                     with Path(path).open("xb") as f:
@@ -113,7 +107,7 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""
-        with self._explain_errors("written"):
+        with self._explain("written"):
             try:
                 self.fs.rm_file(self.path(name))
             except FileNotFoundError:
@@ -129,7 +123,7 @@ class Store:
 
     def make_folder(self) -> None:
         """Make the folder, if there is none."""
-        with self._explain_errors("written"):
+        with self._explain("written"):
             if self._has_folders:
                 self.fs.makedirs(self.root, exist_ok=True)
 
@@ -145,7 +139,7 @@ class Store:
         The lock of a remote folder only excludes other processes on this machine.
         """
         with ExitStack() as stack:
-            with self._explain_errors("written"):
+            with self._explain("written"):
                 waiting = f"Another process is writing to {self.url}: waiting for it."
                 stack.enter_context(locked(self._lock_file(), waiting))
             yield
@@ -155,38 +149,16 @@ class Store:
             return self.folder / ".lock"
         return Path(tempfile.gettempdir()) / f"sae_lab-{xxhash.xxh3_64_hexdigest(self.url.encode())}.lock"
 
-    @contextmanager
-    def _explain_errors(self, what: str) -> Iterator[None]:
-        """Turn an error inside the context into a UserError: `what` was to be done with the folder.
 
-        Those of reading local files are left as they are, and so is a missing file that was to be read. Libraries of
-        object stores have exceptions of their own, such as for missing credentials.
-        """
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as e:
-            of_library = self.folder is None and type(e).__module__ != "builtins"
-            missing_file = isinstance(e, FileNotFoundError) or self.folder is not None
-            if not (isinstance(e, OSError) or of_library) or (what == "read" and missing_file):
-                raise
-            if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(
-                    f"The disk of {self.url} is full: free some space, then run the same command again to continue."
-                ) from e
-            reason = getattr(e, "strerror", None) or first_line(e)
-            raise UserError(f"{self.url} cannot be {what} ({reason}): {self._remedy}.") from e
+def file_system_of(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a folder or URL, and the path in it.
 
-    @property
-    def _remedy(self) -> str:
-        if self.folder is not None:
-            return "choose another cache_dir=..."
-        return "check its address, and the address and the credentials of the server in the environment"
-
-
-def package_of(url: str | Path) -> str:
-    """Return the package that fsspec needs for a URL, as it says itself ("Install s3fs to access S3")."""
-    said = known_implementations.get(str(url).partition("://")[0], {}).get("err", "")
-    found = re.search(r"nstall ['\"]?([\w.-]+)", said)
-    return found[1] if found else "the package that fsspec names for it"
+    Raises:
+        UserError: the URL's protocol is unknown or needs a package that is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(url if "://" in url else str(Path(url).expanduser()))
+    except ImportError as e:
+        raise UserError(f"{url} needs a package that is not installed: type pip install {package_of(url)}.") from e
+    except ValueError as e:
+        raise UserError(f"{url} cannot be opened ({e}): give a folder, or a URL that fsspec knows.") from e
