@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from sae_lab.activations.digests import digest_of_rows
 from sae_lab.activations.exclusions import Exclusions, token_ids
-from sae_lab.activations.held_out import HeldOut, held_out_text
+from sae_lab.activations.held_out import HeldOut, held_out_text, shuffled_rows
 from sae_lab.activations.interleave import InterleavedSource
 from sae_lab.activations.origin import digests_of, origin_of
 from sae_lab.activations.passes import PassTokens, rows_per_pass
@@ -175,18 +175,9 @@ class ActivationData(StreamData):
         return self.positions.without_long(source)
 
     def held_out_rows(self, n_tokens: int) -> Int[Tensor, "n t"]:
-        """Return the first held-out text rows, n_tokens in all, but at least one row and at most one pass.
-
-        They are shuffled, always in the same way, so that consecutive rows come from different documents.
-        """
+        """Return the first held-out text rows, n_tokens in all, but at least one row; see `shuffled_rows`."""
         with self.text_lock:
-            rows = self.text.held_out(max(1, n_tokens // self.seq_len))
-        if len(rows) == 0:
-            raise UserError(
-                f"the held-out text is shorter than one row of seq_len={self.seq_len} tokens: "
-                "give more text, or lower seq_len."
-            )
-        return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+            return shuffled_rows(self.text, n_tokens)
 
     def probe_rows(self, n: int = 16) -> Float[Tensor, "n s d"]:
         """Return activations at n positions spread over one held-out text row, on which a saved SAE is verified."""

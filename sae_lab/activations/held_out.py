@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lab.activations.passes import TextPass, batch_sizes, plan_passes
 from sae_lab.activations.positions import Positions
 from sae_lab.runtime.errors import UserError
+from sae_lab.text.text import TextSource
 
 
 class HeldOutRows(NamedTuple):
@@ -40,6 +42,23 @@ class HeldOut(NamedTuple):
     n_tokens: int
     too_few: bool
     read: Callable[[Any], HeldOutRows]
+
+
+def shuffled_rows(text: TextSource, n_tokens: int) -> Int[Tensor, "r t"]:
+    """Return the first held-out text rows, n_tokens in all, but at least one row and at most one pass over the text.
+
+    They are shuffled, always in the same way, so that consecutive rows come from different documents.
+
+    Raises:
+        UserError: there is no whole row.
+    """
+    rows = text.held_out(max(1, n_tokens // text.seq_len))
+    if len(rows) == 0:
+        raise UserError(
+            f"the held-out text is shorter than one row of seq_len={text.seq_len} tokens: "
+            "give more text, or lower seq_len."
+        )
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
 
 
 def held_out_text(
