@@ -21,8 +21,8 @@ class Options(TypedDict):
 def main(cfg: DictConfig) -> None:
     from sae_lab.evaluation.matching import agreement, compare_all
     from sae_lab.interop.load import load_sae
-    from sae_lab.runs.opening import comparison_folder, prepare_folder
     from sae_lab.runs.pages import check_comparison, write_comparison_page
+    from sae_lab.runs.result_folders import comparison_folder, prepare_folder
     from sae_lab.runtime.screen import print_files, print_table
 
     check_config(cfg, Options)

@@ -45,8 +45,9 @@ class Options(TypedDict):
 def main(cfg: DictConfig) -> None:
     from sae_lab.runs.dashboards import DASHBOARDS
     from sae_lab.runs.export import check_format, describe_upload, export_sae, push_to_hub
-    from sae_lab.runs.opening import home_of, without_free
+    from sae_lab.runs.opening import without_free
     from sae_lab.runs.replacements import suffix_of
+    from sae_lab.runs.result_folders import home_of
     from sae_lab.runtime.plain_text import for_terminal
     from sae_lab.runtime.screen import print_files
 

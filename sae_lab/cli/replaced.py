@@ -78,7 +78,7 @@ def sources_from(cfg: DictConfig) -> dict[str, tuple[str, str | None]]:
         UserError: there are fewer than two, one is not there, or as many names or ids are not given.
     """
     from sae_lab.interop.load import find_sae  # imported here, because it imports torch
-    from sae_lab.runs.opening import distinct_names
+    from sae_lab.runs.result_folders import distinct_names
 
     if OmegaConf.is_missing(cfg, "run_dir"):
         raise UserError("sae= has no value: give a list of two SAEs or more, such as 'sae=[outputs/a,outputs/b]'.")

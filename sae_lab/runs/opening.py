@@ -1,9 +1,6 @@
 """Open any SAE for a command: with its data and language model, and the folder where results go."""
 
 import logging
-import os
-import re
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +13,11 @@ from sae_lab.activations.stream import StreamData
 from sae_lab.interop.load import load_sae
 from sae_lab.interop.trained_on import trained_on
 from sae_lab.lm.sites import UnknownSite
-from sae_lab.runs.config import bring_up_to_date, config_file, read_config
-from sae_lab.runs.folder import MAY_CHANGE, check_links
+from sae_lab.runs.config import bring_up_to_date, read_config
+from sae_lab.runs.folder import MAY_CHANGE
 from sae_lab.runs.loading import adapt_config, check_parts, check_width, load_run, typed_device
-from sae_lab.runs.replacements import LONGEST, SECTIONS, is_choice, replaced_settings
+from sae_lab.runs.replacements import SECTIONS, is_choice, replaced_settings
+from sae_lab.runs.result_folders import is_run, name_of, prepare_folder, results_folder
 from sae_lab.runs.trust import check_trusted
 from sae_lab.runtime.errors import UserError, report_typed_keys
 from sae_lab.runtime.files import read_json
@@ -29,7 +27,6 @@ from sae_lab.saes.files import CONFIG, sae_folder
 log = logging.getLogger(__name__)
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-OUTPUTS = Path("outputs")
 
 
 class OpenedSAE(NamedTuple):
@@ -67,12 +64,11 @@ def open_sae(
 ) -> OpenedSAE:
     """Open an SAE: a run folder, or anything that `load_sae` reads.
 
-    A run fills in its language model and data. An SAE folder of ours fills in what its provenance says of them. Any
-    other SAE needs both in `replace`; its sites are those that its files or its release name, unless `typed` has
-    lm.sites.
+    A run fills in its language model and data, an SAE folder of ours what its provenance says of them. Any other SAE
+    needs both in `replace`; its sites are those that its files or its release name, or `typed`'s lm.sites.
 
     Args:
-        source, sae_id, device, trust: as for `load_sae` and `load_run`.
+        source, device, sae_id, trust: as for `load_sae` and `load_run`.
         sae_dir: of a run, an SAE folder to open instead of the run's own SAE.
         n_eval_tokens: held-out tokens of an evaluation; None: as the data have it.
         replace: settings of language model and data that differ from the SAE's own, by their full key. With
@@ -96,9 +92,9 @@ def open_sae(
     own = OmegaConf.create({"lm": {}, "data": {}, **options, **said})
     config = adapt_config(own, replace, device, n_eval_tokens)
     check_named(config, source)
-    names_sites = "sites" not in config.lm or "lm.sites" in typed or (said and "lm._target_" not in replace)
+    has_sites = "sites" not in config.lm or "lm.sites" in typed or (said and "lm._target_" not in replace)
     with report_typed_keys(typed_device(replace)):
-        data = build_data(config) if names_sites else build_where_trained(config, sae, source, sae_id)
+        data = build_data(config) if has_sites else build_where_trained(config, sae, source, sae_id)
     check_width(sae, data)
     settings = replaced_settings(own, config) if said else without_free(typed, n_eval_tokens)
     folder = prepare_folder(Path(out or results_folder(source, sae_id)))
@@ -125,11 +121,6 @@ def build_where_trained(config: DictConfig, sae: BaseSAE, source: str | Path, sa
         raise UserError(f"{source} does not say on which sites it was trained: type lm.sites=[...].")
     there = ", ".join(known.sites[0])
     raise UserError(f"{source} was trained on {there}{of_model}, which {name} does not have: type lm.sites=[...].")
-
-
-def is_run(source: str | Path, sae_id: str | None = None) -> bool:
-    """Return whether the source is a run folder, and not an SAE in it."""
-    return not sae_id and config_file(Path(source)).is_file()
 
 
 def config_of_sae(source: str | Path, sae_id: str | None, trust: Sequence[str] | str) -> dict[str, Any]:
@@ -164,69 +155,3 @@ def without_free(typed: Mapping[str, Any], n_eval_tokens: int | None) -> dict[st
     """Return the typed settings that change numbers."""
     counted = {} if n_eval_tokens is None else {"data.n_eval_tokens": n_eval_tokens}
     return {key: value for key, value in typed.items() if key not in MAY_CHANGE} | counted
-
-
-def name_of(source: str | Path, sae_id: str | None) -> str:
-    """Return a name for an SAE that is a file or folder name, too."""
-    path = Path(source).expanduser()
-    parts = [path.resolve().name if path.exists() else str(source), *([sae_id] if sae_id else [])]
-    return as_file_name("_".join(parts))
-
-
-def as_file_name(text: str) -> str:
-    """Return text with "_" for what a file name should not have."""
-    return re.sub(r"[^\w.=-]+", "_", text, flags=re.ASCII)
-
-
-def home_of(source: str | Path, sae_id: str | None) -> Path:
-    """Return the folder below which all results of an SAE go: the run folder, or that of an SAE that is no run."""
-    return Path(source) if is_run(source, sae_id) else results_folder(source, sae_id)
-
-
-def results_folder(source: str | Path, sae_id: str | None) -> Path:
-    """Return the folder of results for an SAE that is no run: `results` in its folder, or beside its file.
-
-    It is in outputs/ for an SAE on the hub, or in a folder that may not be written.
-    """
-    path = Path(source).expanduser() / (sae_id or "")
-    elsewhere = OUTPUTS / name_of(source, sae_id)
-    if path.is_file():
-        return path.with_name(f"{path.name}_results") if os.access(path.parent, os.W_OK) else elsewhere
-    return path / "results" if path.is_dir() and os.access(path, os.W_OK) else elsewhere
-
-
-def distinct_names(sources: Sequence[tuple[str, str | None]]) -> list[str]:
-    """Return a name for each SAE: its folder, with as many of the folders above as tell the names apart."""
-    paths = [(*Path(source).parts, *Path(sae_id or "").parts) for source, sae_id in sources]
-    for depth in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(path[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{'/'.join(path)} ({i})" for i, path in enumerate(paths)]
-
-
-def places(sources: Mapping[str, tuple[str, str | None]]) -> dict[str, list[str | None]]:
-    """Return where the SAEs of a comparison are, by their names: a path in full, and the id."""
-    return {
-        name: [str(Path(source).resolve()) if Path(source).exists() else source, sae_id]
-        for name, (source, sae_id) in sources.items()
-    }
-
-
-def comparison_folder(sources: Mapping[str, tuple[str, str | None]]) -> Path:
-    """Return the folder of a comparison: by the names of the SAEs, and a checksum of where they are."""
-    where = [*map(tuple, places(sources).values())]
-    return OUTPUTS / "compare" / f"{as_file_name('-'.join(sources))[:LONGEST]}-{zlib.crc32(repr(where).encode()):08x}"
-
-
-def prepare_folder(folder: Path) -> Path:
-    """Make the folder of results, if it is not there.
-
-    Raises:
-        UserError: it is a file, or holds a link out of it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"out={folder} is a file: give a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    check_links(folder)
-    return folder

@@ -7,7 +7,7 @@ from typing import Any
 
 from sae_lab import plots
 from sae_lab.evaluation.matching import CLOSE, SHARED, Comparison, agreement
-from sae_lab.runs.opening import places
+from sae_lab.runs.result_folders import places
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import read_json, write_atomically, write_json
 from sae_lab.runtime.plain_text import for_code_span, for_markdown

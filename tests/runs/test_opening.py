@@ -23,8 +23,9 @@ from sae_lab.interop.load import load_sae
 from sae_lab.interop.trained_on import trained_on
 from sae_lab.runs.export import export_sae
 from sae_lab.runs.folder import flatten
-from sae_lab.runs.opening import distinct_names, open_sae
+from sae_lab.runs.opening import open_sae
 from sae_lab.runs.pages import check_comparison, write_comparison_page
+from sae_lab.runs.result_folders import distinct_names
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.files import save_sae
 from sae_lab.training.run import train_run
