@@ -64,10 +64,8 @@ def test_a_run_leaves_every_file(run_dir):
     assert log["fvu"].dropna().iloc[-1] < log["fvu"].dropna().iloc[0]
 
 
-def test_metrics_agree_with_plain_pytorch(run_dir, tiny_lm_folder):
-    """Every metric again, from the SAE folder, the LM and the text, in plain PyTorch."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_lm_folder)
-    lm = AutoModelForCausalLM.from_pretrained(tiny_lm_folder, dtype=torch.float32).eval()
+def held_out_tokens(tokenizer) -> torch.Tensor:
+    """The rows of the evaluation, from the text, a BOS first in each."""
     documents, stream = StdlibDocuments(HELD_OUT), []
     for i in range(len(documents)):
         stream.append(0)
@@ -78,7 +76,13 @@ def test_metrics_agree_with_plain_pytorch(run_dir, tiny_lm_folder):
         at += stream[at] == 0  # a document boundary at the start of a row is the row's own BOS
         rows.append([0, *stream[at : at + 63]])
         at += 63
-    tokens = torch.tensor(rows)[permute(np.arange(N_EVAL // 64), len(rows), 0, 0)]
+    return torch.tensor(rows)[permute(np.arange(N_EVAL // 64), len(rows), 0, 0)]
+
+
+def test_metrics_agree_with_plain_pytorch(run_dir, tiny_lm_folder):
+    """Every metric again, from the SAE folder, the LM and the text, in plain PyTorch."""
+    tokens = held_out_tokens(AutoTokenizer.from_pretrained(tiny_lm_folder))
+    lm = AutoModelForCausalLM.from_pretrained(tiny_lm_folder, dtype=torch.float32).eval()
     sae = load_sae(run_dir / "sae")
 
     def log_probs(edit) -> torch.Tensor:
