@@ -12,7 +12,7 @@ from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 
 FILES = (WEIGHTS,) = ("params.safetensors",)
-FILES_BY_LAYER = (FIRST_LAYER,) = ("params_layer_0.safetensors",)
+FILES_BY_LAYER = ("params_layer_0.safetensors",)
 LAYER = re.compile(r"params_layer_(\d+)\.safetensors")
 CONFIG = "config.json"
 SKIP = "affine_skip_connection"
