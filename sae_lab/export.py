@@ -45,7 +45,7 @@ class Options(TypedDict):
 def main(cfg: DictConfig) -> None:
     from sae_lab.runs.dashboards import DASHBOARDS
     from sae_lab.runs.export import check_format, describe_upload, export_sae, push_to_hub
-    from sae_lab.runs.opening import without_free
+    from sae_lab.runs.opening import settings_of_numbers
     from sae_lab.runs.replacements import suffix_of
     from sae_lab.runs.result_folders import home_of
     from sae_lab.runtime.plain_text import for_terminal
@@ -59,7 +59,7 @@ def main(cfg: DictConfig) -> None:
             f"{', '.join(typed)} {'is' if len(typed) == 1 else 'are'} of format={' and format='.join(DASHBOARDS)}, and "
             f"format={cfg.format} exports the whole SAE: leave it out, or choose one of these formats."
         )
-    suffix = suffix_of(typed | without_free(typed_settings(), None)) if cfg.format in DASHBOARDS else ""
+    suffix = suffix_of(typed | settings_of_numbers(typed_settings(), None)) if cfg.format in DASHBOARDS else ""
     out = Path(cfg.out or home_of(source, cfg.sae_id) / "export" / f"{cfg.format}{suffix}")
     files = show_latents(cfg, out) if cfg.format in DASHBOARDS else export_sae(source, cfg.format, out, cfg.sae_id)
     print_files(files)

@@ -96,7 +96,7 @@ def open_sae(
     with report_typed_keys(typed_device(replace)):
         data = build_data(config) if has_sites else build_where_trained(config, sae, source, sae_id)
     check_width(sae, data)
-    settings = replaced_settings(own, config) if said else without_free(typed, n_eval_tokens)
+    settings = replaced_settings(own, config) if said else settings_of_numbers(typed, n_eval_tokens)
     folder = prepare_folder(Path(out or results_folder(source, sae_id)))
     return OpenedSAE(sae.to(data.device), data, folder, config, settings, name_of(source, sae_id))
 
@@ -151,7 +151,7 @@ def check_named(config: DictConfig, source: str | Path) -> None:
     check_parts(config, Path(source), SECTIONS)
 
 
-def without_free(typed: Mapping[str, Any], n_eval_tokens: int | None) -> dict[str, Any]:
+def settings_of_numbers(typed: Mapping[str, Any], n_eval_tokens: int | None) -> dict[str, Any]:
     """Return the typed settings that change numbers."""
     counted = {} if n_eval_tokens is None else {"data.n_eval_tokens": n_eval_tokens}
     return {key: value for key, value in typed.items() if key not in MAY_CHANGE} | counted
