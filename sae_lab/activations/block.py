@@ -121,7 +121,7 @@ class Block:
         self._pieces = []
 
     def _hand_over(self, held: Int[Tensor, " n"], wanted: Int[Tensor, " n"]) -> None:
-        """Bring the rows, of which each has an owner, to those that another layout of the same rows wants."""
+        """Send each row of the block from the rank that `held` names to the one that `wanted` names."""
         axis = data_axis()
         if axis.size == 1:
             return

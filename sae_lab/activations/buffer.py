@@ -37,7 +37,7 @@ class Filling:
     def __init__(self) -> None:
         self.seconds = 0.0
         self.seconds_per_row = 0.0
-        """Of the last filling: with prefetch, only the first one of a run takes as long as the harvest."""
+        """Those of the last block. With prefetch, only the first block of a run fills as slowly as it is harvested."""
         self.watch: Callable[[int, int], None] | None = None
         """Called while a block fills, with the number of rows so far and the number of rows of a full block."""
 

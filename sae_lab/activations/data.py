@@ -131,7 +131,7 @@ class ActivationData(StreamData):
 
     def in_whole_rows(self) -> Self:
         if not isinstance(self.text, TrainingText):
-            super().in_whole_rows()
+            super().in_whole_rows()  # raises
         check_whole_rows(self.batch_size, self.n_tokens, self.seq_len, self.positions.are_by_place_alone)
         other = copy(self)
         sizes = (self.batch_size, self.n_tokens // self.seq_len, self.lm_batch_rows)
@@ -210,7 +210,7 @@ class ActivationData(StreamData):
 
     def digests_like(self, origin: dict[str, str]) -> dict[str, str]:
         here = self.source_digests
-        if "the text" in origin and "the text" not in here:  # before lm_batch_tokens, by the rows of a pass
+        if "the text" in origin and "the text" not in here:  # runs from before lm_batch_tokens recorded a pass
             return here | {"the text": digest_of_rows(self.text.first_rows(self.fixed_rows))}
         return here
 

@@ -15,14 +15,14 @@ from sae_lab.runtime.errors import SettingError
 PassTokens: TypeAlias = Annotated[int, Ge(1)] | Literal["auto"]
 
 CPU_TOKENS = 4096
-"""Of a pass on a CPU: 32 rows of 128 tokens."""
+"""Tokens of a pass on a CPU: 32 rows of 128."""
 
 GPU_TOKENS = 32_768
-"""Of a pass on a GPU. At gpt2's size an H200 gives 1.25 M tokens/s in passes of 4,096 tokens, and 2.17 M in these."""
+"""Tokens of a pass on a GPU. At gpt2's size an H200 gives 1.25 M tokens/s in passes of 4,096, and 2.17 M in these."""
 
 MEMORY_SHARE = 1 / 8
-"""Of a GPU's memory that one pass may take, beside the model, the blocks and the SAE. Of the whole memory rather than
-of what is free, because a resumed run must take the same passes to compute the same bits."""
+"""Share of a GPU's memory that one pass may take, beside the model, the blocks and the SAE. It is a share of the whole
+memory, not of what is free, because a resumed run must take the same passes to compute the same bits."""
 
 
 def rows_per_pass(lm: LanguageModel, seq_len: int, rows: int | None, tokens: PassTokens) -> int:

@@ -54,8 +54,8 @@ class Source(Protocol):
 class LMSource:
     """A Source that runs the language model over text rows, one forward pass per chunk.
 
-    With n ranks, each reads and computes every n-th chunk only. Of the others it knows where they begin; how many rows
-    they have, SharedSource asks. Until then they are taken to have as many as its own.
+    With n ranks, each reads and computes every n-th chunk only. It knows where the others begin, but not how many rows
+    they have: it assumes as many as its own has, and SharedSource corrects that.
 
     Args:
         lm: the language model.

@@ -93,7 +93,7 @@ class TextBatches:
 
 
 def check_whole_rows(batch_size: int, n_tokens: int, seq_len: int, alike: bool) -> None:
-    """Raise a SettingError unless batches are whole text rows, of which ranks have equally many, and positions in them.
+    """Raise a SettingError unless batches are whole text rows, and ranks have equally many rows and positions.
 
     Args:
         alike: whether every text row has equally many positions.

@@ -34,8 +34,8 @@ class Claims:
 
     Args:
         store: the folder of the claims.
-        lost_after: seconds without a renewal after which a claim is taken over. That of a process of this machine
-            which has ended is taken over at once.
+        lost_after: seconds without a renewal after which a claim is taken over. If its process was on this machine and
+            has ended, the claim is taken over at once.
     """
 
     def __init__(self, store: Store, lost_after: float):

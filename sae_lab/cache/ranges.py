@@ -78,10 +78,10 @@ class Ranges(NamedTuple):
 
 
 def choose_free(n: int, done: Collection[int], claimed: Collection[int]) -> int | None:
-    """Return which of n shards a worker begins with that has no neighbour to go on with; None if none is free.
+    """Return the shard, of n, at which a worker begins that cannot go on with the next one; None if none is free.
 
-    The first of the longest run of free shards; or the middle of that run, if another worker comes towards it. So each
-    worker reads on in the text for long, and together they need not agree on anything, whoever comes or goes.
+    It is the first shard of the longest run of free ones, or the middle one if another worker comes towards it. So each
+    worker reads long stretches of text, and workers may come and go without agreeing on anything.
     """
     taken = sorted(i for i in {*done, *claimed} if i < n)
     before, after = max(pairwise([-1, *taken, n]), key=lambda run: run[1] - run[0])

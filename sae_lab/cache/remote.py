@@ -24,9 +24,9 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-"""Of the tensors of a shard, by the names of safetensors."""
+"""The dtypes of a shard's tensors, by their names in safetensors."""
 LARGEST_HEADER = 1_000_000
-"""Bytes. A shard of 100 sites has 60,000."""
+"""Largest header of a file that is read, in bytes. That of a shard of 100 sites has 60,000."""
 
 
 def local_copy(store: Store, file: str, size: int, checksum: str, limit: int) -> Path:
@@ -68,7 +68,7 @@ class RemoteTensor(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
-    """Of its bytes in the file."""
+    """Offset of its first byte in the file."""
 
     def numel(self) -> int:
         return prod(self.shape)

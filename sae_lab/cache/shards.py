@@ -52,7 +52,7 @@ class Shard(NamedTuple):
     size: int
     checksum: str
     index_checksum: str = ""
-    """Of the tokens and of the checksums of the pieces: it binds the file to this place. Empty in earlier caches."""
+    """Checksum of tokens and of the checksums of pieces: it binds the file to this place. Empty in older caches."""
 
     @property
     def pieces(self) -> int:
@@ -143,7 +143,10 @@ class Manifest:
 
 
 def check_same_key(store: Store, manifest: Manifest, here: dict[str, Any], remedy: str) -> None:
-    """Raise a UserError if the cache's key differs from `here`, naming the settings that differ. `remedy` ends it."""
+    """Raise a UserError if the cache's key differs from `here`, naming the settings that differ.
+
+    `remedy` ends the message.
+    """
     there = ASSUMED | manifest.key
     differing = [key for key in here if there.get(key) != here[key]]
     if differing:

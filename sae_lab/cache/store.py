@@ -82,11 +82,11 @@ class Store:
                 self.fs.pipe_file(self.path(name), content)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a file unless there is one; return whether this call has made it. Of several at once, one does.
+        """Write a file unless there is one; return whether this call has made it. Of several calls at once, one has.
 
-        Local and network disks do so by O_EXCL, S3 and Google Cloud Storage by a condition of the put. A reader may
-        see the file before its content. Where fsspec can only look first and write then, two calls may both succeed.
-        Where the folder is not there any more, nothing is made.
+        Local and network disks ensure this by O_EXCL, S3 and Google Cloud Storage by a condition of the put. Where
+        fsspec can only look first and then write, two calls may both succeed. A reader may see the file before its
+        content. If the folder is gone, nothing is written.
         """
         path = self.path(name)
         with self._explain("written"):

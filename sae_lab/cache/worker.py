@@ -25,9 +25,10 @@ POLL = 1.0
 
 
 class TextPosition:
-    """Text rows that can be taken from any row on, counted from a state of theirs.
+    """A stream of text rows from which rows can be taken at any place.
 
-    A stream without random access has to read all that it skips; so it begins at the nearest shard that is done.
+    A stream without random access has to read all that it skips, so it starts from the nearest earlier shard whose
+    state is known.
     """
 
     def __init__(self, rows: RowStream, progress: Progress, ranges: Ranges):
@@ -35,7 +36,7 @@ class TextPosition:
         self.beginning, self.row = rows.state_dict(), 0
 
     def take_from(self, row: int, n: int) -> NextRows:
-        """Return the n text rows from this one on."""
+        """Return n text rows, the first of which is number `row`."""
         known = {self.ranges.of_shard(i).start: shard.begin for i, shard in self.progress.done.items()}
         before = max((start for start in known if start <= row), default=0)
         if not before <= self.row <= row:
@@ -127,7 +128,8 @@ class Worker:
     def _harvest(self, i: int, text: TextPosition, is_complete: Callable[[], bool]) -> bool:
         """Claim shard i and begin to write it; return False if another worker has it or has done it.
 
-        The order matters: a shard without a record, in a harvest that has not ended after that, is certainly not done.
+        The end of a harvest removes the records. So the record is looked up before `is_complete`: if there is none, and
+        the harvest has not ended afterwards, the shard is not done.
         """
         if not self.claims.take(name_of(i)):
             self.progress.claimed.add(i)

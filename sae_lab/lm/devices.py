@@ -21,7 +21,7 @@ Devices = Annotated[
 
 
 def device_names(devices: Sequence[int | str]) -> tuple[str, ...]:
-    """Return the names of devices in torch, of which numbers are GPUs.
+    """Return the torch names of devices; a number is that GPU.
 
     Raises:
         SettingError: there is no such device.

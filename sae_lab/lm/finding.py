@@ -37,7 +37,7 @@ def read_local_first(
 
     Args:
         read: raises an OSError if a file is missing.
-        key: the setting that `name` is the value of. Errors raised inside, which speak of `{name}`, speak of it.
+        key: the setting that has the value `name`. Errors name it.
         begins_with: files of which a local folder must have one.
 
     Raises:

@@ -55,7 +55,7 @@ class JumpReLUSAE(PenalizedLinearSAE):
         k: the mean number of active latents per row that target_l0 aims at; the other penalties ignore it.
         penalty: `target_l0`, `l0` or `tanh`.
         sparsity_coefficient: weight of the penalty. `auto`: COEFFICIENTS[penalty], for inputs of unit std; None: the
-            same, but 1 for target_l0, as in runs of before `auto`.
+            same, but 1 for target_l0, as in runs from before `auto`.
         theta: initial value of all thresholds. None: with target_l0, the value that makes k latents active on a row of
             the first training batch, on average; else 0.1. Adam moves a threshold by about lr per step, while h, a sum
             of d products, moves by up to lr · d: thresholds that start far below h do not catch up in a short run.

@@ -125,7 +125,7 @@ class HierarchicalFeatures(PlantedRows):
 
     @cached_property
     def probabilities(self) -> Float[Tensor, " n"]:
-        """The share of rows on which each feature would be active if no other did anything to it."""
+        """The share of rows on which each feature would be active without parents and rivals."""
         base = zipf(self.n_features, self.exponent, self.max_probability, self.min_probability)
         if not self.compensate or not self.depth:
             return base
