@@ -37,7 +37,8 @@ optimizer makes its state, which must not be recorded; and a key that is seen le
 
 
 MOST = 8
-"""Graphs at a time. Each keeps its batch and its result; the one that was not used for longest makes room."""
+"""Graphs at a time, each of which keeps its batch and its result. One more takes the place of all of them: destroying a
+graph frees the workspace of cuBLAS that the other graphs of its stream use (torch 2.12 and later, pytorch#193402)."""
 
 MOST_SEEN = 1000
 """Keys that are counted at a time."""
@@ -102,7 +103,7 @@ class CapturedStep(TrainingStep):
         # Before kernels of the next block's forward passes (activations/interleave.py): the host waits for each step's
         # plan, and for no forward pass.
         self.stream = None if record else torch.cuda.Stream(self.device, priority=-1)
-        self.pool = None if record else torch.cuda.graph_pool_handle()
+        self.pool: Any = None
 
     def __call__(
         self, x: Float[Tensor, "b s d"], splice: Splice | None = None, watch: Watch | None = None
@@ -131,13 +132,12 @@ class CapturedStep(TrainingStep):
             return super().run(x, plan, None, watch)
         if key not in self.graphs and not self.try_to_record(key, x, plan):
             return super().run(x, plan, None, watch)
-        self.graphs[key] = graph = self.graphs.pop(key)  # the one last used comes last
-        return graph.replay(x).watched_by(watch)
+        return self.graphs[key].replay(x).watched_by(watch)
 
     def try_to_record(self, key: Hashable, x: Tensor, plan: Hashable) -> bool:
         """Record a graph for the key. Returns False, from then on for all keys, if that is impossible here."""
-        while len(self.graphs) >= MOST:
-            del self.graphs[next(iter(self.graphs))]
+        if len(self.graphs) >= MOST:
+            self.graphs.clear()
         try:
             with refuse_replacements(self.parts, self.optimizer):
                 graph = self.record(lambda batch: super(CapturedStep, self).run(batch, plan).for_the_log(), x)
@@ -146,14 +146,23 @@ class CapturedStep(TrainingStep):
             if self.required:
                 raise
             self.failed = True
-            reason = " ".join(str(e).split())[:300]
+            reason = " ".join(str(first_cause(e)).split())[:300]
             log.warning("training steps are not captured any more, since recording one failed (%s)", reason)
         return not self.failed
 
     def record_cuda(self, run: Callable[[Tensor], StepResult], x: Tensor) -> Graph:
         """Record a CUDA graph."""
         assert self.stream is not None
+        if not self.graphs:  # a pool whose graphs are all destroyed cannot be used again
+            self.pool = torch.cuda.graph_pool_handle()
         return CudaGraph(run, x, self.pool, self.stream)
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """Return the error that came first: ending a capture that failed raises another one."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 class PrepareSteps(L.Callback):

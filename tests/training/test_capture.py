@@ -4,6 +4,7 @@ Graphs are those of recorded_graph.py. That replays are the eager steps, for all
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -80,7 +81,10 @@ def test_the_number_of_dead_latents_chooses_the_graph(fixed, capturing, graphs):
 def test_a_step_that_cannot_be_recorded_is_taken_eagerly_and_said(caplog, fixed):
     def refuse(run, x):
         Recorded(run, x)
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        try:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        finally:
+            raise RuntimeError("the capture is over")  # as CUDA says when it ends
 
     sae = build("batch_topk")
     eager = weights_after(TrainingStep(other := copy.deepcopy(sae), adam(other)))
@@ -124,7 +128,26 @@ def test_there_are_never_many_graphs(fixed, capturing, graphs):
         for _ in range(WARM + 1):
             step(BATCHES[0][:size])
     assert len(graphs) == capture.MOST + 2
-    assert len(step.graphs) == capture.MOST
+    assert len(step.graphs) == 2
+    step(BATCHES[0][:10])
+    assert len(graphs) == capture.MOST + 3
+    assert len(step.graphs) == 3
+
+
+def test_graphs_after_all_others_are_destroyed_get_a_pool_of_their_own(fixed, capturing, monkeypatch):
+    pools, used = itertools.count(), []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(capture, "CudaGraph", lambda run, x, pool, stream: (used.append(pool), Recorded(run, x))[1])
+    sae = build("topk", "sae.auxk_coefficient=0")
+    step = capturing(sae)
+    step.stream, step.record = "a stream", step.record_cuda
+    monkeypatch.setattr(CapturedStep, "__call__", TrainingStep.__call__)
+    for size in (10, 11, 10, 12):
+        if size == 12:
+            step.graphs.clear()
+        for _ in range(WARM + 1):
+            step(BATCHES[0][:size])
+    assert used == [0, 0, 1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
