@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any, Literal, Protocol, TypeAlias
+from weakref import WeakSet
 
 import lightning as L
 import torch
@@ -39,6 +40,10 @@ optimizer makes its state, which must not be recorded; and a key that is seen le
 MOST = 8
 """Graphs at a time, each of which keeps its batch and its result. One more takes the place of all of them: destroying a
 graph frees the workspace of cuBLAS that the other graphs of its stream use (torch 2.12 and later, pytorch#193402)."""
+
+MOST_STEPS = 32
+"""SAEs whose steps are captured at a time. torch has so many streams, and the next one would share one, whose workspace
+goes where either SAE's graphs are destroyed (see MOST)."""
 
 MOST_SEEN = 1000
 """Keys that are counted at a time."""
@@ -104,6 +109,7 @@ class CapturedStep(TrainingStep):
         # plan, and for no forward pass.
         self.stream = None if record else torch.cuda.Stream(self.device, priority=-1)
         self.pool: Any = None
+        captured.add(self)
 
     def __call__(
         self, x: Float[Tensor, "b s d"], splice: Splice | None = None, watch: Watch | None = None
@@ -154,6 +160,8 @@ class CapturedStep(TrainingStep):
         """Record a CUDA graph."""
         assert self.stream is not None
         if not self.graphs:  # a pool whose graphs are all destroyed cannot be used again
+            if sum(bool(step.graphs) for step in captured) >= MOST_STEPS:
+                raise RuntimeError(f"those of {MOST_STEPS} SAEs are, and torch has no more streams")
             self.pool = torch.cuda.graph_pool_handle()
         return CudaGraph(run, x, self.pool, self.stream)
 
@@ -163,6 +171,10 @@ def first_cause(error: BaseException) -> BaseException:
     while error.__context__ is not None:
         error = error.__context__
     return error
+
+
+captured: WeakSet[CapturedStep] = WeakSet()
+"""Those that exist, with graphs or without."""
 
 
 class PrepareSteps(L.Callback):

@@ -5,6 +5,7 @@ Graphs are those of recorded_graph.py. That replays are the eager steps, for all
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,6 +149,11 @@ def test_graphs_after_all_others_are_destroyed_get_a_pool_of_their_own(fixed, ca
         for _ in range(WARM + 1):
             step(BATCHES[0][:size])
     assert used == [0, 0, 1]
+    others = [SimpleNamespace(graphs={0: None})] * capture.MOST_STEPS
+    monkeypatch.setattr(capture, "captured", others)
+    step.graphs.clear()
+    with pytest.raises(RuntimeError, match="those of 32 SAEs are, and torch has no more streams"):
+        step(BATCHES[0][:10])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
