@@ -29,7 +29,7 @@ from hydra.core.singleton import Singleton
 from omegaconf import DictConfig
 from torch.optim import Optimizer
 
-from sae_lab.cli import entry
+from sae_lab.cli import entry, refused
 from sae_lab.cli.help import CONF, list_choices
 from sae_lab.lm.base import LanguageModel
 from sae_lab.text.rows import TextRows
@@ -205,6 +205,7 @@ def outcome(drawn: Draw) -> str:
     with (
         mock.patch.object(entry, "_leave", leave),
         mock.patch.object(entry, "_override", ""),
+        mock.patch.dict(refused._found, clear=True),
         mock.patch.object(Hydra, "get_mode", return_value=None),  # composes a second time
         mock.patch.object(sys, "argv", arguments),
         mock.patch.dict(os.environ, {"HOME": os.getcwd()}),  # noqa: PTH109

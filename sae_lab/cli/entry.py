@@ -19,9 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.cli.closed_output import readers_may_leave
 from sae_lab.cli.explain import causes, explain
-from sae_lab.cli.folder_names import folder_name, new_folder, remove_unused, started_with_others
+from sae_lab.cli.folder_names import folder_name, new_folder, started_with_others
 from sae_lab.cli.help import CONF, config_text, list_choices
 from sae_lab.cli.mixture_parts import parts_of_mixture
+from sae_lab.cli.refused import leave_as_found
 from sae_lab.cli.share_of_steps import share_of_steps
 from sae_lab.cli.unknown_key import check_added
 from sae_lab.runtime.errors import Interrupted, UserError
@@ -117,7 +118,7 @@ def run_or_explain(run: Callable[[], None], config_name: str) -> None:
         sentence = explain(e, config_name, sys.argv[1:])
         if sentence is None:
             raise
-        remove_unused()
+        leave_as_found()
         again = AGAIN + _folder() if "{}" in CONTINUES.get(config_name, "") else AGAIN
         _leave(f"{Path(config_name).name}: {' '.join(sentence.replace(AGAIN, again).split())}", 1)
 

@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from sae_lab.cli.refused import remember_as_found
 from sae_lab.runtime.errors import UserError
 
 
@@ -37,23 +38,14 @@ def create_folder(path: str) -> str:
     """Create the folder of new_folder, and return its path."""
     for number in itertools.count(1):
         name = path if number == 1 else f"{path}-{number}"
+        if not Path(name).exists():
+            remember_as_found(Path(name))
         try:
             Path(name).mkdir(parents=True)
         except FileExistsError:
             continue
-        _created.append(Path(name))
         return name
     raise AssertionError
-
-
-_created: list[Path] = []
-
-
-def remove_unused() -> None:
-    """Remove the folders that this command has created, if they are empty."""
-    for folder in _created:
-        with suppress(OSError):  # it holds files, or is gone
-            folder.rmdir()
 
 
 def folder_name(overrides: str) -> str:
