@@ -14,6 +14,7 @@ from sae_lab.activations.columns import Columns
 from sae_lab.activations.stream import StreamData
 from sae_lab.activations.text_batches import TextBatch, TextBatches
 from sae_lab.runtime.errors import SafeStop
+from sae_lab.runtime.plain_text import plural
 from sae_lab.runtime.signals import deferred_signals
 from sae_lab.sweeps.failures import failure_recorded
 from sae_lab.sweeps.member_logs import MEMBER
@@ -105,9 +106,16 @@ def train_in_lockstep(members: list[Member], data: StreamData) -> None:
                 share(member, data)
             take_turns(members, data.stream)
     except SafeStop as stop:
-        raise SafeStop(f"{stop}, {len(members)} SAEs are saved", stop.signum) from None
+        raise stop_of_all(members, data, stop) from None
     finally:
         data.stream.close()
+
+
+def stop_of_all(members: list[Member], data: StreamData, stop: SafeStop) -> SafeStop:
+    """Return the exception that says at which step of the stream the members have stopped, and how many are saved."""
+    n_saved = sum(member.run.last_checkpoint.exists() for member in members)
+    saved = f", {plural(n_saved, 'SAE')} saved" if n_saved else ""
+    return SafeStop(f"{stop} at step {data.stream.n_batches_given} of {data.n_steps}{saved}", stop.signum)
 
 
 def take_turns(members: list[Member], stream: ShuffledBlocks | TextBatches) -> None:

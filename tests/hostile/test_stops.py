@@ -96,7 +96,7 @@ def assert_ends_like(whole: Path, root: Path) -> None:
 @pytest.mark.parametrize("member", range(1, len(MEMBERS) + 1))
 def test_a_signal_at_the_end_of_a_members_training_waits_until_all_have_saved(whole, tmp_path, monkeypatch, member):
     send_at(monkeypatch, SAEModule, "on_train_end", member, TERM)
-    with pytest.raises(SafeStop, match="Stopped by SIGTERM, 3 SAEs are saved"):
+    with pytest.raises(SafeStop, match="Stopped by SIGTERM at step 12 of 12, 3 SAEs saved"):
         group(tmp_path)
     monkeypatch.undo()
     assert saved_steps(tmp_path) == [N_STEPS] * len(MEMBERS)

@@ -66,7 +66,7 @@ def test_members_at_different_steps_share_a_pass(alone, tmp_path, monkeypatch):
     together(tmp_path, "topk")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "topk").rglob("*") if p.is_file() and p.suffix != ".log"}
     stop_at_batch(monkeypatch, 7)
-    with pytest.raises(Interrupted, match="Stopped by SIGTERM, 2 SAEs are saved"):
+    with pytest.raises(Interrupted, match=r"^Stopped by SIGTERM at step 6 of 12, 2 SAEs saved$"):
         together(tmp_path, "batch_topk", "vanilla")
     monkeypatch.undo()
     steps = [torch.load(tmp_path / n / "checkpoints/last.ckpt")["global_step"] for n in ("batch_topk", "vanilla")]

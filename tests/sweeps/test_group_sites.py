@@ -71,7 +71,7 @@ def test_the_clean_passes_are_those_of_one_run(tmp_path, monkeypatch):
 
 def test_a_stopped_sweep_is_continued_together_or_alone(alone, tmp_path, monkeypatch):
     stop_at_batch(monkeypatch, 7)
-    with pytest.raises(Interrupted, match="3 SAEs are saved"):
+    with pytest.raises(Interrupted, match="at step 6 of 12, 3 SAEs saved"):
         train_jobs(jobs(tmp_path, **FEW))
     monkeypatch.undo()
     train_run(config(tmp_path / "crosscoder", *MEMBERS["crosscoder"]))
