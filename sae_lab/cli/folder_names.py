@@ -1,10 +1,11 @@
 """Names of folders: a new one for each command, and a sweep's job folders, named by the overrides of each job."""
 
 import itertools
+import logging
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from hydra.errors import HydraException
 
 from sae_lab.cli.refused import remember_as_found
 from sae_lab.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def started_with_others() -> bool:
@@ -84,8 +87,8 @@ def leave_out_constants(arguments: Sequence[str]) -> list[str]:
     lines = [as_listed(o) for o in constant if o not in free]
     folder = next((a.partition("=")[2] for a in typed if a.startswith("hydra.sweep.dir=")), None)
     short = len(constant) < len(parsed) and not any(o.is_sweep_override() and o.is_delete() for o in parsed)
-    if folder is not None and Path(folder).exists():
-        short = short and names_leave_out(Path(folder), lines)
+    if short and folder is not None and Path(folder).exists():
+        short = names_leave_out(Path(folder), lines)
     left_out = constant if short else free
     if not left_out or len(left_out) == len(parsed):
         return [*arguments]
@@ -106,12 +109,41 @@ def as_listed(override: Override) -> str:
 
 
 def names_leave_out(sweep_dir: Path, overrides: Sequence[str]) -> bool:
-    """Return whether a job of a sweep has all these overrides, and a name without them."""
+    """Return whether a job of a sweep has all these overrides, and a name without them.
+
+    Warns if no job has them, and one has a name without their keys: no job that is there is continued.
+    """
+    jobs = [*named_and_listed(sweep_dir)]
+    same = [named for named, listed in jobs if {*overrides} <= {*listed}]
+    if not same:
+        keys = {key_of(override) for override in overrides}
+        short = (listed for named, listed in jobs if not keys & {key_of(override) for override in named})
+        if others := next(short, None):
+            warn_of_others(sweep_dir, [o for o in overrides if o not in others], others)
+    return any(not {*named} & {*overrides} for named in same)
+
+
+def named_and_listed(sweep_dir: Path) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the overrides in the name of each job of a sweep, and all that it has."""
     from sae_lab.runs.config import read_yaml  # imported here, because it imports torch
 
     for file in sorted(sweep_dir.glob("*/.hydra/overrides.yaml")):
         with suppress(UserError):  # the file is damaged
-            listed, named = read_yaml(file), split_overrides(file.parent.parent.name)
-            if isinstance(listed, list) and all(o in listed for o in overrides) and not {*named} & {*overrides}:
-                return True
-    return False
+            if isinstance(listed := read_yaml(file), list):
+                yield split_overrides(file.parent.parent.name), [str(override) for override in listed]
+
+
+def warn_of_others(sweep_dir: Path, ours: Sequence[str], listed: Sequence[str]) -> None:
+    """Warn that the jobs of a folder have other overrides than `ours`, and say what continues them."""
+    theirs = [o for o in listed if key_of(o) in map(key_of, ours)]
+    has = f"jobs with {', '.join(theirs)}" if theirs else f"jobs without {', '.join(map(key_of, ours))}"
+    again = f"type {' '.join(theirs)}" if theirs else "leave it out"
+    log.warning(
+        f"{sweep_dir} holds {has}, so the jobs of this sweep, with {', '.join(ours)}, get folders of their own there: "
+        f"{again} to continue those, or type another hydra.sweep.dir to start anew."
+    )
+
+
+def key_of(override: str) -> str:
+    """Return the key that an override sets."""
+    return override.partition("=")[0]

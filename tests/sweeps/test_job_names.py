@@ -70,6 +70,27 @@ def test_a_folder_goes_on_with_short_names_unless_the_constants_differ(tmp_path)
     assert leave_out_constants(other) == other
 
 
+def test_a_sweep_beside_jobs_of_other_constants_says_what_continues_them(tmp_path, caplog):
+    again = [*SWEEP, f"hydra.sweep.dir={tmp_path}"]
+    other = [argument.replace("1000", "2000") for argument in again]
+    job_in(tmp_path, "sae=topk", "sae=topk", "n_tokens=1000", "+data.x=[a,b]")
+    leave_out_constants(again)
+    assert caplog.messages == []
+    leave_out_constants(other)
+    assert caplog.messages == [
+        f"{tmp_path} holds jobs with n_tokens=1000, so the jobs of this sweep, with n_tokens=2000, get folders of "
+        "their own there: type n_tokens=1000 to continue those, or type another hydra.sweep.dir to start anew."
+    ]
+    caplog.clear()
+    leave_out_constants([*again, "seed=3"])
+    assert "holds jobs without seed, so" in caplog.text
+    assert ": leave it out to continue those, or" in caplog.text
+    caplog.clear()
+    job_in(tmp_path, "+data.x=[a,b],n_tokens=2000,sae=topk", "sae=topk", "n_tokens=2000", "+data.x=[a,b]")
+    assert leave_out_constants(other) == other
+    assert caplog.messages == []  # the second time it continues its own jobs
+
+
 def test_a_folder_goes_on_however_a_constant_is_spelled(tmp_path):
     constants = ["n_tokens=20_000", "optimizer.lr=1e-3", "data.prefetch=false", "lm.sites=[a, b]", "+note='x: y'"]
     [[listed]] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(constants), None)
