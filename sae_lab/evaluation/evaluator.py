@@ -1,5 +1,6 @@
 """Evaluation of SAEs on held-out text. They share the text and the clean passes over the language model."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -39,6 +40,8 @@ from sae_lab.parallel.shards import sum_over_shards
 from sae_lab.runtime.device import synchronized_time
 from sae_lab.runtime.screen import track
 from sae_lab.saes.base import BaseSAE
+
+log = logging.getLogger(__name__)
 
 
 class Evaluation(NamedTuple):
@@ -140,6 +143,11 @@ def evaluate_all(
         added: row metrics of one's own, for each SAE; None: those of ROW_METRICS alone.
     """
     held_out = data.held_out(data.n_eval_tokens)
+    found = f"{held_out.n_tokens:,} held-out tokens"
+    if held_out.too_few:
+        log.info("evaluating on %s, all there are (data.n_eval_tokens=%d)", found, data.n_eval_tokens)
+    else:
+        log.info("evaluating on %s (data.n_eval_tokens)", found)
     shorter = {"n_held_out_tokens": held_out.n_tokens, "n_eval_tokens_wanted": data.n_eval_tokens}
     at = dict(zip(saes, views or [data] * len(saes), strict=True))
     of = dict(zip(saes, added or [{}] * len(saes), strict=True))

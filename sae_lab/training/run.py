@@ -314,7 +314,6 @@ def finish(
                 saved.append(member)
         subjects = {str(member.run.folder): member.sae for member in saved}
         views, added = [member.data for member in saved], [member.metrics for member in saved]
-        log.info("evaluating on %s held-out tokens (data.n_eval_tokens)", f"{data.n_eval_tokens:,}")
         evaluations = evaluate_all(subjects, data, views, added) if saved else {}
     for member, evaluation in zip(saved, evaluations.values(), strict=True):
         with scope(member.run.folder):

@@ -248,8 +248,10 @@ def test_held_out_text_that_is_left_out_whole():
 
 
 def test_less_held_out_text_than_asked_for_is_said(tmp_path, caplog, no_figures):
+    caplog.set_level(logging.INFO, "sae_lab")
     data = bad_data(lambda x: x, n_eval_tokens=600_000)
     train_and_evaluate(small("topk", data), data, tmp_path)
+    assert "evaluating on 60 held-out tokens, all there are (data.n_eval_tokens=600000)" in caplog.messages
     said = "evaluated on 60 held-out tokens, all there are, and not on 600,000"
     metrics = assert_complete_and_finite(tmp_path, caplog.text, [said])
     assert metrics["n_eval_tokens"] == metrics["n_held_out_tokens"] == 60
