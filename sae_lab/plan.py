@@ -24,6 +24,7 @@ class Options(TypedDict):
 @entry_point("plan", take_sweep)
 def main(cfg: DictConfig) -> None:
     from sae_lab.cli.help import group_options
+    from sae_lab.planning.asked import with_least_devices
     from sae_lab.planning.plan import known_models, plan_stream
     from sae_lab.planning.show import as_json, show, show_machine, show_sweep
     from sae_lab.planning.sweep import SHARED, by_stream, job_configs
@@ -38,7 +39,7 @@ def main(cfg: DictConfig) -> None:
     shared = hydra.runtime.choices["hydra/launcher"] == SHARED
     configs = job_configs("plan", hydra.overrides.task, cfg.sweep) if cfg.sweep else {"": cfg}
     for config in configs.values():
-        check_options(config)
+        check_options(with_least_devices(config))
     known = known_models()
     plans = [plan_stream("\n".join(group), [*group.values()], known) for group in by_stream(configs, shared)]
     show_machine(cfg.machine.name, hydra.runtime.choices["machine"], group_options("machine"))

@@ -14,6 +14,16 @@ CACHED, TENSOR = "sae_lab.cache.data.CachedData", "sae_lab.activations.tensor.Te
 NO_LM = "sae_lab.lm.none.NoLM"
 
 
+def with_least_devices(cfg: DictConfig) -> DictConfig:
+    """Return the config with as many processes as its shards need, where `trainer.devices=1` leaves the number open."""
+    m = cfg.trainer.get("shard_latents", 1)
+    if cfg.trainer.devices != 1 or not isinstance(m, int) or m <= 1:
+        return cfg
+    cfg = cfg.copy()
+    cfg.trainer.devices = m
+    return cfg
+
+
 def check_planned(cfg: DictConfig) -> None:
     """Raise a SettingError for runs whose work is not known."""
     if cfg.data.get("_target_") == TENSOR:

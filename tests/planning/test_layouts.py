@@ -8,12 +8,14 @@ from sae_lab.activations.stream import StreamData
 from sae_lab.cache.shards import Manifest
 from sae_lab.cache.store import Store
 from sae_lab.planning import memory
+from sae_lab.planning.asked import with_least_devices
 from sae_lab.planning.exchange import all_reduce, exchange
 from sae_lab.planning.layouts import Asked, Layout, Option, cheapest, fastest, layouts
 from sae_lab.planning.plan import known_models, plan_stream
 from sae_lab.planning.sizes import SAESize, read_sizes, sae_size
 from sae_lab.runtime.build import build
 from sae_lab.runtime.errors import UserError
+from sae_lab.training.options import check_options
 from sae_lab.training.step import TrainingStep
 
 SAE = SAESize(2 * 64 * 16 + 16, 2 * 64 * 16, 2 * 64 * 16, 0, 64, 16, 16, 16, True, 4)
@@ -42,6 +44,15 @@ def test_layouts_of_very_many_devices_are_few():
 def test_a_layout_names_its_settings():
     assert Layout().overrides() == "(one process)"
     assert Layout(2, 2, 2).overrides() == "trainer=ddp trainer.devices=4 trainer.shard_latents=2 lm.devices=[4,5]"
+
+
+def test_shards_of_the_latents_leave_the_number_of_devices_open():
+    cfg = planned("trainer.shard_latents=2", "gpus=4")
+    check_options(with_least_devices(cfg))
+    found = plan_stream("", [cfg], known_models()).options
+    assert {one.layout[:2] for one in found} == {(1, 2), (2, 2)}
+    with pytest.raises(UserError, match=r"must divide trainer.devices=3: give trainer=ddp trainer.devices=2, or a mul"):
+        check_options(with_least_devices(planned("trainer.shard_latents=2", "trainer.devices=3")))
 
 
 def option(n: int, hours: float, size: float) -> Option:
