@@ -48,6 +48,7 @@ TINY = {
     "features": ["run_dir=whole", "n_latents=4", "n_tokens=64"],
     "export": ["run_dir=whole", "out=exported"],
     "report": ["sweep_dir=whole"],
+    "plan": ["out=plan.json"],
     "planted": [
         *("planted.d_in=16", "planted.n_trees=8", "n_latents=32", "batch_size=32", "n_steps=2"),
         "hydra.run.dir=planted",
@@ -63,7 +64,7 @@ TINY = {
 }
 """Overrides of each command, in a folder that `prepare` made, with which it takes a second or less."""
 
-WEIGHTS = {"train": 10, "harvest": 2, "planted": 2, "evaluate": 2, "features": 2}
+WEIGHTS = {"train": 10, "harvest": 2, "planted": 2, "evaluate": 2, "features": 2, "plan": 2}
 PLAUSIBLE = [
     "null",
     "true",

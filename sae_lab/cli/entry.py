@@ -164,9 +164,10 @@ def folder_from(cfg: DictConfig, key: str) -> Path:
 
 def section_from(cfg: DictConfig, key: str) -> DictConfig:
     """Return the part of a config that the key names; raise a UserError if a value stands in its place."""
-    if not isinstance(cfg[key], DictConfig):
-        raise UserError(f"{key}={cfg[key]} is in the place of a part of the config: set its keys, {key}.KEY=VALUE.")
-    return cfg[key]
+    section = OmegaConf.select(cfg, key)
+    if not isinstance(section, DictConfig):
+        raise UserError(f"{key}={section} is in the place of a part of the config: set its keys, {key}.KEY=VALUE.")
+    return section
 
 
 def remember_folder(override: str) -> None:

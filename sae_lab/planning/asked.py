@@ -6,6 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.parallel.shards import check_shards
 from sae_lab.planning.layouts import Asked
+from sae_lab.planning.settings import check_numbers
 from sae_lab.planning.sizes import SAESize, models_of
 from sae_lab.runtime.checks import show
 from sae_lab.runtime.errors import SettingError
@@ -25,7 +26,8 @@ def with_least_devices(cfg: DictConfig) -> DictConfig:
 
 
 def check_planned(cfg: DictConfig) -> None:
-    """Raise a SettingError for runs whose work is not known."""
+    """Raise a SettingError for runs whose work is not known, and for settings with which plan cannot compute."""
+    check_numbers(cfg)
     if cfg.data.get("_target_") == TENSOR:
         raise SettingError("plan needs the language model that activations come from: data=tensor has none.")
     if cfg.lm.get("_target_") == NO_LM:

@@ -8,9 +8,10 @@ import torch
 from omegaconf import DictConfig
 
 from sae_lab.lm.finding import find_folder
+from sae_lab.lm.loading import dtype_of
 from sae_lab.lm.sites import site_names
 from sae_lab.runtime.build import build
-from sae_lab.runtime.errors import SettingError
+from sae_lab.runtime.errors import SettingError, settings_under
 
 
 class LMSize(NamedTuple):
@@ -113,7 +114,8 @@ def read_sizes(cfg: DictConfig, known: Mapping[str, Mapping[str, int]]) -> Readi
     models = [*models_of(cfg).values()]
     lm = lm_size(str(models[-1].get("name")), {k: v for k, v in cfg.lm_size.items() if v is not None}, known)
     sites = site_names(models[-1].get("sites"))
-    itemsize = getattr(torch, str(models[-1].get("dtype", "float32"))).itemsize
+    with settings_under([*models_of(cfg)][-1]):
+        itemsize = dtype_of(str(models[-1].get("dtype", "float32"))).itemsize
     for site in sites:
         if (block_of(site) or 0) >= lm.n_layers:
             raise SettingError(
