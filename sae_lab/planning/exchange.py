@@ -4,6 +4,7 @@
                                2 (n - 1) / n · f            counters of the latents that were active
     along the latent axis      (m - 1) · 4 k·b              values that are candidates, b rows of this rank
                                2 (m - 1) / m · 4 b·w·d      partial sums of x_hat; the same for the auxiliary loss
+                               (m - 1) · 4 k_aux·b          candidates of the auxiliary loss, if that many are dead
     rows                       (R - 1) / R · b·c             of c bytes: each of R ranks computes B / R of a batch, and
                                                              sends each row to the m ranks that train on it
 
@@ -65,3 +66,11 @@ def exchange(sae: SAESize, batch_size: int, n: int, m: int, bytes_per_token: int
         activations=travel * b * bytes_per_token,
         operations=(OPERATIONS if n > 1 else 0) + (OPERATIONS if m > 1 else 0) + 1,
     )
+
+
+def dead_candidates(sae: SAESize, batch_size: int, n: int, m: int) -> float:
+    """Return the bytes that a rank sends in one step for the auxiliary loss, if k_aux latents or more are dead.
+
+    They are the values among which it chooses those of each row. Partial sums are among those of `exchange`.
+    """
+    return (m - 1) * 4 * sae.k_aux * batch_size / n

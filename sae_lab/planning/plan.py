@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from sae_lab.planning.asked import asked_for, check_planned, is_cached
 from sae_lab.planning.disk import Harvest, check_cache, harvest_of
-from sae_lab.planning.exchange import Exchange, exchange
+from sae_lab.planning.exchange import Exchange, dead_candidates, exchange
 from sae_lab.planning.layouts import Asked, Layout, Option, cheapest, layouts
 from sae_lab.planning.memory import dead_latents, lm_device_memory, process_memory
 from sae_lab.planning.rates import Rates, forward_work, rates_of, step_work
@@ -41,6 +41,9 @@ class Plan(NamedTuple):
     options: list[Option]
     exchange: Exchange
     dead_latents: float
+    """Bytes of memory that latents take more, if they are dead."""
+    dead_candidates: float
+    """Bytes that a rank sends more in a step then."""
     harvest: Harvest
     rates: Rates
 
@@ -74,8 +77,9 @@ def plan_stream(name: str, cfgs: Sequence[DictConfig], known: Mapping[str, Mappi
     data, latents, lm = chosen.layout
     exchanged = exchange(saes[0], cfg.batch_size, data, latents, reading.bytes_per_token, lm > 0)
     dead = max(dead_latents(sae.shard(latents)) for sae in saes)
+    sent = max(dead_candidates(sae, cfg.batch_size, data, latents) for sae in saes)
     counts, layouts_ = (cfg.n_tokens, int(cfg.gpus), is_cached(cfg)), (chosen, fitting, options)
-    return Plan(name, reading, saes, *counts, *layouts_, exchanged, dead, harvest_of(cfg, reading, rates), rates)
+    return Plan(name, reading, saes, *counts, *layouts_, exchanged, dead, sent, harvest_of(cfg, reading, rates), rates)
 
 
 def joined(readings: Sequence[Reading], cfgs: Sequence[DictConfig]) -> Reading:

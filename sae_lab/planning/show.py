@@ -88,7 +88,8 @@ def sentences(plan: Plan) -> list[str]:
         parts = {name: size for name, size in plan.exchange._asdict().items() if name != "operations" and size}
         told = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in parts.items())
         said.append(f"A rank sends {plan.exchange.bytes / 1e6:,.1f} MB in a step ({told}).")
-    said.append(f"Dead latents take up to {size_in_words(plan.dead_latents)} more.")
+    sent = f" and send up to {plan.dead_candidates / 1e6:,.1f} MB more in a step" if plan.dead_candidates else ""
+    said.append(f"Dead latents take up to {size_in_words(plan.dead_latents)} more{sent}.")
     return said
 
 
@@ -138,6 +139,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "chosen": option_as_json(plan.chosen),
         "layouts": [option_as_json(option) for option in plan.options],
         "exchange": plan.exchange._asdict(),
+        "dead_candidates": plan.dead_candidates,
         "cache_bytes": plan.harvest.bytes,
         "harvest": plan.harvest._asdict(),
         "rates": list(plan.rates.sources),

@@ -12,6 +12,7 @@ from sae_lab.lm.loading import dtype_of
 from sae_lab.lm.sites import site_names
 from sae_lab.runtime.build import build
 from sae_lab.runtime.errors import SettingError, settings_under
+from sae_lab.saes.base import BaseSAE
 
 
 class LMSize(NamedTuple):
@@ -73,6 +74,7 @@ class SAESize(NamedTuple):
         k: active entries of a row.
         shardable: whether ranks may hold different latents.
         name: its class.
+        k_aux: the most dead latents that the auxiliary loss chooses by row; 0: none.
     """
 
     parameters: int
@@ -87,6 +89,7 @@ class SAESize(NamedTuple):
     k: float
     shardable: bool = True
     name: str = "SAE"
+    k_aux: int = 0
 
     def shard(self, m: int) -> "SAESize":
         """Return the sizes of one of m shards of the latents, of which k/m are active on a row on average."""
@@ -192,9 +195,13 @@ def depth_of(site: str, n_layers: int) -> float:
 def sae_size(cfg: DictConfig, reading: Reading) -> SAESize:
     """Count the SAE of a config, from its class, built without numbers."""
     d, s = reading.lm.d, reading.n_sources
-    n_latents = int(cfg.n_latents or cfg.expansion * d)
     with torch.device("meta"):
-        sae = build(cfg, "sae", d_in=d, n_latents=n_latents, n_sources=s)
+        return size_of(build(cfg, "sae", d_in=d, n_latents=int(cfg.n_latents or cfg.expansion * d), n_sources=s), cfg.k)
+
+
+def size_of(sae: BaseSAE, k: float) -> SAESize:
+    """Count a whole SAE with k active entries on a row."""
+    d, s, n_latents = sae.d_in, sae.n_sources, sae.n_latents
     trained = [p for p in sae.parameters() if p.requires_grad]
     rowwise = sum(p.numel() for p in getattr(sae, "row_parameters", dict)())
     rows = sae.reading_directions()
@@ -208,7 +215,15 @@ def sae_size(cfg: DictConfig, reading: Reading) -> SAESize:
         s * d if rows is None else rows[0].numel(),
         (s - sae.n_inputs) * d,
         sae.sparse_codes,
-        float(cfg.k),
+        float(k),
         "shardable" in vars(type(sae)),
         type(sae).__name__,
+        most_chosen_dead(sae),
     )
+
+
+def most_chosen_dead(sae: BaseSAE) -> int:
+    """Return how many dead latents the auxiliary loss of an SAE chooses on each row at most; 0: none by row."""
+    by_row = (part for part in sae.modules() if getattr(part, "auxk_selection", None) == "row")  # a route's is inside
+    most = (getattr(part, "most_explaining", 0) for part in by_row if getattr(part, "auxk_coefficient", 0))
+    return min(sae.n_latents, max(most, default=0))

@@ -181,6 +181,11 @@ class LinearSAE(DictionarySAE):
             terms["auxk"] = self.auxk_coefficient * self.auxk_loss(out)
         return terms
 
+    @property
+    def most_explaining(self) -> int:
+        """The maximum number of dead latents that explain the residual of a row."""
+        return self.k_aux or max(1, self.sources.n_written * self.d_in // 2)
+
     def auxk_loss(self, out: SAEOutput) -> Tensor:
         """Compute the unweighted auxiliary loss. Only the encoder and decoder rows of dead latents get gradients."""
         # In fixed-size mode, f stands for no latent: its rows are zero, so that it is never selected.
@@ -196,8 +201,8 @@ class LinearSAE(DictionarySAE):
         x, residual = (inputs - center).detach().flatten(1), (out.target - out.x_hat).detach().flatten(1)
         W_enc, W_dec = self.layers.encoder_rows(W, dead), select_rows(self.W_dec.flatten(1), dead, self.W_dec)
         b_enc = None if self.b_enc is None else F.pad(self.b_enc, (0, 1)).index_select(0, dead)
-        k_aux = min(n_dead, self.k_aux or max(1, self.sources.n_written * self.d_in // 2))
-        loss = auxk_loss(x, residual, W_enc, b_enc, W_dec, k_aux, self.auxk_selection == "batch", self.signed)
+        k_aux, over_batch = min(n_dead, self.most_explaining), self.auxk_selection == "batch"
+        loss = auxk_loss(x, residual, W_enc, b_enc, W_dec, k_aux, over_batch, self.signed)
         return loss * on_any_shard(dead[0] < f)
 
     def foresee(self, ahead: int) -> dict[str, Tensor]:

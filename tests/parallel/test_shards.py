@@ -19,6 +19,8 @@ from sae_lab.ops.selection import select_top_k, select_top_of_batch
 from sae_lab.ops.sharded_selection import DIGIT
 from sae_lab.parallel.gradients import averaged_gradients
 from sae_lab.parallel.mesh import data_axis, first_share, latent_axis, sharded_latents
+from sae_lab.planning.exchange import dead_candidates, exchange
+from sae_lab.planning.sizes import size_of
 from sae_lab.runtime.errors import SettingError, UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import load_sae_folder, save_sae
@@ -304,6 +306,19 @@ def test_a_rank_needs_its_share_of_the_memory_and_sends_little(four, kind):
             assert exchanged["all_reduce"] <= 4 * (b * d + d) + 64 + histograms
             assert exchanged["all_gather"] <= 4 * k * b + 8 * b
             assert exchanged.keys() <= {"all_reduce", "all_gather"}
+
+
+@pytest.mark.parametrize(("settings", "k_aux"), [({}, 32), ({"k_aux": 7}, 7), ({"auxk_coefficient": 0.0}, 0)])
+def test_a_plan_counts_the_candidates_of_the_code_and_of_the_auxiliary_loss(four, settings, k_aux):
+    """All but a few latents are dead in the last of two steps."""
+    settings = {"n_sources": 1, "dead_after": 1} | settings
+    size = size_of(Registered.by_name("TopKSAE", BIG | settings), k=4)
+    assert size.k_aux == k_aux
+    for layout, (m, shares_rows) in LAYOUTS.items():
+        n = 4 // m if shares_rows else 1
+        b = 64 * n  # each rank has 64 rows
+        planned = exchange(size, b, n, m, 0, False).candidates + dead_candidates(size, b, n, m)
+        assert [(m - 1) * sent["all_gather"] for _, sent in four(cost, layout, "TopKSAE", settings)] == 4 * [planned]
 
 
 # --- what is refused

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SAE_NAMES, compose
+from conftest import SAE_NAMES, compose, dictionary
 
 from sae_lab.ops.sparse import SparseCode
 from sae_lab.planning.plan import known_models
@@ -40,6 +40,8 @@ def test_an_sae_without_numbers_has_the_sizes_of_one_with(kind):
         assert size.sparse == isinstance(sae.train()(rows).code, SparseCode)
     assert (size.n_latents, size.width) == (f, 128 * reading.n_sources)
     assert size.by_latent == sum(p.numel() for p in trained if len(p) == f)
+    explains = getattr(dictionary(sae), "auxk_coefficient", 0) > 0
+    assert size.k_aux == explains * dictionary(sae).sources.n_written * 64
 
 
 def test_a_dictionary_larger_than_the_memory_is_counted():
