@@ -204,32 +204,6 @@ def keep_first_latents(code: Code, n: int) -> Code:
     return F.pad(first, (0, code.shape[1] - n))
 
 
-def split_by_rank(code: SparseCode, starts: Int[Tensor, " n"]) -> SparseCode:
-    """Split each row into n rows by the ranks of its entries; the largest has rank 0, ties rank the first latent first.
-
-    Row r·n + i of the result has the entries of row r with ranks starts_i ... starts_{i+1} - 1, the last one all from
-    starts_{n-1} on. Its latents are in the order of their ranks.
-
-    Args:
-        code: of at least one row. In a padded code, no row has more than its share of the places, nnz / b.
-        starts: ascending, from 0.
-    """
-    pattern, b = code.pattern, code.shape[0]
-    offsets, rows = pattern.row_offsets, pattern.rows
-    width = len(rows) // b if pattern.padded else int(offsets.diff().max())
-    places = torch.arange(len(rows), device=rows.device)
-    cells = (rows * width + places - offsets[rows]).clamp_max(b * width)  # padding shares a cell that is cut off
-    sizes = code.values.detach().abs()
-    table = sizes.new_full((b * width + 1,), -1.0).scatter(0, cells, sizes)[:-1].view(b, width)
-    order = F.pad(table.sort(dim=1, descending=True, stable=True).indices.flatten(), (0, 1))
-    ranked = offsets[rows] + order[cells]
-    if pattern.padded:
-        ranked = torch.where(places < offsets[-1], ranked, places)
-    begins = (offsets[:-1, None] + torch.minimum(offsets.diff()[:, None], starts)).flatten()
-    split = replace(pattern, row_offsets=torch.cat([begins, offsets[-1:]]), latents=pattern.latents[ranked])
-    return SparseCode(split, code.values.gather(0, ranked))
-
-
 def decode(
     code: Code, W_dec: Float[Tensor, "f s d"], b_dec: Float[Tensor, "s d"] | Float[Tensor, "b s d"]
 ) -> Float[Tensor, "b s d"]:

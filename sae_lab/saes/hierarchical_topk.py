@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from sae_lab.ops import losses, sparse
+from sae_lab.ops.budgets import split_by_rank
 from sae_lab.ops.sparse import Code, SparseCode
 from sae_lab.runtime.annotations import ErrorMessage
 from sae_lab.runtime.errors import SettingError
@@ -47,6 +48,8 @@ class HierarchicalTopKSAE(TopKSAE):
         UserError: k is not a whole number between 1 and n_latents, or a budget is above k.
     """
 
+    shardable = True
+
     starts: Tensor
     """The rank of the first latent that each budget adds to the one before."""
 
@@ -74,7 +77,7 @@ class HierarchicalTopKSAE(TopKSAE):
         self, x: Float[Tensor, "b r d"], target: Float[Tensor, "b w d"], code: Code, h: Float[Tensor, "b f"] | None
     ) -> NestedOutput:
         assert isinstance(code, SparseCode)
-        added = sparse.split_by_rank(code, self.starts)
+        added = split_by_rank(code, self.starts)
         parts = sparse.decode(added, self.W_dec, torch.zeros_like(self.b_dec)).unflatten(0, (len(x), len(self.starts)))
         levels = tuple(accumulate(parts.unbind(1), initial=self.decoder_offset(x)))
         return NestedOutput(x, target, levels[-1], code, h, levels)

@@ -14,6 +14,7 @@ from ranks import Call, rank_share, start_ranks
 from torch import nn
 from traffic import count_bytes
 
+from sae_lab.ops.budgets import split_by_rank
 from sae_lab.ops.fixed_size import fixed_size
 from sae_lab.ops.selection import select_top_k, select_top_of_batch
 from sae_lab.ops.sharded_selection import DIGIT
@@ -91,6 +92,26 @@ def test_the_choice_is_that_of_one_process(four, layout):
         ]
 
 
+def split(layout: str | None) -> tuple[slice, slice, list[torch.Tensor]]:
+    """Which part of each matrix this rank has, and its code split by rank in each mode."""
+    codes = []
+    with laid_out(layout):
+        rows, latents = data_axis().share(16), latent_axis().share(48)
+        for h, (padded, signed) in product(matrices(), MODES):
+            with fixed_size(padded):
+                code = select_top_k([h[rows, latents]], 6, signed=signed)
+                codes.append(split_by_rank(code, torch.tensor([0, 1, 4])).to_dense())
+    return rows, latents, codes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_ranks_are_those_of_one_process(four, layout):
+    _, _, alone = split(None)
+    for rows, latents, codes in four(split, layout):
+        for code, whole in zip(codes, alone, strict=True):
+            assert torch.equal(code, whole[3 * rows.start : 3 * rows.stop, latents])
+
+
 # --- the gradients
 
 SAES: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -101,6 +122,7 @@ SAES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "batch_topk": ("BatchTopKSAE", 1, {"k": 3.5, "auxk_selection": "batch", "k_aux": 2}),
     "running quantile": ("BatchTopKSAE", 1, {"k": 4, "quantile": "running"}),
     "matryoshka": ("MatryoshkaSAE", 1, {"k": 4, "group_sizes": [4, 20, 40]}),
+    "hierarchical": ("HierarchicalTopKSAE", 1, {"k": 6, "budgets": [1, 3, 4], "signed": True}),
     "temporal": ("TemporalSAE", 1, {"k": 4}),
     "jumprelu": ("JumpReLUSAE", 1, {"k": 4, "bandwidth": 0.5, "b_enc_init": 0.1}),
     "jumprelu tanh": (
@@ -194,8 +216,8 @@ def test_the_gradients_are_those_of_one_process(four, name, layout):
 
 # --- the weights
 
-TRAINED = ["topk", "batch_topk", "matryoshka", "jumprelu", "crosscoder", "transcoder", "cross-layer topk"]
-TRAINED += ["cross-layer batch_topk", "cross-layer jumprelu"]
+TRAINED = ["topk", "batch_topk", "matryoshka", "hierarchical", "jumprelu", "crosscoder", "transcoder"]
+TRAINED += ["cross-layer topk", "cross-layer batch_topk", "cross-layer jumprelu"]
 
 
 def trained(layout: str | None, name: str) -> dict[str, Any]:
@@ -346,7 +368,6 @@ def refused(kind: str, settings: dict[str, Any], m: int) -> str:
 def test_what_cannot_be_sharded_is_refused(four):
     for kind, settings, words in (
         ("PursuitSAE", {"k": 4}, "the latents of a PursuitSAE cannot be sharded: give trainer.shard_latents=1, or"),
-        ("HierarchicalTopKSAE", {"k": 4}, "the latents of a HierarchicalTopKSAE cannot be sharded"),
         ("VanillaSAE", {"resample_every": 4}, "resample_every compares latents of all shards: give"),
         ("TopKSAE", {"k": 4, "n_latents": 62}, "the number of latents, 62, must be a multiple of trainer.shard_"),
     ):

@@ -129,7 +129,7 @@ SHARDED = ["trainer=ddp", "trainer.devices=2", "trainer.shard_latents=2"]
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (["sae=hierarchical_topk", *SHARDED], "HierarchicalTopKSAE cannot be sharded: give trainer.shard_latents=1"),
+        (["sae=pursuit", *SHARDED], "PursuitSAE cannot be sharded: give trainer.shard_latents=1"),
         (["machine.memory=[1]"], r"machine.memory=\[1\] must be a number above 0"),
         (["machine.peak=1"], "machine.peak=1 is in the place of a part of the config"),
         (["machine.step=[]"], r"machine.step=\[\] must be a list of measured points"),

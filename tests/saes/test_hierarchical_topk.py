@@ -5,8 +5,9 @@ import torch
 from conftest import build, planted
 
 from sae_lab.evaluation.rules import convert_activation
+from sae_lab.ops.budgets import split_by_rank
 from sae_lab.ops.fixed_size import fixed_size
-from sae_lab.ops.sparse import l0_per_row, split_by_rank
+from sae_lab.ops.sparse import l0_per_row
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes import BatchTopKSAE, HierarchicalTopKSAE, TopKSAE
 from sae_lab.saes.base import BaseSAE
