@@ -294,8 +294,17 @@ def test_the_first_job_of_a_sweep_and_of_a_search():
     assert first_job(search) == ["optimizer.lr=0.0001", "sae.auxk_coefficient=0", "sae=topk"]
 
 
-def test_the_design_page_names_every_file_of_the_package_and_no_other():
+def test_the_design_page_names_every_file_of_a_room_once_and_no_other():
     page = (REPOSITORY / "docs" / "design.md").read_text().partition("### Why rooms")[0]
-    named = set(re.findall(r"`(\w+\.py)`", page))
-    package = (file.name for file in (REPOSITORY / "sae_lab").rglob("*.py") if not file.name.startswith("__"))
-    assert named == set(package)
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith(("| **", "| |"))]
+    named: dict[str, list[str]] = {}
+    for cell, files in rows:
+        if room := cell.strip(" *`/"):
+            assert room not in named, f"{room} has two rows"
+            named[room] = names = []
+        names += re.findall(r"`(\w+\.py)`", files)
+    for room, names in named.items():
+        there = (REPOSITORY / "sae_lab" / room.replace("commands", "")).glob("*.py")
+        assert sorted(names) == sorted(file.name for file in there if not file.name.startswith("__")), room
+    package = [file for file in (REPOSITORY / "sae_lab").rglob("*.py") if not file.name.startswith("__")]
+    assert {*re.findall(r"`(\w+\.py)`", page)} == {file.name for file in package}  # those of folders inside as well
