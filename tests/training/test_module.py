@@ -4,11 +4,15 @@ import pytest
 import torch
 from conftest import build, dictionary, planted
 from fitting import BATCHES, N_STEPS, fit
+from groups import config
+from lightning.fabric.utilities import cloud_io
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sae_lab.runtime.errors import UserError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.training.module import training_row
+from sae_lab.training.run import train_run
 from sae_lab.training.schedule import cosine, warmup_decay
 from sae_lab.training.step import StepResult, TrainingStep, reset_optimizer_rows
 from sae_lab.training.trainer import build_trainer, log_interval
@@ -220,3 +224,13 @@ def test_the_log_tells_the_sources_apart_and_counts_the_dead():
     assert training_row(sae, StepResult(out, terms, terms["reconstruction"]))["dead_share"] == 8 / 64
     route = build("route", n_sources=2)
     assert "fvu_0" not in training_row(route, StepResult(route(x), terms, terms["reconstruction"]))
+
+
+def test_a_local_folder_of_checkpoints_is_not_looked_for_in_object_storage(tmp_path, monkeypatch):
+    """Lightning would import s3fs, gcsfs and adlfs, whichever is installed."""
+    asked = []
+    monkeypatch.setattr(cloud_io, "module_available", asked.append)
+    train_run(config(tmp_path))
+    assert asked == []
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    assert f"{ModelCheckpoint.__qualname__}{{" in " ".join(state)
