@@ -5,10 +5,13 @@ from torch import Tensor
 
 
 class Rounded:
-    """A copy of W in a lower precision, and the version of W that it was made from.
+    """A copy of W in a lower precision.
 
     Rounding W before each product reads 4 B and writes 2 B per entry. The kernel that updates W has the new one in
     registers and writes the 2 B alone (adam.py).
+
+    W's version tells whether anything else has changed it. Neither fused optimizers nor Triton's kernels raise it, so
+    who calls them says what the copy is afterwards, by `round` or `written`. A change through `W.data` is not seen.
     """
 
     def __init__(self) -> None:
@@ -16,20 +19,25 @@ class Rounded:
         self._version = 0
 
     def of(self, W: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return W in this dtype, and keep it if it is the first one that is asked for: graphs may read the copy."""
+        """Return W in this dtype, without gradient. The first one that is asked for is kept: graphs may read it."""
         if self.copy is None:
             self.copy = W.detach().to(dtype)
             self.written(W)
         if self.copy.dtype != dtype:
-            return W.to(dtype)
+            return W.detach().to(dtype)
         self.refresh(W)
         return self.copy
 
-    def refresh(self, W: Tensor) -> None:
-        """Copy W again if anything but `written` has changed it."""
-        if self.copy is not None and self._version != W._version:
+    def round(self, W: Tensor) -> None:
+        """Copy W, if there is a copy."""
+        if self.copy is not None:
             self.copy.copy_(W.detach())
-            self.written(W)
+        self.written(W)
+
+    def refresh(self, W: Tensor) -> None:
+        """Copy W if its version has changed."""
+        if self._version != W._version:
+            self.round(W)
 
     def written(self, W: Tensor) -> None:
         """Note that the copy is current, as after a kernel that has written both."""

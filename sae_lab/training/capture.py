@@ -3,7 +3,7 @@
 A step launches a hundred kernels from Python, which take longer to launch than to run. In a graph they follow each
 other without the host. What changes from step to step lies in tensors at fixed addresses: the batch, the weights, the
 optimizer's state, counters and thresholds, the learning rate. What a replay cannot change is the key of a graph: the
-batch's shape, the SAE's `plan_step` and the numbers of Python (`baked_in`). Steps with other keys are captured by
+batch's shape, the SAE's `plan_step` and the numbers of Python (`numbers_of`). Steps with other keys are captured by
 themselves, or taken eagerly if they are rare. A step that replaces numbers or tensors of Python is not captured.
 A replayed step is equal, to the bit, to the same step taken eagerly, because both run the same kernels.
 """
@@ -25,7 +25,7 @@ from sae_lab.parallel.mesh import world_size
 from sae_lab.runtime.errors import SettingError
 from sae_lab.saes.base import BaseSAE
 from sae_lab.training.micro_batches import MicroBatchStep
-from sae_lab.training.python_state import baked_in, refuse_replacements
+from sae_lab.training.python_state import addresses_of, numbers_of, refuse_replacements
 from sae_lab.training.step import Splice, StepResult, TrainingStep, Watch
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class CapturedStep(TrainingStep):
         self.graphs: dict[Hashable, Graph] = {}
         self.seen: Counter[Hashable] = Counter()
         self.record = record or self.record_cuda
-        self.parts, self.moments = [*step.sae.modules()], step.optimizer.state
+        self.parts, self.addresses = [*step.sae.modules()], list[int]()
         self.device = next(step.sae.parameters()).device
         # Before kernels of the next block's forward passes (activations/interleave.py): the host waits for each step's
         # plan, and for no forward pass.
@@ -126,18 +126,19 @@ class CapturedStep(TrainingStep):
     def run(
         self, x: Float[Tensor, "b s d"], plan: Hashable, splice: Splice | None = None, watch: Watch | None = None
     ) -> StepResult:
-        if self.moments is not self.optimizer.state:  # a state dict was loaded, into other memory
-            self.moments = self.optimizer.state
+        if self.addresses != addresses_of(self.parts, self.optimizer):  # replaced since the last step
             self.graphs.clear()
-        settings = (self.max_grad_norm, self.products, self.row_adam.keeps_copies)
-        key = (x.shape, x.dtype, settings, baked_in(self.parts, self.optimizer), plan)
+            self.seen.clear()
+        settings = (self.max_grad_norm, self.products, self.row_adam.copied)
+        key = (x.shape, x.dtype, settings, numbers_of(self.parts, self.optimizer), plan)
         self.seen[key] += 1
         if len(self.seen) > MOST_SEEN:
             del self.seen[next(iter(self.seen))]
-        if self.failed or self.seen[key] <= WARM:
-            return super().run(x, plan, None, watch)
-        if key not in self.graphs and not self.try_to_record(key, x, plan):
-            return super().run(x, plan, None, watch)
+        warm = self.failed or self.seen[key] <= WARM
+        if warm or (key not in self.graphs and not self.try_to_record(key, x, plan)):
+            result = super().run(x, plan, None, watch)
+            self.addresses = addresses_of(self.parts, self.optimizer)
+            return result
         return self.graphs[key].replay(x).watched_by(watch)
 
     def try_to_record(self, key: Hashable, x: Tensor, plan: Hashable) -> bool:
@@ -186,6 +187,7 @@ class PrepareSteps(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module.step, CapturedStep):
             pl_module.step.graphs.clear()  # their memory is for the evaluation
+            pl_module.step.row_adam.drop_copies()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step: Any = pl_module.step

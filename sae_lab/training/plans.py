@@ -32,7 +32,7 @@ class Plans:
         self._versions: list[int] = []
 
     def next(self) -> Hashable:
-        """Return the plan of the next step, from the SAE as it is now where no step has foreseen anything."""
+        """Plan the next step, by the SAE as it is now where no step has foreseen anything. Returns the plan."""
         if not self._is_current():
             self._coming.clear()
             self.add(self.sae.foresee(0))
@@ -61,7 +61,10 @@ class Plans:
         return dict(zip(self._names, numbers.wait(), strict=True))
 
     def _is_current(self) -> bool:
-        """Whether nobody has changed the SAE's counters since the last step, as loading a state does."""
+        """Whether nobody has changed the SAE's counters since the last step, as loading a state does.
+
+        A change through `batches_since_fired.data` is not seen.
+        """
         return len(self._coming) == 2 and self._versions == self._current_versions()
 
     def _current_versions(self) -> list[int]:

@@ -7,23 +7,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PLAIN = frozenset((bool, int, float, str, type(None)))
+NUMBERS = frozenset((bool, int, float, str, type(None)))
 
 
-def baked_in(parts: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> Hashable:
-    """Return the numbers and modes that a step may pass to kernels: those of modules, of the optimizer and of autocast.
+def numbers_of(parts: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> Hashable:
+    """Return the numbers and modes that a step may pass to kernels: of modules, of the optimizer and of autocast.
 
-    A step that changes one of them itself, such as a loss that counts its calls, never has the same ones twice.
+    A step that changes one of them itself, such as a loss that counts its calls, never has the same ones twice. Numbers
+    in lists and tuples are seen; those in other objects are not.
 
     Args:
         parts: all modules of an SAE, itself included.
     """
     device = optimizer.param_groups[0]["params"][0].device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    options = [value for group in optimizer.param_groups for name, value in group.items() if name != "params"]
-    places = [value.data_ptr() if isinstance(value, Tensor) else value for value in options]
-    numbers = [value for part in parts for value in vars(part).values() if type(value) in PLAIN]
-    return dtype, *places, *numbers
+    values = [value for part in parts for value in vars(part).values()]
+    values += [value for group in optimizer.param_groups for name, value in group.items() if name != "params"]
+    trained = [p.requires_grad for part in parts for p in part._parameters.values() if p is not None]
+    return dtype, *map(numbers_in, values), *trained
+
+
+def numbers_in(value: Any) -> Hashable:
+    """Return a number or a string as it is, those of a sequence as a tuple, and None for anything else."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(map(numbers_in, value))
+    return value if type(value) in NUMBERS else None
+
+
+def addresses_of(parts: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> list[int]:
+    """Return where the tensors of modules and of an optimizer lie: a replay reads and writes the places of before."""
+    owners = [*owners_of(parts, optimizer), *optimizer.param_groups]
+    return [value.data_ptr() for owner in owners for value in owner.values() if isinstance(value, Tensor)]
+
+
+def owners_of(parts: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the dictionaries that hold numbers and tensors of modules and of an optimizer's state."""
+    owners = [owner for part in parts for owner in (vars(part), part._parameters, part._buffers)]
+    return owners + list(optimizer.state.values())
 
 
 @contextmanager
@@ -32,23 +52,28 @@ def refuse_replacements(parts: Sequence[nn.Module], optimizer: torch.optim.Optim
 
     A replay would not replace it. Also undoes replacements, of a block that fails for another reason, too.
     """
-    owners = [owner for part in parts for owner in (vars(part), part._parameters, part._buffers)]
-    owners += optimizer.state.values()
+    owners = owners_of(parts, optimizer)
     before = [dict(owner) for owner in owners]
-    memory = [(value, value.detach()) for owner in before for value in owner.values() if isinstance(value, Tensor)]
+    values = [value for owner in before for value in owner.values()]
+    memory = [(value, value.detach()) for value in values if isinstance(value, Tensor)]
+    lists = [(value, list(value)) for value in values if isinstance(value, list)]
     replaced: list[str] = []
     try:
         yield
     finally:
-        for owner, values in zip(owners, before, strict=True):
-            if names := [name for name in {**values, **owner} if differs(values.get(name), owner.get(name))]:
+        for owner, old in zip(owners, before, strict=True):
+            if names := [name for name in {**old, **owner} if differs(old.get(name), owner.get(name))]:
                 replaced += names
                 owner.clear()
-                owner.update(values)
-        for tensor, numbers in memory:
-            if tensor.data_ptr() != numbers.data_ptr():
-                tensor.data = numbers
+                owner.update(old)
+        for tensor, place in memory:
+            if tensor.data_ptr() != place.data_ptr():
+                tensor.data = place
                 replaced.append(f"the memory of a {tuple(tensor.shape)} tensor")
+        for changed, items in lists:
+            if numbers_in(changed) != numbers_in(items):
+                changed[:] = items
+                replaced.append("an item of a list")
     if replaced:
         raise RuntimeError(f"a step replaces {', '.join(sorted(replaced))}, which a replay of it would not")
 
@@ -57,4 +82,4 @@ def differs(a: Any, b: Any) -> bool:
     """Return whether two values are not the same number or the same tensor."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a is not b
-    return type(a) in PLAIN and type(b) in PLAIN and a != b
+    return numbers_in(a) != numbers_in(b)

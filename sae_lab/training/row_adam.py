@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from sae_lab.ops.adam import adam_step
 from sae_lab.ops.rounded import Rounded
@@ -57,14 +58,38 @@ class RowAdam:
                 parameter.factors = parameter.rounded = None  # type: ignore[attr-defined]
 
     def refresh_copies(self) -> None:
-        """Round parameters again that anything but `step` has changed."""
+        """Round parameters again that were changed between two steps."""
         for parameter, rounded in self.copies.items():
             rounded.refresh(parameter)
 
+    def update_copies(self) -> None:
+        """Round the parameters that a step has updated by other means than `step`."""
+        for parameter, rounded in self.copies.items():
+            if self.is_factored(parameter):
+                rounded.refresh(parameter)  # a constraint may have changed it since
+            else:
+                rounded.round(parameter)
+
+    def tell_others(self) -> None:
+        """Raise the versions of the parameters after a step, for other steps of the same SAE that keep copies."""
+        for parameter, rounded in self.copies.items():
+            increment_version(parameter)
+            rounded.written(parameter)
+
+    def drop_copies(self) -> None:
+        """Free the memory of rounded parameters."""
+        for rounded in self.copies.values():
+            rounded.copy = None
+
     @property
-    def keeps_copies(self) -> bool:
-        """Whether steps write rounded parameters as well."""
-        return any(rounded.copy is not None for rounded in self.copies.values())
+    def copied(self) -> tuple[bool, ...]:
+        """Whether steps write each parameter rounded as well."""
+        return tuple(rounded.copy is not None for rounded in self.copies.values())
+
+    @staticmethod
+    def is_factored(parameter: nn.Parameter) -> bool:
+        """Return whether the parameter's gradient is factors, so that `step` updates it."""
+        return bool(getattr(parameter, "factors", None))
 
     def settle(self) -> None:
         """Join the parts of each gradient; form it where something that leaves no factors contributed as well."""

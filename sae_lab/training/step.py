@@ -123,6 +123,7 @@ class TrainingStep:
                 plan = self.plans.next()
             result = self.run(x, plan, splice, watch)
             if is_fixed_size():
+                self.row_adam.tell_others()
                 self.plans.add(result.foreseen)
         torch.clear_autocast_cache()  # it has casts of the weights of before this step
         return result
@@ -179,7 +180,7 @@ class TrainingStep:
             self.scaler.update()
         self.row_adam.step()
         self.sae.after_step()
-        self.row_adam.refresh_copies()
+        self.row_adam.update_copies()
 
 
 def has_fixed_size(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 from recorded_graph import Recorded
 from recorded_runs import FEW, Run, bf16, copied, differences
 from step_kinds import build_kind
+from torch import nn
 
 from sae_lab.training import capture
 
@@ -70,7 +71,8 @@ def change_the_factor(sae, i):
 @pytest.fixture
 def unguarded(monkeypatch):
     """Steps are captured whatever they depend on."""
-    monkeypatch.setattr(capture, "baked_in", lambda *_: None)
+    monkeypatch.setattr(capture, "numbers_of", lambda *_: None)
+    monkeypatch.setattr(capture, "addresses_of", lambda *_: [])
     monkeypatch.setattr(capture, "refuse_replacements", lambda *_: nullcontext())
 
 
@@ -185,6 +187,21 @@ def leave_autocast(run):
     run.around = nullcontext
 
 
+def test_a_number_in_a_list_is_seen():
+    def run(record):
+        sae = faulty(lambda sae, out: out.x_hat.square().mean() * sae.factors[0])
+        sae.factors = [1.0, "unused"]
+        run = Run(sae, record)
+        for i in range(FEW + 6):
+            sae.factors[0] = 2.0 if i > FEW else 1.0
+            run.take(i)
+        return run
+
+    eager, captured = run(None), run(Recorded)
+    assert captured.step.graphs
+    assert differences(eager.tensors(), captured.tensors()) == []
+
+
 def set_a_coefficient(run):
     run.sae.coefficient = 0.5
 
@@ -193,12 +210,51 @@ def stop_training_mode(run):
     run.sae.eval()
 
 
-@pytest.mark.parametrize(
-    "change", [set_the_rate, load_the_moments, set_betas, clip, leave_autocast, set_a_coefficient, stop_training_mode]
+def replace_the_data_of_a_parameter(run):
+    run.sae.W_enc.data = run.sae.W_enc.data * 2
+
+
+def write_parameters_from_a_vector(run):
+    vector = nn.utils.parameters_to_vector(run.sae.parameters())
+    nn.utils.vector_to_parameters(vector * 0.9, run.sae.parameters())
+
+
+def move_to_another_dtype_and_back(run):
+    run.sae.double().float()
+
+
+def assign_a_state(run):
+    run.sae.load_state_dict({name: value * 0.9 for name, value in run.sae.state_dict().items()}, assign=True)
+
+
+def forget_the_moments(run):
+    run.optimizer.state.clear()
+
+
+def replace_a_moment_between_steps(run):
+    state = run.optimizer.state[run.sae.W_dec]
+    state["exp_avg"] = state["exp_avg"] * 0.5
+
+
+def freeze(run):
+    run.sae.b_dec.requires_grad_(False)
+
+
+CHANGES = (
+    *(set_the_rate, load_the_moments, set_betas, clip, leave_autocast, set_a_coefficient, stop_training_mode, freeze),
+    *(replace_the_data_of_a_parameter, write_parameters_from_a_vector, move_to_another_dtype_and_back),
+    *(assign_a_state, forget_the_moments, replace_a_moment_between_steps),
 )
-def test_captured_steps_see_what_is_changed_between_two_steps(change):
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "batch_topk"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_captured_steps_see_what_is_changed_between_two_steps(change, kind):
+    if kind == "batch_topk" and change in (set_a_coefficient, stop_training_mode):
+        pytest.skip("has no coefficient of its own, and another rule in evaluation")
+
     def run(record):
-        run = Run(build_kind("jumprelu"), record, around=bf16)
+        run = Run(build_kind(kind), record, around=bf16)
         for i in range(FEW + 6):
             if i == FEW:
                 change(run)

@@ -5,6 +5,7 @@ import torch
 from conftest import build
 from fitting import BATCHES, DEAD
 from recorded_graph import Recorded
+from step_kinds import MORE, STEPS, build_kind, rows
 
 from sae_lab.ops.rounded import Rounded
 from sae_lab.training.capture import WARM, CapturedStep, set_capturable
@@ -52,7 +53,8 @@ def restore_the_encoder(sae):
 CASES = [
     ("topk", []),
     ("batch_topk", [DEAD]),
-    ("matryoshka", ["sae.group_sizes=[8,24,32]", DEAD]),  # whose W_enc has gradients beside the factors
+    ("matryoshka", ["sae.group_sizes=[8,24,32]", DEAD]),
+    ("temporal", ["sae.group_sizes=[24,40]"]),  # whose gradients are no factors
     ("topk", ["sae.k_warmup=4"]),
 ]
 
@@ -63,12 +65,61 @@ CASES = [
 def test_steps_have_the_bits_of_those_that_round_W_enc_each_time(kind, settings, captured, change, monkeypatch):
     change = change if kind == "topk" else double_the_encoder
     kept = trained(kind, *settings, captured=captured, change=change)
-    sae, copy = kept.sae, kept.row_adam.copies[kept.sae.W_enc].copy
-    assert torch.equal(copy, sae.W_enc.bfloat16())
-    assert all(r.copy is None for p, r in kept.row_adam.copies.items() if p is sae.W_dec)  # which no product reads
+    assert_copies_are_current(kept)
+    assert kept.row_adam.copies[kept.sae.W_enc].copy is not None
+    assert all(r.copy is None for p, r in kept.row_adam.copies.items() if p is kept.sae.W_dec)  # no product reads it
     monkeypatch.setattr(Rounded, "of", never_kept)
-    plain = trained(kind, *settings, change=change).sae
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in sae.state_dict().items())
+    plain = trained(kind, *settings, change=change).sae.state_dict()
+    assert [name for name, value in kept.sae.state_dict().items() if not torch.equal(value, plain[name])] == []
+
+
+def assert_copies_are_current(step: TrainingStep) -> None:
+    for W, kept in step.row_adam.copies.items():
+        assert kept.copy is None or torch.equal(kept.copy, W.bfloat16())
+
+
+@pytest.mark.parametrize("kind", STEPS | MORE)
+def test_copies_are_current_after_each_step_of_every_sae(kind):
+    step = step_of(build_kind(kind))
+    for seed in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            step(rows(step.sae, seed))
+        assert_copies_are_current(step)
+
+
+def test_copies_are_current_however_W_enc_is_updated():
+    sae = build("topk").train()
+
+    class Penalized(type(sae)):
+        coefficient = 0.0
+
+        def losses(self, out):
+            return super().losses(out) | {"norm": self.coefficient * self.W_enc.square().mean()}
+
+    sae.__class__ = Penalized
+    step = step_of(sae)
+    for x, coefficient, clip in zip(
+        BATCHES, (0, 0, 9, 9, 0, 0, 0, 0), (*(None,) * 4, 0.01, 0.01, None, None), strict=False
+    ):
+        sae.coefficient, step.max_grad_norm = coefficient, clip
+        with torch.autocast("cpu", torch.bfloat16):
+            step(x)
+        assert_copies_are_current(step)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_two_optimizers_may_take_turns(captured, monkeypatch):
+    def trained():
+        sae = build("temporal", "sae.group_sizes=[24,40]").train()
+        steps = step_of(sae, captured), step_of(sae)
+        for i, x in enumerate(BATCHES):
+            with torch.autocast("cpu", torch.bfloat16):
+                steps[i % 8 > 5](x)
+        return sae.state_dict()
+
+    kept = trained()
+    monkeypatch.setattr(Rounded, "of", never_kept)
+    assert [name for name, value in trained().items() if not torch.equal(value, kept[name])] == []
 
 
 def test_a_constraint_on_the_encoder_reaches_the_copy():
@@ -94,9 +145,9 @@ def test_float32_steps_keep_no_copy():
     sae = build("topk").train()
     step = step_of(sae)
     step(BATCHES[0])
-    assert not step.row_adam.keeps_copies
+    assert not any(step.row_adam.copied)
     with torch.autocast("cpu", torch.bfloat16):
         step(BATCHES[1])
-    assert step.row_adam.keeps_copies
+    assert any(step.row_adam.copied)
     step(BATCHES[2])
     assert torch.equal(step.row_adam.copies[sae.W_enc].copy, sae.W_enc.bfloat16())
