@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
 from sae_lab.evaluation import diffing
 from sae_lab.plots.style import COLUMN, INK, LABELS, MUTED, PAGE, PALETTE, PLAIN, has_values, legend_below, page
+from sae_lab.runtime.plain_text import short_count
 
 # Panels of the training curves: label, column of the training values, column of the validation values.
 PANELS = (
@@ -21,7 +22,7 @@ PANELS = (
     (LABELS["ce_degradation"], "", "val/ce_degradation"),
     ("KL divergence (nats/token)", "kl", ""),
     ("Learning rate", "lr", ""),
-    ("Tokens per second", "tokens_per_second", ""),
+    ("Tokens per second, mean so far", "tokens_per_second", ""),
 )
 NOT_DRAWN = {"val/nmse", "val/dead_fraction"}
 
@@ -48,8 +49,10 @@ def training_curves(table: pd.DataFrame, path: Path, facts: str = "") -> Path:
             axis.set_title(label)
             if label != LABELS["loss_recovered"]:  # which is near 1
                 _loss_scale(axis, may_be_log=training != "lr")
+            if training in ("lr", "tokens_per_second"):  # not as 1e6, beside the panel
+                axis.yaxis.set_major_formatter(PLAIN)
             axis.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_count(x)))
             axis.set_xlim(0, 1.02 * tokens.max())
         for axis in axes[max(1, len(panels)) :]:
             axis.set_visible(False)
@@ -94,6 +97,8 @@ def activations(table: pd.DataFrame, path: Path, facts: str = "") -> Path:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}"))
             legend_below(figure)
+        else:
+            axes.set_title("no latent is active")
         axes.set(xlabel="Activation |z| of an active latent", ylabel="Share of active entries (%)")
         axes.grid(axis="x", visible=False)
     return path
@@ -113,6 +118,8 @@ def l0_per_token(table: pd.DataFrame, path: Path, k: float | None = None, facts:
     with page(path, facts=facts) as (figure, (axes,)):
         base = np.zeros(len(edges) - 1)
         for name, count, colour in (("BOS", bos, PALETTE[1]), ("other tokens", other, PALETTE[0])):
+            if not count.any():
+                continue
             share = 100 * np.histogram(l0, edges, weights=count)[0] / total
             axes.bar(edges[:-1], share, np.diff(edges), bottom=base, align="edge", color=colour, label=name)
             base += share
@@ -122,6 +129,7 @@ def l0_per_token(table: pd.DataFrame, path: Path, k: float | None = None, facts:
         axes.set(xlabel=LABELS["l0"], ylabel="Share of tokens (%)", xlim=(edges[0], edges[-1]))
         axes.grid(axis="x", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_formatter(PLAIN)
         beyond = l0[(l0 >= edges[-1]) & (bos + other > 0)]
         if beyond.size:
             axes.set_title(f"not shown: the last 0.1 % of tokens, up to L0 = {beyond.max():,.0f}", color=MUTED, size=7)
@@ -145,8 +153,9 @@ def latent_density(table: pd.DataFrame, path: Path, facts: str = "") -> Path:
             axes.hist(alive, edges, color=PALETTE[0], edgecolor="white", linewidth=0.4)
             median = float(np.median(alive))
             axes.axvline(median, color=INK, linestyle="--", linewidth=1, label=f"median = {_power(10**median)}")
+            axes.set_xlim(np.floor(edges[0]), np.ceil(edges[-1]) if edges[-1] <= 0 else edges[-1])
             legend_below(figure)
-        axes.set_title(f"{dead:,} of {density.size:,} latents are dead ({dead / density.size:.1%})")
+        axes.set_title(f"{dead:,} of {density.size:,} latents are dead ({100 * dead / density.size:.1f} %)")
         axes.set(xlabel="Density (share of tokens on which a latent fires)", ylabel="Number of latents")
         if not alive.size:
             axes.set(xlim=(-6, 0), ylim=(0, 1))
@@ -178,10 +187,11 @@ def relative_norm(table: pd.DataFrame, path: Path, facts: str = "") -> Path:
             axes.axvline(bound, color=MUTED, linestyle=":", linewidth=0.8)
         axes.set(
             xlabel="Decoder norm in the fine-tuned model (share of both models')",
-            ylabel="Number of latents",
+            ylabel="Number of latents (log scale above 10)",
             xlim=(0, 1),
         )
-        axes.set_yscale("symlog", linthresh=10)
+        axes.set_yscale("symlog", linthresh=10, subs=(2, 5))
+        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=10, subs=(1, 2, 5)))
         dead = len(table) - len(alive)
         axes.set_title(f"{dead:,} of {len(table):,} latents never fire and are left out")
         axes.yaxis.set_major_formatter(PLAIN)
@@ -213,7 +223,8 @@ def _curve(axes: Axes, tokens: np.ndarray, table: pd.DataFrame, column: str, **l
     if has_values(table, column):
         curve = pd.DataFrame({"x": tokens, "y": table[column].to_numpy(float)}).dropna().sort_values("x", kind="stable")
         few = {"marker": "."} if len(curve) < 20 else {}  # a line through one point is invisible
-        axes.plot(curve["x"], curve["y"], **(few | look))
+        # above the axes' lines: a share of 0 is to be seen
+        axes.plot(curve["x"], curve["y"], zorder=3, clip_on=False, **(few | look))
 
 
 def _loss_scale(axes: Axes, may_be_log: bool = True) -> None:

@@ -1,5 +1,6 @@
 """The style of all figures: fonts, colours, axis labels, page size and legend."""
 
+import re
 import textwrap
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ STYLE: dict[str, Any] = {
 }
 COLUMN, PAGE = 3.6, 6.8  # width in inches of one column of a paper, and of two
 LABELS = {
-    "nmse": "Normalised MSE",
+    "nmse": "Normalized MSE",
     "fvu": "Variance unexplained (share)",
     "ce_degradation": "CE degradation (nats/token)",
     "loss_recovered": "CE loss recovered (share)",
@@ -62,6 +63,8 @@ LABELS = {
     "n_latents": "Dictionary size (latents)",
 }
 PLAIN = FuncFormatter(lambda x, _: f"{x:,.10g}")
+CHARACTERS_PER_INCH = 15  # of a legend, a title or a label on average
+SAMPLE = 0.4  # inches of a legend's line sample and the gap after it
 
 
 @contextmanager
@@ -91,15 +94,29 @@ def legend_below(figure: Figure, min_entries: int = 1) -> None:
     entries = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
     if len(entries) < min_entries:
         return
-    columns = -(-len(entries) // legend_rows(entries, figure.get_figwidth()))
+    width = figure.get_figwidth()
+    columns = min(len(entries), legend_columns(entries, width))
+    columns = -(-len(entries) // -(-len(entries) // columns))  # as few as give the same rows
     layout: dict[str, Any] = {"ncols": columns, "columnspacing": 1.4, "handlelength": 1.8, "handletextpad": 0.5}
-    figure.legend(list(entries.values()), list(entries), loc="outside lower center", **layout)
+    labels = [wrap(label, width - SAMPLE) for label in entries]
+    figure.legend(list(entries.values()), labels, loc="outside lower center", **layout)
 
 
-def legend_rows(labels: Collection[str], width: float) -> int:
-    """Return the number of rows of a legend, counting 15 characters per inch and 6 per line sample."""
-    columns = max(1, int(15 * width // (max(map(len, labels)) + 6)))
-    return -(-len(labels) // columns)
+def legend_columns(labels: Collection[str], width: float) -> int:
+    """Return how many columns of entries fit side by side into `width` inches, one at least."""
+    return max(1, int(width // (max(map(len, labels)) / CHARACTERS_PER_INCH + SAMPLE)))
+
+
+def legend_lines(labels: Collection[str], width: float) -> int:
+    """Return the number of lines of text of a legend that is `width` inches wide."""
+    columns = legend_columns(labels, width)
+    return -(-len(labels) // columns) if columns > 1 else sum(1 + wrap(s, width - SAMPLE).count("\n") for s in labels)
+
+
+def wrap(label: str, width: float) -> str:
+    """Break a label that is longer than `width` inches into lines, after commas too."""
+    characters = int(CHARACTERS_PER_INCH * width)
+    return label if len(label) <= characters else "\n".join(textwrap.wrap(re.sub(r",\s*", ", ", label), characters))
 
 
 def display_name(name: str) -> str:

@@ -10,7 +10,20 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from sae_lab.plots.style import COLUMN, LABELS, MUTED, PAGE, PALETTE, PLAIN, legend_below, legend_rows, page
+from sae_lab.plots.style import (
+    CHARACTERS_PER_INCH,
+    COLUMN,
+    LABELS,
+    MUTED,
+    PAGE,
+    PALETTE,
+    PLAIN,
+    has_values,
+    legend_below,
+    legend_lines,
+    page,
+    wrap,
+)
 
 MARKERS = "os^DvPX"
 DASHES = ("-", "--", ":", "-.")
@@ -24,7 +37,7 @@ def metrics_against(
 
     Args:
         x: column of the x axis.
-        y: metrics, one panel each.
+        y: metrics, one panel each; one without values for these rows has none.
         lines: column whose values become lines. A value has the same colour in every figure of one table.
         fixed: rows to draw, such as {"k": 16}.
     """
@@ -33,10 +46,11 @@ def metrics_against(
     for column, value in fixed.items():
         rows = rows[rows[column].astype(float) == value]
     points = mean_over_seeds(rows, x, y, lines)
+    y = [metric for metric in y if has_values(points, metric)] or y
     covers = covered_lines(points, x, y, lines)
     labels = {name: name + covers.get(name, "") for name in styles}
     width = PAGE if len(y) > 1 else COLUMN
-    size = (width, 2.4 + 0.16 * legend_rows([*labels.values()], width))
+    size = (width, 2.4 + 0.16 * legend_lines([*labels.values()], width))
     with page(path, columns=len(y), size=size, facts=facts) as (figure, axes):
         for axis, metric in zip(axes, y, strict=True):
             for name, line in points.dropna(subset=[metric]).groupby(lines, sort=False):
@@ -103,7 +117,8 @@ def frontier(table: pd.DataFrame, path: Path, y: str, colours: str, lines: str, 
     styles = _line_styles(table[colours])
     rows = table.dropna(subset=["l0", y, "n_latents"])
     curve = list(dict.fromkeys([colours, lines, "n_latents"]))
-    points = rows.groupby([*curve, "k"], sort=False, dropna=False)[["l0", y]].mean().reset_index().sort_values("l0")
+    by = [*curve, "k"]
+    points = rows.groupby(by, sort=False, dropna=False)[["l0", y]].mean().reset_index().sort_values("l0")
     areas = _areas(points["n_latents"])
     size = (PAGE * 0.8, max(3.0, 0.9 + 0.17 * (len(styles) + len(areas))))
     with page(path, size=size, facts=facts) as (figure, (axes,)):
@@ -112,7 +127,7 @@ def frontier(table: pd.DataFrame, path: Path, y: str, colours: str, lines: str, 
             axes.plot(group["l0"], group[y], style["linestyle"], color=style["color"], linewidth=0.7, alpha=0.5)
             marker: dict[str, Any] = {"color": style["color"], "marker": style["marker"], "edgecolor": "white"}
             axes.scatter(group["l0"], group[y], areas[group["n_latents"].iloc[0]], linewidth=0.5, zorder=3, **marker)
-        axes.set(xlabel=LABELS["l0"], ylabel=LABELS.get(y, y))
+        axes.set(xlabel=LABELS["l0"], ylabel=LABELS.get(y, y), title=over_seeds(rows.groupby(by, dropna=False).size()))
         axes.margins(0.07)
         _l0_scale(axes, points["l0"])
         entries = [Line2D([], [], label=name, **style) for name, style in styles.items()]
@@ -125,13 +140,16 @@ def frontier(table: pd.DataFrame, path: Path, y: str, colours: str, lines: str, 
 
 def by_job(table: pd.DataFrame, path: Path, y: Sequence[str], label: str, facts: str = "") -> Path:
     """Plot the metrics `y` side by side, with one point per job, named by the column `label`."""
-    height = np.arange(len(table))
-    size = (PAGE if len(y) > 1 else COLUMN, 0.8 + 0.2 * len(table))
+    width = PAGE if len(y) > 1 else COLUMN
+    names = [wrap(str(name), width / 3) for name in table[label]]
+    ends = np.cumsum([1 + 0.6 * name.count("\n") for name in names])
+    height = (ends + np.concatenate([[0.0], ends[:-1]])) / 2
+    size = (width, 0.8 + 0.2 * ends[-1])
     with page(path, columns=len(y), size=size, facts=facts) as (_, axes):
         for axis, metric in zip(axes, y, strict=True):
             axis.plot(table[metric].to_numpy(float), height, "o", color=PALETTE[0])
-            axis.set(xlabel=LABELS.get(metric, metric), ylim=(len(table) - 0.5, -0.5))
-            axis.set_yticks(height, table[label] if axis is axes[0] else [""] * len(table))
+            axis.set(xlabel=LABELS.get(metric, metric), ylim=(ends[-1], 0))
+            axis.set_yticks(height, names if axis is axes[0] else [""] * len(names))
             axis.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     return path
 
@@ -147,12 +165,14 @@ def l0_by_line(table: pd.DataFrame, path: Path, facts: str = "") -> Path:
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     colours = dict(zip(ks, PALETTE, strict=False))
-    with page(path, rows, columns, (PAGE if columns > 1 else COLUMN, 0.5 + 1.9 * rows), facts) as (figure, axes):
+    width = PAGE if columns > 1 else COLUMN
+    titles = {name: wrap(str(name), 0.95 * width / columns) for name in panels}
+    tallest = 0.15 * max(title.count("\n") for title in titles.values())
+    with page(path, rows, columns, (width, 0.5 + (1.9 + tallest) * rows), facts) as (figure, axes):
         for axis, name in zip(axes, panels, strict=False):
             for k, group in table[table["line"] == name].groupby("k", dropna=False):
                 _l0_curve(axis, group, colours.get(k, MUTED), f"k = {k:g}" if k in colours else None)
-            axis.set_title(name)
-            axis.set(xlabel=LABELS["l0"], ylim=(0, None))
+            axis.set(title=titles[name], xlabel=LABELS["l0"], ylim=(0, None))
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         for axis in axes[::columns]:
@@ -189,21 +209,36 @@ def _line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def _title(fixed: Mapping[str, float], n: pd.Series) -> str:
     settings = ", ".join(f"{FIXED.get(name, name)} = {value:,.10g}" for name, value in fixed.items())
-    if n.max() < 2:
-        return settings
-    seeds = f"{n.max()}" if n.min() == n.max() else f"{n.min()}–{n.max()}"
-    return f"{settings}{', ' if settings else ''}mean ± s.d. over {seeds} seeds"
+    return ", ".join(filter(None, [settings, over_seeds(n, "mean ± s.d.")]))
+
+
+def over_seeds(n: pd.Series, what: str = "mean") -> str:
+    """Say over how many seeds points are averaged, given the numbers of rows of each; nothing where all have one."""
+    if not n.max() > 1:
+        return ""
+    return f"{what} over {n.max()} seeds" if n.min() == n.max() else f"{what} over {n.min()}–{n.max()} seeds"
 
 
 def _log2_axis(axes: Axes, values: Iterable[float]) -> None:
-    """Use a log2 x axis with ticks at the values."""
-    ticks = sorted(set(values))
-    if not ticks or ticks[0] <= 0:
+    """Use a log2 x axis with ticks at the values, but for those whose labels would overlap."""
+    places = sorted(set(values))
+    if not places or places[0] <= 0:
         return
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_locator(FixedLocator(spaced(places)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(PLAIN)
+
+
+def spaced(places: Sequence[float]) -> list[float]:
+    """Return the places, in order, that leave room for their labels on a log axis of 2.5 inches."""
+    kept = [places[0]]
+    inches = 2.5 / max(np.log2(places[-1] / places[0]), 1e-9)
+    for place in places[1:]:
+        characters = (len(PLAIN(place)) + len(PLAIN(kept[-1]))) / 2
+        if np.log2(place / kept[-1]) * inches > (characters + 1) / CHARACTERS_PER_INCH:
+            kept.append(place)
+    return kept
 
 
 def _l0_scale(axes: Axes, l0: pd.Series) -> None:

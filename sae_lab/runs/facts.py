@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lab.runs.config import config_file, read_config, read_environment_keys
+from sae_lab.runtime.plain_text import short_count
 from sae_lab.runtime.private import public
 
 
@@ -18,7 +19,7 @@ def facts_of(config: DictConfig, from_environment: Sequence[str] = ()) -> dict[s
     sites = [sites] if isinstance(sites, str) else sites
     facts = {"lm": lm.get("name"), "sites": ", ".join(map(str, sites)) if len(sites) < 4 else f"{len(sites)} sites"}
     if isinstance(tokens := said.get("n_tokens"), int):
-        facts["tokens"] = f"{tokens / 1e6:.4g}M tokens" if tokens >= 1e5 else f"{tokens:,} tokens"
+        facts["tokens"] = f"{short_count(tokens)} tokens" if tokens >= 1e5 else f"{tokens:,} tokens"
     facts["seed"] = f"seed {said['seed']}" if "seed" in said else None
     return {name: str(fact) for name, fact in facts.items() if fact}
 

@@ -12,6 +12,14 @@ def plural(n: int, one: str, many: str = "") -> str:
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
+def short_count(n: float) -> str:
+    """Return a large number with four digits at most: 100k, 2.5M, 3B, 1T."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{n / size:.4g}{letter}"
+    return f"{n:.4g}"
+
+
 def for_terminal(text: str) -> str:
     """Replace control characters, with which a name could move the cursor or recolor the screen, by U+FFFD."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text)

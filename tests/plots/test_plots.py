@@ -95,6 +95,24 @@ def test_against_draws_means_on_a_log2_axis_with_the_sizes_as_ticks(drawn, path)
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["TopK", "BatchTopK"]
 
 
+def test_a_metric_without_values_at_this_k_has_no_panel(drawn, path):
+    table = sweep()
+    table.loc[table["k"] == 16, "nmse"] = np.nan
+    plots.metrics_against(table, path, "n_latents", ["nmse", "ce_degradation"], "line", {"k": 16})
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == [style.LABELS["ce_degradation"]]
+
+
+def test_labels_of_crowded_sizes_are_left_out():
+    assert sweeps.spaced([1024, 2048, 4096]) == [1024, 2048, 4096]
+    assert sweeps.spaced([1024, 1536, 2048, 1_048_576]) == [1024, 1_048_576]
+
+
+def test_a_label_wider_than_its_place_is_broken_after_commas():
+    assert style.wrap("TopK, lr=0.001", 2) == "TopK, lr=0.001"
+    assert style.wrap("expansion=2,k=4,sae=batch_topk", 1.5) == "expansion=2, k=4,\nsae=batch_topk"
+    assert style.legend_lines(["a" * 10 + "," + "b" * 20, "c"], 2) == 3
+
+
 def test_against_has_error_bars_of_one_std_only_where_there_are_seeds(drawn, path):
     plots.metrics_against(sweep(), path, "k", ["nmse"], "line", {"n_latents": 512})
     bars = {c.get_label(): c.lines[2] for c in drawn[0].axes[0].containers}
@@ -184,7 +202,7 @@ def test_latent_density_counts_the_dead_apart(drawn, path):
     density = [0, 0, 0.0101, 0.0102, 0.5]
     plots.latent_density(pd.DataFrame({"latent": range(5), "density": density}), path)
     (axes,) = drawn[0].axes
-    assert axes.get_title() == "2 of 5 latents are dead (40.0%)"
+    assert axes.get_title() == "2 of 5 latents are dead (40.0 %)"
     bins = {round(bar.get_x(), 2): bar.get_height() for bar in axes.patches if bar.get_height() > 0}
     assert bins == {-2: 2, -0.5: 1}
     assert 10 ** axes.lines[0].get_xdata()[0] == pytest.approx(0.0102)  # the median of the living
@@ -192,7 +210,10 @@ def test_latent_density_counts_the_dead_apart(drawn, path):
 
 def test_latent_density_of_a_dead_sae(drawn, path):
     plots.latent_density(pd.DataFrame({"latent": range(3), "density": 0.0}), path)
-    assert drawn[0].axes[0].get_title() == "3 of 3 latents are dead (100.0%)"
+    assert drawn[0].axes[0].get_title() == "3 of 3 latents are dead (100.0 %)"
+
+
+SPEED = "Tokens per second, mean so far"
 
 
 def log_table() -> pd.DataFrame:
@@ -239,7 +260,7 @@ def test_training_curves_start_at_0_and_have_panels_of_rate_speed_and_own_metric
     table = log_table().assign(lr=rate, tokens_per_second=rate, **{"val/loss_recovered": 0.9, "val/worst": 2.0})
     plots.training_curves(table, path, "tiny   transformer.h.2")
     panels = {axes.get_title(): axes for axes in drawn[0].axes if axes.get_visible()}
-    assert list(panels)[3:] == ["CE loss recovered (share)", "Learning rate", "Tokens per second", "worst"]
+    assert list(panels)[3:] == ["CE loss recovered (share)", "Learning rate", SPEED, "worst"]
     assert panels["Learning rate"].get_yscale() == "linear"
     assert {axes.get_xlim()[0] for axes in panels.values()} == {0}
     assert [text.get_text() for text in drawn[0].texts] == ["tiny   transformer.h.2"]

@@ -6,6 +6,7 @@ import pytest
 
 from sae_lab.activations.buffer import Filling
 from sae_lab.runtime import screen
+from sae_lab.runtime.plain_text import short_count
 from sae_lab.training.progress import seconds_left
 
 
@@ -44,3 +45,8 @@ def test_the_time_left_expects_a_prefetched_block_to_take_as_long_as_the_last_on
     filling.add(1000, 10.0)
     filling.add(1000, 1.0)
     assert seconds_left(1900, 1100, 22.0, 900, filling) == pytest.approx(19 + 1)
+
+
+def test_large_counts_are_short():
+    counts = [999, 100_000, 1_000_000, 2_500_000, 3_000_000_000, 10**12]
+    assert [short_count(n) for n in counts] == ["999", "100k", "1M", "2.5M", "3B", "1T"]
