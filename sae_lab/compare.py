@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
         check_comparison(folder, sources)
     saes = {name: load_sae(source, sae_id=sae_id) for name, (source, sae_id) in sources.items()}
     comparisons = compare_all(saes)
-    print_table("means over all pairs", ("", ""), [[*row] for row in agreement(comparisons).items()])
+    print_table("means over all pairs", ("measure", "value"), [[*row] for row in agreement(comparisons).items()])
     facts = ", ".join(f"{name}: {type(sae).__name__}, {sae.n_latents:,} latents" for name, sae in saes.items())
     print_files(write_comparison_page(comparisons, prepare_folder(folder), sources, facts))
 

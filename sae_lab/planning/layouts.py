@@ -26,7 +26,7 @@ class Layout(NamedTuple):
         settings = [f"trainer=ddp trainer.devices={n}"] if n > 1 else []
         settings += [f"trainer.shard_latents={self.latents}"] if self.latents > 1 else []
         settings += [f"lm.devices=[{','.join(map(str, lm_devices))}]"] if lm_devices else []
-        return " ".join(settings) or "(one process)"
+        return " ".join(settings) or "one process"
 
 
 class Asked(NamedTuple):

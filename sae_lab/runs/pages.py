@@ -73,7 +73,7 @@ def write_comparison_page(
         stale.unlink()
     means = agreement(comparisons)
     lines = [f"# {' and '.join(dict.fromkeys(for_markdown(name) for pair in comparisons for name in pair))}", ""]
-    lines += ["Means over all pairs:", "", "| | |", "|---|---|"]
+    lines += ["Means over all pairs:", "", "| measure | value |", "|---|---|"]
     lines += [f"| {name} | {format_number(value)} |" for name, value in means.items()]
     files, cosines = [], {}
     for i, ((a, b), comparison) in enumerate(comparisons.items()):
@@ -82,7 +82,8 @@ def write_comparison_page(
         write_atomically(files[-1], comparison.latents.to_csv(index=False).encode())
         first = comparison.latents[comparison.latents["sae"] == a]
         cosines[name] = first["cosine"].dropna().to_numpy()
-        lines += ["", f"## {for_markdown(name)}", "", f"All latents: {files[-1].name}", "", "| | |", "|---|---|"]
+        lines += ["", f"## {for_markdown(name)}", "", f"All latents: [{files[-1].name}]({files[-1].name})"]
+        lines += ["", "| measure | value |", "|---|---|"]
         lines += [f"| {for_markdown(key)} | {show(value)} |" for key, value in comparison.numbers.items()]
         lines += list_latents(comparison, a, b)
     figure = plots.matched_cosines(cosines, folder / "compare.png", (SHARED, CLOSE), facts)

@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress import track as rich_track
 from rich.table import Table
@@ -101,8 +101,13 @@ def print_metrics(
     print_below(str(run_dir), table)
 
 
+def under(title: str, table: Table) -> Group:
+    """Return a table under its title, which may be as wide as the screen. rich breaks titles at a table's width."""
+    return Group(Text(for_terminal(title), style="italic"), table)
+
+
 def print_below(title: str, table: Table) -> None:
-    """Print a table below its title, which may be wider than the table: a path must not be broken."""
+    """Print a table below its title, which may be wider than the screen: a path must not be broken."""
     console.print(for_terminal(title), style="italic", highlight=False, soft_wrap=True)
     console.print(table)
 
@@ -110,11 +115,11 @@ def print_below(title: str, table: Table) -> None:
 def print_activations(found: dict[str, Any], n_most: int = 20) -> None:
     """Print the latents that fire on a text (see evaluation/own_text.py)."""
     title = f"{found['n_active']} latents fire on {len(found['tokens'])} tokens; the strongest:"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for column in ("latent", "largest"):
         table.add_column(column, justify="right")
     for column in ("fires on", "where it is largest"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in found["latents"][:n_most]:
         strongest = sorted(row["values"], key=lambda pair: -abs(pair[1]))
         at = strongest[0][0]
@@ -122,7 +127,7 @@ def print_activations(found: dict[str, Any], n_most: int = 20) -> None:
         fires_on = dict.fromkeys(repr(found["tokens"][i]) for i, _ in strongest[:4])
         where = Text.assemble(show_ends(before), (show_ends(found["tokens"][at]), "bold reverse"), show_ends(after))
         table.add_row(str(row["latent"]), format_number(row["max"]), for_terminal(" ".join(fires_on)), where)
-    console.print(table)
+    print_below(title, table)
 
 
 def show_ends(text: str) -> str:
@@ -134,7 +139,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     """Print rows of strings and numbers as a table; the first column is of names."""
     table = Table()
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i and not any(isinstance(row[i], str) for row in rows) else "left")
+        side = "right" if i and not any(isinstance(row[i], str) for row in rows) else "left"
+        table.add_column(column, justify=side, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*(for_terminal(cell) if isinstance(cell, str) else format_number(cell) for cell in row))
     print_below(title, table)

@@ -12,7 +12,7 @@ from sae_lab.ops.pursuit import METHODS, Dictionary, pursue
 from sae_lab.runtime.device import resolve_device, synchronized_time
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.memory import keep_freed_memory
-from sae_lab.runtime.screen import console
+from sae_lab.runtime.screen import console, under
 from sae_lab.studies.step_cost import Step, superposed_rows, write_figures
 
 
@@ -39,11 +39,12 @@ def benchmark_pursuit(cfg: DictConfig) -> dict[str, Any]:
             seconds[name].append(synchronized_time(device) - start)
     ms = {name: 1e3 * statistics.median(times[1:]) for name, times in seconds.items()}
     figures = {"ms": ms, "products_per_step": {n: ms[n] / ms["product"] / cfg.k for n in ms if n.startswith("pursuit")}}
-    result = Table(title=f"{cfg.pursuit}, d {cfg.d_in}, f {cfg.n_latents}, k {cfg.k}, b {cfg.batch_size}")
+    result = Table()
     for column in ("", "ms", "products a step"):
         result.add_column(column, justify="right" if column else "left")
     for name, value in ms.items():
         ratio = figures["products_per_step"].get(name)
         result.add_row(name, f"{value:,.1f}", "" if ratio is None else f"{ratio:.2f}")
-    console.print(result)
+    title = f"{cfg.pursuit}, d {cfg.d_in:,}, f {cfg.n_latents:,}, k {cfg.k}, b {cfg.batch_size:,}"
+    console.print(under(title, result))
     return write_figures(figures, cfg)

@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge
 from jaxtyping import Float
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -22,7 +23,7 @@ from sae_lab.runtime.device import resolve_device
 from sae_lab.runtime.errors import UserError
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
-from sae_lab.runtime.screen import console, format_number, print_files, print_metrics, track
+from sae_lab.runtime.screen import console, format_number, print_files, print_metrics, track, under
 from sae_lab.saes.base import BaseSAE
 from sae_lab.saes.files import save_sae
 from sae_lab.studies.known_truth import FOUND, Firing, Matching, feature_table
@@ -185,11 +186,11 @@ def write_recovery(found: Recovery, sae: BaseSAE, cfg: DictConfig) -> None:
     print_files([run_dir / "planted.json", figure])
 
 
-def levels_for_screen(levels: pd.DataFrame) -> Table:
+def levels_for_screen(levels: pd.DataFrame) -> Group:
     """Return the figures of each level as a table."""
-    table = Table(title="by level", title_justify="left")
+    table = Table()
     for column in levels.columns:
         table.add_column(column, justify="left" if column == "level" else "right")
     for row in levels.itertuples(index=False):
         table.add_row(row[0], *map(format_number, row[1:]))
-    return table
+    return under("by level", table)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Group
 from rich.table import Table
 
 from sae_lab.activations.buffer import ShuffledBlocks
@@ -33,7 +34,8 @@ from sae_lab.cache.worker import gather
 from sae_lab.cache.writer import CacheWriter
 from sae_lab.runtime.device import synchronized_time
 from sae_lab.runtime.files import write_json
-from sae_lab.runtime.screen import console, track
+from sae_lab.runtime.plain_text import plural
+from sae_lab.runtime.screen import console, track, under
 from sae_lab.studies.step_cost import training_step
 from sae_lab.text.rows import NextRows
 from sae_lab.training.run import build_sae
@@ -49,7 +51,7 @@ def measure_throughput(cfg: DictConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=run_dir) as folder:  # on the disk of the run folder, not in /tmp
         rates = measure_rates(build_stages(cfg, data, folder), cfg.slices, data.lm.device)
     cuda = data.lm.device.type == "cuda"
-    device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    device = torch.cuda.get_device_name() if cuda else plural(torch.get_num_threads(), "CPU thread")
     figures = {"tokens_per_second": rates, "device": device, "config": OmegaConf.to_container(cfg, resolve=True)}
     console.print(rates_table(figures))
     write_json(run_dir / "throughput.json", figures)
@@ -105,12 +107,12 @@ def measure_rates(named: dict[str, Stage], slices: int, device: torch.device) ->
     return {name: statistics.median(of_slices[1:]) for name, of_slices in rates.items()}
 
 
-def rates_table(figures: dict[str, Any]) -> Table:
+def rates_table(figures: dict[str, Any]) -> Group:
     """Return the figures as a table, one line per stage."""
-    result = Table(title=f"stages on {figures['device']}", title_justify="left")
+    result = Table()
     for column in ("stage", "tokens/s", "x forward"):
         result.add_column(column, justify="left" if column == "stage" else "right")
     rates = figures["tokens_per_second"]
     for name, rate in rates.items():
         result.add_row(name, f"{rate:,.0f}", f"{rate / rates['forward']:.2f}")
-    return result
+    return under(f"stages on {figures['device']}", result)

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Group
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -39,7 +40,8 @@ from sae_lab.runtime.checks import check_arguments
 from sae_lab.runtime.device import resolve_device, synchronized_time
 from sae_lab.runtime.files import write_json
 from sae_lab.runtime.memory import keep_freed_memory
-from sae_lab.runtime.screen import console
+from sae_lab.runtime.plain_text import plural
+from sae_lab.runtime.screen import console, under
 from sae_lab.saes.base import BaseSAE, SAEOutput
 from sae_lab.saes.linear import LinearSAE
 from sae_lab.training import capture
@@ -93,7 +95,9 @@ def benchmark_step(cfg: DictConfig) -> dict[str, Any]:
     figures: dict[str, Any] = {f"{name}_ms": times.get(name) for name in NAMES}
     figures["peak_memory_mb"] = peak
     figures["tokens_per_second"] = 1e3 * cfg.batch_size / times["step"]
-    figures["device"] = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    figures["device"] = (
+        torch.cuda.get_device_name() if device == "cuda" else plural(torch.get_num_threads(), "CPU thread")
+    )
     write_figures(figures, cfg)
     console.print(figures_table(figures))
     return figures
@@ -253,13 +257,13 @@ def peak_memory_mb(step: Step, device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def figures_table(figures: dict[str, Any]) -> Table:
+def figures_table(figures: dict[str, Any]) -> Group:
     """Return the figures as a table, one line per step."""
     cfg = figures["config"]
     size = ", ".join(f"{key} {cfg[key]}" for key in ("d_in", "n_latents", "k", "batch_size", "precision"))
     title = f"{cfg['sae']['_target_'].rpartition('.')[2]}, {size}, {figures['device']}"
     memory = f"peak memory of our step: {figures['peak_memory_mb']:,.0f} MB"
-    result = Table(title=title, caption=memory, title_justify="left", caption_justify="left")
+    result = Table(caption=memory, caption_justify="left")
     for column in ("", "ms", "x floor", "tokens/s"):
         result.add_column(column, justify="right" if column else "left")
     for name, meaning in NAMES.items():
@@ -267,4 +271,4 @@ def figures_table(figures: dict[str, Any]) -> Table:
         if ms is not None:
             ratio = ms / figures["floor_ms"]
             result.add_row(meaning, f"{ms:,.1f}", f"{ratio:.2f}", f"{1e3 * cfg['batch_size'] / ms:,.0f}")
-    return result
+    return under(title, result)

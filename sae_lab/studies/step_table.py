@@ -6,11 +6,11 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 from sae_lab.runtime.files import read_json
-from sae_lab.runtime.screen import console
+from sae_lab.runtime.screen import console, under
 
 COLUMNS = ("SAE", "d", "latents", "k", "floor", "step", "x floor", "eager", "in loop", "tokens/s", "peak GB")
 WIDTH = 120
@@ -27,17 +27,17 @@ class StepTable(Callback):
             Console(width=max(WIDTH, console.width)).print(step_table(steps))
 
 
-def step_table(benchmarks: Iterable[dict[str, Any]]) -> Table:
+def step_table(benchmarks: Iterable[dict[str, Any]]) -> Group:
     """Return a table with one row per benchmark of a step; times in milliseconds."""
     benchmarks = list(benchmarks)
     first = benchmarks[0]
     title = f"training steps, batch {first['config']['batch_size']}, {first['config']['precision']}, {first['device']}"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "SAE" else "right")
     for figures in benchmarks:
         table.add_row(*step_row(figures))
-    return table
+    return under(title, table)
 
 
 def step_row(figures: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from sae_lab import plots
-from sae_lab.runtime.plain_text import for_code_span, for_markdown, for_terminal
+from sae_lab.runtime.plain_text import NUMBER, for_code_span, for_markdown, for_terminal
 from sae_lab.sweeps.labels import hide_values, label_jobs
 from sae_lab.sweeps.status import JobStatus, count_statuses
 from sae_lab.sweeps.table import cell_text, named_after_settings, setting_columns
@@ -55,7 +55,10 @@ def headline(table: pd.DataFrame, done: pd.DataFrame, own: Sequence[str] = ()) -
 
 
 def _mean_and_spread(values: pd.Series, form: str) -> str:
-    return _rounded(values.mean(), form) + (f" ± {_rounded(values.std(), form)}" if values.count() > 1 else "")
+    """Return mean ± standard deviation with the same digits: 0.3175 ± 0.0000, not ± 2.9e-05."""
+    mean = _rounded(values.mean(), form)
+    spread = ".1e" if "e" in mean else form
+    return mean + (f" ± {values.std():{spread}}" if values.count() > 1 else "")
 
 
 def _rounded(value: float, form: str) -> str:
@@ -67,7 +70,7 @@ def _rounded(value: float, form: str) -> str:
 def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[JobStatus], folder: Path, figures: list[Path]) -> str:
     """Return report.md: the jobs whose status has a detail, the settings that all share, the table and the figures."""
     texts = [[for_markdown(str(cell)) for cell in row] for row in [list(cells.columns), *cells.to_numpy().tolist()]]
-    rows = [texts[0], ["---"] * len(cells.columns), *texts[1:]]
+    rows = [texts[0], ["---:" if holds_numbers(cells[c]) else "---" for c in cells], *texts[1:]]
     same = [
         c for c in setting_columns(table) if c not in cells and c != "expansion" and table[c].nunique(dropna=False) == 1
     ]
@@ -86,11 +89,17 @@ def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[JobStatus], fo
     return "\n\n".join(parts) + "\n"
 
 
+def holds_numbers(cells: pd.Series) -> bool:
+    """Return whether a column of text holds numbers, with or without a spread, and dashes only."""
+    parts = [part for cell in cells for part in str(cell).split(" ± ")]
+    return all(part == "–" or NUMBER.fullmatch(part) for part in parts)
+
+
 def show_headline(cells: pd.DataFrame, written: list[Path]) -> None:
     """Print the table at its full width, so that numbers are never cut or wrapped, and the paths of written files."""
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in cells:
-        grid.add_column(str(column).replace("_", " "), justify="right" if column in HEADLINES else "left")
+        grid.add_column(str(column).replace("_", " "), justify="right" if holds_numbers(cells[column]) else "left")
     for row in cells.to_numpy().tolist():
         grid.add_row(*map(for_terminal, row))
     console = Console(markup=False)

@@ -42,7 +42,7 @@ def test_layouts_of_very_many_devices_are_few():
 
 
 def test_a_layout_names_its_settings():
-    assert Layout().overrides() == "(one process)"
+    assert Layout().overrides() == "one process"
     assert Layout(2, 2, 2).overrides() == "trainer=ddp trainer.devices=4 trainer.shard_latents=2 lm.devices=[4,5]"
 
 
@@ -110,7 +110,7 @@ def test_a_number_of_devices_that_is_typed_is_kept():
         (["gpus=4", "lm=gpt2", "lm.devices=[1,2,3]"], Layout(1, 1, 3), "lm.devices=[1,2,3]"),
         (["lm=gpt2", "lm.devices=[1,cuda:1]"], Layout(1, 1, 1), "lm.devices=[1,cuda:1]"),
         (["machine=cpu2", "lm.devices=[cpu,cpu]"], Layout(), "lm.devices=[cpu,cpu]"),
-        (["data=cached", "data.path=none", "lm.devices=[1,2]"], Layout(), "(one process)"),
+        (["data=cached", "data.path=none", "lm.devices=[1,2]"], Layout(), "one process"),
         (
             ["trainer=ddp", "trainer.devices=6", "trainer.shard_latents=3", "n_latents=768"],
             Layout(2, 3),

@@ -11,7 +11,7 @@ from shell import run
 from sae_lab import plots
 from sae_lab.runtime.errors import UserError
 from sae_lab.sweeps.figures import add_batch_wise_rows, draw_sweep, line_names
-from sae_lab.sweeps.headline import _rounded, headline, markdown, show_headline
+from sae_lab.sweeps.headline import _mean_and_spread, _rounded, headline, holds_numbers, markdown, show_headline
 from sae_lab.sweeps.status import all_jobs, job_statuses
 from sae_lab.sweeps.table import collect_table, complete_jobs, parse_overrides, setting_columns
 
@@ -447,3 +447,13 @@ def test_the_command_tells_a_missing_folder_in_one_sentence(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("report: sweep_dir=nowhere is not a folder")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_spread_has_the_digits_of_its_mean():
+    assert _mean_and_spread(pd.Series([0.3175, 0.31751]), ".4f") == "0.3175 ± 0.0000"
+    assert _mean_and_spread(pd.Series([1e-5, 3e-5]), ".4f") == "2.0e-05 ± 1.4e-05"
+
+
+def test_columns_of_numbers_are_told_from_names():
+    cells = pd.DataFrame({"k": ["8", "–"], "fvu": ["0.1 ± 0.0", "0.2"], "job": ["2024-01-01", "3"]})
+    assert [holds_numbers(cells[c]) for c in cells] == [True, True, False]
