@@ -212,6 +212,12 @@ def test_groups_classes_and_sites_are_shown(page, tmp_path):
 
 
 @needs_chromium
+def test_characters_that_no_font_draws_are_named(page, folder):
+    page.open(f"file://{folder}/index.html")
+    assert page.run(r"alone('a b\n\t\r\x03\x7f\u200b')") == "a·b⏎⇥␍<0x03><0x7F><U+200B>"
+
+
+@needs_chromium
 def test_own_text(page, tmp_path):
     write_page(describe(10, 1_280, 20) | {"own": FOUND}, tmp_path)
     page.open(f"file://{tmp_path}/index.html")

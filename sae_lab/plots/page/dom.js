@@ -13,7 +13,10 @@ const element = (tag, attributes = {}, ...children) => build(document.createElem
 const drawing = (tag, attributes = {}, ...children) =>
   build(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
-const visible = text => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍");
+const hex = (character, digits) => character.charCodeAt(0).toString(16).toUpperCase().padStart(digits, "0");
+const visible = text => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍")
+  .replace(/[\x00-\x1f\x7f]/g, control => `<0x${hex(control, 2)}>`)  // as the bytes that are no whole character
+  .replace(/[\x80-\x9f\u00ad\u200b-\u200f\u2028-\u202e\ufeff]/g, unseen => `<U+${hex(unseen, 4)}>`);
 const inText = text => visible(text).replace(/ {3,}/g, "  ");  // or indentation would hide the text
 const alone = text => visible(text).replace(/ /g, "·");
 
