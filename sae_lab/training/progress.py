@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from sae_lab.activations.buffer import Filling
 from sae_lab.parallel.mesh import data_axis
@@ -15,6 +16,8 @@ from sae_lab.runtime.screen import console, format_duration
 
 BAR_SECONDS = 0.2
 """Between two states of the bar."""
+WITH_BAR = 100
+"""Columns of a terminal that has room for a bar: the numbers of a long run take 80, and rich cuts them to keep it."""
 
 
 class Throughput(L.Callback):
@@ -54,8 +57,9 @@ class TrainingProgress(Throughput):
         self._stream.filling.watch = self._on_filling
         self._cell = line_of_notebook() if console.is_jupyter else None
         if console.is_terminal:
-            columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")]
-            self._bar = Progress(*columns, console=console)
+            bar = [TextColumn("training"), BarColumn()] if console.width >= WITH_BAR else []
+            steps = MofNCompleteColumn(table_column=Column(no_wrap=True))
+            self._bar = Progress(*bar, steps, TextColumn("{task.fields[state]}"), console=console)
             self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, state="")
             self._bar.start()
 
