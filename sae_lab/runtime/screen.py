@@ -16,6 +16,8 @@ from sae_lab.runtime.plain_text import for_terminal
 
 T = TypeVar("T")
 console = Console(markup=False)  # paths and settings hold brackets; no text here is meant as markup
+WITH_BAR = 100
+"""Columns of a terminal that has room for a bar: the numbers of a long run take 80, and rich cuts them to keep it."""
 
 
 def track(items: Sequence[T], description: str, seconds: float = 15.0) -> Iterator[T]:
@@ -45,7 +47,8 @@ class TokenProgress:
         self.description, self.total, self.done, self.seconds = description, total, done, seconds
         self._first, self._start = done, time.perf_counter()
         self._last_print = self._start - seconds + 3.0
-        columns = [TextColumn(description), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens")]
+        columns = [TextColumn(description), *([BarColumn()] if console.width >= WITH_BAR else [])]
+        columns += [TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens")]
         columns += [TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeRemainingColumn()]
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=total, completed=done, rate=0.0)

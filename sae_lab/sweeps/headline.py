@@ -70,6 +70,7 @@ def _rounded(value: float, form: str) -> str:
 def markdown(cells: pd.DataFrame, table: pd.DataFrame, jobs: list[JobStatus], folder: Path, figures: list[Path]) -> str:
     """Return report.md: the jobs whose status has a detail, the settings that all share, the table and the figures."""
     texts = [[for_markdown(str(cell)) for cell in row] for row in [list(cells.columns), *cells.to_numpy().tolist()]]
+    texts = [[cell.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}") for cell in row] for row in texts]
     rows = [texts[0], ["---:" if holds_numbers(cells[c]) else "---" for c in cells], *texts[1:]]
     same = [
         c for c in setting_columns(table) if c not in cells and c != "expansion" and table[c].nunique(dropna=False) == 1

@@ -12,12 +12,10 @@ from rich.table import Column
 
 from sae_lab.activations.buffer import Filling
 from sae_lab.parallel.mesh import data_axis
-from sae_lab.runtime.screen import console, format_duration
+from sae_lab.runtime.screen import WITH_BAR, console, format_duration
 
 BAR_SECONDS = 0.2
 """Between two states of the bar."""
-WITH_BAR = 100
-"""Columns of a terminal that has room for a bar: the numbers of a long run take 80, and rich cuts them to keep it."""
 
 
 class Throughput(L.Callback):
