@@ -10,13 +10,14 @@ class Rounded:
     Rounding W before each product reads 4 B and writes 2 B per entry. The kernel that updates W has the new one in
     registers and writes the 2 B alone (adam.py).
 
-    W's version tells whether anything else has changed it. Neither fused optimizers nor Triton's kernels raise it, so
-    who calls them says what the copy is afterwards, by `round` or `written`. A change through `W.data` is not seen.
+    W's version and place tell whether anything else has changed it. Neither fused optimizers nor Triton's kernels raise
+    the version, so who calls them says what the copy is afterwards, by `round` or `written`. What is written in place
+    through `W.data` is not seen.
     """
 
     def __init__(self) -> None:
         self.copy: Tensor | None = None
-        self._version = 0
+        self._source: tuple[int, int] | None = None
 
     def of(self, W: Tensor, dtype: torch.dtype) -> Tensor:
         """Return W in this dtype, without gradient. The first one that is asked for is kept: graphs may read it."""
@@ -32,16 +33,17 @@ class Rounded:
         """Copy W, if there is a copy."""
         if self.copy is not None:
             self.copy.copy_(W.detach())
-        self.written(W)
+            self.written(W)
 
     def refresh(self, W: Tensor) -> None:
-        """Copy W if its version has changed."""
-        if self._version != W._version:
+        """Copy W, if there is a copy and W is another one or has changed."""
+        if self.copy is not None and self._source != (W._version, W.data_ptr()):
             self.round(W)
 
     def written(self, W: Tensor) -> None:
         """Note that the copy is current, as after a kernel that has written both."""
-        self._version = W._version
+        if self.copy is not None:
+            self._source = W._version, W.data_ptr()
 
 
 def rounded(W: Tensor, dtype: torch.dtype) -> Tensor:

@@ -46,6 +46,11 @@ def double_the_encoder(sae):
     sae.W_enc.mul_(2)
 
 
+def write_from_a_vector(sae):
+    vector = torch.nn.utils.parameters_to_vector(sae.parameters())
+    torch.nn.utils.vector_to_parameters(vector * 0.9, sae.parameters())
+
+
 def restore_the_encoder(sae):
     sae.load_state_dict(build("topk", n_latents=64).state_dict() | {"steps": sae.steps})
 
@@ -59,7 +64,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("change", [lambda sae: None, double_the_encoder, restore_the_encoder])
+@pytest.mark.parametrize("change", [lambda sae: None, double_the_encoder, write_from_a_vector, restore_the_encoder])
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize(("kind", "settings"), CASES)
 def test_steps_have_the_bits_of_those_that_round_W_enc_each_time(kind, settings, captured, change, monkeypatch):
