@@ -5,8 +5,9 @@ As with a CUDA graph,
 - recording takes no step: every tensor of before has its numbers again afterwards;
 - Python runs once. Its numbers are those of the recording, in every replay;
 - operations read and write the memory of the recording. A tensor that replaced another one is not seen;
+- a replay writes numbers and nothing else: the versions by which torch counts writes to a tensor stay as they are;
 - memory made while recording holds anything (here NaN) until a replay writes it, and what the last replay wrote then;
-- what needs the host raises: reads of numbers, shapes that depend on data, tensors made of the host's numbers. So do
+- what needs the host raises (host_reads.py): reads, shapes that depend on data, tensors made of its numbers. So do
   random numbers, which a step of ours has none of.
 
 Not as with a CUDA graph: memory of one graph is not used for another one, and tensors of the CPU that belong on the GPU
@@ -21,8 +22,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from host_reads import NoHostFunctions, leaves, refuse_host_operation
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_lab.training.step import StepResult
@@ -43,7 +44,7 @@ class Recorded(TorchDispatchMode):
         self.own: dict[int, torch.UntypedStorage] = {}
         before = self.before = {}
         try:
-            with WithoutHost(), self:
+            with NoHostFunctions(), self:
                 self.result = run(self.x)
         finally:
             for storage, numbers in before.values():
@@ -52,8 +53,7 @@ class Recorded(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if reason := why_not_recorded(func, args):
-            raise RuntimeError(f"{func} {reason}, which is not permitted when a step is recorded")
+        refuse_host_operation(func, args)
         written = [s for tensor in written_tensors(func, args, kwargs) for s in storages(tensor)]
         self.before |= {id_of(s): (s, s.clone()) for s in written if not self.knows(s)}
         # Aliases, since operations such as squeeze_ change the shape of a tensor that others were recorded with.
@@ -86,33 +86,6 @@ class Recorded(TorchDispatchMode):
         return self.result.detach()
 
 
-class WithoutHost(TorchFunctionMode):
-    """Raises where the host reads a tensor by other ways than operations."""
-
-    READS = (Tensor.numpy, Tensor.tolist, Tensor.cpu, Tensor.__array__)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.READS:
-            raise RuntimeError(f"{func.__name__} reads numbers, which is not permitted when a step is recorded")
-        return func(*args, **(kwargs or {}))
-
-
-def why_not_recorded(func: Any, args: tuple) -> str | None:
-    """Return why a CUDA graph could not contain an operation; None if it can."""
-    if func is torch.ops.aten.lift_fresh.default:
-        return "copies numbers of the host"
-    if torch.Tag.nondeterministic_seeded in func.tags:
-        return "draws random numbers"
-    if torch.Tag.data_dependent_output in func.tags:
-        return "reads a number"
-    index = str(func).startswith("aten.index")  # has this tag for indices that are masks
-    masks = [t for t in leaves(args[1:2]) if isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8)]
-    filled = "put" in str(func) and args[2].numel() == 1  # torch then calls masked_fill
-    if masks and not filled if index else torch.Tag.dynamic_output_shape in func.tags:
-        return "has a shape that depends on data"
-    return None
-
-
 def written_tensors(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
     """Yield the arguments that an operation writes, by its schema."""
     for i, argument in enumerate(func._schema.arguments):
@@ -131,13 +104,8 @@ def id_of(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
-def leaves(value: Any) -> list:
-    """Return the items of lists in lists; of anything else, itself."""
-    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list | tuple) else [value]
-
-
 def alias(value: Any) -> Any:
-    """Return tensors, and those in lists, as other tensors with the same memory."""
+    """Return tensors, and those in lists, as other tensors with the same memory, but versions of their own."""
     if isinstance(value, list | tuple):
         return [alias(item) for item in value]
-    return value.detach() if isinstance(value, Tensor) else value
+    return value.data if isinstance(value, Tensor) else value

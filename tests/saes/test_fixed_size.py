@@ -1,4 +1,7 @@
-"""Training steps in fixed-size mode: the numbers of the other mode, no shape that depends on data, no host reads."""
+"""Training steps in fixed-size mode: the numbers of the other mode, no shape that depends on data, no host reads.
+
+That nothing is copied between host and GPU either, test_recorded_steps.py shows, where steps are recorded.
+"""
 
 import copy
 from collections import Counter
@@ -18,6 +21,7 @@ from sae_lab.training import row_adam
 from sae_lab.training.row_adam import adam_step
 from sae_lab.training.step import TrainingStep
 
+LARGE = 4096
 HOST_READS = (DataDependentOutputException, DynamicOutputShapeException, RuntimeError)
 
 
@@ -69,11 +73,15 @@ def fake(step: TrainingStep, mode: FakeTensorMode) -> TrainingStep:
 
 
 def trace(step: TrainingStep) -> None:
-    """Take a step in fixed-size mode on tensors without numbers, in which nothing can be read."""
+    """Take a step in fixed-size mode on tensors without numbers, in which nothing can be read.
+
+    On a batch as large as those of training, which costs nothing here: other tests take the same steps, and refuse the
+    same, on 48 rows. A branch that only batches of other sizes take is not seen.
+    """
     mode = FakeTensorMode()
     step.plans.next()
     without = fake(step, mode)
-    x = mode.from_tensor(rows(step.sae, 0))
+    x = mode.from_tensor(rows(step.sae, 0)[:1].expand(LARGE, -1, -1))
     with mode:
         take_planned(without, x)
 
@@ -108,7 +116,21 @@ def leave_for_numpy(out):
     return out.x_hat.sum() + float(out.x_hat.detach().numpy().sum())
 
 
-@pytest.mark.parametrize("fault", [read_a_number, find_positions, select_by_mask, branch_on_data, leave_for_numpy])
+def read_memory(out):
+    return out.x_hat.sum() + out.x_hat.untyped_storage()[0]
+
+
+def read_large_batches(out):
+    return read_a_number(out) if len(out.x_hat) > 1000 else out.x_hat.sum()
+
+
+FAULTS = [
+    *(read_a_number, find_positions, select_by_mask, branch_on_data),
+    *(leave_for_numpy, read_memory, read_large_batches),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("kind", ["batch_topk", "gated", "route"])
 def test_what_needs_the_host_does_not_pass_the_check(kind, fault):
     step = make(kind)
@@ -130,38 +152,6 @@ def test_no_tensor_is_made_on_another_device(kind):
     x = rows(step.sae, 0)
     with torch.device("meta"):
         take_planned(step, x)
-
-
-class NoCopies(TorchDispatchMode):
-    """Raises where numbers are copied from the host to a tensor."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.lift_fresh.default:
-            raise AssertionError("a tensor is made of the host's numbers")
-        return func(*args, **(kwargs or {}))
-
-
-def refuse(*args, **kwargs):
-    raise AssertionError("a tensor is copied to the host")
-
-
-@pytest.mark.parametrize("kind", STEPS)
-def test_nothing_is_copied_between_host_and_gpu(kind, monkeypatch):
-    step = make(kind)
-    step.plans.next()
-    x = rows(step.sae, 0)
-    step.optimizer.param_groups[0]["lr"] = torch.tensor(1e-2)  # as on a GPU
-    monkeypatch.setattr(torch.Tensor, "cpu", refuse)
-    monkeypatch.setattr(torch.Tensor, "cuda", refuse)
-    with NoCopies():
-        take_planned(step, x)
-
-
-@pytest.mark.parametrize("fault", [lambda x: torch.tensor([2.0]), lambda x: x.new_tensor([2.0]), lambda x: x.cpu()])
-def test_a_copy_does_not_pass(fault, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "cpu", refuse)
-    with pytest.raises(AssertionError), NoCopies():
-        fault(torch.zeros(2))
 
 
 @pytest.mark.parametrize("kind", STEPS)

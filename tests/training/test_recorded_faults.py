@@ -7,6 +7,7 @@ them, captured steps are the eager ones all the same.
 import re
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from recorded_graph import Recorded
@@ -143,8 +144,22 @@ NEEDS_THE_HOST = {
     "numpy": lambda x: float(x.detach().numpy().sum()),
     "tolist": lambda x: x.tolist()[0][0][0],
     "cpu": lambda x: x.cpu().sum(),
+    "to cpu": lambda x: x.detach().to("cpu").sum(),
+    "to a device": lambda x: x.to(device=torch.device("cpu")).sum(),
+    "to cpu of another type": lambda x: x.double().type("torch.FloatTensor").sum(),
+    "new on cpu": lambda x: torch.zeros(x.shape, device="cpu").copy_(x).sum(),
+    "as tensor": lambda x: torch.as_tensor(x, device="cpu").sum(),
+    "dlpack": lambda x: float(np.from_dlpack(x.detach()).sum()),
+    "array": lambda x: float(np.asarray(x.detach()).sum()),
+    "__array__": lambda x: float(x.detach().__array__().sum()),
+    "print": lambda x: len(repr(x.detach())),
+    "format": lambda x: float(f"{x.detach().sum():.3f}"),
     "equal": lambda x: float(torch.equal(x, x)),
     "tensor": lambda x: torch.tensor(2.0),
+    "new tensor": lambda x: x.new_tensor([2.0]).sum(),
+    "from numpy": lambda x: torch.from_numpy(np.ones(1, np.float32)).to(x.device).sum(),
+    "as tensor of numpy": lambda x: torch.as_tensor(np.ones(1, np.float32), device=x.device).sum(),
+    "asarray": lambda x: torch.asarray([2.0], device=x.device).sum(),
     "random": lambda x: torch.rand_like(x).sum(),
 }
 
