@@ -36,12 +36,13 @@ def fit(
     )
     quiet = {
         "max_epochs": 1,
+        "log_every_n_steps": 1,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    L.Trainer(accelerator="cpu", log_every_n_steps=1, **(quiet | trainer)).fit(
+    L.Trainer(accelerator="cpu", **(quiet | trainer)).fit(
         module, DataLoader(batches, batch_size=None), ckpt_path=ckpt, weights_only=True
     )
     return module
