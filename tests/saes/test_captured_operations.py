@@ -14,6 +14,7 @@ from step_kinds import MORE, STEPS, build_kind, rows
 from test_fixed_size import Count, take_planned
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sae_lab.ops.rounded import Rounded
 from sae_lab.training.capture import prepare_step
 from sae_lab.training.step import TrainingStep
 
@@ -131,17 +132,30 @@ def test_another_operation_does_not_pass(fault, sentence, monkeypatch):
         take(step, monkeypatch)
 
 
+def weights_on_a_gpu(kind: str, capture: bool, bf16: bool) -> dict[str, torch.Tensor]:
+    """The SAE's tensors after steps of which some are replayed, where steps are captured."""
+    mine = build_kind(kind).cuda()
+    step = TrainingStep(mine, torch.optim.Adam(mine.parameters(), lr=1e-3, fused=True))
+    step = prepare_step(step, capture)
+    for seed in range(24):
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            step(rows(mine, seed).cuda())
+    assert bool(getattr(step, "graphs", {})) == capture
+    return mine.state_dict()
+
+
+def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name, value in a.items() if not torch.equal(b[name], value)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("kind", STEPS | MORE)
-def test_a_gpu_captures_them(kind):
-    weights = []
-    for capture in (False, True):
-        mine = build_kind(kind).cuda()
-        step = TrainingStep(mine, torch.optim.Adam(mine.parameters(), lr=1e-3, fused=True))
-        step = prepare_step(step, capture)
-        for seed in range(24):
-            step(rows(mine, seed).cuda())
-        weights.append(mine.state_dict())
-    assert step.graphs
-    assert [key for key, value in weights[0].items() if not torch.equal(weights[1][key], value)] == []
+def test_a_gpu_captures_them(kind, bf16, monkeypatch):
+    """In bf16 also as steps that round W_enc for each product, and not where it is updated (see ops/rounded.py)."""
+    eager = weights_on_a_gpu(kind, False, bf16)
+    assert differing(eager, weights_on_a_gpu(kind, True, bf16)) == []
+    if bf16:
+        monkeypatch.setattr(Rounded, "of", lambda self, W, dtype: W.detach().to(dtype))
+        assert differing(eager, weights_on_a_gpu(kind, False, bf16)) == []
