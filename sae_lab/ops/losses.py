@@ -34,13 +34,13 @@ class _MSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_hat: Tensor, target: Tensor) -> Tensor:
         ctx.save_for_backward(x_hat, target)
-        return F.mse_loss(x_hat, target)
+        return F.mse_loss(target, x_hat)  # sums in the order of target's memory, as the formula does
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         x_hat, target = ctx.saved_tensors
-        gradient = (x_hat - target).mul_(grad / (x_hat.numel() / 2))
+        gradient = (target - x_hat).mul_(grad / (target.numel() / -2))
         return gradient, -gradient if ctx.needs_input_grad[1] else None
 
 

@@ -103,7 +103,7 @@ class CapturedStep(TrainingStep):
         self.graphs: dict[Hashable, Graph] = {}
         self.seen: Counter[Hashable] = Counter()
         self.record = record or self.record_cuda
-        self.parts, self.addresses = [*step.sae.modules()], list[int]()
+        self.addresses = list[int]()
         self.device = next(step.sae.parameters()).device
         # Before kernels of the next block's forward passes (activations/interleave.py): the host waits for each step's
         # plan, and for no forward pass.
@@ -126,18 +126,19 @@ class CapturedStep(TrainingStep):
     def run(
         self, x: Float[Tensor, "b s d"], plan: Hashable, splice: Splice | None = None, watch: Watch | None = None
     ) -> StepResult:
-        if self.addresses != addresses_of(self.parts, self.optimizer):  # replaced since the last step
+        parts = [*self.sae.modules()]
+        if self.addresses != addresses_of(parts, self.optimizer):  # replaced since the last step
             self.graphs.clear()
             self.seen.clear()
-        settings = (self.max_grad_norm, self.products, self.row_adam.copied)
-        key = (x.shape, x.dtype, settings, numbers_of(self.parts, self.optimizer), plan)
+        settings = (self.forward, self.max_grad_norm, self.products, self.row_adam.copied)
+        key = (x.shape, x.stride(), x.dtype, settings, numbers_of(parts, self.optimizer), plan)
         self.seen[key] += 1
         if len(self.seen) > MOST_SEEN:
             del self.seen[next(iter(self.seen))]
         warm = self.failed or self.seen[key] <= WARM
         if warm or (key not in self.graphs and not self.try_to_record(key, x, plan)):
             result = super().run(x, plan, None, watch)
-            self.addresses = addresses_of(self.parts, self.optimizer)
+            self.addresses = addresses_of(parts, self.optimizer)
             return result
         return self.graphs[key].replay(x).watched_by(watch)
 
@@ -146,7 +147,7 @@ class CapturedStep(TrainingStep):
         if len(self.graphs) >= MOST:
             self.graphs.clear()
         try:
-            with refuse_replacements(self.parts, self.optimizer):
+            with refuse_replacements([*self.sae.modules()], self.optimizer):
                 graph = self.record(lambda batch: super(CapturedStep, self).run(batch, plan).for_the_log(), x)
             self.graphs[key] = graph
         except RuntimeError as e:  # of CUDA, or of a tensor operation that needs the host
@@ -185,16 +186,17 @@ class PrepareSteps(L.Callback):
         self.capture, self.products, self.micro_batches = capture, products, micro_batches
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(pl_module.step, CapturedStep):
-            pl_module.step.graphs.clear()  # their memory is for the evaluation
-            pl_module.step.row_adam.drop_copies()
+        step: Any = pl_module.step
+        step.row_adam.drop_copies()  # their memory is for the evaluation, as is that of graphs
+        if isinstance(step, CapturedStep):
+            step.graphs.clear()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        step: Any = pl_module.step
-        step.plans.resume(pl_module.foreseen)
+        module: Any = pl_module
+        step: Any = module.step
+        step.plans.resume(module.foreseen)
+        module.foreseen = {}  # if the module is fitted again, it is another state
         step.scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if step.scaler is not None:
-            step.why_eager = "a step in float16 is left out where its gradients overflow"
         if self.micro_batches > 1:
             step = MicroBatchStep(step, self.micro_batches)
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -222,7 +224,7 @@ def prepare_step(
     on_gpu = next(step.sae.parameters()).is_cuda
     set_capturable(step.optimizer, on_gpu)
     step.products = choose_products(products, on_gpu, data)
-    reason = (step.why_eager or why_not_captured(step.sae, step.optimizer)) if on_gpu else "there is no GPU"
+    reason = (why_eager(step) or why_not_captured(step.sae, step.optimizer)) if on_gpu else "there is no GPU"
     if capture is True and reason:
         raise SettingError(f"{{capture}}=true is impossible, since {reason}: give {{capture}}=auto.")
     if capture and not reason:
@@ -230,6 +232,13 @@ def prepare_step(
     if capture and on_gpu:
         log.info("training steps are not captured, since %s", reason)
     return step
+
+
+def why_eager(step: TrainingStep) -> str | None:
+    """Return why the step cannot be captured, whatever the SAE and the optimizer; None if it can."""
+    if step.scaler is not None:
+        return "a step in float16 is left out where its gradients overflow"
+    return step.why_eager
 
 
 def choose_products(products: Literal["auto"] | Products, on_gpu: bool, data: L.LightningDataModule | None) -> Products:

@@ -7,29 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NUMBERS = frozenset((bool, int, float, str, type(None)))
+NUMBERS = frozenset((bool, int, float, str))
+SEQUENCES = frozenset((list, tuple))
 
 
 def numbers_of(parts: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> Hashable:
     """Return the numbers and modes that a step may pass to kernels: of modules, of the optimizer and of autocast.
 
     A step that changes one of them itself, such as a loss that counts its calls, never has the same ones twice. Numbers
-    in lists and tuples are seen; those in other objects are not.
+    in lists and tuples are seen, and how many hooks a module has; other objects are not.
 
     Args:
         parts: all modules of an SAE, itself included.
     """
     device = optimizer.param_groups[0]["params"][0].device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    values = [value for part in parts for value in vars(part).values()]
-    values += [value for group in optimizer.param_groups for name, value in group.items() if name != "params"]
+    settings = [value for group in optimizer.param_groups for name, value in group.items() if name != "params"]
     trained = [p.requires_grad for part in parts for p in part._parameters.values() if p is not None]
-    return dtype, *map(numbers_in, values), *trained
+    return dtype, *numbers_of_modules(parts), *map(numbers_in, settings), *trained
+
+
+def numbers_of_modules(parts: Sequence[nn.Module]) -> list[Hashable]:
+    """Return the numbers that are attributes of modules, and the sizes of dictionaries, such as those of hooks."""
+    values = [value for part in parts for value in vars(part).values()]
+    known = NUMBERS | SEQUENCES
+    return [numbers_in(v) if type(v) in known else len(v) for v in values if type(v) in known or isinstance(v, dict)]
 
 
 def numbers_in(value: Any) -> Hashable:
-    """Return a number or a string as it is, those of a sequence as a tuple, and None for anything else."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    """Return a number or a string as it is, those of a list or a tuple as a tuple, and None for anything else."""
+    if type(value) in SEQUENCES:
         return tuple(map(numbers_in, value))
     return value if type(value) in NUMBERS else None
 
@@ -37,7 +44,9 @@ def numbers_in(value: Any) -> Hashable:
 def addresses_of(parts: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> list[int]:
     """Return where the tensors of modules and of an optimizer lie: a replay reads and writes the places of before."""
     owners = [*owners_of(parts, optimizer), *optimizer.param_groups]
-    return [value.data_ptr() for owner in owners for value in owner.values() if isinstance(value, Tensor)]
+    tensors = [value for owner in owners for value in owner.values() if isinstance(value, Tensor)]
+    tensors += [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def owners_of(parts: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ from sae_lab.ops.losses import mse
 @pytest.mark.parametrize("weight", [1.0, 0.3, 1 / 7, 2.0**16])
 @pytest.mark.parametrize("rows", [5, 1], ids=["all rows", "one for all"])
 def test_mse_has_the_bits_of_its_formula(dtype, weight, rows):
-    target, x_hat = torch.randn(5, 2, 33).to(dtype), torch.randn(rows, 2, 33).to(dtype)
+    target, x_hat = torch.randn(2, 5, 33).to(dtype).transpose(0, 1), torch.randn(rows, 2, 33).to(dtype)
+    target = target if rows == 5 else target.contiguous()  # sums over rows run in the order of memory
     wide, results = torch.promote_types(dtype, torch.float32), []
     for form in (mse, lambda y, y_hat: (y.to(wide) - y_hat.to(wide)).square().mean()):
         leaves = target.clone().requires_grad_(), x_hat.clone().requires_grad_()

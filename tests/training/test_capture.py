@@ -16,6 +16,7 @@ from recorded_graph import Recorded
 from sae_lab.runtime.errors import UserError
 from sae_lab.training import capture
 from sae_lab.training.capture import WARM, CapturedStep, PrepareSteps, set_capturable, why_not_captured
+from sae_lab.training.python_state import numbers_of
 from sae_lab.training.step import TrainingStep
 
 
@@ -120,6 +121,21 @@ def test_a_resumed_run_follows_the_schedule_in_updates_by_latent(fixed, tmp_path
     assert whole.step.row_adam.groups
     mine, theirs = resumed.state_dict(), whole.state_dict()
     assert [key for key in theirs if not torch.equal(mine[key], theirs[key])] == []
+
+
+def test_the_key_of_a_graph_does_not_grow_with_the_sae():
+    def key(n_latents):
+        sae = build("topk", n_latents=n_latents)
+        return repr(numbers_of([*sae.modules()], adam(sae)))
+
+    assert len(key(4096)) < len(key(64)) + 10
+
+
+def test_a_batch_of_other_strides_has_a_graph_of_its_own(fixed, capturing, graphs):
+    step = capturing(build("vanilla"))
+    for x in [*BATCHES[: WARM + 1], *(x.permute(1, 2, 0).contiguous().permute(2, 0, 1) for x in BATCHES[: WARM + 1])]:
+        step(x)
+    assert len(graphs) == 2
 
 
 def test_there_are_never_many_graphs(fixed, capturing, graphs):

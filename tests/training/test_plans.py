@@ -4,11 +4,12 @@ import pytest
 import torch
 from conftest import build, dictionary
 from fitting import BATCHES, DEAD, fit
+from recorded_graph import Recorded
 
 from sae_lab.runtime import device
 from sae_lab.saes import TopKSAE
 from sae_lab.training import plans
-from sae_lab.training.capture import PrepareSteps
+from sae_lab.training.capture import CapturedStep, PrepareSteps, set_capturable
 from sae_lab.training.step import TrainingStep
 
 
@@ -84,6 +85,52 @@ def test_counters_that_someone_else_has_changed_are_read_anew(fixed):
         step(BATCHES[0])
         slots.append(step.sae.dead_slots)
     assert slots == [0, 8, 64, 0]
+
+
+@pytest.mark.parametrize("setting", [{"dead_after": 3}, {"auxk_coefficient": 1 / 32}, {"k_warmup": 20}])
+@pytest.mark.parametrize("other", [{}, {"k_warmup": 9}], ids=["", "k warms up"])
+def test_settings_that_someone_has_changed_are_planned_by(fixed, setting, other):
+    step = step_of("topk", "sae.dead_after=1000", "sae.auxk_coefficient=0" if "auxk_coefficient" in setting else DEAD)
+    seen = []
+
+    def forward(sae, x):
+        out = sae(x)
+        seen.append((int(sae.dead().sum()) if sae.auxk_coefficient else 0, sae.dead_slots))
+        return out
+
+    step.forward = forward
+    vars(step.sae).update(other)
+    for i, x in enumerate(BATCHES):
+        if i == 6:
+            vars(step.sae).update(setting)
+        step(x)
+    assert all(dead <= slots for dead, slots in seen)
+
+
+def test_two_captured_steps_of_one_sae_see_each_other(fixed):
+    sae = build("batch_topk", "sae.dead_after=6", "sae.k=1").train()
+    steps = []
+    for _ in range(2):
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True)
+        set_capturable(optimizer, True)
+        steps.append(CapturedStep(TrainingStep(sae, optimizer), required=True, record=Recorded))
+    slots = set()
+    for _ in range(4):
+        dictionary(sae).batches_since_fired.zero_()
+        for step, n in zip((*steps, steps[0]), (3, 8, 3), strict=True):
+            for x in BATCHES[:n]:
+                step(x)
+                assert int(sae.dead().sum()) <= sae.dead_slots
+                slots.add(sae.dead_slots)
+    assert all(step.graphs for step in steps)
+    assert len(slots) > 2
+
+
+def test_a_module_that_is_fitted_again_plans_anew(fixed, tmp_path):
+    options = {"callbacks": [PrepareSteps("auto", "auto")], "enable_checkpointing": False}
+    fit(build("topk"), batches=BATCHES[:4], **options).trainer.save_checkpoint(tmp_path / "half.ckpt")
+    again = fit(build("topk"), batches=BATCHES[4:], ckpt=tmp_path / "half.ckpt", max_epochs=2, **options)
+    assert again.foreseen == {}
 
 
 @pytest.mark.parametrize("half", [1, 5, 6, 7])
