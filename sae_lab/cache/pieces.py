@@ -12,7 +12,7 @@ is read, verified and compressed, so a run reads the bytes of its sites only. Sh
 `activations (n, s, d)` and checksums (p) instead, and are read as well.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,17 +26,18 @@ from sae_lab.cache.codec import Codec, compress, decompress
 PIECE = 128
 
 
-def pack(rows: Float[Tensor, "n s d"], tokens: Int[Tensor, "r t"], codec: Codec) -> dict[str, Tensor]:
-    """Return the tensors of a shard."""
-    tensors, checksums = {"tokens": tokens.int(), "shape": torch.tensor(rows.shape)}, []
-    for j, x in enumerate(rows.unbind(dim=1)):
-        q, scales = codec.quantize(x)
+def pack(sites: Iterable[Float[Tensor, "n d"]], tokens: Int[Tensor, "r t"], codec: Codec) -> dict[str, Tensor]:
+    """Return the tensors of a shard from the rows of each site. The rows of one site at a time are held in memory."""
+    quantized = [codec.quantize(x) for x in sites]
+    n, d = quantized[0][0].shape
+    tensors, checksums = {"tokens": tokens.int(), "shape": torch.tensor([n, len(quantized), d])}, []
+    for j, (q, scales) in enumerate(quantized):
         parts = [as_bytes(piece) for piece in q.split(PIECE)]
         if codec.compression == "zstd":
             frames = [compress(piece) for piece in q.split(PIECE)]
             ends = torch.tensor([0, *map(len, frames)]).cumsum(0)
             parts, tensors[f"offsets.{j}"] = [memoryview(frame) for frame in frames], ends
-            q = torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8)
+            q = torch.frombuffer(bytearray().join(frames), dtype=torch.uint8)
         tensors[f"activations.{j}"] = q
         if scales is not None:
             tensors[f"scales.{j}"] = scales

@@ -158,13 +158,19 @@ def check_same_key(store: Store, manifest: Manifest, here: dict[str, Any], remed
 
 def write_shard(store: Store, file: str, chunks: Sequence[Chunk], limit: int | None, codec: Codec) -> Shard:
     """Write the first `limit` rows of consecutive chunks to one file; None: all."""
-    rows = torch.cat([chunk.rows for chunk in chunks])[:limit]
+    n_sites = chunks[0].rows.shape[1]
+    sites = (rows_of_site(chunks, j, codec.decoded)[:limit] for j in range(n_sites))
     tokens = torch.cat([chunk.tokens for chunk in chunks if chunk.tokens is not None])
-    tensors = pack(rows, tokens, codec)
+    tensors = pack(sites, tokens, codec)
     content = save(tensors)
     store.write(file, content)
     whole, index = xxhash.xxh3_128_hexdigest(content), checksum_of_index(tensors)
-    return Shard(file, len(rows), len(tokens), chunks[0].state, len(content), whole, index)
+    return Shard(file, int(tensors["shape"][0]), len(tokens), chunks[0].state, len(content), whole, index)
+
+
+def rows_of_site(chunks: Sequence[Chunk], j: int, dtype: torch.dtype) -> Float[Tensor, "n d"]:
+    """Return the rows of the j-th site of all chunks, converted as they are joined."""
+    return torch.cat([chunk.rows[:, j] for chunk in chunks], out=torch.empty(0, dtype=dtype))
 
 
 def shard_name(i: int) -> str:

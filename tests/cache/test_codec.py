@@ -65,7 +65,7 @@ def test_any_sites_of_a_shard_are_the_columns_of_all(tmp_path, codec):
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_a_flipped_bit_spoils_its_piece_of_its_site_and_no_other(codec):
-    tensors = pack(rows(), TOKENS, codec)
+    tensors = pack(rows().unbind(dim=1), TOKENS, codec)
     name = "scales.1" if codec.has_scales and codec.compression == "none" else "activations.1"
     flat = tensors[name].view(-1).view(torch.uint8)
     flat[len(flat) // 2] ^= 4  # in the second of three pieces
@@ -78,7 +78,7 @@ def test_a_flipped_bit_spoils_its_piece_of_its_site_and_no_other(codec):
 
 
 def test_the_index_covers_everything_but_the_rows_and_their_scales():
-    tensors = pack(rows(), TOKENS, Codec("int8", torch.float32, "zstd"))
+    tensors = pack(rows().unbind(dim=1), TOKENS, Codec("int8", torch.float32, "zstd"))
     before = checksum_of_index(tensors)
     for name in ("tokens", "shape", "offsets.1", "checksums"):
         changed = tensors[name].clone()
@@ -103,7 +103,7 @@ def test_the_index_covers_everything_but_the_rows_and_their_scales():
 )
 def test_tensors_that_do_not_belong_together_are_refused(name, change):
     codec = Codec("int8", torch.float32, "zstd")
-    tensors = pack(rows(), TOKENS, codec)
+    tensors = pack(rows().unbind(dim=1), TOKENS, codec)
     with pytest.raises((ValueError, KeyError)):
         SitePieces(tensors | {name: change(tensors[name])}, codec)
 
