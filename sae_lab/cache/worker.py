@@ -3,17 +3,17 @@
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 from sae_lab.activations.data import ActivationData
 from sae_lab.activations.prefetch import PrefetchedSource
 from sae_lab.activations.source import Chunk
+from sae_lab.cache.background import BackgroundWriter, HarvestEnded
 from sae_lab.cache.claims import Claims
 from sae_lab.cache.progress import Progress, name_of
 from sae_lab.cache.ranges import Ranges, choose_free
 from sae_lab.cache.shards import Shard
-from sae_lab.runtime.errors import UserError
+from sae_lab.runtime.errors import SafeStop
 from sae_lab.runtime.screen import TokenProgress
 from sae_lab.runtime.signals import raise_if_stopped
 from sae_lab.text.rows import NextRows, RowStream
@@ -47,20 +47,14 @@ class TextPosition:
         return NextRows(self.rows, n)
 
 
-class Writing(NamedTuple):
-    """A shard that a thread writes."""
-
-    number: int
-    shard: Future[Shard]
-
-
 class Worker:
     """Harvests shards until the cache is complete, beside any number of other workers.
 
-    A thread writes each shard while the language model computes the next one. So two shards are in memory.
+    A thread writes each shard while the language model computes the next one; see background.BackgroundWriter.
 
     Args:
         write: writes a shard of that number from its chunks.
+        is_complete: returns whether a worker has found that no shard is missing, and has ended the harvest.
         bar: shows what is done of the cache by all workers.
         before: activations that were stored before the first shard.
     """
@@ -72,37 +66,40 @@ class Worker:
         progress: Progress,
         claims: Claims,
         write: Callable[[int, list[Chunk]], Shard],
+        is_complete: Callable[[], bool],
         bar: TokenProgress,
         before: int = 0,
     ):
-        self.data, self.ranges, self.progress, self.claims, self.write = data, ranges, progress, claims, write
-        self.bar, self.before = bar, before
-        self.thread = ThreadPoolExecutor(1, "shards")
-        self.writing: Writing | None = None
+        self.data, self.ranges, self.progress, self.claims = data, ranges, progress, claims
+        self.is_complete, self.bar, self.before = is_complete, bar, before
+        self.writer = BackgroundWriter(write, progress, claims, is_complete)
 
-    def run(self, rows: RowStream, is_complete: Callable[[], bool]) -> None:
-        """Harvest until no shard is missing. `is_complete`: whether a worker has found that and ended the harvest.
+    def run(self, rows: RowStream) -> None:
+        """Harvest until no shard is missing.
 
         Raises:
-            SafeStop: a signal arrived. The shard that was then being filled is written.
+            SafeStop: a signal arrived. The shard that was then being computed is written.
         """
-        with self.thread:
-            try:
-                self._run(TextPosition(rows, self.progress, self.ranges), is_complete)
-            finally:
-                self._finish_writing(is_complete)
+        try:
+            self._run(TextPosition(rows, self.progress, self.ranges))
+            self.writer.finish()
+        except HarvestEnded:
+            return
+        except (Exception, SafeStop):  # not Interrupted, by which a second signal ends the process at once
+            self.writer.finish_after_error()
+            raise
 
-    def _run(self, text: TextPosition, is_complete: Callable[[], bool]) -> None:
+    def _run(self, text: TextPosition) -> None:
         last, told = -1, False
         while not self._look():
             raise_if_stopped()
             number = self._choose(last)
-            if number is not None and self._harvest(number, text, is_complete):
+            if number is not None and self._harvest(number, text):
                 last = number
-            elif self.writing is not None:
-                self._finish_writing(is_complete)
-            elif is_complete():
+            elif self.is_complete():
                 return
+            elif number is None and self.writer.rows:
+                self.writer.finish()
             elif number is None:
                 if not told:
                     log.info("Other workers harvest the last shards: waiting for them.")
@@ -112,20 +109,20 @@ class Worker:
     def _look(self) -> bool:
         """Look at what all workers have done; return whether that is all."""
         self.progress.refresh()
-        done = self.progress.done
-        self.bar.set_done(self.before + sum(shard.rows for shard in done.values()))
-        return self.ranges.is_complete(done)
+        rows = {i: shard.rows for i, shard in self.progress.done.items()} | self.writer.rows
+        self.bar.set_done(self.before + sum(rows.values()))
+        return self.ranges.is_complete(self.progress.done)
 
     def _choose(self, last: int) -> int | None:
         """Return the shard after the last one, or one whose worker is lost, or another free one; else None."""
-        done, claimed = self.progress.done, self.progress.claimed
-        n = self.ranges.n_needed(done)
+        n, claimed = self.ranges.n_needed(self.progress.done), self.progress.claimed
+        done = {*self.progress.done, *self.writer.rows}
         if last + 1 < n and last + 1 not in {*done, *claimed}:
             return last + 1
         lost = (i for i in sorted(claimed) if i < n and i not in done and self.claims.is_lost(name_of(i)))
         return next(lost, choose_free(n, done, claimed))
 
-    def _harvest(self, i: int, text: TextPosition, is_complete: Callable[[], bool]) -> bool:
+    def _harvest(self, i: int, text: TextPosition) -> bool:
         """Claim shard i and begin to write it; return False if another worker has it or has done it.
 
         The end of a harvest removes the records. So the record is looked up before `is_complete`: if there is none, and
@@ -136,11 +133,12 @@ class Worker:
             return False
         begun = False
         try:
-            if self.progress.has(i) or is_complete():
+            if self.progress.has(i) or self.is_complete():
                 return False
             chunks, begin = self._gather(i, text)
-            self._finish_writing(is_complete)
-            self.writing, begun = Writing(i, self.thread.submit(self._write, i, chunks, begin)), True
+            self.writer.finish()
+            self.writer.begin(i, chunks, begin)
+            begun = True
         finally:
             if not begun:
                 self.claims.release(name_of(i))
@@ -151,26 +149,12 @@ class Worker:
         span = self.ranges.of_shard(i)
         rows = text.take_from(span.start, len(span))
         begin = rows.state_dict()
-        return gather(self.data, rows, self.bar.advance), begin
+        return gather(self.data, rows, self._advance), begin
 
-    def _write(self, i: int, chunks: list[Chunk], begin: dict[str, Any]) -> Shard:
-        """Write shard i, in a thread; at the end of the text there is no file."""
-        return self.write(i, chunks) if chunks else Shard("", 0, 0, begin, 0, "")
-
-    def _finish_writing(self, is_complete: Callable[[], bool]) -> None:
-        """Wait until the shard that is being written, if any, is on disk; then record it and release its claim."""
-        if self.writing is None:
-            return
-        (i, shard), self.writing = self.writing, None
-        try:
-            written = shard.result()
-            if not self.progress.has(i):
-                self.progress.add(i, written)
-        except UserError:
-            if not is_complete():  # else another worker has done it too, and has removed the folder of the records
-                raise
-        finally:
-            self.claims.release(name_of(i))
+    def _advance(self, n: int) -> None:
+        """Count n activations; raise the error of the shard before, if its write has failed."""
+        self.bar.advance(n)
+        self.writer.check()
 
 
 def gather(data: ActivationData, rows: RowStream, advance: Callable[[int], None]) -> list[Chunk]:

@@ -40,7 +40,9 @@ class CacheWriter:
             too.
         path: a folder, or any fsspec URL.
         n_tokens: exact number of activations to store; fewer if the text ends first with `data.repeat=false`.
-        shard_tokens: activations per shard, at most, rounded up to whole text rows. Two of them are held in memory.
+        shard_tokens: activations per shard, at most, rounded up to whole text rows. One is written while the next is
+            computed. Both are in memory in the language model's dtype, the one that is written also three times in
+            the dtype of the cache.
         dtype: dtype of the cache: float32, float16, bfloat16, int8, float8_e4m3 (see codec.Codec), or auto for the
             language model's.
         compression: none, or zstd, which loses nothing.
@@ -121,7 +123,7 @@ class CacheWriter:
             return files.write_shard(shard_name(len(manifest.shards) + i), chunks)
 
         with TokenProgress("harvesting", files.n_tokens, begun) as bar, closing(rows):
-            Worker(data, ranges, progress, claims, write, bar, begun).run(rows, self._is_complete)
+            Worker(data, ranges, progress, claims, write, self._is_complete, bar, begun).run(rows)
         manifest = files.read_manifest() or manifest
         if not manifest.complete:
             files.complete(manifest, ranges.shards(progress.done))

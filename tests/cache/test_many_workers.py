@@ -195,30 +195,6 @@ def test_whoever_comes_first_the_shards_are_the_same(data, tmp_path):
     assert files(tmp_path / "cache") == whole
 
 
-def test_the_next_shard_is_computed_while_one_is_written_and_no_other(tmp_path, monkeypatch):
-    whole = of_one_worker(tmp_path / "alone", 300)
-    n = sum(name.startswith("shard") for name in whole)
-    events, begun = [], [threading.Event() for _ in range(n)]
-    gather, write = harvesting.gather, harvesting.Worker._write
-
-    def note_gather(*args):
-        events.append("gather")
-        begun[events.count("gather") - 1].set()
-        return gather(*args)
-
-    def write_late(self, i, *args):
-        assert i + 1 == n or begun[i + 1].wait(60)
-        shard = write(self, i, *args)
-        events.append("write")
-        return shard
-
-    monkeypatch.setattr(harvesting, "gather", note_gather)
-    monkeypatch.setattr(harvesting.Worker, "_write", write_late)
-    writer(tmp_path / "cache", 300).build()
-    assert files(tmp_path / "cache") == whole
-    assert events == ["gather", *["gather", "write"] * (n - 1), "write"]
-
-
 # ---- claims
 
 
