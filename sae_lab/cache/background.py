@@ -1,9 +1,10 @@
 """Write a shard in a thread, while the main thread computes the next one."""
 
+import atexit
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +15,12 @@ from sae_lab.cache.shards import Shard
 from sae_lab.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
+
+AT_MOST = 0.5
+"""Seconds of one wait for the thread: Python acts after it on a signal that came just before it."""
+EXIT_SECONDS = 2.0
+"""Seconds that an exiting process waits for the thread, at most. Python ends a process by abort() if a thread is then
+inside of torch, which packs a shard in less than that; the disk is not waited for any longer."""
 
 
 class HarvestEnded(Exception):
@@ -67,6 +74,8 @@ class BackgroundWriter:
             return
         (i,), self.rows = self.rows, {}
         try:
+            while not wait([self._shard], AT_MOST).done:
+                pass
             shard = self._shard.result()
             if not self.progress.has(i):
                 self.progress.add(i, shard)
@@ -89,8 +98,8 @@ class BackgroundWriter:
 def in_thread(work: Callable[[], Shard]) -> Future[Shard]:
     """Call `work` in a thread, and return its result to come.
 
-    A process that exits does not wait for the thread, as it would for those of an executor: a second signal ends it at
-    once. Files are written atomically, so the shard is there or not.
+    A second signal ends the process without the result, which the threads of an executor would hold up. Files are
+    written atomically, so the shard is there or not.
     """
     result = Future[Shard]()
 
@@ -100,5 +109,8 @@ def in_thread(work: Callable[[], Shard]) -> Future[Shard]:
         except BaseException as e:
             result.set_exception(e)
 
-    threading.Thread(target=run, name="shards", daemon=True).start()
+    thread = threading.Thread(target=run, name="shards", daemon=True)
+    atexit.register(thread.join, EXIT_SECONDS)
+    result.add_done_callback(lambda _: atexit.unregister(thread.join))
+    thread.start()
     return result
