@@ -71,7 +71,7 @@ def layout_table(options: Sequence[Option], chosen: Option) -> Table:
 def sentences(plan: Plan) -> list[str]:
     """Return what no table says."""
     chosen, fast, harvest = plan.chosen, fastest(plan.fitting), plan.harvest
-    said = [f"* {duration(chosen.hours)}: {chosen.overrides}"]
+    said = [f"* {duration(chosen.hours)}, start and evaluation included: {chosen.overrides}"]
     if idle := max(0, plan.gpus - chosen.layout.devices):
         said[0] += f". Of {plural(plan.gpus, 'device')} {idle:,} {'is' if idle == 1 else 'are'} idle."
     if SAME * fast.hours < chosen.hours:
@@ -81,8 +81,8 @@ def sentences(plan: Plan) -> list[str]:
         )
     said.append(
         f"A cache of its activations takes {size_in_words(harvest.bytes)} of disk. Its harvest takes "
-        f"{duration(harvest.hours)} on {plural(harvest.devices, 'device')}: {harvest.tokens_per_second:,.0f} "
-        f"tokens/s, limited by the {harvest.limit}."
+        f"{duration(harvest.hours)} on {plural(harvest.devices, 'device')}, start included: "
+        f"{harvest.tokens_per_second:,.0f} tokens/s, limited by the {harvest.limit}."
     )
     if plan.exchange.bytes:
         parts = {name: size for name, size in plan.exchange._asdict().items() if name != "operations" and size}

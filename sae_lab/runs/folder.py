@@ -191,7 +191,7 @@ def raise_if_config_differs(folder: Path, there: Any, here: Any, moving: Sequenc
         if reason := reason_not_to_grow(theirs, ours):
             raise UserError(
                 f"{folder} is a run of n_tokens={theirs['n_tokens']} and cannot continue to {ours['n_tokens']} "
-                f"({reason}): start another run from its weights with init_from={folder}."
+                f"({reason}): give another hydra.run.dir, with init_from={folder} to start from its weights."
             )
     elif differing:
         shown = ", ".join(f"{k} is {theirs.get(k)} there and {ours.get(k)} here" for k in differing[:5])
