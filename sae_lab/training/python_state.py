@@ -23,13 +23,17 @@ def numbers_of(parts: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> 
     device = optimizer.param_groups[0]["params"][0].device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     settings = [value for group in optimizer.param_groups for name, value in group.items() if name != "params"]
-    trained = [p.requires_grad for part in parts for p in part._parameters.values() if p is not None]
-    return dtype, *numbers_of_modules(parts), *map(numbers_in, settings), *trained
+    modes = [part.training for part in parts]
+    modes += [p.requires_grad for part in parts for p in part._parameters.values() if p is not None]
+    return dtype, *numbers_of_modules(parts), *map(numbers_in, settings), *modes
 
 
 def numbers_of_modules(parts: Sequence[nn.Module]) -> list[Hashable]:
-    """Return the numbers that are attributes of modules, and the sizes of dictionaries, such as those of hooks."""
-    values = [value for part in parts for value in vars(part).values()]
+    """Return the numbers that are attributes of modules, and the sizes of dictionaries, such as those of hooks.
+
+    Without `training`, which a validation between two steps turns off and on.
+    """
+    values = [value for part in parts for name, value in vars(part).items() if name != "training"]
     known = NUMBERS | SEQUENCES
     return [numbers_in(v) if type(v) in known else len(v) for v in values if type(v) in known or isinstance(v, dict)]
 

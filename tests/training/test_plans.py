@@ -133,6 +133,16 @@ def test_a_module_that_is_fitted_again_plans_anew(fixed, tmp_path):
     assert again.foreseen == {}
 
 
+def test_a_checkpoint_of_a_validation_keeps_what_is_known(fixed):
+    step = step_of("batch_topk", DEAD)
+    for x in BATCHES:
+        step(x)
+    known = step.plans.state()
+    assert known
+    step.sae.eval()
+    assert step.plans.state() == known
+
+
 @pytest.mark.parametrize("half", [1, 5, 6, 7])
 def test_a_resumed_run_plans_the_steps_of_a_whole_one(fixed, tmp_path, half, monkeypatch):
     """A plan changes how sums are rounded on a GPU, so the steps must be planned alike to be equal to the bit."""
