@@ -134,3 +134,9 @@ def demo_run(tmp_path_factory) -> Path:
             done = shell.run(*quick, cwd=folder)
             assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    """Steps on a CPU in fixed-size mode, as on a GPU."""
+    monkeypatch.setattr("sae_lab.training.step.has_fixed_size", lambda x: True)

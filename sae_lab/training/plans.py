@@ -41,7 +41,7 @@ class Plans:
             self.add(self.sae.foresee(0))
             self.add(self.sae.foresee(1))
         plan = self.sae.plan_step(self._coming.popleft().wait())
-        self._settings = numbers_of_modules([*self.sae.modules()])
+        self._settings = self._current_settings()
         return plan
 
     def add(self, foreseen: Mapping[str, Tensor]) -> None:
@@ -61,7 +61,7 @@ class Plans:
         if state:
             self._coming.append(Known(state))
             self.add(self.sae.foresee(1))
-            self._settings = numbers_of_modules([*self.sae.modules()])
+            self._settings = self._current_settings()
 
     def _is_current(self) -> bool:
         """Whether nobody has changed the SAE's counters and settings since the last step, as loading a state does.
@@ -69,7 +69,10 @@ class Plans:
         What is written in place through `batches_since_fired.data` is not seen.
         """
         known = len(self._coming) == 2 and self._versions == self._current_versions()
-        return known and self._settings == numbers_of_modules([*self.sae.modules()])
+        return known and self._settings == self._current_settings()
+
+    def _current_settings(self) -> list[Hashable]:
+        return numbers_of_modules([*self.sae.modules()])
 
     def _current_versions(self) -> list[tuple[int, int]]:
         return [(buffer._version, buffer.data_ptr()) for buffer in self.sae.buffers()]

@@ -11,8 +11,7 @@ import pytest
 import torch
 from conftest import dictionary
 from step_kinds import MORE, STEPS, build_kind, rows
-from test_fixed_size import Count, take_planned
-from torch.utils._python_dispatch import TorchDispatchMode
+from test_fixed_size import OutsideKernels, take_planned
 
 from sae_lab.ops.rounded import Rounded
 from sae_lab.training.capture import prepare_step
@@ -51,33 +50,13 @@ ONLY_IF: dict[str, tuple[str, Callable[..., bool]]] = {
 """What an operation must be given, as its other forms need the host or have no fixed order."""
 
 
-class OnlyRead(TorchDispatchMode):
+class OnlyRead(OutsideKernels):
     """Raises where an operation outside READ is dispatched, except by what kernels of ours do on a GPU."""
 
     allowed = frozenset(" ".join(READ.values()).split())
 
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.ours = False
-        for module, name in Count.LAUNCHES:
-            monkeypatch.setattr(module, name, self.as_kernels(getattr(module, name)))
-
-    def as_kernels(self, function):
-        def run(*args, **kwargs):
-            before, self.ours = self.ours, True
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.ours = before
-
-        return run
-
-    def __torch_dispatch__(self, func: Any, types, args=(), kwargs=None):
-        if not self.ours and not func.is_view:
-            self.check(func.overloadpacket.__name__.rstrip("_"), func, args)
-        return func(*args, **(kwargs or {}))
-
-    def check(self, name: str, func: Any, args: tuple) -> None:
+    def dispatched(self, func: Any, args: tuple) -> None:
+        name = func.overloadpacket.__name__.rstrip("_")
         assert name in self.allowed, (
             f"a captured step dispatches {func}: read its CUDA implementation first (does it wait for the GPU, is its "
             "order fixed, is there a kernel for the dtype?), then add it to READ."

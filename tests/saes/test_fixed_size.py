@@ -173,11 +173,8 @@ def test_a_step_changes_nothing_but_numbers_in_their_places(kind):
     assert places() == before
 
 
-class Count(TorchDispatchMode):
-    """Counts the operations that are dispatched, without those that only make a view.
-
-    What a GPU does by kernels of ours counts as many as it launches, not as the torch operations that stand in for it.
-    """
+class OutsideKernels(TorchDispatchMode):
+    """Base of modes that see the operations of a GPU's step, without views and what kernels of ours do there."""
 
     LAUNCHES = {
         (selection, "top_of_batch"): 9,
@@ -189,24 +186,46 @@ class Count(TorchDispatchMode):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.counts, self.counting = Counter(), True
+        self.ours = False
         for (module, name), launches in self.LAUNCHES.items():
             monkeypatch.setattr(module, name, self.as_kernels(name, getattr(module, name), launches))
 
     def as_kernels(self, name, function, launches):
         def run(*args, **kwargs):
-            before, self.counting = self.counting, False
+            before, self.ours = self.ours, True
             try:
                 return function(*args, **kwargs)
             finally:
-                self.counting = before
-                self.counts[name] += launches * self.counting
+                self.ours = before
+                if not self.ours:
+                    self.launched(name, launches)
 
         return run
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[str(func)] += self.counting and not func.is_view
+        if not self.ours and not func.is_view:
+            self.dispatched(func, args)
         return func(*args, **(kwargs or {}))
+
+    def dispatched(self, func, args):
+        """See an operation."""
+
+    def launched(self, name, n):
+        """See the n kernels of ours that one function launches."""
+
+
+class Count(OutsideKernels):
+    """Counts the operations and the kernels of ours."""
+
+    def __init__(self, monkeypatch):
+        super().__init__(monkeypatch)
+        self.counts = Counter()
+
+    def dispatched(self, func, args):
+        self.counts[str(func)] += 1
+
+    def launched(self, name, n):
+        self.counts[name] += n
 
 
 MOST_OPERATIONS = {

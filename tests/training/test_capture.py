@@ -38,12 +38,6 @@ def capturing(graphs):
     return capturing
 
 
-@pytest.fixture
-def fixed(monkeypatch):
-    """Steps on a CPU in fixed-size mode, as on a GPU."""
-    monkeypatch.setattr("sae_lab.training.step.has_fixed_size", lambda x: True)
-
-
 def adam(sae, **options):
     """Adam as training on a GPU prepares it."""
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True, **options)

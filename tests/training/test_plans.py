@@ -13,12 +13,6 @@ from sae_lab.training.capture import CapturedStep, PrepareSteps, set_capturable
 from sae_lab.training.step import TrainingStep
 
 
-@pytest.fixture
-def fixed(monkeypatch):
-    """Steps on a CPU in fixed-size mode, as on a GPU."""
-    monkeypatch.setattr("sae_lab.training.step.has_fixed_size", lambda x: True)
-
-
 def step_of(name: str, *settings: str) -> TrainingStep:
     sae = build(name, *settings).train()
     return TrainingStep(sae, torch.optim.Adam(sae.parameters(), lr=1e-2))

@@ -17,11 +17,7 @@ from torch import nn
 
 from sae_lab.training import capture
 
-
-@pytest.fixture(autouse=True)
-def fixed(monkeypatch):
-    """Steps on a CPU in fixed-size mode, as on a GPU."""
-    monkeypatch.setattr("sae_lab.training.step.has_fixed_size", lambda x: True)
+pytestmark = pytest.mark.usefixtures("fixed")
 
 
 def count_calls(sae, out):

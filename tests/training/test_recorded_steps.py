@@ -18,11 +18,7 @@ from sae_lab.training import capture
 from sae_lab.training.capture import CapturedStep, PrepareSteps, set_capturable
 from sae_lab.training.step import StepResult
 
-
-@pytest.fixture(autouse=True)
-def fixed(monkeypatch):
-    """Steps on a CPU in fixed-size mode, as on a GPU."""
-    monkeypatch.setattr("sae_lab.training.step.has_fixed_size", lambda x: True)
+pytestmark = pytest.mark.usefixtures("fixed")
 
 
 def assert_same_steps(sae_of, **how) -> None:

@@ -11,11 +11,7 @@ from sae_lab.ops.rounded import Rounded
 from sae_lab.training.capture import WARM, CapturedStep, set_capturable
 from sae_lab.training.step import TrainingStep
 
-
-@pytest.fixture(autouse=True)
-def fixed(monkeypatch):
-    """Steps on a CPU in fixed-size mode, as on a GPU."""
-    monkeypatch.setattr("sae_lab.training.step.has_fixed_size", lambda x: True)
+pytestmark = pytest.mark.usefixtures("fixed")
 
 
 def step_of(sae, captured=False) -> TrainingStep:
